@@ -1,0 +1,315 @@
+"""A folder on disk <-> a model in memory.
+
+Knows config.json, safetensors shards and MLX's quantized layers; knows nothing of tokenizers, the
+Hub or conversion.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+from safetensors import SafetensorError, safe_open
+
+from phimlx.errors import CheckpointError, ConfigError
+from phimlx.models.config import Phi3Config
+from phimlx.models.phi3 import Phi3ForCausalLM
+
+MAX_JSON_BYTES = 64 << 20  # an index of a sharded model is some 100 kB
+
+DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+# Element types that a checkpoint may hold, in safetensors' names.
+STORED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
+
+QUANTIZATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """What a header says of one tensor."""
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str  # safetensors' name: BF16, F32, U32 …
+
+    @property
+    def nbytes(self) -> int:
+        size = STORED_DTYPES[self.dtype]
+        for dimension in self.shape:
+            size *= dimension
+        return size
+
+
+class Checkpoint:
+    """A model folder, read but not loaded: its config and the headers of its weights.
+
+    Nothing is mapped into memory before safetensors' own parser has accepted every header.
+
+    Raises:
+        ConfigError, CheckpointError: where the folder is not a whole model.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+        if not self.folder.is_dir():
+            raise CheckpointError(f"{self.folder} is not a folder.")
+        if not (self.folder / "config.json").is_file():
+            raise ConfigError(f"{self.folder} holds no config.json, so it is not a model folder.")
+        self.config = read_json(self.folder / "config.json")
+
+    @cached_property
+    def files(self) -> list[Path]:
+        """The weight files, in order."""
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            names = sorted(set(self._weight_map(index).values()))
+            missing = [name for name in names if not (self.folder / name).is_file()]
+            if missing:
+                raise CheckpointError(
+                    f"{self.folder} lacks {_some(missing)}, which model.safetensors.index.json "
+                    "names.",
+                    hint="Download or convert the model again.",
+                )
+            return [self.folder / name for name in names]
+        files = sorted(self.folder.glob("model*.safetensors"))
+        if not files:
+            raise CheckpointError(
+                f"{self.folder} holds no model.safetensors and no model.safetensors.index.json.",
+                hint="Only safetensors weights are read, never .bin or .pt files.",
+            )
+        return files
+
+    @cached_property
+    def tensors(self) -> dict[str, TensorInfo]:
+        """Every tensor of every file; the index, where there is one, agrees with the files."""
+        found: dict[str, TensorInfo] = {}
+        for file in self.files:
+            for name, info in read_header(file):
+                if name in found:
+                    raise CheckpointError(
+                        f"{name} stands in both {found[name].file.name} and {file.name}."
+                    )
+                found[name] = info
+        index = self.folder / "model.safetensors.index.json"
+        if index.is_file():
+            weight_map = self._weight_map(index)
+            for name, file_name in weight_map.items():
+                if name not in found or found[name].file.name != file_name:
+                    raise CheckpointError(
+                        f"{index.name} says that {name} is in {file_name}, but it is not."
+                    )
+            unnamed = [name for name in found if name not in weight_map]
+            if unnamed:
+                raise CheckpointError(f"{index.name} does not name {_some(unnamed)}.")
+        return found
+
+    @property
+    def quantization(self) -> dict[str, Any] | None:
+        """MLX's quantization table, checked, or None for a model that is not quantized."""
+        return read_quantization(self.config)
+
+    def weights(self) -> dict[str, mx.array]:
+        """All tensors, mapped from the files and not yet read."""
+        known = self.tensors  # every header is checked before MLX sees a file
+        loaded: dict[str, mx.array] = {}
+        for file in self.files:
+            loaded.update(mx.load(str(file)))
+        return {name: loaded[name] for name in known}
+
+    def _weight_map(self, index: Path) -> Mapping[str, str]:
+        weight_map = read_json(index).get("weight_map")
+        if not isinstance(weight_map, dict) or not weight_map:
+            raise CheckpointError(f"{index.name} has no weight_map.")
+        for name, file_name in weight_map.items():
+            if not isinstance(file_name, str) or not re.fullmatch(
+                r"[\w][\w.-]*\.safetensors", file_name
+            ):
+                raise CheckpointError(
+                    f"{index.name} puts {name} in {file_name!r}, which is not a plain "
+                    "*.safetensors file name."
+                )
+        return weight_map
+
+
+def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> Phi3ForCausalLM:
+    """The model of a folder, with its weights read.
+
+    Args:
+        dtype: floating-point type to hold weights and compute in; as stored where None.
+
+    Raises:
+        ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.
+    """
+    model = build_model(checkpoint.config)
+    tensors = dict(checkpoint.tensors)
+    if model.config.tie_word_embeddings:
+        # A tied model has no head of its own; some checkpoints store a copy all the same.
+        for name in [name for name in tensors if name.startswith("lm_head.")]:
+            del tensors[name]
+    quantize_layers(model, checkpoint.quantization, tensors)
+    check_shapes(dict(tree_flatten(model.parameters())), tensors)
+    weights = checkpoint.weights()
+    model.load_weights([(name, weights[name]) for name in tensors])
+    if dtype is not None:
+        model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def build_model(config: Mapping[str, Any]) -> Phi3ForCausalLM:
+    """An empty model of the architecture that a config names."""
+    model_type = config.get("model_type")
+    if model_type not in ARCHITECTURES:
+        known = ", ".join(sorted(ARCHITECTURES))
+        raise ConfigError(
+            f"config.json: model_type is {model_type!r}, but phimlx runs the Phi-4 family: {known}."
+        )
+    return ARCHITECTURES[model_type](config)
+
+
+ARCHITECTURES = {
+    "phi3": lambda config: Phi3ForCausalLM(Phi3Config.from_dict(config)),
+}
+
+
+def quantize_layers(
+    model: nn.Module, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Give every layer that is stored quantized the form that its tensors need."""
+    if quantization is None:
+        return
+    default = {key: quantization[key] for key in ("group_size", "bits", "mode")}
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
+            return False
+        chosen = quantization.get(path, default)
+        chosen = chosen if isinstance(chosen, dict) else default
+        if module.weight.shape[-1] % chosen["group_size"]:
+            raise CheckpointError(
+                f"{path} is {module.weight.shape[-1]} wide, which groups of "
+                f"{chosen['group_size']} do not divide."
+            )
+        return chosen
+
+    nn.quantize(
+        model,
+        group_size=default["group_size"],
+        bits=default["bits"],
+        mode=default["mode"],
+        class_predicate=settings,
+    )
+
+
+def read_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """`quantization` of an MLX config: `group_size`, `bits`, `mode`, and layers that differ."""
+    table = config.get("quantization")
+    if table is None:
+        if config.get("quantization_config") is not None:
+            raise ConfigError(
+                "config.json: quantization_config is another framework's; phimlx reads MLX's "
+                "quantization.",
+                hint="Convert the original model: phimlx convert MODEL --mlx-path OUT -q",
+            )
+        return None
+    if not isinstance(table, dict):
+        raise ConfigError(f"config.json: quantization is {table!r}, not a table of values.")
+    checked: dict[str, Any] = _quantization_settings("quantization", table)
+    for key, value in table.items():
+        if isinstance(value, dict):
+            checked[key] = _quantization_settings(f"quantization.{key}", {**checked, **value})
+        elif value is False:
+            checked[key] = value
+    return checked
+
+
+def _quantization_settings(place: str, table: Mapping[str, Any]) -> dict[str, Any]:
+    settings = {
+        "group_size": table.get("group_size"),
+        "bits": table.get("bits"),
+        "mode": table.get("mode", "affine"),
+    }
+    allowed = {
+        "group_size": (16, 32, 64, 128),
+        "bits": (2, 3, 4, 5, 6, 8),
+        "mode": QUANTIZATION_MODES,
+    }
+    for key, values in allowed.items():
+        if settings[key] not in values or isinstance(settings[key], bool):
+            expected = ", ".join(map(str, values))
+            raise ConfigError(
+                f"config.json: {place}.{key} is {settings[key]!r}, not one of {expected}."
+            )
+    return settings
+
+
+def check_shapes(parameters: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> None:
+    """The stored tensors are exactly the model's parameters.
+
+    Raises:
+        CheckpointError: naming the first few that are missing, unexpected or of another shape.
+    """
+    missing = [name for name in parameters if name not in tensors]
+    if missing:
+        raise CheckpointError(f"The checkpoint lacks {_some(missing)}.")
+    unexpected = [name for name in tensors if name not in parameters]
+    if unexpected:
+        raise CheckpointError(
+            f"The checkpoint holds {_some(unexpected)}, which this architecture does not have."
+        )
+    for name, array in parameters.items():
+        if tensors[name].shape != array.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(tensors[name].shape)}; config.json makes it "
+                f"{list(array.shape)}."
+            )
+
+
+def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """Names, shapes and types of a safetensors file, through the reference parser."""
+    try:
+        with safe_open(str(file), framework="mlx") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                tensor = opened.get_slice(name)
+                dtype = tensor.get_dtype()
+                if dtype not in STORED_DTYPES:
+                    raise CheckpointError(
+                        f"{name} in {file.name} is stored as {dtype}, which phimlx does not read."
+                    )
+                yield name, TensorInfo(file, tuple(tensor.get_shape()), dtype)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file.name} is not a whole safetensors file ({error}).",
+            hint="Download or convert the model again.",
+        ) from error
+
+
+def read_json(file: Path) -> dict[str, Any]:
+    """A JSON object from a model folder, within a size limit."""
+    try:
+        if file.stat().st_size > MAX_JSON_BYTES:
+            raise ConfigError(f"{file.name} is larger than {MAX_JSON_BYTES >> 20} MB.")
+        value = json.loads(file.read_bytes())
+    except OSError as error:
+        raise ConfigError(f"{file.name} cannot be read: {error.strerror}.") from error
+    except (ValueError, RecursionError) as error:
+        raise ConfigError(f"{file.name} is not valid JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file.name} is not a JSON object.")
+    return value
+
+
+def _some(names: list[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    shown = ", ".join(names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

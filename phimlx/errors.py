@@ -1,0 +1,51 @@
+"""What can go wrong, each error with a sentence for a person and the next step.
+
+Knows nothing of where an error is shown: `phimlx.terminal` prints it, a library caller catches it.
+"""
+
+from __future__ import annotations
+
+
+class PhimlxError(Exception):
+    """Anything a user can cause or mend.
+
+    `str(error)` is one sentence; `hint`, where there is one, names the next step.
+    """
+
+    exit_code = 1
+
+    def __init__(self, message: str, hint: str | None = None) -> None:
+        super().__init__(message)
+        self.hint = hint
+
+
+class ConfigError(PhimlxError):
+    """A model's configuration is missing, unknown or contradicts itself."""
+
+
+class CheckpointError(PhimlxError):
+    """Weights are missing, damaged, or do not fit the configuration."""
+
+
+class ModelNotFoundError(PhimlxError):
+    """No model of that name is on this machine."""
+
+
+class TokenizerError(PhimlxError):
+    """Tokenizer files are missing or unusable."""
+
+
+class PromptError(PhimlxError):
+    """Messages, tools or a template that cannot become a prompt."""
+
+
+class GenerationError(PhimlxError):
+    """A request that the model cannot serve: too long, or with impossible settings."""
+
+
+class ConversionError(PhimlxError):
+    """A checkpoint that cannot be converted, or an output that cannot be written."""
+
+
+class SessionError(PhimlxError):
+    """A saved conversation that cannot be read or written."""

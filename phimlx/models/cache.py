@@ -1,0 +1,177 @@
+"""Keys and values of the tokens seen so far, and which LongRoPE table they were made with.
+
+Knows columns, rows and padding; knows nothing of a model's weights, and never picks a token.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from phimlx.models.rope import Rope
+
+
+@dataclass(frozen=True)
+class Span:
+    """What one forward pass covers: where its tokens stand and what each may attend to."""
+
+    positions: mx.array  # [batch or 1, length]
+    long: tuple[bool, ...]  # for each row, whether it uses the long table
+    mask: mx.array | str | None  # for mx.fast.scaled_dot_product_attention
+
+
+class Cache:
+    """Key/value cache of one batch of rows, all layers together.
+
+    The keys of a LongRoPE model depend on the length of the *whole* sequence, so the cache keeps
+    the tokens as well: when a row comes to need the other table, `stale_tokens` hands back what has
+    to be computed again. Columns are shared by all rows; where rows differ in length, `valid` tells
+    real columns from padding, on either side.
+
+    Args:
+        num_layers: number of attention layers.
+        rope: the model's frequencies.
+        expected_length: length that the rows are known to reach, so that a long prompt given in
+            pieces starts with the table that it will end with.
+    """
+
+    step = 256  # columns by which the buffers grow
+
+    def __init__(self, num_layers: int, rope: Rope, expected_length: int = 0) -> None:
+        self.rope = rope
+        self.expected_length = expected_length
+        self.keys: list[mx.array | None] = [None] * num_layers
+        self.values: list[mx.array | None] = [None] * num_layers
+        self.length = 0  # columns whose keys and values are complete
+        self.tokens: mx.array | None = None  # [batch, columns]
+        self.valid: mx.array | None = None  # [batch, columns], None where every column is real
+        self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
+        self.long: tuple[bool, ...] = ()  # the table that each row's keys were made with
+        self._pending = (self.row_lengths, self.long)  # what `commit` will make true
+
+    def stale_tokens(
+        self, shape: tuple[int, int], attention_mask: mx.array | None
+    ) -> tuple[mx.array, mx.array | None] | None:
+        """Tokens and mask to compute again before `shape` more tokens come, or None.
+
+        Rows that cross `original_max_position_embeddings`, in either direction, need every key
+        and value anew. The cache is then empty, and the caller feeds what it is given first.
+        """
+        if self.length == 0 or self.tokens is None:
+            return None
+        if self._tables(self._lengths_after(shape, attention_mask)) == self.long:
+            return None
+        tokens = self.tokens[:, : self.length]
+        valid = None if self.valid is None else self.valid[:, : self.length]
+        self.trim(0)
+        return tokens, valid
+
+    def extend(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> Span:
+        """Take note of new tokens; their keys and values follow layer by layer in `update`.
+
+        Args:
+            input_ids: `[batch, length]`.
+            attention_mask: `[batch, length]`, 0 where a row is padded; None where none is.
+        """
+        batch, length = input_ids.shape
+        before = self.row_lengths or (0,) * batch
+        row_lengths = self._lengths_after((batch, length), attention_mask)
+        long = self._tables(row_lengths)
+        self._pending = (row_lengths, long)
+        if self.length and self.tokens is not None:
+            input_ids = mx.concatenate([self.tokens[:, : self.length], input_ids], axis=1)
+        self.tokens = input_ids
+        if attention_mask is None and self.valid is None:
+            positions = mx.arange(self.length, self.length + length)[None]  # [1, length]
+            return Span(positions, long, "causal" if length > 1 else None)
+        real = mx.ones((batch, length)) if attention_mask is None else attention_mask
+        real = real.astype(mx.bool_)
+        kept = mx.ones((batch, self.length), mx.bool_) if self.valid is None else self.valid
+        self.valid = mx.concatenate([kept[:, : self.length], real], axis=1)
+        counted = mx.cumsum(real.astype(mx.int32), axis=1) - 1
+        positions = mx.maximum(mx.array(before)[:, None] + counted, 0)  # [batch, length]
+        return Span(positions, long, self._mask(length))
+
+    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        """Append one layer's keys and values, `[batch, kv_heads, length, head_dim]`.
+
+        Returns all of that layer's, the new ones included.
+        """
+        end = self.length + keys.shape[2]
+        self.keys[layer] = self._write(self.keys[layer], keys, end)
+        self.values[layer] = self._write(self.values[layer], values, end)
+        return self.keys[layer][..., :end, :], self.values[layer][..., :end, :]  # type: ignore[index]
+
+    def commit(self) -> None:
+        """All layers have been updated: the new columns count."""
+        if self.tokens is not None:
+            self.length = self.tokens.shape[1]
+            self.row_lengths, self.long = self._pending
+
+    def trim(self, length: int) -> None:
+        """Forget every column from `length` on.
+
+        The rows keep the table that their keys were made with; `stale_tokens` notices where the
+        next tokens need the other one.
+        """
+        if length >= self.length:
+            return
+        self.length = length
+        if length == 0 or self.tokens is None:
+            self.keys = [None] * len(self.keys)
+            self.values = [None] * len(self.values)
+            self.tokens = self.valid = None
+            self.row_lengths = self.long = ()
+        elif self.valid is None:
+            self.row_lengths = (length,) * len(self.row_lengths)
+        else:
+            self.row_lengths = tuple(self.valid[:, :length].sum(axis=1).tolist())
+
+    @property
+    def state(self) -> list[mx.array]:
+        """Arrays to evaluate so that no graph stays behind between passes."""
+        return [array for array in (*self.keys, *self.values) if array is not None]
+
+    @property
+    def nbytes(self) -> int:
+        return sum(array.nbytes for array in self.state)
+
+    def _lengths_after(
+        self, shape: tuple[int, int], attention_mask: mx.array | None
+    ) -> tuple[int, ...]:
+        batch, length = shape
+        added = [length] * batch
+        if attention_mask is not None:
+            added = attention_mask.astype(mx.int32).sum(axis=1).tolist()
+        before = self.row_lengths or (0,) * batch
+        return tuple(a + b for a, b in zip(before, added, strict=True))
+
+    def _tables(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
+        return tuple(self.rope.is_long(max(n, self.expected_length)) for n in row_lengths)
+
+    def _mask(self, length: int) -> mx.array:
+        """`[batch, 1, length, columns]`: causal, padding hidden.
+
+        Every column may look at itself: a padded one would otherwise look at nothing, and its NaN
+        would reach the real ones through a product with zero.
+        """
+        assert self.valid is not None
+        columns = mx.arange(self.valid.shape[1])
+        queries = columns[self.length : self.length + length, None]
+        causal = columns[None] <= queries
+        itself = columns[None] == queries
+        return ((causal & self.valid[:, None, :]) | itself)[:, None]
+
+    def _write(self, buffer: mx.array | None, new: mx.array, end: int) -> mx.array:
+        if buffer is None or end > buffer.shape[2]:
+            batch, heads, length, head_dim = new.shape
+            columns = -(-length // self.step) * self.step
+            fresh = mx.zeros((batch, heads, columns, head_dim), new.dtype)
+            if buffer is None or self.length == 0:
+                buffer = fresh
+            else:
+                buffer = mx.concatenate([buffer[..., : self.length, :], fresh], axis=2)
+        buffer[..., self.length : end, :] = new
+        return buffer

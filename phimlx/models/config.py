@@ -1,0 +1,264 @@
+"""A model folder's `config.json`, in either dialect, as one checked set of values.
+
+Knows what the phi3 architecture can be; knows nothing of weights or prompts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phimlx.errors import ConfigError
+from phimlx.models.rope import Rope, longrope_attention_factor
+
+# Keys that change the model, with the only values that the family uses.
+FIXED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": ("silu",),
+    "attention_bias": (False,),
+    "mlp_bias": (False,),
+    "lm_head_bias": (False,),
+    "full_attn_mod": (1,),
+    "interpolate_factor": (1,),
+}
+
+# Largest believable values: a hostile config must not make us build a billion layers.
+LIMITS = {
+    "hidden_size": 1 << 20,
+    "intermediate_size": 1 << 22,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 4096,
+    "num_key_value_heads": 4096,
+    "head_dim": 1 << 14,
+    "vocab_size": 1 << 24,
+    "max_position_embeddings": 1 << 30,
+    "original_max_position_embeddings": 1 << 30,
+}
+
+ROPE_KEYS = {
+    "type",
+    "rope_type",
+    "rope_theta",
+    "partial_rotary_factor",
+    "short_factor",
+    "long_factor",
+    "original_max_position_embeddings",
+    "max_position_embeddings",
+    "factor",
+    "attention_factor",
+}
+ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
+
+
+@dataclass(frozen=True)
+class Phi3Config:
+    """Shape of a phi3-architecture model, under the checkpoint's own names."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    rms_norm_eps: float
+    tie_word_embeddings: bool
+    rope: Rope
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Phi3Config:
+        """Read a Hub config (`rope_scaling`, `rope_theta`) or a transformers 5 one
+        (`rope_parameters`).
+
+        Raises:
+            ConfigError: naming the key, where a value is missing, unknown or contradicts another.
+        """
+        for key, allowed in FIXED.items():
+            if config.get(key, allowed[0]) not in (None, *allowed):
+                expected = " or ".join(map(repr, allowed))
+                raise ConfigError(
+                    f"config.json: {key} is {config[key]!r}, but Phi-4 models have {expected}."
+                )
+        hidden_size = _count(config, "hidden_size")
+        heads = _count(config, "num_attention_heads")
+        kv_heads = _count(config, "num_key_value_heads", heads)
+        if heads % kv_heads:
+            raise ConfigError(
+                f"config.json: num_attention_heads ({heads}) is not a multiple of "
+                f"num_key_value_heads ({kv_heads})."
+            )
+        if config.get("head_dim") is None and hidden_size % heads:
+            raise ConfigError(
+                f"config.json: hidden_size ({hidden_size}) is not a multiple of "
+                f"num_attention_heads ({heads})."
+            )
+        head_dim = _count(config, "head_dim", hidden_size // heads)
+        max_positions = _count(config, "max_position_embeddings")
+        window = config.get("sliding_window")
+        if window is not None and _number("sliding_window", window) < max_positions:
+            raise ConfigError(
+                f"config.json: sliding_window ({window}) is below max_position_embeddings "
+                f"({max_positions}), but Phi-4 models attend to every position."
+            )
+        tied = config.get("tie_word_embeddings", False)
+        if not isinstance(tied, bool):
+            raise ConfigError(f"config.json: tie_word_embeddings is {tied!r}, not true or false.")
+        return cls(
+            hidden_size=hidden_size,
+            intermediate_size=_count(config, "intermediate_size"),
+            num_hidden_layers=_count(config, "num_hidden_layers"),
+            num_attention_heads=heads,
+            num_key_value_heads=kv_heads,
+            head_dim=head_dim,
+            vocab_size=_count(config, "vocab_size"),
+            max_position_embeddings=max_positions,
+            rms_norm_eps=_number("rms_norm_eps", config.get("rms_norm_eps", 1e-5)),
+            tie_word_embeddings=tied,
+            rope=read_rope(config, head_dim, max_positions),
+        )
+
+
+def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
+    """The rotary embedding that a config asks for, in either dialect.
+
+    A value that stands in several places must be the same in all of them.
+    """
+    values = rope_values(config)
+    kind = ROPE_TYPES[values.get("rope_type", "default")]
+    partial = _number("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
+    theta = _number("rope_theta", values.get("rope_theta", 10000.0))
+    dims = int(head_dim * partial)
+    if not 0 < dims <= head_dim or dims % 2:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor ({partial}) turns {dims} of {head_dim} channels; "
+            "it must be an even number of them, and not none."
+        )
+    if kind == "default":
+        return Rope(dims, theta)
+    original = _count(values, "original_max_position_embeddings")
+    if original > max_positions:
+        raise ConfigError(
+            f"config.json: original_max_position_embeddings ({original}) is above "
+            f"max_position_embeddings ({max_positions})."
+        )
+    factors = {key: _factors(values, key, dims // 2) for key in ("short_factor", "long_factor")}
+    scale = values.get("attention_factor")
+    if scale is None:
+        factor = _number("factor", values.get("factor") or max_positions / original)
+        scale = longrope_attention_factor(factor, original)
+    return Rope(
+        dims,
+        theta,
+        short_factor=factors["short_factor"],
+        long_factor=factors["long_factor"],
+        original_max_position_embeddings=original,
+        attention_factor=_number("attention_factor", scale),
+    )
+
+
+def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Every rope setting of a config, whichever dialect it is written in, under one name each.
+
+    Raises:
+        ConfigError: for an unknown setting, or two places that disagree.
+    """
+    values: dict[str, Any] = {}
+
+    def put(key: str, value: Any, place: str) -> None:
+        if value is None:
+            return
+        if key in values and values[key][0] != value:
+            raise ConfigError(
+                f"config.json: {place} is {_short(value)}, but {values[key][1]} is "
+                f"{_short(values[key][0])}."
+            )
+        values.setdefault(key, (value, place))
+
+    for table in ("rope_scaling", "rope_parameters"):
+        settings = config.get(table)
+        if settings is None:
+            continue
+        if not isinstance(settings, Mapping):
+            raise ConfigError(f"config.json: {table} is {_short(settings)}, not a table of values.")
+        for key, value in settings.items():
+            place = f"{table}.{key}"
+            if key not in ROPE_KEYS:
+                raise ConfigError(f"config.json: {place} is not a setting that Phi-4 models use.")
+            if key in ("type", "rope_type"):
+                if not isinstance(value, str) or value not in ROPE_TYPES:
+                    raise ConfigError(
+                        f"config.json: {place} is {_short(value)}, but Phi-4 models have "
+                        "'default' or 'longrope'."
+                    )
+                put("rope_type", ROPE_TYPES[value], place)
+            else:
+                put(key, value, place)
+    top_level = ["rope_theta", "partial_rotary_factor", "max_position_embeddings"]
+    if values.get("rope_type", ("default",))[0] == "longrope":
+        top_level.append("original_max_position_embeddings")
+    elif "long_factor" in values or "short_factor" in values:
+        raise ConfigError("config.json: long and short factors are given, but no rope type.")
+    for key in top_level:
+        put(key, config.get(key), key)
+    return {key: value for key, (value, _) in values.items()}
+
+
+def hub_dialect(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The same config written the Hub's way, which every tool reads.
+
+    `rope_parameters` becomes `rope_theta`, `partial_rotary_factor` and `rope_scaling`; `dtype`
+    becomes `torch_dtype`. Everything else is kept.
+    """
+    values = rope_values(config)
+    hub = {k: v for k, v in config.items() if k not in ("rope_parameters", "dtype")}
+    if "dtype" in config:
+        hub.setdefault("torch_dtype", config["dtype"])
+    for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
+        if key in values:
+            hub[key] = values[key]
+    if values.get("rope_type", "default") == "default":
+        hub["rope_scaling"] = None
+        return hub
+    scaling = {
+        key: values[key]
+        for key in ("long_factor", "short_factor", "factor", "attention_factor")
+        if key in values
+    }
+    hub["rope_scaling"] = {"type": values["rope_type"], **scaling}
+    return hub
+
+
+def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    value = config.get(key)
+    value = default if value is None else value
+    if value is None:
+        raise ConfigError(f"config.json: {key} is missing.")
+    if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LIMITS[key]:
+        raise ConfigError(
+            f"config.json: {key} is {_short(value)}, not a whole number from 1 to {LIMITS[key]}."
+        )
+    return value
+
+
+def _number(key: str, value: Any) -> float:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or not 0 < value < math.inf:
+        raise ConfigError(f"config.json: {key} is {_short(value)}, not a number above 0.")
+    return float(value)
+
+
+def _factors(values: Mapping[str, Any], key: str, count: int) -> tuple[float, ...]:
+    factors = values.get(key)
+    if not isinstance(factors, list) or len(factors) != count:
+        length = f"has {len(factors)}" if isinstance(factors, list) else "has none"
+        raise ConfigError(
+            f"config.json: {key} needs {count} numbers, one a frequency; it {length}."
+        )
+    return tuple(_number(key, factor) for factor in factors)
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 60 else text[:57] + "..."
