@@ -122,7 +122,9 @@ class Checkpoint:
         known = self.tensors  # every header is checked before MLX sees a file
         loaded: dict[str, mx.array] = {}
         for file in self.files:
-            loaded.update(mx.load(str(file)))
+            mapped = mx.load(str(file))
+            assert isinstance(mapped, dict)  # as it is for every safetensors file
+            loaded.update(mapped)
         return {name: loaded[name] for name in known}
 
     def _weight_map(self, index: Path) -> Mapping[str, str]:

@@ -49,7 +49,10 @@ class Cache:
         self.valid: mx.array | None = None  # [batch, columns], None where every column is real
         self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
         self.long: tuple[bool, ...] = ()  # the table that each row's keys were made with
-        self._pending = (self.row_lengths, self.long)  # what `commit` will make true
+        self._pending: tuple[tuple[int, ...], tuple[bool, ...]] = (
+            (),
+            (),
+        )  # what `commit` will make true
 
     def stale_tokens(
         self, shape: tuple[int, int], attention_mask: mx.array | None
@@ -127,7 +130,7 @@ class Cache:
         elif self.valid is None:
             self.row_lengths = (length,) * len(self.row_lengths)
         else:
-            self.row_lengths = tuple(self.valid[:, :length].sum(axis=1).tolist())
+            self.row_lengths = _real_columns(self.valid[:, :length])
 
     @property
     def state(self) -> list[mx.array]:
@@ -142,9 +145,7 @@ class Cache:
         self, shape: tuple[int, int], attention_mask: mx.array | None
     ) -> tuple[int, ...]:
         batch, length = shape
-        added = [length] * batch
-        if attention_mask is not None:
-            added = attention_mask.astype(mx.int32).sum(axis=1).tolist()
+        added = (length,) * batch if attention_mask is None else _real_columns(attention_mask)
         before = self.row_lengths or (0,) * batch
         return tuple(a + b for a, b in zip(before, added, strict=True))
 
@@ -175,3 +176,8 @@ class Cache:
                 buffer = mx.concatenate([buffer[..., : self.length, :], fresh], axis=2)
         buffer[..., self.length : end, :] = new
         return buffer
+
+
+def _real_columns(mask: mx.array) -> tuple[int, ...]:
+    """How many columns of each row are not padding; waits for the mask's value."""
+    return tuple(int(count) for count in mask.astype(mx.int32).sum(axis=1))

@@ -1,6 +1,6 @@
-"""The phi3 architecture: phi-4, phi-4-reasoning, phi-4-mini and their kin, under the checkpoint's names.
+"""The phi3 architecture, of phi-4, phi-4-reasoning, phi-4-mini and their kin.
 
-Knows logits; knows nothing of files, text or sampling.
+Fields carry the checkpoint's names. Knows logits; knows nothing of files, text or sampling.
 Source: transformers `models/phi3/modeling_phi3.py`.
 """
 
@@ -140,10 +140,10 @@ class Phi3ForCausalLM(nn.Module):
         attention_mask: mx.array | None = None,
     ) -> mx.array:
         """What the output head sees, `[batch, length, hidden]`; arguments as in a call."""
-        length = input_ids.shape[1]
+        batch, length = input_ids.shape
         stale = None
         if cache is not None:
-            stale = cache.stale_tokens(input_ids.shape, attention_mask)
+            stale = cache.stale_tokens((batch, length), attention_mask)
         if stale is not None:
             past_ids, past_mask = stale
             if past_mask is not None or attention_mask is not None:

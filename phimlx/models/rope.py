@@ -61,7 +61,7 @@ class Rope:
         """
         if any(long) and not all(long):
             frequencies = mx.where(
-                mx.array(long)[:, None],
+                mx.array(list(long))[:, None],
                 self.long_inverse_frequencies,
                 self.short_inverse_frequencies,
             )  # [batch, dims / 2]

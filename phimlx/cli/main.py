@@ -1,0 +1,33 @@
+"""Where every run of the command line begins: a clean import path, then the command table.
+
+Imports nothing but what the interpreter has loaded, so that nothing can be shadowed before.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+
+EXIT_INTERRUPTED = 130
+
+
+def main() -> None:
+    """Run the command line; the process ends with 0 done, 1 failed, 2 usage or 130 interrupted."""
+    leave_working_directory()
+    try:
+        from phimlx.cli.group import cli
+
+        cli(prog_name="phimlx")
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+
+
+def leave_working_directory() -> None:
+    """Take the working directory off `sys.path`: a `convert.py` in it must not become ours.
+
+    It stays where phimlx itself was found there, for then the modules in it are ours.
+    """
+    here = os.getcwd()
+    home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    if here != home and not here.endswith(("site-packages", "dist-packages")):
+        sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != here]

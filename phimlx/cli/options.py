@@ -1,0 +1,57 @@
+"""Options that several commands share, each declared once.
+
+Knows names, bounds and help; what a command does with a value is its own affair.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from phimlx.terminal.settings import SETTINGS, Setting
+
+AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
+
+model_option = click.option(
+    "--model",
+    metavar="MODEL",
+    help="An alias, a Hub id or a folder  [default: phi-4-mini at 4 bits]",
+)
+json_option = click.option(
+    "--json", "as_json", is_flag=True, help="Print the result as one JSON object."
+)
+system_option = click.option(
+    "--system", "--system-prompt", "system", metavar="TEXT", help="What the model is told first."
+)
+tools_option = click.option(
+    "--tools",
+    "tools_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Functions that the model may call: a JSON list of their definitions.",
+)
+
+
+def _option(setting: Setting) -> Callable[[AnyCallable], AnyCallable]:
+    names = [setting.flag, setting.keyword] if setting.short is None else [
+        setting.flag,
+        setting.short,
+        setting.keyword,
+    ]
+    return click.option(
+        *names, type=setting.type, multiple=setting.multiple, help=setting.help + "."
+    )
+
+
+def sampling_options(command: AnyCallable) -> AnyCallable:
+    """Add the flags of `phimlx.terminal.settings`; the command takes them as keywords.
+
+    A setting that was not given arrives as None, or () where it may be given again:
+    `phimlx.terminal.settings.given` leaves those out.
+    """
+    for setting in reversed(SETTINGS):
+        command = _option(setting)(command)
+    return command

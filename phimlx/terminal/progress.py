@@ -1,0 +1,67 @@
+"""Progress of long work, on stderr and only where a person watches it.
+
+Knows nothing of what is being done: the caller counts, this draws.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Protocol
+
+ERASE_LINE = "\r\x1b[2K"
+
+
+class Progress(Protocol):
+    """What `progress` hands to the worker."""
+
+    def update(self, n: float) -> object:
+        """Report `n` more units done."""
+
+
+class _Silent:
+    def update(self, n: float) -> None:
+        """Count nothing: nobody is watching."""
+
+
+@contextlib.contextmanager
+def progress(
+    total: float | None, label: str, unit: str = "it", quiet: bool = False
+) -> Iterator[Progress]:
+    """Draw a tqdm bar on stderr while the block runs; silent off a terminal or when `quiet`.
+
+    `unit` "B" counts bytes and is shown with binary prefixes. `total` None draws a count alone.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield _Silent()
+        return
+    from tqdm import tqdm
+
+    scaled = unit == "B"
+    with tqdm(
+        total=total,
+        desc=label,
+        unit=unit,
+        unit_scale=scaled,
+        unit_divisor=1024 if scaled else 1000,
+        file=sys.stderr,
+        leave=False,
+        dynamic_ncols=True,
+    ) as bar:
+        yield bar
+
+
+@contextlib.contextmanager
+def status(label: str, quiet: bool = False) -> Iterator[None]:
+    """Show one line on stderr while the block runs, then take it away."""
+    if quiet or not sys.stderr.isatty():
+        yield
+        return
+    sys.stderr.write(label)
+    sys.stderr.flush()
+    try:
+        yield
+    finally:
+        sys.stderr.write(ERASE_LINE)
+        sys.stderr.flush()

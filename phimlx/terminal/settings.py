@@ -1,0 +1,146 @@
+"""What a person may set about sampling, and between which bounds: flags and `/set` share it.
+
+Knows names, types and help; the model's own defaults apply to whatever is not set.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import click
+
+from phimlx.errors import PhimlxError
+
+
+class FiniteRange(click.FloatRange):
+    """A float within bounds; `nan` and `inf`, which pass every comparison, are refused."""
+
+    def convert(
+        self, value: Any, param: click.Parameter | None, ctx: click.Context | None
+    ) -> float:
+        number: float = super().convert(value, param, ctx)
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
+class NonEmpty(click.ParamType):
+    """Text of at least one character."""
+
+    name = "text"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
+        if not value:
+            self.fail("empty text stops nothing.", param, ctx)
+        return str(value)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """One sampling setting: its keyword in `Phi.generate`, its flag, what it accepts."""
+
+    keyword: str
+    flag: str
+    type: click.ParamType
+    help: str
+    short: str | None = None
+    multiple: bool = False
+
+    @property
+    def name(self) -> str:
+        """The name in `/set`: the flag without its dashes."""
+        return self.flag.removeprefix("--")
+
+
+SETTINGS = (
+    Setting(
+        "max_tokens",
+        "--max-tokens",
+        click.IntRange(min=1),
+        "Stop after this many tokens  [default: to the end of the context]",
+        short="-m",
+    ),
+    Setting("temperature", "--temp", FiniteRange(min=0), "Randomness; 0 takes the likeliest token"),
+    Setting(
+        "top_p",
+        "--top-p",
+        FiniteRange(min=0, max=1, min_open=True),
+        "Sample among the likeliest tokens of this total probability",
+    ),
+    Setting("top_k", "--top-k", click.IntRange(min=0), "Sample among this many; 0 for all"),
+    Setting(
+        "min_p",
+        "--min-p",
+        FiniteRange(min=0, max=1),
+        "Drop tokens less likely than this share of the likeliest",
+    ),
+    Setting(
+        "repetition_penalty",
+        "--repetition-penalty",
+        FiniteRange(min=0, min_open=True),
+        "Divide the odds of tokens that were there before; 1 for none",
+    ),
+    Setting(
+        "presence_penalty",
+        "--presence-penalty",
+        FiniteRange(min=-2, max=2),
+        "Lower the score of tokens already said, once",
+    ),
+    Setting(
+        "frequency_penalty",
+        "--frequency-penalty",
+        FiniteRange(min=-2, max=2),
+        "Lower the score of tokens already said, each time",
+    ),
+    Setting("seed", "--seed", click.IntRange(0, 2**64 - 1), "Make sampling repeatable"),
+    Setting("stop", "--stop", NonEmpty(), "Stop before this text; may be given again", None, True),
+)
+
+_BY_NAME = {key: setting for setting in SETTINGS for key in (setting.name, setting.keyword)}
+
+
+def find_setting(name: str) -> Setting:
+    """The setting called `name`: as a flag without dashes, or as `Phi.generate` calls it.
+
+    Raises `PhimlxError` where there is none.
+    """
+    setting = _BY_NAME.get(name.removeprefix("--")) or _BY_NAME.get(name.replace("-", "_"))
+    if setting is None:
+        known = ", ".join(setting.name for setting in SETTINGS)
+        raise PhimlxError(f"There is no setting {name!r}.", f"The settings are {known}.")
+    return setting
+
+
+def parse_setting(setting: Setting, text: str) -> Any:
+    """`text` as a value of `setting`: what its flag would make of it.
+
+    Raises `PhimlxError` that says what the setting accepts.
+    """
+    try:
+        value = setting.type.convert(text, None, None)
+    except click.BadParameter as error:
+        raise PhimlxError(f"{setting.name}: {error.message}") from None
+    return (value,) if setting.multiple else value
+
+
+def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
+    """Settings read back from a file, by keyword, each held to its bounds.
+
+    Raises `PhimlxError` that names the first one that does not hold.
+    """
+    checked: dict[str, Any] = {}
+    for keyword, value in values.items():
+        setting = find_setting(keyword)
+        if isinstance(value, bool) or value is None or (setting.multiple != isinstance(value, list)):
+            raise PhimlxError(f"{setting.name}: {value!r} is not a valid value.")
+        items = [parse_setting(setting, item) for item in (value if setting.multiple else [value])]
+        checked[keyword] = tuple(item[0] for item in items) if setting.multiple else items[0]
+    return checked
+
+
+def given(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The settings that were given: without those left at their default."""
+    return {keyword: value for keyword, value in values.items() if value not in (None, ())}
