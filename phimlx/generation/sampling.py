@@ -1,0 +1,169 @@
+"""Logits -> the next token: penalties, temperature, top-k, top-p, min-p, in that order.
+
+Knows one row of logits at a time and the tokens before it; knows nothing of models or text.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields, replace
+from typing import Any
+
+import mlx.core as mx
+
+from phimlx.errors import GenerationError
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen. The defaults choose the likeliest one and change nothing.
+
+    Attributes:
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: keep the k likeliest tokens; 0 keeps all.
+        top_p: keep the likeliest tokens that together hold this probability.
+        min_p: keep tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: divides positive and multiplies negative logits of tokens that the
+            prompt or the reply already holds (CTRL, arXiv 1909.05858).
+        presence_penalty: subtracted from the logits of tokens that the reply holds.
+        frequency_penalty: subtracted once for each time that the reply holds them.
+
+    Raises:
+        GenerationError: for a value outside its range.
+    """
+
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+
+    def __post_init__(self) -> None:
+        for name, (allows, what) in RANGES.items():
+            value = getattr(self, name)
+            if isinstance(value, bool) or not isinstance(value, int | float) or not allows(value):
+                raise GenerationError(f"{name} is {value!r}; it must be {what}.")
+
+    @classmethod
+    def defaults(cls, generation_config: Mapping[str, Any], usual: Mapping[str, Any]) -> Sampling:
+        """What a model asks for: `generation_config.json` over what is usual for it.
+
+        Args:
+            usual: settings that its makers advise; None where they advise nothing.
+
+        Raises:
+            GenerationError: for a value in the file outside its range.
+        """
+        values: dict[str, Any] = {k: v for k, v in usual.items() if v is not None}
+        if generation_config.get("do_sample") is False:
+            values = {"temperature": 0.0}
+        elif generation_config.get("do_sample"):
+            values.setdefault("temperature", 1.0)
+        for field in fields(cls):
+            value = generation_config.get(field.name)
+            if value is not None and generation_config.get("do_sample") is not False:
+                values[field.name] = value
+        return cls(**values)
+
+    def override(self, **given: Any) -> Sampling:
+        """The same settings with those changed that are not None."""
+        return replace(self, **{name: value for name, value in given.items() if value is not None})
+
+
+def _finite(value: float) -> bool:
+    return math.isfinite(value)
+
+
+RANGES = {
+    "temperature": (lambda v: _finite(v) and v >= 0, "0 or more"),
+    "top_k": (lambda v: isinstance(v, int) and v >= 0, "a whole number, 0 for no limit"),
+    "top_p": (lambda v: 0 < v <= 1, "above 0 and at most 1"),
+    "min_p": (lambda v: 0 <= v <= 1, "from 0 to 1"),
+    "repetition_penalty": (lambda v: _finite(v) and v > 0, "above 0"),
+    "presence_penalty": (lambda v: -2 <= v <= 2, "from -2 to 2"),
+    "frequency_penalty": (lambda v: -2 <= v <= 2, "from -2 to 2"),
+}
+
+
+class Sampler:
+    """Chooses the tokens of one reply, the same ones for the same seed.
+
+    Nothing here waits for a value: the chosen token may feed the next step before it is known.
+
+    Args:
+        sampling: the settings.
+        seed: of this reply's own random stream; the process's is neither used nor changed.
+        prompt: tokens that the repetition penalty counts as already there.
+    """
+
+    def __init__(self, sampling: Sampling, seed: int, prompt: Sequence[int] = ()) -> None:
+        self.sampling = sampling
+        self.key = mx.random.key(seed)
+        self.prompt = mx.array(list(prompt), dtype=mx.int32)
+        self.counts: mx.array | None = None  # [vocab], how often the reply holds each token
+        self.in_prompt: mx.array | None = None  # [vocab]
+
+    def __call__(self, logits: mx.array) -> mx.array:
+        """The next token, `[1]`, for logits `[1, vocab]`."""
+        settings = self.sampling
+        logits = logits.astype(mx.float32)
+        penalized = (
+            settings.repetition_penalty != 1
+            or settings.presence_penalty != 0
+            or settings.frequency_penalty != 0
+        )
+        if penalized:
+            logits = self._penalize(logits)
+        if settings.temperature == 0:
+            token = mx.argmax(logits, axis=-1)
+        else:
+            self.key, key = mx.random.split(self.key)
+            token = mx.random.categorical(restrict(logits, settings), key=key)
+        if penalized:
+            assert self.counts is not None
+            self.counts = self.counts.at[token].add(1)
+        return token
+
+    def _penalize(self, logits: mx.array) -> mx.array:
+        if self.counts is None or self.in_prompt is None:
+            zeros = mx.zeros(logits.shape[-1])
+            self.counts = zeros
+            self.in_prompt = zeros.at[self.prompt].add(1) > 0
+        settings, held = self.sampling, self.counts > 0
+        if settings.repetition_penalty != 1:
+            weaker = mx.where(
+                logits > 0,
+                logits / settings.repetition_penalty,
+                logits * settings.repetition_penalty,
+            )
+            logits = mx.where(held | self.in_prompt, weaker, logits)
+        return logits - settings.presence_penalty * held - settings.frequency_penalty * self.counts
+
+
+def restrict(logits: mx.array, settings: Sampling) -> mx.array:
+    """Divide by the temperature and set to -inf what top-k, top-p and min-p leave out.
+
+    Args:
+        logits: float32 `[1, vocab]`.
+    """
+    vocabulary = logits.shape[-1]
+    logits = logits / settings.temperature
+    if 0 < settings.top_k < vocabulary:
+        least = mx.partition(logits, -settings.top_k, axis=-1)[..., -settings.top_k, None]
+        logits = mx.where(logits < least, -mx.inf, logits)
+    if settings.top_p < 1:
+        order = mx.argsort(-logits, axis=-1)
+        likelihoods = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
+        likelier = mx.cumsum(likelihoods, axis=-1) - likelihoods  # held by the tokens before
+        # The likeliest token stays whatever rounding makes of the sum before it.
+        kept = (likelier < settings.top_p) | (mx.arange(vocabulary) == 0)
+        logits = mx.where(
+            mx.put_along_axis(mx.zeros_like(kept), order, kept, axis=-1), logits, -mx.inf
+        )
+    if settings.min_p > 0:
+        least = logits.max(axis=-1, keepdims=True) + math.log(settings.min_p)
+        logits = mx.where(logits < least, -mx.inf, logits)
+    return logits

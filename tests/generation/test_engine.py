@@ -1,0 +1,126 @@
+"""The engine: caches kept between calls change nothing, and stopping early leaves them whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from phimlx.checkpoint import Checkpoint, load_model
+from phimlx.generation import engine
+from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation.sampling import Sampler, Sampling
+from phimlx.models.phi3 import Phi3ForCausalLM
+
+FOLDER = Path(__file__).parents[1] / "goldens" / "models" / "mini-step-32"
+STEP = 32
+
+
+@pytest.fixture(scope="module")
+def model() -> Phi3ForCausalLM:
+    return load_model(Checkpoint(FOLDER), mx.float32)
+
+
+def prompt_of(length: int, start: int = 4) -> list[int]:
+    return [start + (7 * i) % 240 for i in range(length)]
+
+
+def greedy(
+    model: Phi3ForCausalLM, prompt: list[int], count: int, cache: PromptCache | None = None
+) -> list[int]:
+    cache = cache or PromptCache(model)
+    return list(generate_tokens(model, prompt, Sampler(Sampling(), 0), count, cache))
+
+
+def plain(model: Phi3ForCausalLM, prompt: list[int], count: int) -> list[int]:
+    """Greedy decoding by a whole forward pass for every token."""
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(int(model(mx.array([tokens]))[0, -1].argmax().item()))
+    return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("length", [1, 10, 31, 32, 33, 60])
+def test_decoding_equals_whole_passes(model: Phi3ForCausalLM, length: int) -> None:
+    assert greedy(model, prompt_of(length), 24) == plain(model, prompt_of(length), 24)
+
+
+@pytest.mark.parametrize("chunk", [1, 7, 32])
+def test_prefill_in_pieces(
+    model: Phi3ForCausalLM, chunk: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk)
+    for length in (20, 50):
+        assert greedy(model, prompt_of(length), 20) == plain(model, prompt_of(length), 20)
+
+
+def test_turns_prefill_only_what_is_new(model: Phi3ForCausalLM) -> None:
+    cache, tokens, computed = PromptCache(model), prompt_of(8), []
+
+    def report(_: int, to_compute: int) -> None:
+        computed.append(to_compute)
+
+    for new in (3, 3, 9, 3, 3):
+        expected = plain(model, tokens, 5)
+        sampler = Sampler(Sampling(), 0)
+        reply = list(generate_tokens(model, tokens, sampler, 5, cache, report))
+        assert reply == expected
+        tokens = tokens + reply + prompt_of(new, start=100)
+    # Prompts of 8, 16, 24, 38 and 46 tokens: 38 needs the long table, so all is computed anew.
+    assert computed == [8, 4, 4, 38, 4]
+
+
+def test_going_back_below_the_step(model: Phi3ForCausalLM) -> None:
+    """A shorter prompt after a longer one (undo, another question) uses the short table again."""
+    cache, long = PromptCache(model), prompt_of(50)
+    greedy(model, long, 10, cache)
+    assert greedy(model, long[:20], 6, cache) == plain(model, long[:20], 6)
+    assert greedy(model, long[:45], 6, cache) == plain(model, long[:45], 6)
+
+
+@pytest.mark.parametrize("length", [10, 29, 31])
+@pytest.mark.parametrize("taken", [0, 1, 2, 4])
+def test_stopping_early_leaves_a_usable_cache(
+    model: Phi3ForCausalLM, length: int, taken: int
+) -> None:
+    cache, prompt = PromptCache(model), prompt_of(length)
+    tokens = generate_tokens(model, prompt, Sampler(Sampling(), 0), 20, cache)
+    said = [next(tokens) for _ in range(taken)]
+    tokens.close()
+    assert cache.tokens == (prompt + said)[: cache.kv.length]
+    following = prompt + said + prompt_of(2, start=50)
+    assert greedy(model, following, 6, cache) == plain(model, following, 6)
+
+
+def test_an_error_in_the_middle_leaves_a_usable_cache(
+    model: Phi3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cache, prompt = PromptCache(model), prompt_of(12)
+    assert greedy(model, prompt, 4, cache) == plain(model, prompt, 4)
+    longer = prompt_of(24)
+    update, calls = cache.kv.update, []
+
+    def interrupted(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+        calls.append(layer)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return update(layer, keys, values)
+
+    monkeypatch.setattr(cache.kv, "update", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        greedy(model, longer, 4, cache)
+    monkeypatch.undo()
+    assert greedy(model, longer, 6, cache) == plain(model, longer, 6)
+
+
+def test_sampled_tokens_depend_on_the_seed_alone(model: Phi3ForCausalLM) -> None:
+    def sample(seed: int, cache: PromptCache) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0, top_k=20), seed)
+        return list(generate_tokens(model, prompt_of(25), sampler, 15, cache))
+
+    warm = PromptCache(model)
+    first = sample(5, warm)
+    assert sample(5, warm) == first
+    assert sample(5, PromptCache(model)) == first
+    assert sample(6, warm) != first
