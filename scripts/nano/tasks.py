@@ -288,28 +288,29 @@ def follow_translation(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
     )
 
 
-def facts(rng: random.Random, held: bool, count: int) -> tuple[Turn, Turn]:
-    """A list "Anna has a book." of `count` people, then a question about one of them."""
+def facts(
+    rng: random.Random, held: bool, count: int, questions: int = 1
+) -> tuple[Turn, ...]:
+    """A list "Anna has the book." of `count` people, then questions about some of them."""
     people: list[str] = []
     while len(people) < count:
         who = name(rng, False)
         if who not in people:
             people.append(who)
     things = rng.sample([noun[0] for noun in NOUNS], count)
-    asked = rng.randrange(count)
     if held:
-        people[asked] = name(rng, True)
-    lines = (f"{who} has the {thing}." for who, thing in zip(people, things, strict=True))
-    key = ("facts", people[asked], things[asked])
-    user, answer = (
-        (f"What does {people[asked]} have?", f"the {things[asked]}")
-        if rng.random() < 0.5
-        else (f"Who has the {things[asked]}?", people[asked])
-    )
-    return (
-        Turn("multi-turn", key, " ".join(lines), "OK."),
-        Turn("multi-turn", key, user, answer),
-    )
+        people[rng.randrange(count)] = name(rng, True)
+    pairs = list(zip(people, things, strict=True))
+    tell = " ".join(f"{who} has the {thing}." for who, thing in pairs)
+    asked = [pair for pair in pairs if not held or pair[0] in HELD_OUT_NAMES]
+    asks = []
+    for who, thing in rng.sample(asked, min(questions, len(asked))):
+        key = ("facts", who, thing)
+        if rng.random() < 0.5:
+            asks.append(Turn("multi-turn", key, f"What does {who} have?", f"the {thing}"))
+        else:
+            asks.append(Turn("multi-turn", key, f"Who has the {thing}?", who))
+    return Turn("multi-turn", ("facts", *people), tell, "OK."), *asks
 
 
 MEMORIES = (remember_name, remember_number, remember_favourite)
