@@ -16,8 +16,9 @@ from phimlx.errors import TokenizerError
 from phimlx.generation.stops import StopStrings
 
 if TYPE_CHECKING:
-    from phimlx.prompt.reply import ReplyParser, ToolCall
+    from phimlx.prompt.reply import ReplyParser
     from phimlx.prompt.tokenizer import Tokenizer
+    from phimlx.prompt.tools import ToolCall
 
 
 @dataclass(frozen=True)

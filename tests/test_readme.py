@@ -1,0 +1,80 @@
+"""README's commands work as printed, and its folder map is true."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+def block(heading: str, language: str) -> str:
+    """The first fenced block under a heading."""
+    section = README.split(f"## {heading}\n", 1)[1]
+    found = re.search(rf"```{language}\n(.*?)```", section, re.DOTALL)
+    assert found is not None
+    return found[1]
+
+
+def environment() -> dict[str, str]:
+    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
+    return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
+
+
+def test_ten_things_work_as_printed(tmp_path: Path) -> None:
+    lines = block("Ten things to do", "sh").splitlines()
+    assert len(lines) == 10
+    for line in lines:
+        done = subprocess.run(
+            line,
+            shell=True,
+            cwd=tmp_path,
+            env=environment(),
+            input="What is 3 + 4?\n",
+            capture_output=True,
+            text=True,
+            timeout=120,
+        )
+        assert (line, done.returncode, done.stderr) == (line, 0, done.stderr)
+        assert done.stdout.strip(), line
+
+
+def test_python_block_runs(tmp_path: Path) -> None:
+    done = subprocess.run(
+        [sys.executable, "-c", block("From Python", "python")],
+        cwd=tmp_path,
+        env=environment(),
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("7 stop ")
+
+
+@pytest.mark.parametrize("name", ["demo", "test"])
+def test_the_two_commands_are_there(name: str) -> None:
+    assert f"scripts/{name} " in block("Two commands", "sh")
+    assert os.access(ROOT / "scripts" / name, os.X_OK)
+
+
+def test_the_folder_map_is_true() -> None:
+    lines = block("Where things are", "").splitlines()
+    parent, mapped = Path(), set()
+    for line in lines:
+        name = line.split()[0]
+        path = parent / name if line.startswith(" ") else Path(name)
+        if not line.startswith(" "):
+            parent = path
+        assert (ROOT / path).exists(), path
+        mapped.add(path)
+    hidden = {"__pycache__", "__main__.py", "py.typed", "sizes.py"}
+    for item in (ROOT / "phimlx").iterdir():
+        if item.name not in hidden and item.name != "assets":
+            assert Path("phimlx") / item.name in mapped, item
