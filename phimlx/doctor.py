@@ -20,6 +20,8 @@ from phimlx.sizes import size_text
 
 OLDEST_MACOS = (14, 0)  # of MLX's wheels
 HUB_SECONDS = 5  # to wait for an answer
+CUDA_PACKAGE = "mlx-cuda-12"
+USE_CUDA = f"pip install --force-reinstall --no-deps {CUDA_PACKAGE}"
 
 
 @dataclass(frozen=True)
@@ -46,12 +48,11 @@ def examine() -> Iterator[Finding]:
 def _versions() -> Finding:
     packages = []
     for name in ("mlx", "tokenizers", "huggingface_hub"):
-        try:
-            packages.append(f"{name} {version(name)}")
-        except PackageNotFoundError:
+        if not _is_installed(name):
             return Finding(
                 "versions", f"{name} is missing", "problem", "Install phimlx again: pip install ."
             )
+        packages.append(f"{name} {version(name)}")
     found = [f"phimlx {phimlx.__version__}", f"Python {platform.python_version()}", *packages]
     return Finding("versions", ", ".join(found))
 
@@ -82,11 +83,12 @@ def _backend() -> Finding:
         info = mx.device_info()
         name = "Metal" if mx.metal.is_available() else "CUDA"
         return Finding("backend", f"{name}, {info.get('device_name', 'unnamed device')}")
-    hint = (
-        "This macOS offers MLX no Metal device; a virtual machine may hide it."
-        if sys.platform == "darwin"
-        else "For an NVIDIA GPU install the extra: pip install 'phimlx[cuda]'"
-    )
+    if sys.platform == "darwin":
+        hint = "This macOS offers MLX no Metal device; a virtual machine may hide it."
+    elif _is_installed(CUDA_PACKAGE):
+        hint = f"MLX's CPU and CUDA packages hold the same file, and the CPU's is there: {USE_CUDA}"
+    else:
+        hint = f"For an NVIDIA GPU: pip install {CUDA_PACKAGE}, then {USE_CUDA}"
     return Finding("backend", "CPU, which is slow", "warning", hint)
 
 
@@ -129,9 +131,7 @@ def _hub() -> Finding:
     from huggingface_hub.utils import get_session
 
     if constants.HF_HUB_OFFLINE:
-        return Finding(
-            "Hub", "offline mode", "warning", "Unset HF_HUB_OFFLINE to download models."
-        )
+        return Finding("Hub", "offline mode", "warning", "Unset HF_HUB_OFFLINE to download models.")
     try:
         get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
     except Exception as error:  # whatever the transport raises means the same to a person
@@ -143,6 +143,14 @@ def _hub() -> Finding:
         )
     token = "with a token" if get_token() else "without a token, which public models do not need"
     return Finding("Hub", f"{constants.ENDPOINT} answers, {token}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
 
 
 CHECKS: tuple[Callable[[], Finding], ...] = (_versions, _system, _backend, _memory, _store, _hub)
