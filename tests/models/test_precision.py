@@ -1,4 +1,4 @@
-"""Half precision and quantized weights: finite everywhere, and the likeliest token where it is clear.
+"""Half precision and quantized weights: finite, and the likeliest token where it is clear.
 
 The reference's own goldens in these forms are in `test_reference.py`; here it is real text on the
 bundled model, in both LongRoPE regimes.
