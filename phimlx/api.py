@@ -82,7 +82,7 @@ class Phi:
         self._template: ChatTemplate | None = None
         settings = self.path / "generation_config.json"
         generation_config = read_json(settings) if settings.is_file() else {}
-        usual = vars(known.sampling) if known else {}
+        usual = known.sampling if known else {}
         self.sampling = Sampling.defaults(generation_config, usual)
         self.eos = self._end_tokens(generation_config)
 
@@ -163,10 +163,15 @@ class Phi:
         elif isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < 2**64:
             raise GenerationError(f"seed is {seed!r}; it must be a whole number, 0 or more.")
         cache = cache or self.new_cache()
-        return Stream(
-            generate_tokens(
-                self.model, tokens, Sampler(sampling, seed, tokens), max_tokens, cache, on_prefill
-            ),
+
+        def report(computed: int, to_compute: int) -> None:
+            stream.reply.stats.cached_tokens = len(tokens) - to_compute
+            if on_prefill is not None:
+                on_prefill(computed, to_compute)
+
+        sampler = Sampler(sampling, seed, tokens)
+        stream = Stream(
+            generate_tokens(self.model, tokens, sampler, max_tokens, cache, report),
             prompt_tokens=len(tokens),
             max_tokens=max_tokens,
             seed=seed,
@@ -176,6 +181,7 @@ class Phi:
             hidden=self._hidden_tokens(),
             parser=self._parser(tokens, tools),
         )
+        return stream
 
     def new_cache(self) -> PromptCache:
         """An empty cache for calls that build on each other, as the turns of a chat do."""

@@ -127,8 +127,7 @@ def _store() -> Finding:
 
 
 def _hub() -> Finding:
-    from huggingface_hub import constants, get_token
-    from huggingface_hub.utils import get_session
+    from huggingface_hub import constants, get_session, get_token
 
     if constants.HF_HUB_OFFLINE:
         return Finding("Hub", "offline mode", "warning", "Unset HF_HUB_OFFLINE to download models.")
@@ -139,7 +138,7 @@ def _hub() -> Finding:
             "Hub",
             f"{constants.ENDPOINT} does not answer ({type(error).__name__})",
             "warning",
-            "Models on this machine still run; to download others check the network or HF_ENDPOINT.",
+            "Models on this machine still run; for others check the network and HF_ENDPOINT.",
         )
     token = "with a token" if get_token() else "without a token, which public models do not need"
     return Finding("Hub", f"{constants.ENDPOINT} answers, {token}")

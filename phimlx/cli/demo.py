@@ -16,7 +16,6 @@ from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
-    from phimlx.api import Phi
     from phimlx.demo import Question
     from phimlx.generation.reply import Reply
 

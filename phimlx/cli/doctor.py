@@ -1,4 +1,4 @@
-"""`phimlx doctor`: what of this machine and installation helps or hinders, and does it compute right.
+"""`phimlx doctor`: what of this machine helps or hinders, and whether it computes right.
 
 Shows findings; `phimlx.doctor` and `phimlx.selftest` make them.
 """

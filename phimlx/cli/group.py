@@ -13,12 +13,14 @@ import click
 
 import phimlx
 from phimlx.cli.main import EXIT_INTERRUPTED
+from phimlx.cli.options import DEBUG
 from phimlx.errors import PhimlxError
 from phimlx.terminal.output import Output
 
 COMMANDS = {
     "chat": ("phimlx.cli.chat", "Talk with a model."),
     "generate": ("phimlx.cli.generate", "Answer one prompt."),
+    "download": ("phimlx.cli.download", "Bring a model from the Hub to this machine."),
     "convert": ("phimlx.cli.convert", "Convert and quantize a model for MLX."),
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),
     "doctor": ("phimlx.cli.doctor", "Check this machine and installation."),
@@ -27,12 +29,11 @@ COMMANDS = {
 """Name -> (module that holds it as `command`, one line of help)."""
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-_DEBUG = "phimlx.debug"
 
 
 def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        context.meta[_DEBUG] = True
+        context.meta[DEBUG] = True
 
 
 def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
@@ -84,7 +85,7 @@ class CommandTable(click.Group):
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(EXIT_INTERRUPTED)
         except Exception as error:
-            Output(debug=_DEBUG in ctx.meta).error(error)
+            Output(debug=DEBUG in ctx.meta).error(error)
             ctx.exit(error.exit_code if isinstance(error, PhimlxError) else 1)
         return result
 

@@ -1,4 +1,4 @@
-"""Options that several commands share, each declared once.
+"""What several commands share: options, each declared once, and loading the model they name.
 
 Knows names, bounds and help; what a command does with a value is its own affair.
 """
@@ -7,11 +7,18 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from phimlx.terminal.output import Output
 from phimlx.terminal.settings import SETTINGS, Setting
+
+if TYPE_CHECKING:
+    from phimlx.api import Phi
+
+DEBUG = "phimlx.debug"
+"""Set in the context's `meta` by --debug."""
 
 AnyCallable = TypeVar("AnyCallable", bound=Callable[..., Any])
 
@@ -36,13 +43,13 @@ tools_option = click.option(
 
 
 def _option(setting: Setting) -> Callable[[AnyCallable], AnyCallable]:
-    names = [setting.flag, setting.keyword] if setting.short is None else [
-        setting.flag,
-        setting.short,
-        setting.keyword,
-    ]
+    names = [setting.flag, *([setting.short] if setting.short else []), setting.keyword]
     return click.option(
-        *names, type=setting.type, multiple=setting.multiple, help=setting.help + "."
+        *names,
+        type=setting.type,
+        metavar=setting.metavar,
+        multiple=setting.multiple,
+        help=setting.help,
     )
 
 
@@ -55,3 +62,16 @@ def sampling_options(command: AnyCallable) -> AnyCallable:
     for setting in reversed(SETTINGS):
         command = _option(setting)(command)
     return command
+
+
+def is_debugging() -> bool:
+    """Whether the run was asked for tracebacks."""
+    return DEBUG in click.get_current_context().meta
+
+
+def load_model(model: str | None, output: Output) -> Phi:
+    """Load the model that `--model` names; the catalogue's default where it was not given."""
+    with output.status(f"Loading {model or 'the model'}…"):
+        from phimlx import api
+
+        return api.load(model)

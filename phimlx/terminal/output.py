@@ -10,12 +10,12 @@ import os
 import re
 import sys
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
 from phimlx.errors import PhimlxError
-from phimlx.terminal.progress import Progress, progress, status
+from phimlx.terminal.progress import Progress, progress, prompt_progress, status
 
 __all__ = ["Output", "encode_json", "printable", "progress", "status", "style"]
 
@@ -79,6 +79,11 @@ class Output:
         """Whether stdout is a terminal."""
         return sys.stdout.isatty()
 
+    @property
+    def is_watched(self) -> bool:
+        """Whether stderr is a terminal."""
+        return sys.stderr.isatty()
+
     def write(self, text: str, style_name: str | None = None) -> None:
         """Put `text` on stdout at once, without a newline of its own."""
         if self.as_json:
@@ -114,6 +119,16 @@ class Output:
         sys.stderr.write((style(clean, style_name, sys.stderr) if style_name else clean) + "\n")
         sys.stderr.flush()
 
+    def aside(self, text: str) -> None:
+        """Put text on stderr at once, dimmed and without a newline of its own.
+
+        It goes with a result rather than into it, so only a terminal gets it.
+        """
+        clean = printable(text)
+        if clean and self.is_watched and not self.as_json:
+            sys.stderr.write(style(clean, "dim", sys.stderr))
+            sys.stderr.flush()
+
     def warning(self, text: str) -> None:
         """Put a warning on stderr."""
         self.note(f"Warning: {text}", "yellow")
@@ -137,6 +152,10 @@ class Output:
     ) -> AbstractContextManager[Progress]:
         """A progress bar on stderr: see `phimlx.terminal.progress`."""
         return progress(total, label, unit, quiet=self.as_json)
+
+    def prompt_progress(self) -> AbstractContextManager[Callable[[int, int], None]]:
+        """A bar on stderr while a long prompt is read: see `phimlx.terminal.progress`."""
+        return prompt_progress(quiet=self.as_json)
 
     def status(self, label: str) -> AbstractContextManager[None]:
         """A line on stderr that stays while the block runs: see `phimlx.terminal.progress`."""

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Protocol
 
 ERASE_LINE = "\r\x1b[2K"
@@ -23,6 +23,29 @@ class Progress(Protocol):
 class _Silent:
     def update(self, n: float) -> None:
         """Count nothing: nobody is watching."""
+
+
+@contextlib.contextmanager
+def prompt_progress(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
+    """A function to call with the tokens of a prompt computed and to compute.
+
+    It draws a bar only where a prompt takes more than one step.
+    """
+    with contextlib.ExitStack() as drawing:
+        bar: Progress | None = None
+        seen = 0
+
+        def report(done: int, total: int) -> None:
+            nonlocal bar, seen
+            if bar is None and done < total:
+                bar = drawing.enter_context(progress(total, "Reading the prompt", " tokens", quiet))
+            if bar is not None:
+                bar.update(done - seen)
+                seen = done
+            if done >= total:
+                drawing.close()
+
+        yield report
 
 
 @contextlib.contextmanager

@@ -27,15 +27,13 @@ class FiniteRange(click.FloatRange):
         return number
 
 
-class NonEmpty(click.ParamType):
+class NonEmpty(click.types.StringParamType):
     """Text of at least one character."""
-
-    name = "text"
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> str:
         if not value:
             self.fail("empty text stops nothing.", param, ctx)
-        return str(value)
+        return str(super().convert(value, param, ctx))
 
 
 @dataclass(frozen=True)
@@ -44,10 +42,15 @@ class Setting:
 
     keyword: str
     flag: str
-    type: click.ParamType
+    type: click.ParamType[Any]
     help: str
     short: str | None = None
     multiple: bool = False
+
+    @property
+    def metavar(self) -> str:
+        """What stands for the value in help."""
+        return {"integer range": "N", "float range": "X"}.get(self.type.name, "TEXT")
 
     @property
     def name(self) -> str:
@@ -60,46 +63,52 @@ SETTINGS = (
         "max_tokens",
         "--max-tokens",
         click.IntRange(min=1),
-        "Stop after this many tokens  [default: to the end of the context]",
+        "Stop after this many tokens; without it at the context's end.",
         short="-m",
     ),
-    Setting("temperature", "--temp", FiniteRange(min=0), "Randomness; 0 takes the likeliest token"),
+    Setting(
+        "temperature", "--temp", FiniteRange(min=0), "Randomness; 0 takes the likeliest token."
+    ),
     Setting(
         "top_p",
         "--top-p",
         FiniteRange(min=0, max=1, min_open=True),
-        "Sample among the likeliest tokens of this total probability",
+        "Sample among the likeliest tokens of this total probability.",
     ),
-    Setting("top_k", "--top-k", click.IntRange(min=0), "Sample among this many; 0 for all"),
+    Setting("top_k", "--top-k", click.IntRange(min=0), "Sample among this many; 0 for all."),
     Setting(
         "min_p",
         "--min-p",
         FiniteRange(min=0, max=1),
-        "Drop tokens less likely than this share of the likeliest",
+        "Drop tokens less likely than this share of the likeliest.",
     ),
     Setting(
         "repetition_penalty",
         "--repetition-penalty",
         FiniteRange(min=0, min_open=True),
-        "Divide the odds of tokens that were there before; 1 for none",
+        "Divide the odds of tokens that were there before; 1 for none.",
     ),
     Setting(
         "presence_penalty",
         "--presence-penalty",
         FiniteRange(min=-2, max=2),
-        "Lower the score of tokens already said, once",
+        "Lower the score of tokens already said, once.",
     ),
     Setting(
         "frequency_penalty",
         "--frequency-penalty",
         FiniteRange(min=-2, max=2),
-        "Lower the score of tokens already said, each time",
+        "Lower the score of tokens already said, each time.",
     ),
-    Setting("seed", "--seed", click.IntRange(0, 2**64 - 1), "Make sampling repeatable"),
-    Setting("stop", "--stop", NonEmpty(), "Stop before this text; may be given again", None, True),
+    Setting("seed", "--seed", click.IntRange(0, 2**64 - 1), "Make sampling repeatable."),
+    Setting("stop", "--stop", NonEmpty(), "Stop before this text; may be given again.", None, True),
 )
 
-_BY_NAME = {key: setting for setting in SETTINGS for key in (setting.name, setting.keyword)}
+_BY_NAME = {
+    key: setting
+    for setting in SETTINGS
+    for key in (setting.name, setting.keyword.replace("_", "-"))
+}
 
 
 def find_setting(name: str) -> Setting:
@@ -107,7 +116,7 @@ def find_setting(name: str) -> Setting:
 
     Raises `PhimlxError` where there is none.
     """
-    setting = _BY_NAME.get(name.removeprefix("--")) or _BY_NAME.get(name.replace("-", "_"))
+    setting = _BY_NAME.get(name.removeprefix("--").replace("_", "-"))
     if setting is None:
         known = ", ".join(setting.name for setting in SETTINGS)
         raise PhimlxError(f"There is no setting {name!r}.", f"The settings are {known}.")
@@ -119,10 +128,7 @@ def parse_setting(setting: Setting, text: str) -> Any:
 
     Raises `PhimlxError` that says what the setting accepts.
     """
-    try:
-        value = setting.type.convert(text, None, None)
-    except click.BadParameter as error:
-        raise PhimlxError(f"{setting.name}: {error.message}") from None
+    value = _convert(setting, text)
     return (value,) if setting.multiple else value
 
 
@@ -134,11 +140,21 @@ def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     checked: dict[str, Any] = {}
     for keyword, value in values.items():
         setting = find_setting(keyword)
-        if isinstance(value, bool) or value is None or (setting.multiple != isinstance(value, list)):
+        items = value if setting.multiple and isinstance(value, list) else [value]
+        parsed = [_convert(setting, item) for item in items]
+        if parsed != items or any(isinstance(item, bool) for item in items):
             raise PhimlxError(f"{setting.name}: {value!r} is not a valid value.")
-        items = [parse_setting(setting, item) for item in (value if setting.multiple else [value])]
-        checked[keyword] = tuple(item[0] for item in items) if setting.multiple else items[0]
+        checked[setting.keyword] = tuple(parsed) if setting.multiple else parsed[0]
     return checked
+
+
+def _convert(setting: Setting, value: Any) -> Any:
+    try:
+        return setting.type.convert(value, None, None)
+    except click.BadParameter as error:
+        raise PhimlxError(f"{setting.name}: {error.message}") from None
+    except TypeError:
+        raise PhimlxError(f"{setting.name}: {value!r} is not a valid value.") from None
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:

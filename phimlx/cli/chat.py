@@ -1,0 +1,89 @@
+"""`phimlx chat`: talk with a model on a terminal, or line by line through a pipe.
+
+Knows how a chat is set up; `phimlx.terminal.chat` holds it.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phimlx.cli.options import (
+    is_debugging,
+    load_model,
+    model_option,
+    sampling_options,
+    system_option,
+    tools_option,
+)
+from phimlx.terminal.output import Output
+from phimlx.terminal.settings import given
+
+
+@click.command()
+@model_option
+@system_option
+@tools_option
+@click.option(
+    "--load",
+    "session_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Go on with a chat that /save wrote, with its model unless --model names another.",
+)
+@sampling_options
+def command(
+    model: str | None,
+    system: str | None,
+    tools_file: Path | None,
+    session_file: Path | None,
+    **sampling: Any,
+) -> None:
+    """Talk with a model; /help in the chat lists its commands.
+
+    Where stdin or stdout is no terminal, each line of stdin is a turn, replies go to stdout as
+    they are, and the first error ends the chat.
+    """
+    from phimlx.terminal.chat import Chat
+    from phimlx.terminal.chat_commands import candidates
+    from phimlx.terminal.conversation import Conversation
+    from phimlx.terminal.files import read_tools
+    from phimlx.terminal.screen import PipedScreen, TerminalScreen
+
+    output = Output(debug=is_debugging())
+    conversation = Conversation(model=model_name(model))
+    if session_file is not None:
+        conversation = Conversation.load(session_file)
+        model = model or conversation.model
+        conversation.model = model_name(model)
+    conversation.settings.update(given(sampling))
+    if system is not None:
+        conversation.system = system
+    if tools_file is not None:
+        conversation.tools = read_tools(tools_file)
+    phi = load_model(model, output)
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    interactive = typed and sys.stdout.isatty()
+    screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
+    chat = Chat(phi, conversation, output, screen)
+    chat.saved_as = session_file
+    if interactive:
+        output.note(
+            f"{phi.name} · {phi.context_length:,} tokens of context · "
+            "/help lists the commands, Ctrl-D leaves"
+        )
+    elif typed:
+        output.note("Each line is a turn; Ctrl-D ends the chat.")
+    chat.run()
+
+
+def model_name(model: str | None) -> str:
+    """How a saved chat names its model, so that it is found again from another folder."""
+    if model is None:
+        from phimlx import catalog
+
+        return catalog.DEFAULT.alias
+    return str(Path(model).resolve()) if Path(model).is_dir() else model

@@ -1,0 +1,158 @@
+"""`phimlx generate`: one prompt, one answer, streamed as it comes.
+
+Knows where a prompt comes from and where each part of the answer goes; the model is the API's.
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phimlx.cli.options import (
+    json_option,
+    load_model,
+    model_option,
+    sampling_options,
+    system_option,
+    tools_option,
+)
+from phimlx.errors import PromptError
+from phimlx.terminal.output import Output
+from phimlx.terminal.reply import call_as_object
+from phimlx.terminal.settings import given
+
+if TYPE_CHECKING:
+    from phimlx.generation.reply import Reply
+
+STDIN = "-"
+NO_PROMPT = (
+    "There is no prompt. Give one with --prompt TEXT, or pipe it in: "
+    "echo 'What is MLX?' | phimlx generate"
+)
+
+
+@click.command()
+@click.argument("words", metavar="[PROMPT]", required=False)
+@model_option
+@click.option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.")
+@system_option
+@tools_option
+@click.option(
+    "--raw",
+    "--ignore-chat-template",
+    "raw",
+    is_flag=True,
+    help="Give the prompt to the model as it is: no chat template, control tokens recognised.",
+)
+@sampling_options
+@json_option
+@click.option("--verbose", "-v", is_flag=True, help="Print token counts and speed to stderr.")
+def command(
+    words: str | None,
+    model: str | None,
+    prompt: str | None,
+    system: str | None,
+    tools_file: Path | None,
+    raw: bool,
+    as_json: bool,
+    verbose: bool,
+    **sampling: Any,
+) -> None:
+    """Answer one prompt: PROMPT, --prompt TEXT, or what is piped in.
+
+    Where one of PROMPT and --prompt is - (stdin), both may be given and are joined:
+
+    \b
+      phimlx generate --prompt "Summarise this:" - < notes.txt
+
+    stdout gets the answer, and tool calls as one JSON object a line. Reasoning and statistics
+    go to stderr, where it is a terminal. Control characters are removed from what the model
+    says; --json keeps them, escaped.
+    """
+    if raw and (system is not None or tools_file is not None):
+        raise click.UsageError("--raw uses no chat template, so it takes no --system or --tools.")
+    text = read_prompt(prompt, words, raw)
+    messages = [{"role": "user", "content": text}]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+
+    from phimlx.terminal.files import read_tools
+    from phimlx.terminal.interrupt import Interruptible
+    from phimlx.terminal.reply import describe, show
+
+    tools = None if tools_file is None else read_tools(tools_file)
+    output = Output(json=as_json)
+    phi = load_model(model, output)
+    with output.prompt_progress() as report:
+        stream = phi.stream(
+            text if raw else messages, raw=raw, tools=tools, on_prefill=report, **given(sampling)
+        )
+        answer = Interruptible(stream)
+        reply = show(answer, output)
+    output.json(as_object(phi.name, reply))
+    for warning in reply.warnings:
+        output.warning(warning)
+    if verbose or (output.is_watched and not as_json):
+        output.note(describe(reply))
+    if answer.interrupted:
+        raise KeyboardInterrupt
+
+
+def read_prompt(option: str | None, words: str | None, raw: bool) -> str:
+    """The prompt from `--prompt`, from the argument, or from stdin where that is asked for.
+
+    Without either, stdin is read unless it is a terminal. Raises `click.UsageError` where there
+    is no prompt, or an empty one.
+    """
+    parts = [part for part in (option, words) if part is not None]
+    if not parts:
+        if sys.stdin is None or sys.stdin.isatty():
+            raise click.UsageError(NO_PROMPT)
+        parts = [STDIN]
+    elif len(parts) == 2 and parts.count(STDIN) != 1:
+        raise click.UsageError("The prompt is given twice: with --prompt and as PROMPT.")
+    text = "\n\n".join(read_stdin(raw) if part == STDIN else part for part in parts)
+    if not (text if raw else text.strip()):
+        raise click.UsageError("The prompt is empty.")
+    return text
+
+
+def read_stdin(raw: bool) -> str:
+    """All of stdin as text, without the newlines at its end unless `raw`.
+
+    Raises `PromptError` for bytes that are not UTF-8 text.
+    """
+    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
+    try:
+        text = data.decode("utf-8-sig")
+    except UnicodeDecodeError as error:
+        place = f"byte {data[error.start]:#04x} at offset {error.start}"
+        raise PromptError(f"What was piped in is not UTF-8 text ({place}).") from None
+    if "\0" in text:
+        raise PromptError("What was piped in is binary, not text.")
+    return text if raw else text.rstrip("\r\n")
+
+
+def as_object(name: str, reply: Reply) -> dict[str, Any]:
+    """The answer as `--json` prints it."""
+    stats = reply.stats
+    return {
+        "text": reply.text,
+        "reasoning": reply.reasoning,
+        "tool_calls": [call_as_object(call) for call in reply.tool_calls],
+        "finish_reason": reply.finish_reason,
+        "model": name,
+        "seed": reply.seed,
+        "warnings": list(reply.warnings),
+        "stats": {
+            "prompt_tokens": stats.prompt_tokens,
+            "cached_tokens": stats.cached_tokens,
+            "generated_tokens": stats.generated_tokens,
+            "prefill_seconds": stats.prefill_seconds,
+            "generate_seconds": stats.generate_seconds,
+            "peak_memory": stats.peak_memory,
+        },
+    }

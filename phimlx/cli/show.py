@@ -1,0 +1,208 @@
+"""`phimlx show`: what a model is, how large, and whether this machine can hold it.
+
+Knows how the answer is told; it comes from headers and the catalogue, never from a weight.
+"""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phimlx.cli.options import json_option
+from phimlx.terminal.output import Output
+
+if TYPE_CHECKING:
+    from phimlx.catalog import Model
+    from phimlx.memory import Shape
+
+SHORT_CONTEXT = 4096  # shown beside the longest where --context names none
+
+
+@click.command()
+@click.argument("model", metavar="MODEL", required=False)
+@click.option(
+    "--context",
+    metavar="TOKENS",
+    type=click.IntRange(min=1),
+    help="Length of prompt and reply together to count memory for.",
+)
+@json_option
+def command(model: str | None, context: int | None, as_json: bool) -> None:
+    """Say what MODEL is and how much memory it takes; phi-4-mini at 4 bits where none is named.
+
+    MODEL is an alias, a Hub id or a folder. Of a model that is not on this machine it says what
+    the catalogue knows.
+    """
+    from phimlx import catalog, hub
+    from phimlx.errors import ModelNotFoundError
+
+    shape: Shape
+    output = Output(json=as_json)
+    try:
+        about, shape = describe_folder(hub.resolve(model))
+    except ModelNotFoundError:
+        known = catalog.DEFAULT if model is None else catalog.find(model)
+        if known is None:
+            raise
+        about, shape = describe_absent(known, model or known.alias), known
+    longest = about["context_length"]
+    if context is not None and context > longest:
+        raise click.BadParameter(
+            f"{about['name']} holds {longest:,} tokens.", param_hint="--context"
+        )
+    contexts = sorted({min(SHORT_CONTEXT, longest), longest}) if context is None else [context]
+    about |= memory(shape, about, contexts)
+    output.json(about)
+    tell(about, output)
+
+
+def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
+    """What a model on this machine is, and its shape."""
+    from mlx.utils import tree_flatten
+
+    from phimlx import catalog
+    from phimlx.checkpoint import (
+        FLOATING_DTYPES,
+        Checkpoint,
+        build_model,
+        read_json,
+        stored_parameters,
+    )
+    from phimlx.generation.sampling import Sampling
+
+    checkpoint = Checkpoint(folder)
+    model = build_model(checkpoint.config)
+    parameters = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
+    stored = stored_parameters(checkpoint, model).values()
+    nbytes = sum(info.nbytes for info in stored)
+    known = catalog.by_config(checkpoint.config, folder.resolve())
+    settings = folder / "generation_config.json"
+    sampling = asdict(
+        Sampling.defaults(
+            read_json(settings) if settings.is_file() else {}, known.sampling if known else {}
+        )
+    )
+    usual = asdict(Sampling())
+    quantization = checkpoint.quantization
+    return {
+        "name": known.alias if known else folder.resolve().name,
+        "path": str(folder),
+        "download": None,
+        "repository": known.repo if known else None,
+        "architecture": checkpoint.config["model_type"],
+        "parameters": parameters,
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / parameters,
+        "dtype": "/".join(sorted({i.dtype for i in stored if i.dtype in FLOATING_DTYPES})),
+        "bits": quantization and quantization["bits"],
+        "group_size": quantization and quantization["group_size"],
+        "file_bytes": sum(file.stat().st_size for file in checkpoint.files),
+        "context_length": model.config.max_position_embeddings,
+        "longrope_step": model.config.rope.original_max_position_embeddings or None,
+        "vocabulary": model.config.vocab_size,
+        "tied": model.config.tie_word_embeddings,
+        "licence": known.licence if known else None,
+        "sampling": {key: value for key, value in sampling.items() if value != usual[key]},
+    }, model.config
+
+
+def describe_absent(known: Model, name: str) -> dict[str, Any]:
+    """What a model is that is not on this machine, in the form that `name` means."""
+    from phimlx import hub
+
+    repository = hub.repositories(name)[0]
+    quantized = repository == known.quantized_repo
+    nbytes = known.quantized_nbytes if quantized else known.nbytes
+    return {
+        "name": known.alias,
+        "path": None,
+        "download": f"phimlx download {name}",
+        "repository": repository,
+        "architecture": known.architecture,
+        "parameters": known.parameters,
+        "bytes": nbytes,
+        "bits_per_weight": 8 * nbytes / known.parameters,
+        "dtype": "BF16",
+        "bits": 4 if quantized else None,
+        "group_size": 64 if quantized else None,
+        "file_bytes": None,
+        "context_length": known.context_length,
+        "longrope_step": known.longrope_step,
+        "vocabulary": known.vocab_size,
+        "tied": known.tied,
+        "licence": known.licence,
+        "sampling": dict(known.sampling),
+    }
+
+
+def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str, Any]:
+    """Bytes needed at each context, and what is here, as entries of the description."""
+    from phimlx.memory import footprint, longest_context, machine_memory
+
+    here = machine_memory()
+    weights, itemsize = about["bytes"], 4 if "F32" in about["dtype"] else 2
+    needed = [footprint(shape, weights, context, itemsize) for context in contexts]
+    return {
+        "memory": [
+            {**asdict(each), "total": each.total, "fits": each.total <= here} for each in needed
+        ],
+        "machine_memory": here,
+        "longest_context_here": min(
+            about["context_length"], longest_context(shape, weights, here, itemsize)
+        ),
+    }
+
+
+def tell(about: dict[str, Any], output: Output) -> None:
+    """The description for a person."""
+    from phimlx.sizes import size_text
+
+    form = about["dtype"]
+    if about["bits"]:
+        form = f"{about['bits']} bits in groups of {about['group_size']}, the rest {form}"
+    context = f"{about['context_length']:,} tokens"
+    if about["longrope_step"]:
+        context += f", LongRoPE's long factors beyond {about['longrope_step']:,}"
+    sampling = ", ".join(f"{key} {value}" for key, value in about["sampling"].items())
+    lines = {
+        "folder": about["path"] or "not on this machine",
+        "repository": about["repository"],
+        "architecture": about["architecture"],
+        "parameters": f"{about['parameters']:,}",
+        "weights": f"{size_text(about['bytes'])}, {about['bits_per_weight']:.2f} bits per weight "
+        f"({form})",
+        "context": context,
+        "vocabulary": f"{about['vocabulary']:,}, "
+        + ("tied to the output head" if about["tied"] else "with an output head of its own"),
+        "licence": about["licence"],
+        "sampling": sampling or "the likeliest token",
+    }
+    output.text(about["name"], "bold")
+    for key, value in lines.items():
+        if value:
+            output.text(f"  {key:<13} {value}")
+    output.text()
+    parts = ("weights", "cache", "working", "total")
+    rows = [
+        (
+            f"{row['context']:,}",
+            *(size_text(row[part]) for part in parts),
+            "yes" if row["fits"] else "no",
+        )
+        for row in about["memory"]
+    ]
+    output.table(["tokens", "weights", "cache", "working (about)", "memory", "fits"], rows)
+    output.text()
+    here, longest = size_text(about["machine_memory"]), about["longest_context_here"]
+    if longest >= about["context_length"]:
+        output.text(f"It fits this machine's {here} at every length.")
+    elif longest > 0:
+        rounded = longest // 1000 * 1000 or longest
+        output.text(f"It fits this machine's {here} up to about {rounded:,} tokens.")
+    else:
+        output.text(f"It does not fit this machine's {here}.")
+    if about["download"] and not output.as_json:
+        output.note(f"Get it with: {about['download']}")

@@ -1,0 +1,201 @@
+"""What a line that starts with a slash does in a chat: a table of commands.
+
+Knows the conversation and how to say what it did; nothing of a model's answers.
+"""
+
+from __future__ import annotations
+
+import difflib
+import glob
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phimlx.errors import PhimlxError
+from phimlx.terminal.files import read_tools
+from phimlx.terminal.reply import describe
+from phimlx.terminal.settings import SETTINGS, Setting, find_setting, parse_setting
+
+if TYPE_CHECKING:
+    from phimlx.terminal.chat import Chat
+
+OFF = "off"
+DEFAULT = "default"
+
+
+@dataclass(frozen=True)
+class ChatCommand:
+    """One command: what it does with its argument, what that is, a line of help."""
+
+    action: Callable[[Chat, str], None]
+    argument: str
+    help: str
+    completes: str = ""  # "files" or "settings"
+
+    def run(self, chat: Chat, argument: str) -> None:
+        """Do it; raises `PhimlxError` for an argument that it does not take."""
+        if argument and not self.argument:
+            raise PhimlxError(f"This command takes nothing after its name, but got {argument!r}.")
+        self.action(chat, argument)
+
+
+def find_command(name: str) -> ChatCommand:
+    """The command called `name`; raises `PhimlxError` that suggests the nearest."""
+    command = COMMANDS.get(name.lower())
+    if command is None:
+        nearest = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
+        advice = f"Did you mean /{nearest[0]}?" if nearest else "/help lists the commands."
+        raise PhimlxError(
+            f"There is no command /{name}.",
+            f"{advice} A line that begins with // is sent as it is.",
+        )
+    return command
+
+
+def candidates(line: str) -> list[str]:
+    """What the last word of a line that begins a command could become."""
+    name, space, rest = line.partition(" ")
+    if not name.startswith("/"):
+        return []
+    if not space:
+        return [f"/{command}" for command in COMMANDS if command.startswith(name[1:])]
+    command = COMMANDS.get(name[1:])
+    if command is None or " " in rest:
+        return []
+    if command.completes == "settings":
+        return [setting.name for setting in SETTINGS if setting.name.startswith(rest)]
+    if command.completes == "files":
+        start = os.path.expanduser(rest)
+        return [
+            rest + path[len(start) :] + ("/" if os.path.isdir(path) else "")
+            for path in sorted(glob.glob(glob.escape(start) + "*"))
+        ]
+    return []
+
+
+def _help(chat: Chat, argument: str) -> None:
+    names = {f"/{name} {command.argument}": command.help for name, command in COMMANDS.items()}
+    width = max(map(len, names))
+    lines = [f"{usage:{width}}  {text}" for usage, text in names.items()]
+    lines += [
+        "",
+        "Enter sends, Alt-Enter begins a new line, Ctrl-X Ctrl-E opens $EDITOR.",
+        "Ctrl-C stops a reply, Ctrl-D leaves.",
+    ]
+    _say(chat, "\n".join(lines))
+
+
+def _system(chat: Chat, argument: str) -> None:
+    if not argument:
+        _say(chat, chat.conversation.system or "There is no system prompt.")
+        return
+    chat.conversation.system = None if argument == OFF else argument
+    _done(chat, "No system prompt from here on." if argument == OFF else "System prompt set.")
+
+
+def _clear(chat: Chat, argument: str) -> None:
+    chat.conversation.clear()
+    _done(chat, "Forgot what was said; system prompt, settings and tools stay.")
+
+
+def _undo(chat: Chat, argument: str) -> None:
+    text = chat.conversation.undo()
+    first, _, more = text.partition("\n")
+    _done(chat, f"Took back: {first}{' …' if more else ''}")
+
+
+def _retry(chat: Chat, argument: str) -> None:
+    chat.answer(chat.conversation.retry())
+
+
+def _save(chat: Chat, argument: str) -> None:
+    path = _path(argument) if argument else chat.saved_as
+    if path is None:
+        raise PhimlxError("Where to? Nothing was saved or loaded before.", "Say /save FILE.")
+    chat.conversation.save(path, replace=path == chat.saved_as)
+    chat.saved_as = path
+    _done(chat, f"Saved to {path}.")
+
+
+def _load(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise PhimlxError("Which file?", "Say /load FILE.")
+    chat.resume(_path(argument))
+
+
+def _set(chat: Chat, argument: str) -> None:
+    name, _, text = argument.partition(" ")
+    settings = chat.conversation.settings
+    if not name:
+        width = max(len(setting.name) for setting in SETTINGS)
+        _say(chat, "\n".join(f"{item.name:{width}}  {_value(chat, item)}" for item in SETTINGS))
+        return
+    setting, text = find_setting(name), text.strip()
+    if text == DEFAULT:
+        settings.pop(setting.keyword, None)
+    elif text:
+        value = parse_setting(setting, text)
+        before = settings.get(setting.keyword, ()) if setting.multiple else None
+        settings[setting.keyword] = value if before is None else (*before, *value)
+    _say(chat, f"{setting.name}  {_value(chat, setting)}")
+
+
+def _value(chat: Chat, setting: Setting) -> str:
+    value = chat.conversation.settings.get(setting.keyword)
+    if value is not None:
+        return ", ".join(map(repr, value)) if setting.multiple else str(value)
+    default: Any = getattr(chat.phi.sampling, setting.keyword, None)
+    return "not set" if default is None else f"{default} (the model's default)"
+
+
+def _stats(chat: Chat, argument: str) -> None:
+    reply = chat.last_reply
+    if reply is None:
+        _say(chat, "There was no reply yet.")
+        return
+    used = reply.stats.prompt_tokens + reply.stats.generated_tokens
+    room = chat.phi.context_length
+    _say(chat, f"{describe(reply)}\n{used:,} of {room:,} tokens of context, {used / room:.1%}")
+
+
+def _tools(chat: Chat, argument: str) -> None:
+    conversation = chat.conversation
+    if argument == OFF:
+        conversation.tools = None
+    elif argument:
+        conversation.tools = read_tools(_path(argument))
+    names = [tool["name"] for tool in conversation.tools or ()]
+    _say(chat, f"The model may call {', '.join(names)}." if names else "There are no tools.")
+
+
+def _exit(chat: Chat, argument: str) -> None:
+    chat.left = True
+
+
+COMMANDS = {
+    "help": ChatCommand(_help, "", "list the commands"),
+    "system": ChatCommand(_system, "[TEXT|off]", "show, set or remove the system prompt"),
+    "clear": ChatCommand(_clear, "", "forget what was said"),
+    "undo": ChatCommand(_undo, "", "take back your last message and its answer"),
+    "retry": ChatCommand(_retry, "", "answer the last message again"),
+    "save": ChatCommand(_save, "[FILE]", "save the conversation", "files"),
+    "load": ChatCommand(_load, "FILE", "go on with a saved conversation", "files"),
+    "set": ChatCommand(_set, "[NAME [VALUE|default]]", "show or change settings", "settings"),
+    "stats": ChatCommand(_stats, "", "tokens and speed of the last reply, context used"),
+    "tools": ChatCommand(_tools, "[FILE|off]", "show, load or drop tools to call", "files"),
+    "exit": ChatCommand(_exit, "", "leave"),
+}
+
+
+def _path(text: str) -> Path:
+    return Path(text).expanduser()
+
+
+def _say(chat: Chat, text: str) -> None:
+    chat.output.note(text, style_name=None)
+
+
+def _done(chat: Chat, text: str) -> None:
+    chat.output.note(text)

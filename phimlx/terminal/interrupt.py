@@ -1,0 +1,52 @@
+"""Ctrl-C while a model answers: it ends the reply, not the program.
+
+Knows a stream of pieces that can be closed, and nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Iterator
+from types import FrameType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from phimlx.generation.reply import Piece, Stream
+
+
+class Interruptible:
+    """A stream that Ctrl-C closes.
+
+    Once the first piece is there the interrupt waits for the end of the current token, so that
+    model and cache stay whole. Before it, a long prompt may be in the works: the interrupt cuts
+    in at once, `cut` is set, and a cache that the stream was filling should be dropped.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.interrupted = False
+        self.cut = False
+        self._begun = False
+
+    def __iter__(self) -> Iterator[Piece]:
+        previous = signal.getsignal(signal.SIGINT)
+        if previous is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, self._interrupt)
+        try:
+            for piece in self.stream:
+                self._begun = True
+                yield piece
+                if self.interrupted:
+                    break
+        except KeyboardInterrupt:
+            self.cut = True
+        finally:
+            try:
+                self.stream.close()
+            finally:
+                signal.signal(signal.SIGINT, previous)
+
+    def _interrupt(self, signum: int, frame: FrameType | None) -> None:
+        self.interrupted = True
+        if not self._begun:
+            raise KeyboardInterrupt

@@ -1,0 +1,104 @@
+"""The line that a person types in a chat: history, several lines, pastes and an editor.
+
+Knows keys and prompt_toolkit; nothing of what is said.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from platformdirs import user_state_path
+from prompt_toolkit import PromptSession
+from prompt_toolkit.application.current import get_app
+from prompt_toolkit.completion import CompleteEvent, Completer, Completion
+from prompt_toolkit.document import Document
+from prompt_toolkit.filters import Condition
+from prompt_toolkit.history import FileHistory, History, InMemoryHistory
+from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+
+from phimlx.terminal.output import Output, printable
+
+if TYPE_CHECKING:
+    from phimlx.terminal.screen import Candidates
+
+HISTORY_FILE = "chat_history"
+
+
+def history_path() -> Path:
+    """Where the lines that were typed are kept, for their owner alone."""
+    return user_state_path("phimlx") / HISTORY_FILE
+
+
+def open_history(output: Output) -> History:
+    """The history on disk, or one that is forgotten where there can be none."""
+    path = history_path()
+    try:
+        path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
+        path.chmod(0o600)
+    except OSError as error:
+        output.warning(f"what you type is not kept in {path}: {error.strerror}.")
+        return InMemoryHistory()
+    return FileHistory(path)
+
+
+class Line:
+    """An editable line.
+
+    Enter sends it. Alt-Enter, or Escape and then Enter, begins a new line; Ctrl-X Ctrl-E opens
+    it in `$EDITOR`. A paste may hold several lines and is sent when Enter is pressed.
+    """
+
+    def __init__(self, candidates: Candidates, output: Output) -> None:
+        is_command = Condition(lambda: get_app().current_buffer.text.startswith("/"))
+        self._main: PromptSession[str] = PromptSession(
+            message=[("ansicyan bold", "> ")],
+            multiline=True,
+            prompt_continuation=[("ansicyan", "… ")],
+            key_bindings=_key_bindings(),
+            completer=_Completer(candidates),
+            complete_while_typing=is_command,
+            history=open_history(output),
+            enable_open_in_editor=True,
+            enable_suspend=True,
+            tempfile_suffix=".md",
+        )
+        self._plain: PromptSession[str] = PromptSession(history=InMemoryHistory())
+
+    def read(self) -> str:
+        """The next line; raises KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D."""
+        return self._main.prompt()
+
+    def ask(self, label: str) -> str:
+        """The answer to a question of the program's own; it is not kept in the history."""
+        return self._plain.prompt([("ansicyan", printable(label))])
+
+
+class _Completer(Completer):
+    def __init__(self, candidates: Candidates) -> None:
+        self._candidates = candidates
+
+    def get_completions(
+        self, document: Document, complete_event: CompleteEvent
+    ) -> Iterable[Completion]:
+        before = document.text_before_cursor
+        word = before.rpartition(" ")[2]
+        for candidate in self._candidates(before):
+            yield Completion(candidate, start_position=-len(word))
+
+
+def _key_bindings() -> KeyBindings:
+    bindings = KeyBindings()
+
+    @bindings.add("enter")
+    def send(event: KeyPressEvent) -> None:
+        event.current_buffer.validate_and_handle()
+
+    @bindings.add("escape", "enter")
+    def begin_line(event: KeyPressEvent) -> None:
+        event.current_buffer.newline(copy_margin=False)
+
+    return bindings

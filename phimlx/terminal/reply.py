@@ -1,0 +1,57 @@
+"""A reply on its way to the screen: plain as it comes, and what is said about it afterwards.
+
+Knows the parts of a reply and where each goes; nothing of how the model made them.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+from phimlx.terminal.output import Output, encode_json
+
+if TYPE_CHECKING:
+    from phimlx.generation.reply import Reply
+    from phimlx.prompt.tools import ToolCall
+    from phimlx.terminal.interrupt import Interruptible
+
+
+def show(answer: Interruptible, output: Output) -> Reply:
+    """Print a reply as it comes, unadorned, and return it.
+
+    Text goes to stdout, and after it each tool call as one line of JSON; reasoning goes dimmed
+    to stderr where that is a terminal.
+    """
+    write: Callable[[str], None] = output.write
+    kind, last = "text", ""
+    for piece in answer:
+        if not piece.text:
+            continue
+        if last and piece.kind != kind:
+            write("\n\n")
+        kind, last = piece.kind, piece.text
+        write = output.aside if kind == "reasoning" else output.write
+        write(last)
+    if last and not last.endswith("\n"):
+        write("\n")
+    reply = answer.stream.reply
+    for call in reply.tool_calls:
+        output.text(encode_json(call_as_object(call)))
+    return reply
+
+
+def call_as_object(call: ToolCall) -> dict[str, Any]:
+    """A tool call as JSON knows it."""
+    return {"name": call.name, "arguments": call.arguments}
+
+
+def describe(reply: Reply) -> str:
+    """One line about what a reply took: tokens, tokens a second, memory."""
+    stats = reply.stats
+    cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
+    cut = ", cut there" if reply.finish_reason == "length" else ""
+    return (
+        f"{stats.prompt_tokens} prompt tokens{cached}, {stats.prefill_rate:.1f}/s · "
+        f"{stats.generated_tokens} tokens{cut}, {stats.generate_rate:.1f}/s · "
+        f"peak {stats.peak_memory / 2**30:.2f} GiB"
+    )

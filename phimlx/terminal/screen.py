@@ -1,0 +1,146 @@
+"""Where a chat reads and shows: a terminal with an editable line, or a pipe.
+
+Knows lines, keys and drawing; nothing of conversations or commands.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Callable, Iterator
+from typing import TYPE_CHECKING, Any, Protocol
+
+from phimlx.errors import PromptError
+from phimlx.terminal import reply as plain
+from phimlx.terminal.output import Output, encode_json
+
+if TYPE_CHECKING:
+    from phimlx.generation.reply import Reply
+    from phimlx.terminal.interrupt import Interruptible
+
+Candidates = Callable[[str], list[str]]
+"""The line up to the cursor -> what its last word could become."""
+
+
+class Screen(Protocol):
+    """What a chat needs of the place where it happens."""
+
+    interactive: bool
+
+    def read(self) -> str | None:
+        """What the user says next; None once there is no more."""
+
+    def read_result(self, name: str) -> str | None:
+        """The result of tool `name`, as the user gives it; None where they skip it."""
+
+    def show(self, answer: Interruptible) -> Reply:
+        """Show a reply as it comes and return it."""
+
+
+class PipedScreen:
+    """Reads a turn from each line of stdin, and writes replies as they are."""
+
+    interactive = False
+
+    def __init__(self, output: Output) -> None:
+        self._output = output
+        self._lines = enumerate(() if sys.stdin is None else sys.stdin.buffer, 1)
+
+    def read(self) -> str | None:
+        for number, line in self._lines:
+            try:
+                return line.decode("utf-8-sig").rstrip("\r\n")
+            except UnicodeDecodeError:
+                raise PromptError(
+                    f"Line {number} of what was piped in is not UTF-8 text."
+                ) from None
+        return None
+
+    def read_result(self, name: str) -> str | None:
+        return None
+
+    def show(self, answer: Interruptible) -> Reply:
+        return plain.show(answer, self._output)
+
+
+class TerminalScreen:
+    """Reads from an editable line, and draws replies as Markdown, their reasoning dimmed."""
+
+    interactive = True
+
+    def __init__(self, output: Output, candidates: Candidates) -> None:
+        from phimlx.terminal.line import Line
+
+        self._output = output
+        self._line = Line(candidates, output)
+
+    def read(self) -> str | None:
+        interrupted = False
+        while True:
+            try:
+                return self._line.read()
+            except KeyboardInterrupt:
+                if interrupted:
+                    self._output.note("Ctrl-D leaves.")
+                interrupted = True
+            except EOFError:
+                return None
+
+    def read_result(self, name: str) -> str | None:
+        try:
+            return self._line.ask(f"result of {name} (empty to skip): ") or None
+        except (KeyboardInterrupt, EOFError):
+            return None
+
+    def show(self, answer: Interruptible) -> Reply:
+        from rich.console import Console
+        from rich.theme import Theme
+
+        from phimlx.terminal.markdown import MarkdownStream
+
+        console = Console(file=sys.stdout, highlight=False, theme=Theme({"markdown.code": "cyan"}))
+        self._output.text()
+        with _keys_unseen(), contextlib.ExitStack() as drawing:
+            markdown: MarkdownStream | None = None
+            thinking = shown = False
+            for piece in answer:
+                if not piece.text:
+                    continue
+                shown = True
+                if piece.kind == "reasoning":
+                    drawing.close()
+                    markdown, thinking = None, True
+                    self._output.write(piece.text, "dim")
+                    continue
+                if thinking:
+                    self._output.write("\n\n")
+                    thinking = False
+                if markdown is None:
+                    markdown = drawing.enter_context(MarkdownStream(console))
+                markdown.write(piece.text)
+        if shown:
+            self._output.text("\n" if thinking else "")
+        reply = answer.stream.reply
+        for call in reply.tool_calls:
+            self._output.text(f"→ {call.name} {encode_json(call.arguments)}", "cyan")
+        return reply
+
+
+@contextlib.contextmanager
+def _keys_unseen() -> Iterator[None]:
+    """Keep keys that are typed meanwhile off the screen; the next line finds them."""
+    import termios
+
+    try:
+        terminal: Any = sys.stdin.fileno()
+        before = termios.tcgetattr(terminal)
+    except (OSError, ValueError, termios.error):
+        yield
+        return
+    silent = [*before]
+    silent[3] &= ~termios.ECHO
+    termios.tcsetattr(terminal, termios.TCSADRAIN, silent)
+    try:
+        yield
+    finally:
+        termios.tcsetattr(terminal, termios.TCSADRAIN, before)

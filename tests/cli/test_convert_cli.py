@@ -1,0 +1,180 @@
+"""`phimlx convert`: flags, what is printed, and how errors end."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+from click.testing import CliRunner, Result
+from huggingface_hub import constants
+
+from phimlx.checkpoint import Checkpoint, load_model
+from phimlx.cli.group import cli
+from phimlx.hub import NANO
+from tests.convert.tiny import MINI, PHI_4, parameters, write_model
+
+USAGE = (
+    "Usage: phimlx convert [OPTIONS] MODEL\nTry 'phimlx convert --help' for help.\n\nError: {}\n"
+)
+
+
+def run(*arguments: str | Path) -> Result:
+    return CliRunner().invoke(cli, ["convert", *map(str, arguments)], prog_name="phimlx")
+
+
+@pytest.fixture
+def source(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return write_model(tmp_path / "source", PHI_4, parameters(PHI_4, mx.bfloat16))
+
+
+def test_what_a_person_reads(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(source, "--mlx-path", out, "-q", "--q-group-size", "32")
+    assert result.exit_code == 0
+    begin, _, seconds = result.stdout.rpartition(", ")
+    assert begin == f"{out}: 42.9 kB from 136 kB, 5.05 bits per weight, 35 tensors"
+    assert seconds.endswith(" s\n")
+    assert result.stderr == f"Try it: phimlx chat --model {out}\n"
+
+
+def test_layers_that_stay_unquantized_are_named(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(source, "--mlx-path", out, "-q")
+    assert result.exit_code == 0
+    assert result.stderr == (
+        "Warning: 2 layers stay unquantized, since groups of 64 do not divide their width: "
+        "model.layers.0.mlp.down_proj and 1 more.\n"
+        f"Try it: phimlx chat --model {out}\n"
+    )
+
+
+def test_json_is_one_object_and_nothing_else(source: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    result = run(source, "--mlx-path", out, "-q", "--q-bits", "8", "--json")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    written: dict[str, Any] = json.loads(result.stdout)
+    assert written.pop("seconds") > 0
+    matrices, down = 67_904 - 320, 2 * 64 * 96
+    nbytes = (matrices - down) * 17 // 16 + 2 * (down + 320)
+    assert written == {
+        "path": str(out),
+        "source": str(source),
+        "parameters": 67_904,
+        "bits_per_weight": 8 * nbytes / 67_904,
+        "bytes_before": 2 * 67_904,
+        "bytes_after": nbytes,
+        "tensors": 31,
+        "dtype": "bfloat16",
+        "quantization": {"group_size": 64, "bits": 8, "mode": "affine"},
+        "unquantized": ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
+    }
+
+
+@pytest.mark.parametrize("option", ["--model", "--hf-path"])
+def test_mlx_lms_names_for_the_model(source: Path, tmp_path: Path, option: str) -> None:
+    result = run(option, source, "--mlx-path", tmp_path / "out", "--dtype", "float16")
+    assert result.exit_code == 0
+    tensors = Checkpoint(tmp_path / "out").tensors.values()
+    assert {info.dtype for info in tensors} == {"F16"}
+
+
+def test_quantized_by_default_to_4_bits_in_groups_of_64(source: Path, tmp_path: Path) -> None:
+    run(source, "--mlx-path", tmp_path / "out", "-q")
+    form = {"group_size": 64, "bits": 4, "mode": "affine"}
+    assert Checkpoint(tmp_path / "out").quantization == form
+
+
+def test_nano(tmp_path: Path) -> None:
+    result = run("nano", "--mlx-path", tmp_path / "out", "-q")
+    assert result.exit_code == 0
+    assert Checkpoint(tmp_path / "out").quantization is not None
+    assert (tmp_path / "out" / "tokenizer.json").read_bytes() == (
+        NANO / "tokenizer.json"
+    ).read_bytes()
+    tokens = mx.array([[1, 2, 3]])
+    logits = load_model(Checkpoint(tmp_path / "out"), mx.float32)(tokens)
+    assert mx.all(mx.isfinite(logits)).item()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--mlx-path", "x"], "MODEL is missing: name one model to convert."),
+        (
+            ["a", "--model", "b", "--mlx-path", "x"],
+            "MODEL is given twice: name one model to convert.",
+        ),
+        (["a"], "Missing option '--mlx-path'."),
+        (
+            ["a", "--mlx-path", "x", "--q-bits", "4"],
+            "--q-bits goes with -q, which quantizes the weights.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "--q-group-size", "64"],
+            "--q-group-size goes with -q, which quantizes the weights.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "-q", "--q-bits", "7"],
+            "Invalid value for '--q-bits': '7' is not one of '2', '3', '4', '5', '6', '8'.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "-q", "--q-group-size", "16"],
+            "Invalid value for '--q-group-size': '16' is not one of '32', '64', '128'.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "--dtype", "int8"],
+            "Invalid value for '--dtype': 'int8' is not one of 'float16', 'bfloat16', 'float32'.",
+        ),
+    ],
+)
+def test_wrong_usage(arguments: list[str], message: str) -> None:
+    result = run(*arguments)
+    assert result.exit_code == 2
+    assert result.stdout == ""
+    assert result.stderr == USAGE.format(message)
+
+
+def test_errors_are_one_sentence_and_the_next_step(source: Path, tmp_path: Path) -> None:
+    result = run(source, "--mlx-path", source)
+    assert result.exit_code == 1
+    assert result.stdout == ""
+    assert result.stderr == (
+        f"Error: {source} exists already.\nHint: Choose another folder, or remove it first.\n"
+    )
+
+
+def test_an_alias_means_the_original(source: Path, tmp_path: Path) -> None:
+    result = run("phi-4-mini", "--mlx-path", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: microsoft/Phi-4-mini-instruct is not on this machine.\n"
+        "Hint: Get it with: phimlx download microsoft/Phi-4-mini-instruct\n"
+    )
+
+
+def test_another_architecture(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "llama", MINI)
+    config = json.loads((source / "config.json").read_text())
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    result = run(source, "--mlx-path", tmp_path / "out")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: config.json: model_type is 'llama', but phimlx runs the Phi-4 family: phi3.\n"
+    )
+
+
+def test_an_interrupt_ends_with_130_and_leaves_nothing(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*arguments: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("convert.pipeline.write_shards", interrupted)
+    result = run(source, "--mlx-path", tmp_path / "out", "-q")
+    assert result.exit_code == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]

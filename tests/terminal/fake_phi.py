@@ -1,0 +1,116 @@
+"""A model whose replies are written beforehand: the double that screens are tested with.
+
+It answers as `phimlx.api.Phi` does and computes nothing.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+from collections.abc import Generator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from phimlx.errors import PhimlxError
+from phimlx.generation.reply import Piece, Reply
+from phimlx.generation.sampling import Sampling
+from phimlx.prompt.tools import ToolCall
+
+PAUSE = "<pause>"
+"""In a script: wait there until a signal comes, as a model that takes its time."""
+
+INTERRUPT = "<interrupt>"
+"""In a script: Ctrl-C comes there."""
+
+
+@dataclass
+class Script:
+    """One reply: pieces of text, or pairs of a kind and a text, and what comes with them."""
+
+    pieces: Sequence[str | tuple[str, str]] = ()
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    finish_reason: str = "stop"
+    warnings: list[str] = field(default_factory=list)
+    error: Exception | None = None
+
+
+class FakeStream:
+    """The pieces of a script, each one token."""
+
+    def __init__(self, script: Script, prompt_tokens: int) -> None:
+        self.reply = Reply(seed=7)
+        self.reply.stats.prompt_tokens = prompt_tokens
+        self.reply.stats.prefill_seconds = 0.5
+        self.closed = False
+        self._pieces = self._run(script)
+
+    def __iter__(self) -> FakeStream:
+        return self
+
+    def __next__(self) -> Piece:
+        return next(self._pieces)
+
+    def close(self) -> None:
+        self.closed = True
+        self._pieces.close()
+
+    def _run(self, script: Script) -> Generator[Piece]:
+        reply = self.reply
+        wakened = _wakeup() if PAUSE in script.pieces else -1
+        for item in script.pieces:
+            if item == PAUSE:
+                os.read(wakened, 1)
+                continue
+            if item == INTERRUPT:
+                signal.raise_signal(signal.SIGINT)
+                continue
+            kind, text = item if isinstance(item, tuple) else ("text", item)
+            if kind == "reasoning":
+                reply.reasoning = (reply.reasoning or "") + text
+            else:
+                reply.visible_text = (reply.visible_text or "") + text
+            reply.tokens.append(len(reply.tokens))
+            reply.stats.generated_tokens += 1
+            reply.stats.generate_seconds += 0.25
+            yield Piece(text, reply.tokens[-1], kind)
+        if script.error:
+            raise script.error
+        reply.tool_calls = script.tool_calls
+        reply.warnings = script.warnings
+        reply.finish_reason = "tool_calls" if script.tool_calls else script.finish_reason
+
+
+def _wakeup() -> int:
+    """Where a byte can be read once a signal has come, be it before or during the reading."""
+    readable, writable = os.pipe()
+    os.set_blocking(writable, False)
+    signal.set_wakeup_fd(writable)
+    return readable
+
+
+class FakePhi:
+    """Plays its scripts one after the other and remembers what it was asked."""
+
+    name = "fake"
+    context_length = 100
+    sampling = Sampling(temperature=0.8)
+
+    def __init__(self, *scripts: Script | str | PhimlxError) -> None:
+        self._scripts = list(scripts)
+        self.prompts: list[Any] = []
+        self.options: list[dict[str, Any]] = []
+        self.caches: list[object] = []
+
+    def new_cache(self) -> object:
+        self.caches.append(object())
+        return self.caches[-1]
+
+    def stream(self, prompt: Any, **options: Any) -> FakeStream:
+        del options["on_prefill"]
+        self.prompts.append(prompt)
+        self.options.append(options)
+        script = self._scripts.pop(0)
+        if isinstance(script, PhimlxError):
+            raise script
+        script = Script([script]) if isinstance(script, str) else script
+        return FakeStream(script, prompt_tokens=10)
