@@ -19,7 +19,7 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
-from phimlx.errors import CheckpointError, ConfigError
+from phimlx.errors import CheckpointError, ConfigError, shortened
 from phimlx.models.config import Phi3Config
 from phimlx.models.phi3 import Phi3ForCausalLM
 
@@ -29,8 +29,16 @@ DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # Element types that a checkpoint may hold, in safetensors' names.
 STORED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
+FLOATING_DTYPES = ("F32", "F16", "BF16")
+PACKED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
-QUANTIZATION_MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
+# What MLX quantizes to: for each mode its group sizes and its bits.
+QUANTIZATION_MODES: dict[str, dict[str, tuple[int, ...]]] = {
+    "affine": {"group_size": (32, 64, 128), "bits": (2, 3, 4, 5, 6, 8)},
+    "mxfp4": {"group_size": (32,), "bits": (4,)},
+    "mxfp8": {"group_size": (32,), "bits": (8,)},
+    "nvfp4": {"group_size": (16,), "bits": (4,)},
+}
 
 
 @dataclass(frozen=True)
@@ -152,13 +160,7 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> Phi3For
         ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.
     """
     model = build_model(checkpoint.config)
-    tensors = dict(checkpoint.tensors)
-    if model.config.tie_word_embeddings:
-        # A tied model has no head of its own; some checkpoints store a copy all the same.
-        for name in [name for name in tensors if name.startswith("lm_head.")]:
-            del tensors[name]
-    quantize_layers(model, checkpoint.quantization, tensors)
-    check_shapes(dict(tree_flatten(model.parameters())), tensors)
+    tensors = stored_parameters(checkpoint, model)
     weights = checkpoint.weights()
     model.load_weights([(name, weights[name]) for name in tensors])
     if dtype is not None:
@@ -168,13 +170,32 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> Phi3For
     return model
 
 
+def stored_parameters(checkpoint: Checkpoint, model: Phi3ForCausalLM) -> dict[str, TensorInfo]:
+    """The stored tensors that are the model's parameters, all of them and in the right form.
+
+    The model's layers are quantized on the way where the stored ones are.
+
+    Raises:
+        ConfigError, CheckpointError: naming what is missing, unexpected or of another form.
+    """
+    tensors = dict(checkpoint.tensors)
+    if model.config.tie_word_embeddings:
+        # A tied model has no head of its own; some checkpoints store a copy all the same.
+        for name in [name for name in tensors if name.startswith("lm_head.")]:
+            del tensors[name]
+    quantize_layers(model, checkpoint.quantization, tensors)
+    check_parameters(dict(tree_flatten(model.parameters())), tensors)
+    return tensors
+
+
 def build_model(config: Mapping[str, Any]) -> Phi3ForCausalLM:
     """An empty model of the architecture that a config names."""
     model_type = config.get("model_type")
-    if model_type not in ARCHITECTURES:
+    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
         known = ", ".join(sorted(ARCHITECTURES))
         raise ConfigError(
-            f"config.json: model_type is {model_type!r}, but phimlx runs the Phi-4 family: {known}."
+            f"config.json: model_type is {shortened(model_type)}, but phimlx runs the Phi-4 "
+            f"family: {known}."
         )
     return ARCHITECTURES[model_type](config)
 
@@ -225,7 +246,9 @@ def read_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
             )
         return None
     if not isinstance(table, dict):
-        raise ConfigError(f"config.json: quantization is {table!r}, not a table of values.")
+        raise ConfigError(
+            f"config.json: quantization is {shortened(table)}, not a table of values."
+        )
     checked: dict[str, Any] = _quantization_settings("quantization", table)
     for key, value in table.items():
         if isinstance(value, dict):
@@ -236,30 +259,25 @@ def read_quantization(config: Mapping[str, Any]) -> dict[str, Any] | None:
 
 
 def _quantization_settings(place: str, table: Mapping[str, Any]) -> dict[str, Any]:
-    settings = {
-        "group_size": table.get("group_size"),
-        "bits": table.get("bits"),
-        "mode": table.get("mode", "affine"),
-    }
-    allowed = {
-        "group_size": (16, 32, 64, 128),
-        "bits": (2, 3, 4, 5, 6, 8),
-        "mode": QUANTIZATION_MODES,
-    }
-    for key, values in allowed.items():
-        if settings[key] not in values or isinstance(settings[key], bool):
-            expected = ", ".join(map(str, values))
+    mode = table.get("mode", "affine")
+    if not isinstance(mode, str) or mode not in QUANTIZATION_MODES:
+        known = ", ".join(QUANTIZATION_MODES)
+        raise ConfigError(f"config.json: {place}.mode is {shortened(mode)}, not one of {known}.")
+    settings = {"group_size": table.get("group_size"), "bits": table.get("bits"), "mode": mode}
+    for key, allowed in QUANTIZATION_MODES[mode].items():
+        if type(settings[key]) is not int or settings[key] not in allowed:
             raise ConfigError(
-                f"config.json: {place}.{key} is {settings[key]!r}, not one of {expected}."
+                f"config.json: {place}.{key} is {shortened(settings[key])}, but {mode} has "
+                f"{' or '.join(map(str, allowed))}."
             )
     return settings
 
 
-def check_shapes(parameters: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> None:
+def check_parameters(parameters: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> None:
     """The stored tensors are exactly the model's parameters.
 
     Raises:
-        CheckpointError: naming the first few that are missing, unexpected or of another shape.
+        CheckpointError: naming the first few that are missing, unexpected or of another form.
     """
     missing = [name for name in parameters if name not in tensors]
     if missing:
@@ -270,10 +288,15 @@ def check_shapes(parameters: Mapping[str, mx.array], tensors: Mapping[str, Tenso
             f"The checkpoint holds {_some(unexpected)}, which this architecture does not have."
         )
     for name, array in parameters.items():
-        if tensors[name].shape != array.shape:
+        stored = tensors[name]
+        if stored.shape != array.shape:
             raise CheckpointError(
-                f"{name} has shape {list(tensors[name].shape)}; config.json makes it "
-                f"{list(array.shape)}."
+                f"{name} has shape {list(stored.shape)}; config.json makes it {list(array.shape)}."
+            )
+        allowed = PACKED_DTYPES.get(array.dtype, FLOATING_DTYPES)
+        if stored.dtype not in allowed:
+            raise CheckpointError(
+                f"{name} is stored as {stored.dtype}; config.json makes it {' or '.join(allowed)}."
             )
 
 
@@ -304,8 +327,10 @@ def read_json(file: Path) -> dict[str, Any]:
         value = json.loads(file.read_bytes())
     except OSError as error:
         raise ConfigError(f"{file.name} cannot be read: {error.strerror}.") from error
-    except (ValueError, RecursionError) as error:
+    except ValueError as error:
         raise ConfigError(f"{file.name} is not valid JSON ({error}).") from error
+    except RecursionError as error:
+        raise ConfigError(f"{file.name} is nested too deeply.") from error
     if not isinstance(value, dict):
         raise ConfigError(f"{file.name} is not a JSON object.")
     return value
@@ -313,5 +338,5 @@ def read_json(file: Path) -> dict[str, Any]:
 
 def _some(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
-    shown = ", ".join(names[:3])
+    shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

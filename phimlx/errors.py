@@ -43,9 +43,19 @@ class GenerationError(PhimlxError):
     """A request that the model cannot serve: too long, or with impossible settings."""
 
 
+class DownloadError(PhimlxError):
+    """A model that cannot come to this machine: network, permission or disk."""
+
+
 class ConversionError(PhimlxError):
     """A checkpoint that cannot be converted, or an output that cannot be written."""
 
 
 class SessionError(PhimlxError):
     """A saved conversation that cannot be read or written."""
+
+
+def shortened(value: object, longest: int = 60) -> str:
+    """A value as it may stand in a message, whatever a file put there."""
+    text = repr(value)
+    return text if len(text) <= longest else text[: longest - 3] + "..."

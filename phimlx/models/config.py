@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phimlx.errors import ConfigError
+from phimlx.errors import ConfigError, shortened
 from phimlx.models.rope import Rope, longrope_attention_factor
 
 # Keys that change the model, with the only values that the family uses.
@@ -79,7 +79,8 @@ class Phi3Config:
             if config.get(key, allowed[0]) not in (None, *allowed):
                 expected = " or ".join(map(repr, allowed))
                 raise ConfigError(
-                    f"config.json: {key} is {config[key]!r}, but Phi-4 models have {expected}."
+                    f"config.json: {key} is {shortened(config[key])}, but Phi-4 models have "
+                    f"{expected}."
                 )
         hidden_size = _count(config, "hidden_size")
         heads = _count(config, "num_attention_heads")
@@ -104,7 +105,9 @@ class Phi3Config:
             )
         tied = config.get("tie_word_embeddings", False)
         if not isinstance(tied, bool):
-            raise ConfigError(f"config.json: tie_word_embeddings is {tied!r}, not true or false.")
+            raise ConfigError(
+                f"config.json: tie_word_embeddings is {shortened(tied)}, not true or false."
+            )
         return cls(
             hidden_size=hidden_size,
             intermediate_size=_count(config, "intermediate_size"),
@@ -171,8 +174,8 @@ def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
             return
         if key in values and values[key][0] != value:
             raise ConfigError(
-                f"config.json: {place} is {_short(value)}, but {values[key][1]} is "
-                f"{_short(values[key][0])}."
+                f"config.json: {place} is {shortened(value)}, but {values[key][1]} is "
+                f"{shortened(values[key][0])}."
             )
         values.setdefault(key, (value, place))
 
@@ -181,7 +184,9 @@ def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
         if settings is None:
             continue
         if not isinstance(settings, Mapping):
-            raise ConfigError(f"config.json: {table} is {_short(settings)}, not a table of values.")
+            raise ConfigError(
+                f"config.json: {table} is {shortened(settings)}, not a table of values."
+            )
         for key, value in settings.items():
             place = f"{table}.{key}"
             if key not in ROPE_KEYS:
@@ -189,7 +194,7 @@ def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
             if key in ("type", "rope_type"):
                 if not isinstance(value, str) or value not in ROPE_TYPES:
                     raise ConfigError(
-                        f"config.json: {place} is {_short(value)}, but Phi-4 models have "
+                        f"config.json: {place} is {shortened(value)}, but Phi-4 models have "
                         "'default' or 'longrope'."
                     )
                 put("rope_type", ROPE_TYPES[value], place)
@@ -237,7 +242,7 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
         raise ConfigError(f"config.json: {key} is missing.")
     if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LIMITS[key]:
         raise ConfigError(
-            f"config.json: {key} is {_short(value)}, not a whole number from 1 to {LIMITS[key]}."
+            f"config.json: {key} is {shortened(value)}, not a whole number from 1 to {LIMITS[key]}."
         )
     return value
 
@@ -245,7 +250,7 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
 def _number(key: str, value: Any) -> float:
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
-        raise ConfigError(f"config.json: {key} is {_short(value)}, not a number above 0.")
+        raise ConfigError(f"config.json: {key} is {shortened(value)}, not a number above 0.")
     return float(value)
 
 
@@ -257,8 +262,3 @@ def _factors(values: Mapping[str, Any], key: str, count: int) -> tuple[float, ..
             f"config.json: {key} needs {count} numbers, one a frequency; it {length}."
         )
     return tuple(_number(key, factor) for factor in factors)
-
-
-def _short(value: Any) -> str:
-    text = repr(value)
-    return text if len(text) <= 60 else text[:57] + "..."

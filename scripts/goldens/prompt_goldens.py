@@ -29,7 +29,7 @@ TOOLS = json.dumps(
     [
         {
             "name": "get_weather_updates",
-            "description": "Fetches weather updates for a given city using the RapidAPI Weather API.",
+            "description": "Fetches weather updates for a given city by a weather service.",
             "parameters": {
                 "city": {
                     "description": "The name of the city for which to retrieve weather.",
@@ -58,13 +58,13 @@ def turns(*contents: str, system: str | None = None, tools: str | None = None) -
 CONVERSATIONS = {
     "plain": turns("How should I explain the Internet?"),
     "system": turns("Hi", system="You are a helpful assistant."),
-    "turns": turns(
-        "What is 2+2?", "4", "And 12345678 * 3?", "37037034.", system="Answer briefly."
-    ),
+    "turns": turns("What is 2+2?", "4", "And 12345678 * 3?", "37037034.", system="Answer briefly."),
     "leading space": turns(" \n Hi", "\n\n  Hello there \n", "\t\tbye  "),
     "only space": turns("   ", "ok", "\n"),
     "empty": turns("", "", ""),
-    "scripts": turns("日本語で挨拶して。Привет! مرحبا שלום नमस्ते สวัสดี", "こんにちは 👩‍👩‍👧‍👦🏳️‍🌈 é é"),
+    "scripts": turns(
+        "日本語で挨拶して。Привет! مرحبا שלום नमस्ते สวัสดี", "こんにちは 👩‍👩‍👧‍👦🏳️‍🌈 é é"
+    ),
     "code": turns(
         "Fix:\r\n```python\ndef f(x):\n\treturn x  +1 # it's O(n)\n```\r\n",
         "```python\ndef f(x):\n    return x + 1\n```",
@@ -73,7 +73,7 @@ CONVERSATIONS = {
     "quotes": turns('It\'s "quoted" {{ braces }} {% tag %} \\n <&>', "WE'LL SEE'S 'tis"),
     "unicode space": turns("\u00a0\u3000Hi\u2003", "\u2028line\u200b\u0085"),
     "control characters": turns("a\x00b\x1b[31mred\x07\x1c\x1d x", "\x1f\x7f\ufeffz"),
-    "long": turns("Lorem ipsum dolor sit amet, " * 40, "word" * 60, system="s " * 50),
+    "long": turns("Lorem ipsum dolor sit amet, " * 9, "word" * 20, system="s " * 20),
 }
 
 ONLY = {
@@ -103,13 +103,19 @@ SYSTEMLESS = {"phi-4-reasoning-vision"}
 
 
 def load(folder: Path, template_from: str, tokenizer_from: str) -> AutoTokenizer:
-    """The tokenizer with the template that the model's own folder has."""
+    """The tokenizer with the template that the model's own folder has.
+
+    Without a phi3 config.json beside it, transformers would take tokenizer_config.json's
+    "GPT2Tokenizer" by its word and split text as GPT-2 did.
+    """
     with tempfile.TemporaryDirectory() as joined:
-        for name in (tokenizer_from, template_from):
-            for file in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        for name, files in (
+            (tokenizer_from, ("config.json", "tokenizer.json", "tokenizer_config.json")),
+            (template_from, ("tokenizer_config.json", "chat_template.jinja")),
+        ):
+            for file in files:
                 if (folder / name / file).is_file():
-                    shutil.copy(folder / name / file, joined)
-                    Path(joined, file).chmod(0o644)
+                    shutil.copyfile(folder / name / file, Path(joined, file))
         return AutoTokenizer.from_pretrained(joined)
 
 

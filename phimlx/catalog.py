@@ -1,0 +1,197 @@
+"""The family as data: names, repositories, shapes, licences and sampling defaults of its models.
+
+Knows what was published; knows nothing of what is on this machine.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Model:
+    """One model of the family.
+
+    Attributes:
+        repo: where it was published; None for the one that comes with phimlx.
+        quantized_repo: the same weights at 4 bits in groups of 64.
+        longrope_step: the length beyond which the long rope factors apply; None where there are
+            none.
+        sampling: how its makers sample from it, under the names of `Phi.generate`; empty where
+            they leave that to the user.
+    """
+
+    alias: str
+    other_names: tuple[str, ...]
+    repo: str | None
+    quantized_repo: str | None
+    parameters: int
+    context_length: int
+    num_hidden_layers: int
+    hidden_size: int
+    intermediate_size: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    tied: bool
+    longrope_step: int | None = None
+    reasoning: bool = False
+    sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
+    architecture: str = "phi3"
+    licence: str = "MIT"
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """Every name that means this model."""
+        repos = tuple(repo for repo in (self.repo, self.quantized_repo) if repo is not None)
+        return (self.alias, *self.other_names, *repos)
+
+    @property
+    def nbytes(self) -> int:
+        """Size in bfloat16, as published."""
+        return 2 * self.parameters
+
+    @property
+    def quantized_nbytes(self) -> int:
+        """Size at 4 bits in groups of 64, each with a 16-bit scale and bias: 4.5 bits a weight."""
+        return self.parameters * 9 // 16
+
+    def has_shape_of(self, config: Mapping[str, Any]) -> bool:
+        """Whether a `config.json` describes a model of this one's architecture and shape."""
+        return (
+            config.get("model_type") == self.architecture
+            and config.get("num_hidden_layers") == self.num_hidden_layers
+            and config.get("hidden_size") == self.hidden_size
+            and config.get("vocab_size") == self.vocab_size
+        )
+
+
+def _phi_4(alias: str, repo: str, quantized_repo: str, **other: Any) -> Model:
+    return Model(
+        alias=alias,
+        repo=repo,
+        quantized_repo=quantized_repo,
+        parameters=14_659_507_200,
+        num_hidden_layers=40,
+        hidden_size=5120,
+        intermediate_size=17920,
+        num_key_value_heads=10,
+        head_dim=128,
+        vocab_size=100_352,
+        tied=False,
+        **other,
+    )
+
+
+def _phi_4_mini(alias: str, repo: str, quantized_repo: str, **other: Any) -> Model:
+    return Model(
+        alias=alias,
+        repo=repo,
+        quantized_repo=quantized_repo,
+        parameters=3_836_021_760,
+        context_length=131_072,
+        num_hidden_layers=32,
+        hidden_size=3072,
+        intermediate_size=8192,
+        num_key_value_heads=8,
+        head_dim=128,
+        vocab_size=200_064,
+        tied=True,
+        longrope_step=4096,
+        **other,
+    )
+
+
+FAMILY: tuple[Model, ...] = (
+    _phi_4_mini(
+        "phi-4-mini",
+        "microsoft/Phi-4-mini-instruct",
+        "mlx-community/Phi-4-mini-instruct-4bit",
+        other_names=("phi-4-mini-instruct", "phi4-mini"),
+    ),
+    _phi_4_mini(
+        "phi-4-mini-reasoning",
+        "microsoft/Phi-4-mini-reasoning",
+        "mlx-community/Phi-4-mini-reasoning-4bit",
+        other_names=("phi4-mini-reasoning",),
+        reasoning=True,
+        sampling={"temperature": 0.8, "top_p": 0.95},
+    ),
+    _phi_4(
+        "phi-4",
+        "microsoft/phi-4",
+        "mlx-community/phi-4-4bit",
+        other_names=("phi4",),
+        context_length=16_384,
+    ),
+    _phi_4(
+        "phi-4-reasoning",
+        "microsoft/Phi-4-reasoning",
+        "mlx-community/Phi-4-reasoning-4bit",
+        other_names=("phi4-reasoning",),
+        context_length=32_768,
+        reasoning=True,
+        sampling={"temperature": 0.8, "top_p": 0.95, "top_k": 50},
+    ),
+    _phi_4(
+        "phi-4-reasoning-plus",
+        "microsoft/Phi-4-reasoning-plus",
+        "mlx-community/Phi-4-reasoning-plus-4bit",
+        other_names=("phi4-reasoning-plus",),
+        context_length=32_768,
+        reasoning=True,
+        sampling={"temperature": 0.8, "top_p": 0.95, "top_k": 50},
+    ),
+    Model(
+        alias="nano",
+        other_names=("phi-4-nano",),
+        repo=None,
+        quantized_repo=None,
+        parameters=2_361_600,
+        context_length=1024,
+        num_hidden_layers=4,
+        hidden_size=256,
+        intermediate_size=384,
+        num_key_value_heads=4,
+        head_dim=32,
+        vocab_size=1536,
+        tied=True,
+        longrope_step=128,
+    ),
+)
+
+_BY_NAME = {name.lower(): model for model in FAMILY for name in model.names}
+
+# What converters put behind a model's name: -4bit, -q8, -bf16, -mlx, -8bit-g32 …
+_CONVERTED = re.compile(r"([-_.]?(mlx|q?\d{1,2}bits?|q\d|g\d+|bf16|fp16|float16|bfloat16))+$")
+
+
+def find(name: str) -> Model | None:
+    """The model that an alias, a repository or another known name means; case does not matter."""
+    return _BY_NAME.get(name.strip().lower())
+
+
+DEFAULT = _BY_NAME["phi-4-mini"]
+
+
+def by_config(config: Mapping[str, Any], folder: str | Path = "") -> Model | None:
+    """The model that a local folder holds, or None where its name or its shape says otherwise.
+
+    Args:
+        config: its `config.json`, where `_name_or_path` may tell the model's name.
+        folder: its path, which may tell it: `…/Phi-4-mini-instruct-4bit`, or
+            `…/models--microsoft--phi-4/snapshots/<revision>` in the Hub's cache.
+    """
+    path = Path(folder)
+    in_cache = path.parent.name == "snapshots"
+    repository = path.parent.parent.name.removeprefix("models--").replace("--", "/")
+    for name in (config.get("_name_or_path"), repository if in_cache else path.name):
+        last = str(name or "").rstrip("/").rpartition("/")[2].lower()
+        model = _BY_NAME.get(last) or _BY_NAME.get(_CONVERTED.sub("", last))
+        if model is not None and model.has_shape_of(config):
+            return model
+    return None

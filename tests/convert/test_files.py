@@ -1,0 +1,148 @@
+"""The files around the tensors: config, card, tokenizer, licence."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+from convert import Quantization
+from convert import convert as convert_model
+from tests.convert.tiny import (
+    MINI,
+    failing,
+    write_model,
+)
+
+
+def test_config_is_written_in_the_hubs_dialect(tmp_path: Path) -> None:
+    rope = {
+        **MINI["rope_scaling"],
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "partial_rotary_factor": 0.75,
+        "original_max_position_embeddings": 32,
+    }
+    config = {k: v for k, v in MINI.items() if k not in ("rope_theta", "rope_scaling")}
+    del config["torch_dtype"]
+    config |= {
+        "rope_parameters": rope,
+        "dtype": "float32",
+        "auto_map": {"AutoConfig": "configuration_phi3.Phi3Config"},
+        "_name_or_path": "/home/somebody/models/x",
+    }
+    source = write_model(tmp_path / "source", config)
+    convert_model(source, tmp_path / "out", Quantization(32, 4), "bfloat16")
+    quantization = {"group_size": 32, "bits": 4, "mode": "affine"}
+    assert json.loads((tmp_path / "out" / "config.json").read_text()) == {
+        **MINI,
+        "torch_dtype": "bfloat16",
+        "quantization": quantization,
+        "quantization_config": quantization,
+    }
+
+
+COMPANIONS = {
+    "tokenizer.json": "{}",
+    "tokenizer_config.json": "{}",
+    "chat_template.jinja": "{{ messages }}",
+    "generation_config.json": '{"eos_token_id": 2}',
+    "LICENSE": "MIT",
+}
+LEFT_BEHIND = {
+    "modeling_phi3.py": "import os",
+    "README.md": "# another card",
+    "pytorch_model.bin": "pickle",
+    "training_args.bin": "pickle",
+    "notes.json": "{}",
+}
+
+
+def test_companions_come_along_and_code_does_not(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    for name, text in {**COMPANIONS, **LEFT_BEHIND}.items():
+        (source / name).write_text(text)
+    convert_model(source, tmp_path / "out")
+    out = tmp_path / "out"
+    own = {"config.json", "model.safetensors", "README.md"}
+    assert {file.name for file in out.iterdir()} == {*COMPANIONS, *own}
+    assert all((out / name).read_text() == text for name, text in COMPANIONS.items())
+
+
+def test_links_of_the_hubs_cache_are_followed(tmp_path: Path) -> None:
+    repo = tmp_path / "models--microsoft--phi-4"
+    whole = write_model(repo / "blobs")
+    (whole / "tokenizer.json").write_text("{}")
+    snapshot = repo / "snapshots" / ("0123456789abcdef" * 3)[:40]
+    snapshot.mkdir(parents=True)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        (snapshot / name).symlink_to(Path("../../blobs") / name)
+    convert_model(snapshot, tmp_path / "out")
+    copied = tmp_path / "out" / "tokenizer.json"
+    assert copied.read_text() == "{}"
+    assert not copied.is_symlink()
+
+
+def test_a_link_out_of_the_folder_is_not_followed(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    (tmp_path / "secret").write_text("key")
+    (source / "LICENSE").symlink_to(tmp_path / "secret")
+    error = failing(source, tmp_path / "out")
+    assert str(error) == "LICENSE is a link to a file outside the model's folder."
+    assert error.hint == "Put the file itself there."
+
+
+def test_companions_that_are_no_files(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    (source / "tokenizer.json").mkdir()
+    assert str(failing(source, tmp_path / "out")) == "tokenizer.json is not a file."
+    (source / "tokenizer.json").rmdir()
+    os.mkfifo(source / "tokenizer.json")
+    assert str(failing(source, tmp_path / "out")) == "tokenizer.json is not a file."
+
+
+def test_a_companion_without_end(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    (source / "tokenizer.json").touch()
+    os.truncate(source / "tokenizer.json", (64 << 20) + 1)
+    assert str(failing(source, tmp_path / "out")) == "tokenizer.json is larger than 64 MB."
+
+
+CARD = """\
+---
+library_name: "mlx"
+pipeline_tag: "text-generation"
+tags: ["mlx", "phimlx"]
+license: "mit"
+base_model: "microsoft/phi-4"
+base_model_relation: "quantized"
+---
+
+# my-phi
+
+[microsoft/phi-4](https://huggingface.co/microsoft/phi-4) at revision \
+`0123456789abcdef0123456789abcdef01234567` converted to MLX with \
+[phimlx](https://pypi.org/project/phimlx/) 0.1.0: weights at 4 bits in groups of 64.
+
+```
+phimlx chat --model my-phi
+```
+"""
+
+
+def test_the_card_says_where_it_comes_from() -> None:
+    from convert.card import model_card
+    from phimlx.catalog import find
+
+    source = Path("/hub/models--microsoft--phi-4/snapshots/" + ("0123456789abcdef" * 3)[:40])
+    form = "weights at 4 bits in groups of 64"
+    assert model_card("my-phi", source, find("phi-4"), form, quantized=True) == CARD
+
+
+def test_the_card_of_an_unknown_model_names_no_path(tmp_path: Path) -> None:
+    convert_model(write_model(tmp_path / "source"), tmp_path / "out")
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert str(tmp_path) not in card
+    assert "base_model" not in card
+    assert "A model converted to MLX with [phimlx]" in card
+    assert "weights in float32" in card

@@ -1,0 +1,159 @@
+"""The catalogue against the published configs, and the names that lead to each model."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from mlx.utils import tree_flatten
+
+from phimlx import catalog
+from phimlx.checkpoint import build_model
+from phimlx.hub import NANO
+from phimlx.models.config import Phi3Config
+
+PUBLISHED = {
+    "phi-4": "phi-4",
+    "phi-4-reasoning": "Phi-4-reasoning",
+    "phi-4-reasoning-plus": "Phi-4-reasoning-plus",
+    "phi-4-mini": "Phi-4-mini-instruct",
+    "phi-4-mini-reasoning": "Phi-4-mini-reasoning",
+}
+
+
+@pytest.mark.parametrize(("alias", "folder"), PUBLISHED.items())
+def test_shapes_are_those_of_the_published_configs(data: Path, alias: str, folder: str) -> None:
+    published = json.loads((data / "hf" / folder / "config.json").read_text())
+    check_shape(alias, published)
+
+
+@pytest.mark.parametrize(("alias", "folder"), PUBLISHED.items())
+def test_sampling_is_that_of_the_published_generation_configs(
+    data: Path, alias: str, folder: str
+) -> None:
+    file = data / "hf" / folder / "generation_config.json"
+    if not file.is_file():
+        pytest.skip(f"the generation_config.json of {folder} is not in the data")
+    published = json.loads(file.read_text())
+    sampling = {k: published[k] for k in ("temperature", "top_p", "top_k") if k in published}
+    model = catalog.find(alias)
+    assert model is not None
+    assert dict(model.sampling) == sampling
+    assert model.reasoning == bool(sampling)
+
+
+def test_nano_is_as_it_was_packaged() -> None:
+    check_shape("nano", json.loads((NANO / "config.json").read_text()))
+
+
+def check_shape(alias: str, published: dict[str, object]) -> None:
+    model = catalog.find(alias)
+    assert model is not None
+    config = Phi3Config.from_dict(published)
+    for key in (
+        "num_hidden_layers",
+        "hidden_size",
+        "intermediate_size",
+        "num_key_value_heads",
+        "head_dim",
+        "vocab_size",
+    ):
+        assert getattr(model, key) == getattr(config, key), key
+    assert model.context_length == config.max_position_embeddings
+    assert model.tied == config.tie_word_embeddings
+    assert model.longrope_step == (config.rope.original_max_position_embeddings or None)
+    assert model.has_shape_of(published)
+    parameters = dict(tree_flatten(build_model(published).parameters()))
+    assert model.parameters == sum(array.size for array in parameters.values())
+
+
+def test_published_sizes() -> None:
+    mini, phi_4 = catalog.find("phi-4-mini"), catalog.find("phi-4")
+    assert mini is not None
+    assert phi_4 is not None
+    assert (mini.parameters, phi_4.parameters) == (3_836_021_760, 14_659_507_200)
+    assert (mini.nbytes, phi_4.nbytes) == (7_672_043_520, 29_319_014_400)
+    assert (mini.quantized_nbytes, phi_4.quantized_nbytes) == (2_157_762_240, 8_245_972_800)
+
+
+@pytest.mark.parametrize(
+    ("name", "alias"),
+    [
+        ("phi-4", "phi-4"),
+        ("PHI-4", "phi-4"),
+        (" phi4 ", "phi-4"),
+        ("microsoft/phi-4", "phi-4"),
+        ("mlx-community/phi-4-4bit", "phi-4"),
+        ("phi-4-mini", "phi-4-mini"),
+        ("Phi-4-mini-instruct", "phi-4-mini"),
+        ("microsoft/Phi-4-mini-instruct", "phi-4-mini"),
+        ("MICROSOFT/phi-4-MINI-instruct", "phi-4-mini"),
+        ("mlx-community/Phi-4-mini-instruct-4bit", "phi-4-mini"),
+        ("Phi-4-mini-reasoning", "phi-4-mini-reasoning"),
+        ("microsoft/Phi-4-reasoning", "phi-4-reasoning"),
+        ("microsoft/Phi-4-reasoning-plus", "phi-4-reasoning-plus"),
+        ("nano", "nano"),
+        ("phi-4-nano", "nano"),
+    ],
+)
+def test_names(name: str, alias: str) -> None:
+    model = catalog.find(name)
+    assert model is not None
+    assert model.alias == alias
+
+
+@pytest.mark.parametrize("name", ["", "phi", "phi-4-", "gpt-2", "someone/phi-4", "phi-3.5-mini"])
+def test_other_names_mean_nothing(name: str) -> None:
+    assert catalog.find(name) is None
+
+
+def test_no_name_means_two_models() -> None:
+    names = [name.lower() for model in catalog.FAMILY for name in model.names]
+    assert len(names) == len(set(names))
+
+
+def test_the_default() -> None:
+    assert catalog.DEFAULT.alias == "phi-4-mini"
+
+
+MINI = {"model_type": "phi3", "num_hidden_layers": 32, "hidden_size": 3072, "vocab_size": 200_064}
+PHI_4 = {"model_type": "phi3", "num_hidden_layers": 40, "hidden_size": 5120, "vocab_size": 100_352}
+
+
+@pytest.mark.parametrize(
+    ("config", "folder", "alias"),
+    [
+        ({**PHI_4, "_name_or_path": "microsoft/Phi-4-reasoning"}, "anything", "phi-4-reasoning"),
+        (PHI_4, "/models/phi-4", "phi-4"),
+        (PHI_4, "/models/Phi-4-reasoning-plus", "phi-4-reasoning-plus"),
+        (PHI_4, "/models/Phi-4-reasoning-4bit", "phi-4-reasoning"),
+        (PHI_4, "/hub/models--mlx-community--phi-4-8bit/snapshots/abc", "phi-4"),
+        (MINI, "Phi-4-mini-instruct-MLX-4bit", "phi-4-mini"),
+        (MINI, "phi-4-mini-q4-g32", "phi-4-mini"),
+        (MINI, "Phi-4-mini-reasoning-bf16", "phi-4-mini-reasoning"),
+        ({**MINI, "_name_or_path": "/tmp/Phi-4-mini-instruct/"}, "x", "phi-4-mini"),
+        (MINI, "phi-4", None),  # the name of one, the shape of another
+        ({**PHI_4, "vocab_size": 7}, "phi-4", None),
+        ({**PHI_4, "model_type": "llama"}, "phi-4", None),
+        (PHI_4, "my-tune", None),
+        (PHI_4, "/phi-4/runs/my-tune", None),
+        ({**PHI_4, "_name_or_path": ["phi-4"]}, "", None),
+        ({}, "phi-4", None),
+    ],
+)
+def test_local_folders(config: dict[str, object], folder: str, alias: str | None) -> None:
+    model = catalog.by_config(config, folder)
+    assert (model.alias if model else None) == alias
+
+
+def test_importing_the_catalogue_is_cheap() -> None:
+    code = (
+        "import sys; before = set(sys.modules); from phimlx import catalog; "
+        "print(*sorted({name.partition('.')[0] for name in set(sys.modules) - before}))"
+    )
+    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    imported = set(run.stdout.split()) - {"phimlx"}
+    assert imported <= set(sys.stdlib_module_names)

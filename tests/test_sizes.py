@@ -1,0 +1,28 @@
+"""Numbers of bytes as a person reads them."""
+
+from __future__ import annotations
+
+import pytest
+
+from phimlx.sizes import size_text
+
+
+@pytest.mark.parametrize(
+    ("nbytes", "text"),
+    [
+        (0, "0 bytes"),
+        (999, "999 bytes"),
+        (1000, "1.00 kB"),
+        (9_994, "9.99 kB"),
+        (9_995, "10.0 kB"),
+        (99_949, "99.9 kB"),
+        (99_951, "100 kB"),
+        (999_499, "999 kB"),
+        (999_500, "1.00 MB"),
+        (2_157_762_240, "2.16 GB"),
+        (29_319_014_400, "29.3 GB"),
+        (5 * 10**15, "5000 TB"),
+    ],
+)
+def test_three_figures_and_a_unit(nbytes: int, text: str) -> None:
+    assert size_text(nbytes) == text
