@@ -1,0 +1,105 @@
+"""A conversation as given by a caller, checked once and put into one form.
+
+Knows nothing of templates and tokens.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from phimlx.errors import PromptError
+from phimlx.prompt.tools import ToolCall, read_calls, read_tools, tools_json
+
+ROLES = ("system", "user", "assistant", "tool")
+KEYS = ("role", "content", "tool_calls", "tools", "name", "tool_call_id")
+
+EXAMPLE = 'A message is {"role": "system" | "user" | "assistant" | "tool", "content": "…"}.'
+
+
+@dataclass(frozen=True)
+class Message:
+    """One turn of a conversation.
+
+    `tools` is the JSON text of a tool list, in a system message only; `tool_calls` are the calls
+    that an assistant's turn ended in.
+    """
+
+    role: str
+    content: str
+    tool_calls: tuple[ToolCall, ...] = ()
+    tools: str | None = None
+    name: str | None = None
+    tool_call_id: str | None = None
+
+
+def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
+    """The messages, checked.
+
+    Raises PromptError, naming the message by its index, where one is not a message.
+    """
+    if isinstance(messages, str | bytes | Mapping) or not isinstance(messages, Sequence):
+        raise PromptError("The conversation must be a list of messages.", hint=EXAMPLE)
+    if not messages:
+        raise PromptError("The conversation is empty.", hint="Give at least one message.")
+    return [_read(f"messages[{index}]", message) for index, message in enumerate(messages)]
+
+
+def _read(place: str, message: Any) -> Message:
+    if not isinstance(message, Mapping):
+        raise PromptError(f"{place} is not an object.", hint=EXAMPLE)
+    given = {key: value for key, value in message.items() if value is not None}
+    for key in given:
+        if key not in KEYS:
+            raise PromptError(
+                f"{place} has the unknown key {key!r}.", hint=f"Known keys: {', '.join(KEYS)}."
+            )
+    role = given.get("role")
+    if role not in ROLES:
+        said = f"has the role {role!r}" if "role" in given else "has no role"
+        raise PromptError(f"{place} {said}; a role is one of {', '.join(ROLES)}.", hint=EXAMPLE)
+    calls = _read_calls(place, role, given.get("tool_calls", ()))
+    content = given.get("content", "" if calls else None)
+    if not isinstance(content, str):
+        said = "whose content is not text" if "content" in given else "without content"
+        raise PromptError(f"{place} is a message {said}.", hint=EXAMPLE)
+    for key in ("name", "tool_call_id"):
+        if not isinstance(given.get(key, ""), str):
+            raise PromptError(f"{place} has a {key!r} that is not text.", hint=EXAMPLE)
+    return Message(
+        role,
+        content,
+        calls,
+        _read_tools(place, role, given.get("tools")),
+        given.get("name"),
+        given.get("tool_call_id"),
+    )
+
+
+def _read_calls(place: str, role: str, calls: Any) -> tuple[ToolCall, ...]:
+    if not calls:
+        return ()
+    if role != "assistant":
+        raise PromptError(
+            f"{place} has tool_calls, which only an assistant's message can have.",
+            hint="Give a tool's result as a message with the role tool.",
+        )
+    try:
+        return tuple(read_calls(list(calls)))
+    except (TypeError, ValueError) as error:
+        raise PromptError(
+            f"{place} has tool_calls that are no calls: {error}.",
+            hint='A call is {"name": …, "arguments": {…}}.',
+        ) from error
+
+
+def _read_tools(place: str, role: str, tools: Any) -> str | None:
+    if not tools:
+        return None
+    if role != "system":
+        raise PromptError(
+            f"{place} has tools, which only a system message can have.",
+            hint="Put them into the system message, or give them beside the messages.",
+        )
+    return tools if isinstance(tools, str) else tools_json(read_tools(tools))

@@ -1,0 +1,91 @@
+"""Keeps text that came from outside apart from the control tokens of a template around it.
+
+Knows nothing of templates: it marks strings before they are rendered and takes the marks out after.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Collection, Iterable
+from functools import cached_property
+from typing import Any
+
+# Cuneiform: printable, caseless, and as good as absent from what people type.
+MARKS = range(0x12000, 0x110000)
+
+
+class Shield:
+    """Breaks each spelling of a control token in given strings with a mark.
+
+    The mark goes in after the token's first character, so the token no longer reads as one, while
+    a template can still trim, split, compare and join the text. A string that could *complete* a
+    token with what stands next to it is marked too: where it ends like the beginning of one,
+    begins like the end of one or, if asked for, is a piece from inside one.
+    """
+
+    def __init__(self, tokens: Collection[str]) -> None:
+        self._tokens = tuple(tokens)
+
+    def choose_mark(self, texts: Iterable[str]) -> str:
+        """A character that is in none of the texts, nor in any token."""
+        texts = [*texts, *self._tokens]
+        return next(
+            mark
+            for mark in map(chr, MARKS)
+            if not any(mark in text or _escaped(mark) in text for text in texts)
+        )
+
+    def guard(self, value: Any, mark: str, inside: bool = False) -> Any:
+        """`value` with its strings marked, in lists and the keys and values of dicts as well.
+
+        `inside`: mark also strings that are a piece from inside a token.
+        """
+        if isinstance(value, str):
+            return self._guard_text(value, mark, inside)
+        if isinstance(value, dict):
+            return {self.guard(key, mark): self.guard(item, mark) for key, item in value.items()}
+        if isinstance(value, list):
+            return [self.guard(item, mark) for item in value]
+        return value
+
+    def lift(self, text: str, mark: str) -> str:
+        """`text` without marks, those included that JSON has written as escapes."""
+        return text.replace(mark, "").replace(_escaped(mark), "")
+
+    def _guard_text(self, text: str, mark: str, inside: bool) -> str:
+        core = text.strip()
+        if not core or not self._tokens:
+            return text
+        marked = self._whole.sub(lambda match: match[0] + mark, core)
+        for size in range(1, min(len(core), self._longest) + 1):
+            if core[-size:] in self._beginnings:
+                cut = len(marked) - size + 1
+                marked = marked[:cut] + mark + marked[cut:]
+                break
+        if core.startswith(self._ends) or (inside and any(core in token for token in self._tokens)):
+            marked = mark + marked
+        return text.replace(core, marked, 1)
+
+    @cached_property
+    def _whole(self) -> re.Pattern[str]:
+        """The first character of each token in a text."""
+        first = "".join(sorted({re.escape(token[0]) for token in self._tokens}))
+        rest = "|".join(re.escape(token[1:]) for token in self._tokens)
+        return re.compile(f"[{first}](?={rest})")
+
+    @cached_property
+    def _beginnings(self) -> frozenset[str]:
+        return frozenset(token[:size] for token in self._tokens for size in range(1, len(token)))
+
+    @cached_property
+    def _ends(self) -> tuple[str, ...]:
+        return tuple({token[size:] for token in self._tokens for size in range(1, len(token))})
+
+    @cached_property
+    def _longest(self) -> int:
+        return max(map(len, self._tokens))
+
+
+def _escaped(mark: str) -> str:
+    return json.dumps(mark)[1:-1]
