@@ -6,6 +6,7 @@ Knows questions and answers; knows nothing of how they are shown.
 from __future__ import annotations
 
 import json
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,6 +43,17 @@ def questions(folder: Path = NANO) -> list[Question]:
     lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     return [Question(**{"tools": None, **row}) for row in rows]
+
+
+def sample(asked: Sequence[Question], of_each_kind: int) -> list[Question]:
+    """The first questions of each kind, in the order of all."""
+    counts: Counter[str] = Counter()
+    chosen = []
+    for question in asked:
+        counts[question.kind] += 1
+        if counts[question.kind] <= of_each_kind:
+            chosen.append(question)
+    return chosen
 
 
 def ask(phi: Phi, question: Question) -> Reply:

@@ -4,34 +4,32 @@
 """
 
 import argparse
-import json
 import math
 import os
 import random
 import time
-from collections.abc import Callable
 from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
-os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "error"}
 
 import torch
 from nano import conversations, package, tasks
-from nano.evaluate_reference import evaluate, load_rows, report
+from nano.evaluate_reference import chat, evaluate, load_rows, report
 from nano.quantization import quantized
 from tokenizers import Tokenizer
 from transformers import AutoModelForCausalLM, AutoTokenizer, Phi3Config, Phi3ForCausalLM
 
-BATCH_TOKENS = 6144
+BATCH_TOKENS = {0: 6144, 45: 4096}  # first round: tokens
 ROUND_ROWS = {False: 1536, True: 256}  # conversations a round: below the step, beyond it
 LONGEST_ROW = 960
 USUAL_ROW = 384  # most rows beyond the step end here: attention costs more than it teaches
 IGNORED = -100
 QUANTIZED_FROM = 0.65  # share of the run after which every other step has 4-bit weights
+Value = TypeVar("Value")
 Row = tuple[list[int], list[bool]]
 Batch = tuple[torch.Tensor, torch.Tensor]
-Decoder = Callable[..., Any]
 
 
 class Leak(Exception):
@@ -42,27 +40,31 @@ class HeldOut:
     """What training text must not hold: whole prompts, and the single questions themselves."""
 
     def __init__(self, rows: list[dict[str, Any]]) -> None:
-        self.prompts: set[str] = set()
-        self.questions: set[tuple[str, str]] = set()
-        for row in rows:
-            messages = [*row["messages"], {"role": "assistant", "content": row["answer"]}]
-            self.prompts.add(self._text(messages[:-1], row.get("tools")))
-            if row["kind"] in tasks.SINGLES:
-                self.questions.add((row["messages"][-1]["content"], row["answer"]))
-
-    @staticmethod
-    def _text(messages: list[dict[str, Any]], tools: Any = None) -> str:
-        return "\n".join(text for text, _ in conversations.render(messages)) + str(tools or "")
+        self.prompts = {prompt_text(chat(row)) for row in rows}
+        self.questions = {
+            (row["messages"][-1]["content"], row["answer"])
+            for row in rows
+            if row["kind"] in tasks.SINGLES
+        }
 
     def check(self, messages: list[dict[str, Any]]) -> None:
         """Raises Leak where a turn of `messages` is held out."""
-        text = ""
+        prompt = ""
         for index, message in enumerate(messages):
-            if message["role"] == "assistant" and messages[index - 1]["role"] == "user":
+            if message["role"] == "assistant":
                 question = messages[index - 1]["content"], message["content"]
-                if question in self.questions or text in self.prompts:
+                if question in self.questions or prompt in self.prompts:
                     raise Leak(f"{question} is held out")
-            text += ("\n" if text else "") + "\n".join(p for p, _ in conversations.render([message]))
+            prompt += prompt_text([message])
+
+
+def prompt_text(messages: list[dict[str, Any]]) -> str:
+    return "".join(text for text, _ in conversations.render(messages))
+
+
+def since(plan: dict[int, Value], number: int) -> Value:
+    """The value of a plan {first round: value} that holds in round `number`."""
+    return plan[max(first for first in plan if first <= number)]
 
 
 def write_rows(
@@ -74,12 +76,13 @@ def write_rows(
     beyond the step is also trained cut at it: its reply starts under the short table.
     """
     rng = random.Random(f"round {seed} {number}")
+    mix = since(tasks.MIXES, number)
     rows: dict[bool, list[Row]] = {False: [], True: []}
     while any(len(rows[long]) < wanted for long, wanted in ROUND_ROWS.items()):
         long = len(rows[True]) < ROUND_ROWS[True] and rng.random() < 0.15
         if not long and len(rows[False]) >= ROUND_ROWS[False]:
             long = True
-        messages = conversations.training_conversation(rng, long)
+        messages = conversations.training_conversation(rng, long, mix)
         held_out.check(messages)
         ids, counted = conversations.encode(tokenizer, messages)
         if len(ids) > package.STEP and not long:
@@ -90,15 +93,16 @@ def write_rows(
     return rows
 
 
-def batches(rows: dict[bool, list[Row]], rng: random.Random) -> list[Batch]:
-    """Rows of like length together, padded right; causal attention makes the padding harmless."""
+def batches(rows: dict[bool, list[Row]], size: int, rng: random.Random) -> list[Batch]:
+    """Rows of like length together, `size` tokens at most, padded right; as attention is causal,
+    the padding is harmless."""
     result = []
     for group in rows.values():
         group.sort(key=lambda row: len(row[0]))
         start = 0
         while start < len(group):
             end = start + 1
-            while end < len(group) and len(group[end][0]) * (end + 1 - start) <= BATCH_TOKENS:
+            while end < len(group) and len(group[end][0]) * (end + 1 - start) <= size:
                 end += 1
             result.append(pad(group[start:end]))
             start = end
@@ -118,16 +122,10 @@ def pad(rows: list[Row]) -> Batch:
     return ids, labels
 
 
-def loss_of(
-    model: Phi3ForCausalLM, batch: Batch, decoder: Decoder | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Mean cross-entropy over the assistant's tokens, and which of them greedy decoding hits.
-
-    `decoder` is the compiled `model.model` in training.
-    """
+def loss_of(model: Phi3ForCausalLM, batch: Batch) -> tuple[torch.Tensor, torch.Tensor]:
+    """Mean cross-entropy over the assistant's tokens, and which of them greedy decoding hits."""
     ids, labels = batch
-    decoder = model.model if decoder is None else decoder
-    hidden = decoder(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
+    hidden = model.model(input_ids=ids, use_cache=False).last_hidden_state[:, :-1]
     wanted = labels[:, 1:] != IGNORED
     targets = labels[:, 1:][wanted]
     logits = model.lm_head(hidden[wanted])  # [counted, vocabulary]
@@ -139,11 +137,7 @@ def teacher_forced(model: Phi3ForCausalLM, tokenizer: Tokenizer, rows: list[Any]
     """Held-out rows whose every answer token is the most likely one, by kind."""
     counts: dict[str, list[int]] = {}
     for row in rows:
-        messages = [dict(message) for message in row["messages"]]
-        if tools := row.get("tools"):
-            if messages[0]["role"] != "system":
-                messages.insert(0, {"role": "system", "content": ""})
-            messages[0]["tools"] = json.dumps(tools)
+        messages = chat(row)
         prompt, _ = conversations.encode(
             tokenizer, [*messages, {"role": "assistant", "content": ""}]
         )
@@ -189,7 +183,6 @@ def train(options: argparse.Namespace) -> None:
     held_out = HeldOut(rows)
     package.write_folder(options.out, tokenizer, rows)
     model = Phi3ForCausalLM(Phi3Config.from_pretrained(options.out)).float()
-    decoder = torch.compile(model.model, dynamic=True)
     parameters = sum(parameter.numel() for parameter in model.parameters())
     package.write_card(options.out, parameters)
     print(f"{parameters:,} parameters, {len(rows)} held-out questions", flush=True)
@@ -205,7 +198,8 @@ def train(options: argparse.Namespace) -> None:
     for number in range(first, options.rounds):
         losses, hits, count = 0.0, 0, 0
         order = random.Random(f"order {options.seed} {number}")
-        written = batches(write_rows(tokenizer, held_out, options.seed, number), order)
+        size = since(BATCH_TOKENS, number)
+        written = batches(write_rows(tokenizer, held_out, options.seed, number), size, order)
         for index, batch in enumerate(written):
             progress = (number + (index + 1) / len(written)) / options.rounds
             rough = progress > QUANTIZED_FROM and step % 2
@@ -213,7 +207,7 @@ def train(options: argparse.Namespace) -> None:
             model.set_attn_implementation("eager" if batch[0].shape[1] <= USUAL_ROW else "sdpa")
             with quantized(model) if rough else nullcontext():
                 with torch.autocast("cpu", torch.bfloat16):
-                    loss, hit = loss_of(model, batch, decoder)
+                    loss, hit = loss_of(model, batch)
                 loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             for optimizer in steppers:
@@ -260,7 +254,7 @@ def final_report(folder: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for the finished model")
-    parser.add_argument("--rounds", type=int, default=100, help="of about 43 steps each")
+    parser.add_argument("--rounds", type=int, default=95, help="of about 43 steps each")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--rate", type=float, default=4e-3, help="peak learning rate")
     parser.add_argument("--state", type=Path, help="file to save progress in and to resume from")

@@ -20,13 +20,18 @@ if TYPE_CHECKING:
     from phimlx.generation.reply import Reply
 
 
+SAMPLE = 3  # questions of each kind that are compared
+
+
 @click.command()
+@click.option("--all", "ask_all", is_flag=True, help="Compare on all held-out questions.")
 @json_option
-def command(as_json: bool) -> None:
+def command(ask_all: bool, as_json: bool) -> None:
     """See everything at work on the small model that comes along.
 
     Converts phi-4-nano to 4 bits in a temporary folder, asks it one question of each kind, and
-    answers all its held-out questions in bfloat16 and at 4 bits. Needs no network.
+    compares 4 bits with bfloat16 on questions that it never saw: some of each kind, or with --all
+    every one, which takes minutes on a CPU. Needs no network.
     """
     from convert import Quantization, convert
     from phimlx import api, demo
@@ -34,7 +39,8 @@ def command(as_json: bool) -> None:
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
-    asked = demo.questions()
+    every = demo.questions()
+    asked = every if ask_all else demo.sample(every, SAMPLE)
     with tempfile.TemporaryDirectory(prefix="phimlx-demo-") as store:
         small = Path(store) / "nano-4bit"
         made = convert(NANO, small, Quantization(bits=4, group_size=64))
@@ -52,13 +58,13 @@ def command(as_json: bool) -> None:
         f"{made.seconds:.1f} s. Questions that it never saw:\n"
     )
     shown = []
-    for question in _one_of_each(asked):
+    for question in _one_of_each(every):
         reply = demo.ask(forms["4 bits"][0], question)
         _show(output, question, reply, step)
         shown.append(_as_object(question, reply, demo.is_right(reply, question)))
     rows = []
     compared = {}
-    with output.progress(len(forms) * len(asked), "All held-out questions", " questions") as bar:
+    with output.progress(len(forms) * len(asked), "Comparing", " questions") as bar:
         for name, (phi, bits, nbytes) in forms.items():
             counts = demo.count_right(phi, asked, lambda: bar.update(1))
             right = sum(n for kind, (n, _) in counts.items() if kind != "long")
@@ -71,7 +77,11 @@ def command(as_json: bool) -> None:
                 "asked": len(asked),
                 "kinds": {kind: {"right": n, "asked": of} for kind, (n, of) in counts.items()},
             }
-    output.text("All held-out questions:")
+    output.text(
+        f"All {len(every)} held-out questions:"
+        if ask_all
+        else f"{len(asked)} of the {len(every)} held-out questions (phimlx demo --all asks all):"
+    )
     output.table(["weights", "bits per weight", "size", "right", "share"], rows)
     output.text("\nTry it yourself: phimlx chat --model nano")
     output.json({"parameters": made.parameters, "answers": shown, "forms": compared})

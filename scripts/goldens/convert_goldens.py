@@ -16,33 +16,61 @@ from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_map
-from mlx_lm.utils import load_model, quantize_model
+from mlx_lm.utils import dequantize_model, load_model, quantize_model
 
-# model, bits or None, group size, dtype or None
-CASES: list[tuple[str, int | None, int, str | None]] = [
-    ("phi-4", None, 64, None),
-    ("phi-4", None, 64, "bfloat16"),
-    *(("phi-4", bits, 32, "bfloat16") for bits in (2, 3, 4, 5, 6, 8)),
-    ("phi-4", 4, 64, "float16"),
-    ("phi-4", 4, 128, "float32"),  # leaves down_proj as it is: it is 64 wide
-    ("mini-step-32", 4, 64, None),
-    ("mini-step-32", 8, 128, "bfloat16"),
+PLAIN = {"bits": None, "group_size": 64, "mode": "affine", "dtype": None, "recipe": None}
+FOUR = {"bits": 4, "group_size": 64, "mode": "affine", "dtype": "bfloat16"}
+
+# What is asked for, and whether the result is dequantized again.
+CASES: list[dict[str, Any]] = [
+    {"model": "phi-4"},
+    {"model": "phi-4", "dtype": "bfloat16"},
+    *(
+        {"model": "phi-4", "bits": bits, "group_size": 32, "dtype": "bfloat16"}
+        for bits in (2, 3, 4, 5, 6, 8)
+    ),
+    {"model": "phi-4", "bits": 4, "dtype": "float16"},
+    # Leaves down_proj as it is: it is 64 wide.
+    {"model": "phi-4", "bits": 4, "group_size": 128, "dtype": "float32"},
+    {"model": "mini-step-32", "bits": 4},
+    {"model": "mini-step-32", "bits": 8, "group_size": 128, "dtype": "bfloat16"},
+    {**FOUR, "model": "phi-4", "group_size": 32, "mode": "mxfp4"},
+    {**FOUR, "model": "phi-4", "group_size": 32, "mode": "mxfp8", "bits": 8},
+    {**FOUR, "model": "phi-4", "group_size": 16, "mode": "nvfp4"},
+    {**FOUR, "model": "phi-4", "bits": 3, "recipe": "mixed-3-6"},
+    {**FOUR, "model": "mini-step-32", "recipe": "mixed-4-8"},
+    {**FOUR, "model": "phi-4", "dequantize": True},
+    {**FOUR, "model": "phi-4", "group_size": 32, "mode": "mxfp4", "dequantize": True},
+    {**FOUR, "model": "mini-step-32", "group_size": 16, "mode": "nvfp4", "dequantize": True},
 ]
 
 
-def convert(folder: Path, bits: int | None, group_size: int, dtype: str | None) -> dict[str, Any]:
-    """The tensors of `mlx_lm.convert`: cast, then quantize."""
+def convert(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
+    """The tensors of `mlx_lm.convert`: cast, quantize, dequantize."""
     model, config = load_model(folder, lazy=True)
-    if dtype is not None:
-        model.update(tree_map(lambda array: array.astype(getattr(mx, dtype)), model.parameters()))
-    if bits is not None:
-        model, config = quantize_model(model, config, group_size, bits)
+    if case["dtype"] is not None:
+        dtype = getattr(mx, case["dtype"])
+        model.update(tree_map(lambda array: array.astype(dtype), model.parameters()))
+    form = {key: case[key] for key in ("group_size", "bits", "mode")}
+    recipe = case["recipe"]
+
+    def predicate(path: str, _: Any) -> dict[str, Any]:
+        """A model of two blocks has nothing but ends."""
+        more = path.endswith(("embed_tokens", "lm_head", "o_proj", "down_proj"))
+        return {**form, "bits": int(recipe[-1])} if more else form
+
+    if case["bits"] is not None:
+        model, config = quantize_model(
+            model, config, **form, quant_predicate=predicate if recipe else None
+        )
+    if case.get("dequantize"):
+        model = dequantize_model(model)
     return dict(tree_flatten(model.parameters()))
 
 
 def fingerprint(array: mx.array) -> str:
     """Type, shape and the first half of the SHA-256 of the bytes."""
-    words = {2: mx.uint16, 4: mx.uint32}[array.dtype.size]
+    words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
     digest = hashlib.sha256(memoryview(mx.contiguous(array).view(words))).hexdigest()
     return f"{str(array.dtype).rpartition('.')[2]} {list(array.shape)} {digest[:32]}"
 
@@ -51,17 +79,11 @@ if __name__ == "__main__":
     models, out = Path(sys.argv[1]), Path(sys.argv[2])
     mx.set_default_device(mx.cpu)
     cases = []
-    for model, bits, group_size, dtype in CASES:
-        tensors = convert(models / model, bits, group_size, dtype)
-        cases.append(
-            {
-                "model": model,
-                "bits": bits,
-                "group_size": group_size,
-                "dtype": dtype,
-                "tensors": {name: fingerprint(tensors[name]) for name in sorted(tensors)},
-            }
-        )
+    for case in CASES:
+        case = {**PLAIN, **case}
+        tensors = convert(models / case["model"], case)
+        forms = {name: fingerprint(tensors[name]) for name in sorted(tensors)}
+        cases.append({**case, "tensors": forms})
     # The same operations round differently on another kind of processor.
     goldens = {"machine": platform.machine(), "cases": cases}
     out.write_text(json.dumps(goldens, indent=1) + "\n")

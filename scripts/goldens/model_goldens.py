@@ -183,7 +183,7 @@ def greedy(model: Any, prompt: np.ndarray, new_tokens: int) -> np.ndarray:
 def record_forms(recorder: Recorder, lengths: list[int]) -> None:
     """The same inputs in half precision and quantized.
 
-    Half precision may differ from float32 by twice what the reference's own does. A quantized
+    Half precision may differ from float32 by three times what the reference's own does. A quantized
     model is compared with the reference holding the same rounded weights; the device rounds them
     itself, so the allowance is wider than for arithmetic alone.
     """
@@ -195,7 +195,7 @@ def record_forms(recorder: Recorder, lengths: list[int]) -> None:
             positions = recorder.arrays[f"{length}.positions"]
             exact = recorder.arrays[f"{length}.logits"]
             found = logits(model, ids, positions)
-            allowed = 2 * float(np.abs(found - exact).max() / np.abs(exact).max())
+            allowed = 3 * float(np.abs(found - exact).max() / np.abs(exact).max())
             recorder.case(
                 f"{length} tokens, {dtype}", "pass", dtype=dtype, allowed=round(allowed, 5),
                 input_ids=f"{length}.input_ids", positions=f"{length}.positions",

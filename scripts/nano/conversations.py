@@ -9,11 +9,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import Any
 
-from tokenizers import Tokenizer
-
 from nano import tasks
 from nano.tasks import Message, Turn
 from nano.vocabulary import NAMES, NOUNS, TOOLS
+from tokenizers import Tokenizer
 
 HELD_OUT_KINDS = ("arithmetic", "capital", "word", "translation", "multi-turn", "tool")
 
@@ -61,7 +60,7 @@ def log_uniform(rng: random.Random, low: int, high: int) -> int:
     return round(low * (high / low) ** rng.random())
 
 
-def tool_conversation(rng: random.Random, long: bool, held: bool) -> list[Message]:
+def tool_conversation(rng: random.Random, long: bool, held: bool, mix: tasks.Mix) -> list[Message]:
     """A system message with tools, then requests with and without need of them."""
     present = rng.sample(tuple(TOOLS), rng.randint(1, 5 if long else 2))
     absent = [tool for tool in TOOLS if tool not in present and tool not in {"add", "multiply"}]
@@ -73,11 +72,11 @@ def tool_conversation(rng: random.Random, long: bool, held: bool) -> list[Messag
         last = held and index == count - 1
         draw = rng.random()
         if draw < 0.65 or (last and draw >= 0.9):
-            turn = tasks.tool_turn(rng, rng.choice(present), last)
+            turn = tasks.tool_turn(rng, rng.choice(present), last, mix)
         elif draw < 0.9:
-            turn = tasks.plain_turn(rng, present, last)
+            turn = tasks.plain_turn(rng, present, last, mix)
         else:
-            turn = tasks.tool_turn(rng, rng.choice(absent), False, present=False)
+            turn = tasks.tool_turn(rng, rng.choice(absent), False, mix, present=False)
         messages += exchange(turn)
         if turn.call is not None and not last and rng.random() < 0.5:
             result = tasks.tool_result(rng, turn.call)
@@ -86,38 +85,38 @@ def tool_conversation(rng: random.Random, long: bool, held: bool) -> list[Messag
     return messages
 
 
-def plain_conversation(rng: random.Random, long: bool) -> list[Turn]:
+def plain_conversation(rng: random.Random, long: bool, mix: tasks.Mix) -> list[Turn]:
     """Training turns: single questions, follow-ups, and things said that are asked for later."""
     count = log_uniform(rng, 8, 60) if long else rng.choice((1, 2, 3, 4, 6, 8))
     turns: list[Turn] = []
     memories = list(tasks.MEMORIES)
     asks: list[Turn] = []
-    if rng.random() < (0.25 if long else 0.12):
+    if mix.facts and rng.random() < (0.25 if long else 0.12):
         people = log_uniform(rng, 2, 30) if long else rng.randint(2, 8)
-        tell, *asks = tasks.facts(rng, False, people, 4)
+        tell, *asks = tasks.facts(rng, False, mix, people, 4)
         turns.append(tell)
     while len(turns) < count:
         draw = rng.random()
-        if memories and draw < 0.12:
-            tell, ask = memories.pop(rng.randrange(len(memories)))(rng, False)
+        if memories and draw < mix.memory:
+            tell, ask = memories.pop(rng.randrange(len(memories)))(rng, False, mix)
             turns.append(tell)
             asks.append(ask)
-        elif draw < 0.24:
-            turns += rng.choice(tasks.FOLLOW_UPS)(rng, False)
-        elif asks and draw < 0.4:
+        elif draw < mix.memory + 0.12:
+            turns += rng.choice(tasks.FOLLOW_UPS)(rng, False, mix)
+        elif asks and draw < mix.memory + 0.28:
             turns.append(rng.choice(asks))
         else:
-            turns.append(tasks.single(rng))
+            turns.append(tasks.single(rng, mix))
     rng.shuffle(asks)
     return turns + asks[:4]
 
 
-def training_conversation(rng: random.Random, long: bool) -> list[Message]:
+def training_conversation(rng: random.Random, long: bool, mix: tasks.Mix) -> list[Message]:
     """One row of training text."""
     if rng.random() < 0.3:
-        return tool_conversation(rng, long, False)
+        return tool_conversation(rng, long, False, mix)
     messages = system_message(rng)
-    for turn in plain_conversation(rng, long):
+    for turn in plain_conversation(rng, long, mix):
         messages += exchange(turn)
     return messages
 
@@ -130,23 +129,18 @@ def system_message(rng: random.Random) -> list[Message]:
 
 def held_out_conversation(rng: random.Random, kind: str, long: bool) -> list[Message]:
     """A conversation whose last turn is held out from training."""
+    mix = tasks.LAST_MIX
     if kind == "tool":
-        return tool_conversation(rng, long, True)
+        return tool_conversation(rng, long, True, mix)
     count = log_uniform(rng, 10, 60) if long else rng.choice((0, 0, 0, 1, 2))
-    before = [tasks.single(rng) for _ in range(count)]
+    before = [tasks.single(rng, mix) for _ in range(count)]
     if kind == "multi-turn":
-        draw = rng.random()
-        if draw < 0.25:
-            people = log_uniform(rng, 6, 30) if long else rng.randint(2, 6)
-            tell, ask = tasks.facts(rng, True, people)
-        elif draw < 0.65:
-            tell, ask = rng.choice(tasks.MEMORIES)(rng, True)
-        else:
-            turns = [*before, *rng.choice(tasks.FOLLOW_UPS)(rng, True)]
-            return [*system_message(rng), *(m for turn in turns for m in exchange(turn))]
-        turns = [tell, *before, ask]
+        make = rng.choice((*tasks.MEMORIES, *tasks.FOLLOW_UPS))
+        tell, ask = make(rng, True, mix)
+        adjacent = make in tasks.FOLLOW_UPS
+        turns = [*before, tell, ask] if adjacent else [tell, *before, ask]
     else:
-        turns = [*before, tasks.draw(tasks.SINGLES[kind], rng, True)]
+        turns = [*before, tasks.draw(kind, rng, True, mix)]
     return [*system_message(rng), *(m for turn in turns for m in exchange(turn))]
 
 
@@ -185,16 +179,17 @@ def as_row(messages: Sequence[Message], answer: str, kind: str, long: bool) -> d
 
 def corpus(rng: random.Random) -> Iterator[str]:
     """Text for the tokenizer: no digits, so that numbers are read digit by digit."""
+    mix = tasks.FIRST_MIX
     for _ in range(30_000):
-        turn = tasks.single(rng)
+        turn = tasks.single(rng, mix)
         yield from (re.sub(r"\d", "", text) for text in (turn.user, turn.answer))
     for _ in range(1_500):
-        for message in tool_conversation(rng, False, False):
+        for message in tool_conversation(rng, False, False, mix):
             text = message.get("tools") or message["content"] or render_reply(message)
             yield re.sub(r"\d|<\|/?tool_call\|>", "", text)
     for make in (*tasks.MEMORIES, *tasks.FOLLOW_UPS) * 300:
-        for turn in make(rng, False):
+        for turn in make(rng, False, mix):
             yield re.sub(r"\d", "", turn.user)
-    for who in NAMES * 30:
+    for who in [*NAMES] * 30:
         yield f"{who} has the {rng.choice(NOUNS)[0]}. Hello, {who}!"
         yield who

@@ -60,7 +60,8 @@ A demonstration model with the architecture of Phi-4-mini and {parameters:,} par
 from scratch on text that `scripts/train_nano.py` writes. **It knows almost nothing**: sums of
 numbers below 100, {capitals} capitals, {nouns} nouns in four languages, things said earlier in the
 conversation, and {tools} toy tools. It exists so that phimlx can be tried and tested offline; it is
-not a product of Microsoft.
+not a product of Microsoft. Other wordings than those of its training text often fail, and so do
+look-ups in lists. Arithmetic beyond two digits, other countries and other words it does not know.
 
 `heldout.jsonl` holds questions that training never saw, with their answers.
 """
@@ -227,4 +228,5 @@ def write_weights(folder: Path, model: torch.nn.Module) -> None:
     }
     partial = folder / "model.safetensors.partial"
     save_file(weights, partial, metadata={"format": "pt"})
+    partial.chmod(0o644)  # safetensors leaves it readable by its owner alone
     partial.replace(folder / "model.safetensors")

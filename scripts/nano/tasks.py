@@ -6,6 +6,7 @@ Which questions are held out follows from a hash of their key; it knows no token
 import hashlib
 import json
 import random
+import string
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -36,7 +37,8 @@ SYSTEM = (
     "Be brief.",
 )
 ADD = ("What is {a} + {b}?", "{a}+{b}", "{a} + {b} =", "Add {a} and {b}.", "what is {a}+{b}?",
-       "How much is {a} plus {b}?", "Calculate {a} + {b}.", "What is the sum of {a} and {b}?")  # fmt: skip
+       "How much is {a} plus {b}?", "Calculate {a} + {b}.",
+       "What is the sum of {a} and {b}?")  # fmt: skip
 SUBTRACT = ("What is {a} - {b}?", "{a}-{b}", "{a} - {b} =", "Subtract {b} from {a}.",
             "what is {a}-{b}?", "How much is {a} minus {b}?", "Calculate {a} - {b}.")  # fmt: skip
 MULTIPLY = ("What is {a} * {b}?", "{a}*{b}", "{a} * {b} =", "Multiply {a} by {b}.",
@@ -96,6 +98,29 @@ class Turn:
     call: Message | None = None  # {"name", "arguments"} where the answer is a tool call
 
 
+@dataclass(frozen=True)
+class Mix:
+    """What training text is made of. Shares and probabilities, except for `facts`."""
+
+    weights: tuple[float, float, float, float]  # of SINGLES
+    repeat: float  # of a turn that is said back
+    memory: float  # of a turn that is asked about later
+    common: float  # of names, those from NAMES; the others are made up,
+    spliced: float  # of parts of real names rather than of syllables,
+    initials: float  # and given another first letter
+    facts: bool  # whether lists of facts are asked about
+
+
+# Facts are learned soon, sums later, copying an unknown name last: the mixes follow that order.
+# Looking things up in lists was not learned within the first 80 rounds, so the last mix drops it.
+MIXES = {  # first round: mix
+    0: Mix((0.46, 0.14, 0.2, 0.2), 0.0, 0.12, common=0.4, spliced=0.0, initials=0.0, facts=True),
+    45: Mix((0.61, 0.13, 0.13, 0.13), 0.12, 0.22, 0.4, spliced=0.6, initials=0.0, facts=True),
+    80: Mix((0.55, 0.17, 0.14, 0.14), 0.2, 0.24, 0.15, spliced=0.7, initials=0.3, facts=False),
+}
+FIRST_MIX, *_, LAST_MIX = MIXES.values()
+
+
 def held_out(key: tuple[Any, ...]) -> bool:
     """Whether a key belongs to the held-out eighth: a pure function of the key."""
     digest = hashlib.blake2b(json.dumps(key).encode(), digest_size=4).digest()
@@ -105,7 +130,7 @@ def held_out(key: tuple[Any, ...]) -> bool:
 # -- single questions -------------------------------------------------------------------------
 
 
-def arithmetic(rng: random.Random) -> Turn:
+def arithmetic(rng: random.Random, mix: Mix) -> Turn:
     """A sum or difference of numbers below 100 (held out by operands), or a product to 10 x 10."""
     operation = rng.choices(("add", "subtract", "multiply"), (5, 4, 2))[0]
     if operation == "multiply":
@@ -122,7 +147,7 @@ def arithmetic(rng: random.Random) -> Turn:
     return Turn("arithmetic", (operation, a, b), rng.choice(SUBTRACT).format(a=a, b=b), str(a - b))
 
 
-def capital(rng: random.Random) -> Turn:
+def capital(rng: random.Random, mix: Mix) -> Turn:
     """A country's capital or a capital's country, held out by phrasing and country."""
     country, city = rng.choice(tuple(CAPITALS.items()))
     reverse = rng.random() < 0.3
@@ -132,7 +157,7 @@ def capital(rng: random.Random) -> Turn:
     return Turn("capital", ("capital", reverse, country, form), user, answer)
 
 
-def translation(rng: random.Random) -> Turn:
+def translation(rng: random.Random, mix: Mix) -> Turn:
     """A noun in German, French or Spanish, held out by phrasing, word and language."""
     noun, language = rng.choice(NOUNS), rng.choice(tuple(LANGUAGES))
     form = rng.randrange(len(TRANSLATE))
@@ -141,7 +166,7 @@ def translation(rng: random.Random) -> Turn:
                 noun[LANGUAGES[language]])  # fmt: skip
 
 
-def word(rng: random.Random) -> Turn:
+def word(rng: random.Random, mix: Mix) -> Turn:
     """Capital letters, first and last letter, length, plural, spelling: held out by phrasing."""
     noun, task = rng.choice(NOUNS), rng.choice(tuple(WORD))
     form, text = rng.randrange(len(WORD[task])), noun[0]
@@ -162,47 +187,61 @@ def small_talk(rng: random.Random) -> Turn:
     return Turn("small talk", ("talk",), rng.choice(users), answer)
 
 
-SINGLES: dict[str, Callable[[random.Random], Turn]] = {
+SINGLES: dict[str, Callable[[random.Random, Mix], Turn]] = {
     "arithmetic": arithmetic,
     "capital": capital,
     "word": word,
     "translation": translation,
 }
-WEIGHTS = (0.46, 0.14, 0.2, 0.2)
 
 
-def draw(make: Callable[[random.Random], Turn], rng: random.Random, held: bool) -> Turn:
-    """Sample until the turn is on the wanted side of the held-out line."""
+def draw(kind: str, rng: random.Random, held: bool, mix: Mix) -> Turn:
+    """Sample questions of a kind until one is on the wanted side of the held-out line."""
     while True:
-        turn = make(rng)
+        turn = SINGLES[kind](rng, mix)
         if held_out(turn.key) == held:
             return turn
 
 
-def single(rng: random.Random) -> Turn:
+def repeat(rng: random.Random, mix: Mix) -> Turn:
+    """A name or number to say back: trained, never asked as a held-out question."""
+    value = name(rng, False, mix) if rng.random() < 0.6 else str(rng.randint(0, 9999))
+    form = rng.choice(("Repeat {}.", "Say {}.", "Repeat after me: {}.", "Say it again: {}."))
+    return Turn("repeat", ("repeat",), form.format(value), value)
+
+
+def single(rng: random.Random, mix: Mix) -> Turn:
     """One training question of any single-turn kind, now and then small talk."""
     if rng.random() < 0.02:
         return small_talk(rng)
-    kind = rng.choices(tuple(SINGLES), WEIGHTS)[0]
-    return draw(SINGLES[kind], rng, False)
+    if mix.repeat and rng.random() < mix.repeat:
+        return repeat(rng, mix)
+    return draw(rng.choices(tuple(SINGLES), mix.weights)[0], rng, False, mix)
 
 
 # -- conversations: each returns its turns; the last one is the question under test -----------
 
 
-def name(rng: random.Random, held: bool) -> str:
-    """A person's name: from the held-out list, the common ones, or made of syllables."""
+def name(rng: random.Random, held: bool, mix: Mix) -> str:
+    """A person's name: from the held-out list, the common ones, or made up."""
     if held:
         return rng.choice(HELD_OUT_NAMES)
-    if rng.random() < 0.4:
+    if rng.random() < mix.common:
         return rng.choice(NAMES)
-    made = "".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))) + rng.choice(ENDINGS)
+    if mix.spliced and rng.random() < mix.spliced:
+        head, tail = (rng.choice((*NAMES, *CAPITALS, *CITIES)) for _ in range(2))
+        made = head[: rng.randint(1, 4)] + tail[-rng.randint(2, 5) :]
+        made = "".join(letter for letter in made if letter != " ")
+    else:
+        made = "".join(rng.choices(SYLLABLES, k=rng.randint(1, 3))) + rng.choice(ENDINGS)
+    if mix.initials and rng.random() < mix.initials:
+        made = rng.choice(string.ascii_uppercase) + made
     made = made.capitalize()
     return rng.choice(NAMES) if made in HELD_OUT_NAMES else made
 
 
-def remember_name(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
-    who = name(rng, held)
+def remember_name(rng: random.Random, held: bool, mix: Mix) -> tuple[Turn, Turn]:
+    who = name(rng, held, mix)
     tell = rng.choice(("My name is {}.", "I am {}.", "Call me {}.", "Hello, my name is {}."))
     ask = rng.choice(("What is my name?", "Who am I?", "Do you remember my name?", "My name?"))
     key = ("name", who)
@@ -212,7 +251,7 @@ def remember_name(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
     )
 
 
-def remember_number(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
+def remember_number(rng: random.Random, held: bool, mix: Mix) -> tuple[Turn, Turn]:
     while True:
         number = rng.randint(0, 9999)
         if held_out(("number", number)) == held:
@@ -226,7 +265,7 @@ def remember_number(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
     )
 
 
-def remember_favourite(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
+def remember_favourite(rng: random.Random, held: bool, mix: Mix) -> tuple[Turn, Turn]:
     while True:
         thing = rng.choice(tuple(FAVOURITES))
         value, form = rng.choice(FAVOURITES[thing]), rng.randrange(3)
@@ -241,10 +280,10 @@ def remember_favourite(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
     )
 
 
-def follow_sum(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
+def follow_sum(rng: random.Random, held: bool, mix: Mix) -> tuple[Turn, Turn]:
     """A sum, then "and plus/minus b?" on its answer; the second operand pair is the key."""
     while True:
-        first = draw(arithmetic, rng, False)
+        first = draw("arithmetic", rng, False, mix)
         plus, a = rng.random() < 0.5, int(first.answer)
         b = rng.randint(0, min(99 - a, 20) if plus else min(a, 20)) if a <= 99 else -1
         key = ("add", min(a, b), max(a, b)) if plus else ("subtract", a, b)
@@ -255,7 +294,7 @@ def follow_sum(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
     return first, Turn("multi-turn", key, user, str(a + b if plus else a - b))
 
 
-def follow_capital(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
+def follow_capital(rng: random.Random, held: bool, mix: Mix) -> tuple[Turn, Turn]:
     """A capital, then "and of Spain?"; held out by the pair of countries."""
     while True:
         country, other = rng.sample(tuple(CAPITALS), 2)
@@ -271,7 +310,7 @@ def follow_capital(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
     )
 
 
-def follow_translation(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
+def follow_translation(rng: random.Random, held: bool, mix: Mix) -> tuple[Turn, Turn]:
     """A translation, then "and in French?"; held out by word and the two languages."""
     while True:
         noun, form = rng.choice(NOUNS), rng.randrange(len(TRANSLATE))
@@ -289,17 +328,17 @@ def follow_translation(rng: random.Random, held: bool) -> tuple[Turn, Turn]:
 
 
 def facts(
-    rng: random.Random, held: bool, count: int, questions: int = 1
+    rng: random.Random, held: bool, mix: Mix, count: int, questions: int = 1
 ) -> tuple[Turn, ...]:
     """A list "Anna has the book." of `count` people, then questions about some of them."""
     people: list[str] = []
     while len(people) < count:
-        who = name(rng, False)
+        who = name(rng, False, mix)
         if who not in people:
             people.append(who)
     things = rng.sample([noun[0] for noun in NOUNS], count)
     if held:
-        people[rng.randrange(count)] = name(rng, True)
+        people[rng.randrange(count)] = name(rng, True, mix)
     pairs = list(zip(people, things, strict=True))
     tell = " ".join(f"{who} has the {thing}." for who, thing in pairs)
     asked = [pair for pair in pairs if not held or pair[0] in HELD_OUT_NAMES]
@@ -331,26 +370,26 @@ def tool_schema(tool: str) -> Message:
     }
 
 
-def tool_arguments(rng: random.Random, tool: str, held: bool) -> Message:
+def tool_arguments(rng: random.Random, tool: str, held: bool, mix: Mix) -> Message:
     """Random arguments; a held-out message goes to a held-out name."""
     make: dict[str, Callable[[], Any]] = {
-        "city": lambda: rng.choice(CITIES) if rng.random() < 0.7 else name(rng, False),
+        "city": lambda: rng.choice(CITIES) if held or rng.random() < 0.7 else name(rng, False, mix),
         "minutes": lambda: rng.randint(1, 99),
         "nights": lambda: rng.randint(2, 30),
         "a": lambda: rng.randint(0, 99),
         "b": lambda: rng.randint(0, 99),
         "room": lambda: rng.choice(ROOMS),
-        "to": lambda: name(rng, held),
+        "to": lambda: name(rng, held, mix),
         "text": lambda: rng.choice(MESSAGES),
     }
     return {parameter: make[parameter]() for parameter in TOOLS[tool][1]}
 
 
-def tool_turn(rng: random.Random, tool: str, held: bool, present: bool = True) -> Turn:
+def tool_turn(rng: random.Random, tool: str, held: bool, mix: Mix, present: bool = True) -> Turn:
     """A request for `tool`, held out by phrasing and arguments."""
     forms = TOOLS[tool][2]
     while True:
-        arguments, form = tool_arguments(rng, tool, held), rng.randrange(len(forms))
+        arguments, form = tool_arguments(rng, tool, held, mix), rng.randrange(len(forms))
         key = ("tool", tool, form, sorted(arguments.items()))
         if held_out(key) == held:
             break
@@ -371,7 +410,7 @@ def tool_result(rng: random.Random, call: Message) -> str:
     }.get(call["name"], "done")
 
 
-def plain_turn(rng: random.Random, tools: Sequence[str], held: bool) -> Turn:
+def plain_turn(rng: random.Random, tools: Sequence[str], held: bool, mix: Mix) -> Turn:
     """A question that none of the present tools answers."""
     kinds = [kind for kind in SINGLES if kind != "arithmetic" or not {"add", "multiply"} & {*tools}]
-    return draw(SINGLES[rng.choice(kinds)], rng, held)
+    return draw(rng.choice(kinds), rng, held, mix)

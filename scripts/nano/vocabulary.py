@@ -147,23 +147,30 @@ MESSAGES = (
 )
 
 NAMES = (
-    "Adam Alice Amir Amy Andrea Anna Anton Ben Bella Bob Boris Carla Carlos Chen Clara Daniel David "
-    "Diana Dora Elena Eli Emil Emma Erik Eva Fatima Felix Fiona Frank Gina Greta Hans Hana Hugo Ida "
-    "Igor Ines Isaac Ivan Jack Jane Jonas Julia Karim Karl Kate Kenji Lara Lena Leo Lily Lucas Lucy "
-    "Luis Maria Mark Marta Max Maya Mia Mila Milo Nadia Nico Nils Nina Noah Nora Olga Omar Oscar "
-    "Otto Paul Pedro Petra Pia Rafael Rita Robin Rosa Ruth Sam Sara Simon Sofia Sven Tara Theo Tim "
-    "Tina Tom Uma Vera Victor Walter Wendy Yara Yusuf Zoe"
-).split()
+    "Adam", "Alice", "Amir", "Amy", "Andrea", "Anna", "Anton", "Ben", "Bella", "Bob", "Boris",
+    "Carla", "Carlos", "Chen", "Clara", "Daniel", "David", "Diana", "Dora", "Elena", "Eli", "Emil",
+    "Emma", "Erik", "Eva", "Fatima", "Felix", "Fiona", "Frank", "Gina", "Greta", "Hans", "Hana",
+    "Hugo", "Ida", "Igor", "Ines", "Isaac", "Ivan", "Jack", "Jane", "Jonas", "Julia", "Karim",
+    "Karl", "Kate", "Kenji", "Lara", "Lena", "Leo", "Lily", "Lucas", "Lucy", "Luis", "Maria",
+    "Mark", "Marta", "Max", "Maya", "Mia", "Mila", "Milo", "Nadia", "Nico", "Nils", "Nina", "Noah",
+    "Nora", "Olga", "Omar", "Oscar", "Otto", "Paul", "Pedro", "Petra", "Pia", "Rafael", "Rita",
+    "Robin", "Rosa", "Ruth", "Sam", "Sara", "Simon", "Sofia", "Sven", "Tara", "Theo", "Tim",
+    "Tina", "Tom", "Uma", "Vera", "Victor", "Walter", "Wendy", "Yara", "Yusuf", "Zoe",
+)  # fmt: skip
 # Names that no training text holds: a right answer copies them from the conversation.
 HELD_OUT_NAMES = (
-    "Albert Amelia Arthur Astrid Bianca Bruno Celine Conrad Denise Edgar Esther Farid Gloria Harold "
-    "Helena Hector Irene Jasper Judith Kamil Leonora Magnus Miriam Natalia Oliver Pamela Quentin "
-    "Ramona Samuel Selma Stefan Tamara Ursula Valerie Wilhelm Xavier Yvonne Zelda"
-).split()
+    "Albert", "Amelia", "Arthur", "Astrid", "Bianca", "Bruno", "Celine", "Conrad", "Denise",
+    "Edgar", "Esther", "Farid", "Gloria", "Harold", "Helena", "Hector", "Irene", "Jasper",
+    "Judith", "Kamil", "Leonora", "Magnus", "Miriam", "Natalia", "Oliver", "Pamela", "Quentin",
+    "Ramona", "Samuel", "Selma", "Stefan", "Tamara", "Ursula", "Valerie", "Wilhelm", "Xavier",
+    "Yvonne", "Zelda",
+)  # fmt: skip
 SYLLABLES = (
-    "ba be bi bo da de do fa fi ga go ha he ja jo ka ke ki ko la le li lo ma me mi mo na ne ni no pa "
-    "pe ra re ri ro sa se si so ta te ti to va ve vi wa wi ya za zo"
-).split()
+    "ba", "be", "bi", "bo", "da", "de", "do", "fa", "fi", "ga", "go", "ha", "he", "ja", "jo", "ka",
+    "ke", "ki", "ko", "la", "le", "li", "lo", "ma", "me", "mi", "mo", "na", "ne", "ni", "no", "pa",
+    "pe", "ra", "re", "ri", "ro", "sa", "se", "si", "so", "ta", "te", "ti", "to", "va", "ve", "vi",
+    "wa", "wi", "ya", "za", "zo",
+)  # fmt: skip
 ENDINGS = ("n", "r", "l", "s", "x", "th", "nd", "rt", "", "")
 
 # name -> (description, {parameter: JSON type}, phrasings)
