@@ -72,6 +72,7 @@ def test_the_folder_holds_a_hub_model_and_nothing_else() -> None:
         "generation_config.json",
         "heldout.jsonl",
         "model.safetensors",
+        "reference.safetensors",
         "tokenizer.json",
         "tokenizer_config.json",
     }
