@@ -86,4 +86,5 @@ def model_name(model: str | None) -> str:
         from phimlx import catalog
 
         return catalog.DEFAULT.alias
-    return str(Path(model).resolve()) if Path(model).is_dir() else model
+    folder = Path(model)
+    return str(folder.resolve()) if (folder / "config.json").is_file() else model

@@ -111,3 +111,15 @@ def test_generation_imports_neither_transformers_nor_mlx_lm() -> None:
     }
     assert {"mlx", "tokenizers"} <= imported
     assert not imported & {"transformers", "mlx_lm", "torch", "rich", "prompt_toolkit", "tqdm"}
+
+
+def test_a_folder_that_only_shares_an_alias_does_not_name_the_model(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from phimlx.cli.chat import model_name
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "nano").mkdir()
+    assert model_name("nano") == "nano"
+    (tmp_path / "nano" / "config.json").write_text("{}")
+    assert model_name("nano") == str(tmp_path / "nano")
