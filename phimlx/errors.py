@@ -31,6 +31,10 @@ class ModelNotFoundError(PhimlxError):
     """No model of that name is on this machine."""
 
 
+class ModelAbsentError(ModelNotFoundError):
+    """A model of the Hub that has not come to this machine."""
+
+
 class TokenizerError(PhimlxError):
     """Tokenizer files are missing or unusable."""
 

@@ -1,25 +1,38 @@
 """The Hub <-> this machine: which folder a name means, and how a model comes here.
 
-Knows huggingface_hub's cache and the catalogue; knows nothing of what is inside the weights.
+Knows names and the catalogue; knows nothing of HTTP, nor of what is inside the weights.
 """
 
 from __future__ import annotations
 
 import difflib
-import errno
-import glob
-import json
 import os
 import re
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
 from fnmatch import fnmatch
 from pathlib import Path
 
-from phimlx import catalog
-from phimlx.errors import DownloadError, ModelNotFoundError
-from phimlx.sizes import size_text
+from phimlx import catalog, store
+from phimlx.errors import DownloadError, ModelAbsentError, ModelNotFoundError, shortened
+from phimlx.remote import Remote, Repository
+from phimlx.store import find_snapshot, is_whole
+from phimlx.transfer import HubCache, PlainFolder, Plan, Report, free_space
+
+__all__ = [
+    "NANO",
+    "Download",
+    "Watch",
+    "download",
+    "find_snapshot",
+    "free_space",
+    "is_folder",
+    "is_whole",
+    "make_plan",
+    "repositories",
+    "resolve",
+]
 
 NANO = Path(__file__).parent / "assets" / "nano"
 
@@ -48,7 +61,8 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
         original: take the original of an alias only, never the pre-quantized one.
 
     Raises:
-        ModelNotFoundError: where it is not here; the hint says how it comes here.
+        ModelAbsentError: where it is not here; the hint says how it comes here.
+        ModelNotFoundError: where the name means nothing.
     """
     if isinstance(source, Path) or (source is not None and _looks_like_path(source)):
         return _folder(source)
@@ -67,13 +81,13 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
         if snapshot is not None:
             return snapshot
     if source is None:
-        raise ModelNotFoundError(
+        raise ModelAbsentError(
             f"{name}, the default model, is not on this machine.",
             hint=f"Get it with: phimlx download {name}, or try the small model that comes along "
             "right now: --model nano",
         )
     wanted = candidates[0] if original else name
-    raise ModelNotFoundError(
+    raise ModelAbsentError(
         f"{wanted} is not on this machine.", hint=f"Get it with: phimlx download {wanted}"
     )
 
@@ -103,150 +117,134 @@ def repositories(name: str, original: bool = False) -> list[str]:
     return [repo for repo in candidates if repo is not None]
 
 
-def find_snapshot(repo: str) -> Path | None:
-    """The newest whole copy of a repository in huggingface_hub's cache, its main branch first."""
-    from huggingface_hub import constants
+@dataclass(frozen=True)
+class Download:
+    """A model that has come here, or was here.
 
-    home = Path(constants.HF_HUB_CACHE) / f"models--{repo.replace('/', '--')}"
-    snapshots = sorted(home.glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
-    main = home / "refs" / "main"
-    if main.is_file():
-        snapshots.append(home / "snapshots" / main.read_text().strip())
-    return next((folder for folder in reversed(snapshots) if is_whole(folder)), None)
-
-
-def is_whole(folder: Path) -> bool:
-    """Whether a downloaded folder has its config, its tokenizer and every weight file.
-
-    huggingface_hub puts a file in its place when it is complete, so what is there is whole.
+    Attributes:
+        repository: None for the model that comes with phimlx.
+        commit: None where nobody tells: offline, the folder's name does.
+        files: how many there are.
+        nbytes: their size.
     """
-    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
-        return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return (folder / "model.safetensors").is_file()
-    try:
-        names = set(json.loads(index.read_bytes())["weight_map"].values())
-        return bool(names) and all((folder / name).is_file() for name in names)
-    except (ValueError, KeyError, AttributeError, TypeError, RecursionError):
-        return False
+
+    folder: Path
+    repository: str | None
+    commit: str | None
+    files: int
+    nbytes: int
 
 
-def download(source: str, revision: str | None = None) -> Path:
-    """Bring a model here through huggingface_hub, which draws the progress and keeps the files.
+Watch = Callable[[Plan], AbstractContextManager[Report]]
+"""Is shown a plan before anything is fetched, and takes part in its progress."""
+
+
+@contextmanager
+def unwatched(plan: Plan) -> Iterator[Report]:
+    """Let a download run without looking."""
+    yield lambda file, nbytes: None
+
+
+def download(
+    source: str,
+    revision: str | None = None,
+    *,
+    original: bool = False,
+    local_dir: Path | None = None,
+    remote: Remote | None = None,
+    watch: Watch = unwatched,
+) -> Download:
+    """Bring a model here, or what of it is missing; check what is here.
+
+    Files that the model does not need stay away: see `WANTED`. With HF_HUB_OFFLINE set, what is
+    here answers, unchecked.
 
     Args:
         source: an alias (which means the pre-quantized model) or a Hub id.
         revision: a branch, tag or commit; the main branch where None.
-
-    Returns:
-        Its folder.
+        original: take the original of an alias, not the pre-quantized one.
+        local_dir: a folder for plain files; huggingface_hub's cache where None.
+        watch: called with the plan; its context lasts as long as the transfer.
 
     Raises:
         ModelNotFoundError: where the name means nothing, or the Hub has no such model.
-        DownloadError: where it cannot come here: network, permission, disk.
+        DownloadError: where it cannot come here: network, permission, disk, wrong contents.
     """
+    from huggingface_hub import constants
+
     model = catalog.find(source)
     if model is not None and model.repo is None:
-        return NANO
+        return _here(NANO, None)
     if _looks_like_path(source):
         raise ModelNotFoundError(
             f"{source} is a path; a download needs an alias or a Hub id.", hint=_suggestion(source)
         )
-    repo = repositories(source)[0]
-    with _explained(repo, revision):
-        from huggingface_hub import HfApi, constants, snapshot_download
+    _check_revision(revision)
+    repo = repositories(source, original)[0]
+    if constants.HF_HUB_OFFLINE:
+        return _offline(repo, revision, local_dir)
+    remote = remote or Remote()
+    repository = remote.repository(repo, revision)
+    plan = make_plan(repository, local_dir)
+    plan.check_space()
+    with watch(plan) as report:
+        plan.run(remote, report)
+    return Download(plan.destination.folder, repo, repository.commit, len(plan.files), plan.nbytes)
 
-        info = HfApi().model_info(repo, revision=revision, files_metadata=True)
-        sizes = {
-            file.rfilename: file.size or 0
-            for file in info.siblings or ()
-            if "/" not in file.rfilename
-            and any(fnmatch(file.rfilename, pattern) for pattern in WANTED)
-        }
-        if not any(name.endswith(".safetensors") for name in sizes):
-            raise DownloadError(
-                f"{repo} holds no model*.safetensors, the only weights that phimlx reads."
-            )
-        cache = Path(constants.HF_HUB_CACHE)
-        here = cache / f"models--{repo.replace('/', '--')}" / "snapshots" / str(info.sha)
-        needed = sum(size for name, size in sizes.items() if not (here / name).exists())
-        free = free_space(cache)
-        if needed > free:
-            raise DownloadError(
-                f"{repo} needs {size_text(needed)} of disk space, but {cache} has "
-                f"{size_text(free)}.",
-                hint="Free some space, or set HF_HOME to a folder on a larger disk.",
-            )
-        folder = snapshot_download(
-            repo, revision=revision, allow_patterns=[glob.escape(name) for name in sizes]
+
+def make_plan(repository: Repository, local_dir: Path | None = None) -> Plan:
+    """What a model needs of a repository, and where it goes."""
+    files = [file for file in repository.files if is_wanted(file.name)]
+    if not any(file.name.endswith(".safetensors") for file in files):
+        raise DownloadError(
+            f"{repository.name} holds no model*.safetensors, the only weights that phimlx reads."
         )
-    return Path(folder)
+    # Weights last: what is wrong with a config shows early, and half a model never looks whole.
+    files.sort(key=lambda file: (file.name.endswith(".safetensors"), file.name))
+    destination = (
+        HubCache(store.cache(), repository)
+        if local_dir is None
+        else PlainFolder(local_dir.expanduser().absolute(), repository)
+    )
+    return Plan(repository, destination, tuple(files))
 
 
-def free_space(folder: Path) -> int:
-    """Bytes free on the disk where `folder` is, or will be."""
-    while not folder.exists():
-        folder = folder.parent
-    return shutil.disk_usage(folder).free
+def is_wanted(name: str) -> bool:
+    """Whether a model needs a file of that name."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in WANTED)
 
 
-@contextmanager
-def _explained(repo: str, revision: str | None) -> Iterator[None]:
-    """Turn what huggingface_hub raises into a sentence and the next step."""
-    from huggingface_hub import constants, errors
+def is_folder(source: str) -> bool:
+    """Whether a name means a folder on this machine rather than a model of the Hub."""
+    return _looks_like_path(source) or (catalog.find(source) is None and Path(source).is_dir())
 
-    try:
-        yield
-    except errors.GatedRepoError as error:
-        raise DownloadError(
-            f"{repo} is only for those who have accepted its terms.",
-            hint=f"Accept them at {constants.ENDPOINT}/{repo}, then log in with: hf auth login",
-        ) from error
-    except errors.RepositoryNotFoundError as error:
+
+def _here(folder: Path, repo: str | None) -> Download:
+    commit = folder.name if folder.parent.name == "snapshots" else None
+    files = [path for path in folder.iterdir() if path.is_file()]
+    return Download(folder, repo, commit, len(files), sum(path.stat().st_size for path in files))
+
+
+def _offline(repo: str, revision: str | None, local_dir: Path | None) -> Download:
+    folder = find_snapshot(repo, revision) if local_dir is None else local_dir
+    if folder is not None and is_whole(folder):
+        return _here(folder, repo)
+    what = f"{repo} at {revision}" if revision else repo
+    raise DownloadError(
+        f"{what} is not complete on this machine, and HF_HUB_OFFLINE is set.",
+        hint="Unset HF_HUB_OFFLINE, then run it again.",
+    )
+
+
+def _check_revision(revision: str | None) -> None:
+    """A revision becomes the name of a file in the cache."""
+    if revision is not None and (
+        not re.fullmatch(r"[\w.+-]+(/[\w.+-]+)*", revision) or {".", ".."} & {*revision.split("/")}
+    ):
         raise ModelNotFoundError(
-            f"The Hub has no model {repo}, or it is private.",
-            hint="Check the name; for a private one log in first with: hf auth login",
-        ) from error
-    except errors.RevisionNotFoundError as error:
-        raise ModelNotFoundError(
-            f"{repo} has no revision {revision}.", hint="Leave --revision out to get the newest."
-        ) from error
-    except errors.HfHubHTTPError as error:
-        status = error.response.status_code
-        if status in (401, 403):
-            raise DownloadError(
-                f"The Hub refuses this access to {repo} ({status}).",
-                hint="Log in again with: hf auth login, or correct or unset HF_TOKEN.",
-            ) from error
-        if status == 429:
-            raise DownloadError(
-                "The Hub has had too many requests from here.",
-                hint="Try again in a few minutes; logging in with: hf auth login raises the limit.",
-            ) from error
-        raise DownloadError(
-            f"The Hub answers with an error ({status}) for {repo}.",
-            hint="Try again in a few minutes; what has come stays.",
-        ) from error
-    except errors.OfflineModeIsEnabled as error:
-        raise DownloadError(
-            "HF_HUB_OFFLINE is set, so nothing is downloaded.", hint="Unset HF_HUB_OFFLINE."
-        ) from error
-    except PermissionError as error:
-        raise DownloadError(
-            f"{error.filename or constants.HF_HUB_CACHE} cannot be written.",
-            hint="Make it writable, or set HF_HOME to another folder.",
-        ) from error
-    except (errors.HTTPError, OSError) as error:  # type: ignore[attr-defined]
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC:
-            raise DownloadError(
-                f"The disk of {constants.HF_HUB_CACHE} is full.",
-                hint="Free some space and run it again, or set HF_HOME to a larger disk.",
-            ) from error
-        raise DownloadError(
-            f"The Hub cannot be reached at {constants.ENDPOINT}.",
-            hint="Check the network, then run it again.",
-        ) from error
+            f"{shortened(revision)} is no revision: a branch, a tag or a commit.",
+            hint="Leave --revision out to get the newest.",
+        )
 
 
 def _looks_like_path(source: str) -> bool:

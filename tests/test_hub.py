@@ -2,22 +2,22 @@
 
 from __future__ import annotations
 
-import errno
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
-import huggingface_hub
 import pytest
-from huggingface_hub import constants, errors
+from huggingface_hub import constants
 
-from phimlx import hub
+from phimlx import hub, transfer
 from phimlx.errors import ModelNotFoundError, PhimlxError
-from tests.loopback_hub import COMMIT, Hub, serve
+from phimlx.remote import Remote
+from phimlx.transfer import Plan, Report
+from tests.loopback_hub import COMMIT, Hub, serve_alone
 
 QUANTIZED = "mlx-community/Phi-4-mini-instruct-4bit"
 ORIGINAL = "microsoft/Phi-4-mini-instruct"
@@ -248,14 +248,9 @@ def test_folders_and_nano_need_no_huggingface_hub(tmp_path: Path) -> None:
 
 
 @pytest.fixture
-def server(monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
-    with serve() as hub_here:
-        monkeypatch.setattr(constants, "ENDPOINT", hub_here.url)
-        template = hub_here.url + "/{repo_id}/resolve/{revision}/{filename}"
-        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
-        monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-        monkeypatch.setenv("HF_TOKEN", "hf_none")
-        yield hub_here
+def server(cache: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serve_alone(monkeypatch, cache) as running:
+        yield running
 
 
 FILES = {
@@ -296,37 +291,106 @@ def test_download_brings_what_is_needed_and_resolve_finds_it(
     server: Hub, cache: Path, source: str, repo: str
 ) -> None:
     server.repos[repo] = {**FILES, **UNWANTED}
-    folder = hub.download(source)
+    done = hub.download(source)
+    folder = done.folder
     assert folder == cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
     assert sorted(server.requested) == sorted(FILES)
     assert hub.resolve(source) == folder
+    size = sum(map(len, FILES.values()))
+    assert (done.repository, done.commit, done.files, done.nbytes) == (
+        repo,
+        COMMIT,
+        len(FILES),
+        size,
+    )
+
+
+def test_the_original_of_an_alias(server: Hub, cache: Path) -> None:
+    server.repos[ORIGINAL] = dict(FILES)
+    folder = hub.download("phi-4-mini", original=True).folder
+    assert hub.resolve("phi-4-mini", original=True) == folder
+
+
+def test_weights_come_last(server: Hub) -> None:
+    server.repos[QUANTIZED] = dict(sorted(FILES.items(), reverse=True))
+    hub.download("phi-4-mini")
+    assert server.requested[-2:] == [
+        "model-00001-of-00002.safetensors",
+        "model-00002-of-00002.safetensors",
+    ]
 
 
 def test_what_is_here_is_not_fetched_again(server: Hub) -> None:
     server.repos[QUANTIZED] = dict(FILES)
-    folder = hub.download("phi-4-mini")
+    folder = hub.download("phi-4-mini").folder
     (folder / "LICENSE").unlink()
     server.requested.clear()
     hub.download("phi-4-mini")
     assert (folder / "LICENSE").is_file()
-    assert set(server.requested) <= {"LICENSE"}
+    assert server.requested == []
 
 
-def test_a_revision_is_found_afterwards(server: Hub) -> None:
+def test_a_revision_is_found_afterwards(server: Hub, cache: Path) -> None:
     server.repos["someone/tune"] = dict(FILES)
-    folder = hub.download("someone/tune", "v1")
+    folder = hub.download("someone/tune", "v1").folder
     assert hub.resolve("someone/tune") == folder
+    assert (cache / "models--someone--tune" / "refs" / "v1").read_text() == COMMIT
+    assert hub.find_snapshot("someone/tune", "v1") == folder
+    assert hub.find_snapshot("someone/tune", COMMIT) == folder
+    assert hub.find_snapshot("someone/tune", "main") is None
 
 
 def test_nano_is_here_already(server: Hub) -> None:
-    assert hub.download("nano") == hub.NANO
+    done = hub.download("nano")
+    assert (done.folder, done.repository, done.commit) == (hub.NANO, None, None)
     assert server.requested == []
+
+
+def test_the_watch_sees_the_plan_before_anything_is_fetched(server: Hub) -> None:
+    server.repos["someone/tune"] = dict(FILES)
+
+    @contextmanager
+    def refuse(plan: Plan) -> Iterator[Report]:
+        assert plan.remaining == plan.nbytes == sum(map(len, FILES.values()))
+        raise KeyboardInterrupt
+        yield
+
+    with pytest.raises(KeyboardInterrupt):
+        hub.download("someone/tune", watch=refuse)
+    assert server.requested == []
+
+
+# Offline
+
+
+@pytest.fixture
+def offline(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+
+
+@pytest.mark.usefixtures("offline")
+def test_offline_the_store_answers(cache: Path, tmp_path: Path) -> None:
+    folder = keep(cache, QUANTIZED)
+    done = hub.download("phi-4-mini")
+    assert (done.folder, done.repository, done.commit) == (folder, QUANTIZED, COMMIT)
+    assert (done.files, done.nbytes) == (3, 5)
+    assert hub.download("phi-4-mini", COMMIT).folder == folder
+    assert hub.download("phi-4-mini", local_dir=folder).folder == folder
+
+
+@pytest.mark.usefixtures("offline")
+@pytest.mark.parametrize(("revision", "what"), [(None, QUANTIZED), ("v1", f"{QUANTIZED} at v1")])
+def test_offline_half_a_model_is_an_error(cache: Path, revision: str | None, what: str) -> None:
+    keep(cache, QUANTIZED, **{"model.safetensors": ""})
+    error = downloading("phi-4-mini", revision)
+    assert str(error) == f"{what} is not complete on this machine, and HF_HUB_OFFLINE is set."
+    assert error.hint == "Unset HF_HUB_OFFLINE, then run it again."
 
 
 def downloading(source: str, revision: str | None = None) -> PhimlxError:
     with pytest.raises(PhimlxError) as caught:
-        hub.download(source, revision)
+        hub.download(source, revision, remote=Remote(wait=lambda seconds: None))
     return caught.value
 
 
@@ -359,9 +423,9 @@ def downloading(source: str, revision: str | None = None) -> PhimlxError:
             "Log in again with: hf auth login, or correct or unset HF_TOKEN.",
         ),
         (
-            (429, {}),
+            (429, {"Retry-After": "3600"}),
             "The Hub has had too many requests from here.",
-            "Try again in a few minutes; logging in with: hf auth login raises the limit.",
+            "Try again in 3,600 s; logging in with: hf auth login raises the limit.",
         ),
         (
             (418, {}),
@@ -398,9 +462,12 @@ def test_a_repository_without_safetensors(server: Hub) -> None:
 
 def test_a_disk_too_small(server: Hub, cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     server.repos["someone/tune"] = {**FILES, "model-3.safetensors": bytes(5_000_000)}
-    monkeypatch.setattr(hub, "free_space", lambda folder: 1_200_000)
+    monkeypatch.setattr(transfer, "free_space", lambda folder: 1_200_000)
     error = downloading("someone/tune")
-    assert str(error) == (f"someone/tune needs 5.00 MB of disk space, but {cache} has 1.20 MB.")
+    assert str(error) == (
+        "someone/tune needs 5.25 MB of disk space (5.00 MB to come and 5% to spare), but "
+        f"{cache} has 1.20 MB."
+    )
     assert error.hint == "Free some space, or set HF_HOME to a folder on a larger disk."
     assert server.requested == []
 
@@ -410,51 +477,23 @@ def test_no_network(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     error = downloading("phi-4-mini")
     assert str(error) == "The Hub cannot be reached at http://127.0.0.1:1."
-    assert error.hint == "Check the network, then run it again."
+    assert error.hint == "Check the network, then run it again; what has come stays."
 
 
-@pytest.mark.parametrize(
-    ("raised", "message", "hint"),
-    [
-        (
-            errors.OfflineModeIsEnabled("offline"),
-            "HF_HUB_OFFLINE is set, so nothing is downloaded.",
-            "Unset HF_HUB_OFFLINE.",
-        ),
-        (
-            errors.LocalEntryNotFoundError("connection lost"),
-            "The Hub cannot be reached at {url}.",
-            "Check the network, then run it again.",
-        ),
-        (
-            OSError(errno.ENOSPC, "No space left on device"),
-            "The disk of {cache} is full.",
-            "Free some space and run it again, or set HF_HOME to a larger disk.",
-        ),
-        (
-            PermissionError(errno.EACCES, "Permission denied", "/cache/models"),
-            "/cache/models cannot be written.",
-            "Make it writable, or set HF_HOME to another folder.",
-        ),
-    ],
-)
-def test_failures_on_the_way(
-    server: Hub,
-    cache: Path,
-    monkeypatch: pytest.MonkeyPatch,
-    raised: Exception,
-    message: str,
-    hint: str,
-) -> None:
+def test_a_cache_that_cannot_be_written(server: Hub, cache: Path) -> None:
     server.repos[QUANTIZED] = dict(FILES)
-
-    def fail(*arguments: Any, **options: Any) -> str:
-        raise raised
-
-    monkeypatch.setattr(huggingface_hub, "snapshot_download", fail)
+    cache.write_text("a file where a folder should be")
     error = downloading("phi-4-mini")
-    assert str(error) == message.format(url=server.url, cache=cache)
-    assert error.hint == hint
+    assert str(error).startswith(f"{cache}/.locks/models--mlx-community--Phi-4-mini-instruct-4bit")
+    assert str(error).endswith(" cannot be written: Not a directory.")
+    assert error.hint == "Make it writable, or set HF_HOME to another folder."
+
+
+@pytest.mark.parametrize("revision", ["../../x", "/etc", "a//b", "a b", "", "refs/../x", "-\n"])
+def test_what_is_no_revision(server: Hub, revision: str) -> None:
+    error = downloading("phi-4-mini", revision)
+    assert str(error) == f"{revision!r} is no revision: a branch, a tag or a commit."
+    assert error.hint == "Leave --revision out to get the newest."
 
 
 @pytest.mark.parametrize(

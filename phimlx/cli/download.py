@@ -5,6 +5,8 @@ Knows the flags and how the result is told; the work is `phimlx.hub`'s.
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import click
 
 from phimlx.cli.options import json_option
@@ -14,25 +16,96 @@ from phimlx.terminal.output import Output
 @click.command()
 @click.argument("model", metavar="MODEL")
 @click.option("--revision", metavar="R", help="A branch, tag or commit  [default: main]")
+@click.option("--original", is_flag=True, help="Take an alias's original, not the one at 4 bits.")
+@click.option(
+    "--local-dir",
+    metavar="DIR",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Put plain files there instead of into the Hub's cache.",
+)
+@click.option(
+    "--token", metavar="TOKEN", help="The Hub's token  [default: HF_TOKEN or your log-in]"
+)
 @json_option
-def command(model: str, revision: str | None, as_json: bool) -> None:
+def command(
+    model: str,
+    revision: str | None,
+    original: bool,
+    local_dir: Path | None,
+    token: str | None,
+    as_json: bool,
+) -> None:
     """Bring MODEL, an alias or a Hub id, to this machine.
 
-    An alias brings the model at 4 bits; the original comes by its Hub id:
+    An alias brings the model at 4 bits; the original comes by its Hub id or with --original:
 
     \b
       phimlx download phi-4-mini
       phimlx download microsoft/Phi-4-mini-instruct
 
-    It goes to the Hub's own cache, where mlx-lm and transformers find it too.
+    It goes to the Hub's own cache, where mlx-lm and transformers find it too. However it is
+    interrupted, the same command goes on where it stopped. Every file is checked against the
+    hash that the Hub has of it, what is here already too; a folder as MODEL is only checked.
     """
     from phimlx import hub
+    from phimlx.cli.bars import teller, watcher
+    from phimlx.remote import Remote
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
-    folder = hub.download(model, revision)
-    nbytes = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
-    output.json({"model": model, "path": str(folder), "bytes": nbytes})
-    output.text(f"{folder}: {size_text(nbytes)}")
+    if hub.is_folder(model):
+        check(model, output)
+        return
+    done = hub.download(
+        model,
+        revision,
+        original=original,
+        local_dir=local_dir,
+        remote=Remote(token, tell=teller(output)),
+        watch=watcher(output),
+    )
+    output.json(
+        {
+            "model": model,
+            "repository": done.repository,
+            "commit": done.commit,
+            "path": str(done.folder),
+            "files": done.files,
+            "bytes": done.nbytes,
+        }
+    )
+    output.text(f"{done.folder}: {done.files} files, {size_text(done.nbytes)}")
     if not as_json:
-        output.note(f"Try it: phimlx chat --model {model}")
+        name = done.repository if original else model
+        output.note(f"Try it: phimlx chat --model {done.folder if local_dir or revision else name}")
+
+
+def check(source: str, output: Output) -> None:
+    """Compare a folder with the hashes that came with it, and read its headers."""
+    from phimlx import hub, store
+    from phimlx.checkpoint import Checkpoint
+    from phimlx.sizes import size_text
+
+    folder = hub.resolve(source)
+    with output.progress(store.recorded_bytes(folder), "Checking", "B") as bar:
+        right, unrecorded = store.verify(folder, lambda file, nbytes: bar.update(nbytes))
+    files = Checkpoint(folder).files
+    tensors = len(Checkpoint(folder).tensors)
+    nbytes = sum(file.stat().st_size for file in files)
+    output.json(
+        {
+            "model": source,
+            "path": str(folder),
+            "files_right": right,
+            "files_without_hash": unrecorded,
+            "tensors": tensors,
+            "weight_bytes": nbytes,
+        }
+    )
+    output.text(f"{folder}: {tensors} tensors, {size_text(nbytes)} of weights, every header whole")
+    if right:
+        output.text(f"{right} files have the contents that the Hub published.")
+    if right and unrecorded:
+        output.note(f"No hash came with {', '.join(unrecorded)}.")
+    elif unrecorded:
+        output.note("No hashes came with it, so its contents cannot be compared.")

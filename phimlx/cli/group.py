@@ -21,6 +21,8 @@ COMMANDS = {
     "chat": ("phimlx.cli.chat", "Talk with a model."),
     "generate": ("phimlx.cli.generate", "Answer one prompt."),
     "download": ("phimlx.cli.download", "Bring a model from the Hub to this machine."),
+    "list": ("phimlx.cli.list", "List the models on this machine."),
+    "remove": ("phimlx.cli.remove", "Delete a model from this machine."),
     "convert": ("phimlx.cli.convert", "Convert and quantize a model for MLX."),
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),
     "doctor": ("phimlx.cli.doctor", "Check this machine and installation."),

@@ -70,8 +70,21 @@ def is_debugging() -> bool:
 
 
 def load_model(model: str | None, output: Output) -> Phi:
-    """Load the model that `--model` names; the catalogue's default where it was not given."""
-    with output.status(f"Loading {model or 'the model'}…"):
-        from phimlx import api
+    """Load the model that `--model` names; the catalogue's default where it was not given.
 
+    Where it is not here and somebody sits at the terminal, it is downloaded, above 1 GB after
+    asking. Elsewhere that is an error, which names the command.
+    """
+    from phimlx import api
+    from phimlx.errors import ModelAbsentError
+
+    loading = f"Loading {model or 'the model'}…"
+    try:
+        with output.status(loading):
+            return api.load(model)
+    except ModelAbsentError as absent:
+        from phimlx.cli.bars import bring
+
+        bring(model, output, absent)
+    with output.status(loading):
         return api.load(model)

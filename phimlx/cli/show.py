@@ -16,8 +16,10 @@ from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
     from phimlx.catalog import Model
+    from phimlx.errors import ModelAbsentError
     from phimlx.memory import Shape
 
+BITS = (16, 8, 6, 5, 4, 3)
 SHORT_CONTEXT = 4096  # shown beside the longest where --context names none
 
 
@@ -34,20 +36,21 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
     """Say what MODEL is and how much memory it takes; phi-4-mini at 4 bits where none is named.
 
     MODEL is an alias, a Hub id or a folder. Of a model that is not on this machine it says what
-    the catalogue knows.
+    the catalogue knows, else what its headers on the Hub say, and how many bits suit here.
     """
     from phimlx import catalog, hub
-    from phimlx.errors import ModelNotFoundError
+    from phimlx.errors import ModelAbsentError
 
     shape: Shape
     output = Output(json=as_json)
     try:
         about, shape = describe_folder(hub.resolve(model))
-    except ModelNotFoundError:
+    except ModelAbsentError as absent:
         known = catalog.DEFAULT if model is None else catalog.find(model)
-        if known is None:
-            raise
-        about, shape = describe_absent(known, model or known.alias), known
+        if known is not None:
+            about, shape = describe_absent(known, model or known.alias), known
+        else:
+            about, shape = describe_remote(str(model), absent)
     longest = about["context_length"]
     if context is not None and context > longest:
         raise click.BadParameter(
@@ -55,6 +58,8 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
         )
     contexts = sorted({min(SHORT_CONTEXT, longest), longest}) if context is None else [context]
     about |= memory(shape, about, contexts)
+    if about["path"] is None:
+        about |= choices(shape, about, contexts[0])
     output.json(about)
     tell(about, output)
 
@@ -138,6 +143,67 @@ def describe_absent(known: Model, name: str) -> dict[str, Any]:
     }
 
 
+def describe_remote(repo: str, absent: ModelAbsentError) -> tuple[dict[str, Any], Shape]:
+    """What a model of the Hub is, from its headers; raises `absent` where HF_HUB_OFFLINE is set."""
+    from huggingface_hub import constants
+
+    from phimlx.preview import preview
+
+    if constants.HF_HUB_OFFLINE:
+        raise absent
+    with preview(repo) as (folder, repository):
+        about, shape = describe_folder(folder)
+    about |= {
+        "path": None,
+        "download": f"phimlx download {repo}",
+        "repository": repository.current_name,
+    }
+    return about, shape
+
+
+def choices(shape: Shape, about: dict[str, Any], context: int) -> dict[str, Any]:
+    """What each quantization takes and holds here, and the one that suits best, as entries.
+
+    That is the one with most bits, up to 8, that leaves half of the memory free at `context`
+    tokens, else 4 bits, else 3; none for a quantized model whose original is not known.
+    """
+    from phimlx import catalog
+    from phimlx.memory import footprint, longest_context, machine_memory
+
+    here = machine_memory()
+    known = catalog.find(about["repository"])
+    if about["bits"] and known is None:
+        return {"quantizations": [], "recommended": None}
+    rows = []
+    for bits in BITS:
+        # 16 bits stay as they are; else groups of 64 share a scale and a bias of 16 bits each.
+        nbytes = int(about["parameters"] * (bits + (0.5 if bits < 16 else 0)) / 8)
+        rows.append(
+            {
+                "bits": bits,
+                "bytes": nbytes,
+                "total": footprint(shape, nbytes, context).total,
+                "longest_context_here": min(
+                    about["context_length"], longest_context(shape, nbytes, here)
+                ),
+            }
+        )
+    fitting = [row["bits"] for row in rows if row["longest_context_here"] >= context]
+    roomy = [row["bits"] for row in rows if 4 < row["bits"] < 16 and row["total"] * 2 <= here]
+    best = max(roomy, default=next((bits for bits in (4, 3) if bits in fitting), None))
+    return {"quantizations": rows, "recommended": best and recommendation(about, known, best)}
+
+
+def recommendation(about: dict[str, Any], known: Model | None, bits: int) -> dict[str, Any]:
+    """A number of bits and the command that gets them."""
+    repo = known.repo if known is not None else about["repository"]
+    if known is not None and known.quantized_repo is not None and bits == 4:
+        command = f"phimlx download {known.alias}"
+    else:
+        command = f"phimlx convert {repo} --mlx-path {about['name']}-{bits}bit -q --q-bits {bits}"
+    return {"bits": bits, "command": command}
+
+
 def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str, Any]:
     """Bytes needed at each context, and what is here, as entries of the description."""
     from phimlx.memory import footprint, longest_context, machine_memory
@@ -196,13 +262,42 @@ def tell(about: dict[str, Any], output: Output) -> None:
     ]
     output.table(["tokens", "weights", "cache", "working (about)", "memory", "fits"], rows)
     output.text()
-    here, longest = size_text(about["machine_memory"]), about["longest_context_here"]
-    if longest >= about["context_length"]:
-        output.text(f"It fits this machine's {here} at every length.")
-    elif longest > 0:
-        rounded = longest // 1000 * 1000 or longest
-        output.text(f"It fits this machine's {here} up to about {rounded:,} tokens.")
-    else:
-        output.text(f"It does not fit this machine's {here}.")
+    here = size_text(about["machine_memory"])
+    output.text(f"It {reach(about['longest_context_here'], about['context_length'], here)}.")
+    if about.get("quantizations"):
+        output.text()
+        tell_choices(about, output)
     if about["download"] and not output.as_json:
         output.note(f"Get it with: {about['download']}")
+
+
+def tell_choices(about: dict[str, Any], output: Output) -> None:
+    """The quantizations for a person."""
+    from phimlx.sizes import size_text
+
+    rows = [
+        (
+            row["bits"],
+            size_text(row["bytes"]),
+            reach(row["longest_context_here"], about["context_length"]),
+        )
+        for row in about["quantizations"]
+    ]
+    output.table(["bits", "weights", "on this machine"], rows)
+    best = about["recommended"]
+    output.text()
+    if best is None:
+        output.text("No quantization of it suits this machine.")
+    else:
+        output.text(f"Best here: {best['bits']} bits, with: {best['command']}")
+
+
+def reach(longest: int, context_length: int, where: str = "") -> str:
+    """How far a model fits, as a clause; `where` names the memory."""
+    place = f" this machine's {where}" if where else ""
+    if longest >= context_length:
+        return f"fits{place} at every length"
+    if longest > 0:
+        rounded = longest // 1000 * 1000 or longest
+        return f"fits{place} up to about {rounded:,} tokens"
+    return f"does not fit{place}"

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,7 @@ from phimlx import catalog
 from phimlx.cli.group import cli
 from phimlx.memory import cache_bytes_per_token, footprint, longest_context
 from tests.convert.tiny import MINI, PHI_4, write_model
+from tests.loopback_hub import Hub, serve_alone
 
 
 def run(*arguments: str | Path) -> Result:
@@ -46,6 +48,18 @@ tokens    weights   cache     working (about)   memory    fits
 131,072   2.16 GB   17.2 GB   352 MB            19.7 GB   no
 
 It fits this machine's 16.0 GB up to about 102,000 tokens.
+
+bits   weights   on this machine
+────────────────────────────────────────────────
+  16   7.67 GB   fits up to about 60,000 tokens
+   8   4.08 GB   fits up to about 88,000 tokens
+   6   3.12 GB   fits up to about 95,000 tokens
+   5   2.64 GB   fits up to about 99,000 tokens
+   4   2.16 GB   fits up to about 102,000 tokens
+   3   1.68 GB   fits up to about 106,000 tokens
+
+Best here: 8 bits, with: phimlx convert microsoft/Phi-4-mini-instruct --mlx-path phi-4-mini-8bit \
+-q --q-bits 8
 """
 
 
@@ -66,7 +80,16 @@ def test_an_original_that_is_not_here() -> None:
     assert "  sampling      temperature 0.8, top_p 0.95, top_k 50" in lines
     assert "  vocabulary    100,352, with an output head of its own" in lines
     assert "  context       32,768 tokens" in lines
-    assert lines[-1] == "It does not fit this machine's 16.0 GB."
+    assert "It does not fit this machine's 16.0 GB." in lines
+    assert [line.split()[:3] for line in lines[-8:-2]] == [
+        ["16", "29.3", "GB"],
+        ["8", "15.6", "GB"],
+        ["6", "11.9", "GB"],
+        ["5", "10.1", "GB"],
+        ["4", "8.25", "GB"],
+        ["3", "6.41", "GB"],
+    ]
+    assert lines[-1] == ("Best here: 4 bits, with: phimlx download phi-4-reasoning")
     assert result.stderr == "Get it with: phimlx download microsoft/Phi-4-reasoning\n"
 
 
@@ -174,22 +197,112 @@ def test_a_context_that_the_model_does_not_have() -> None:
             "Error: phi-5 is neither a folder, an alias nor a Hub id.\nHint: Did you mean phi-4?\n",
         ),
         (
-            "someone/tune",
-            "Error: someone/tune is not on this machine.\n"
-            "Hint: Get it with: phimlx download someone/tune\n",
-        ),
-        (
             "./none",
             "Error: ./none is no folder on this machine.\n"
             "Hint: Give a model's folder, or an alias such as phi-4-mini.\n",
         ),
     ],
 )
-def test_unknown_models(model: str, stderr: str) -> None:
+def test_models_that_are_not_known(model: str, stderr: str) -> None:
     result = run(model)
     assert result.exit_code == 1
     assert result.stdout == ""
     assert result.stderr == stderr
+
+
+# A model of the Hub
+
+
+@pytest.fixture
+def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
+    with serve_alone(monkeypatch, tmp_path / "hub") as running:
+        yield running
+
+
+def test_a_model_of_the_hub_by_its_headers(
+    server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_model(tmp_path / "tune", PHI_4)
+    server.repos["someone/tune"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    monkeypatch.setattr("phimlx.preview.FIRST_BYTES", 100)
+    result = run("someone/tune")
+    assert result.exit_code == 0
+    expected = HERE.format(folder="not on this machine").removeprefix("source\n")
+    expected = expected.replace(
+        "  sampling      temperature 0.7", "  sampling      the likeliest token"
+    )
+    lines = result.stdout.splitlines()
+    assert lines[:2] == ["tune", "  folder        not on this machine"]
+    assert [line for line in expected.splitlines() if line not in lines] == []
+    assert "  repository    someone/tune" in lines
+    assert lines[-1] == (
+        "Best here: 8 bits, with: phimlx convert someone/tune --mlx-path tune-8bit -q --q-bits 8"
+    )
+    assert result.stderr == "Get it with: phimlx download someone/tune\n"
+    weights = server.repos["someone/tune"]["model.safetensors"]
+    assert server.ranges["model.safetensors"] == [0, 100]
+    assert server.served["model.safetensors"] == 8 + int.from_bytes(weights[:8], "little")
+    assert not (tmp_path / "hub").exists()
+
+
+def test_a_quantized_model_of_the_hub_gets_no_further_choices(server: Hub, tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", MINI)
+    convert(source, tmp_path / "mini", Quantization(32, 4))
+    mini = {path.name: path.read_bytes() for path in (tmp_path / "mini").iterdir()}
+    server.repos["someone/mini"] = mini
+    here = json.loads(run("./mini", "--json").stdout)
+    about = json.loads(run("someone/mini", "--json").stdout)
+    assert (about.pop("quantizations"), about.pop("recommended")) == ([], None)
+    differing = {key for key in here if here[key] != about[key]}
+    assert differing == {"path", "download", "repository"}
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        (b"short", "is not a whole safetensors file"),
+        (b"\xff" * 100, "so it is no safetensors file."),
+        ((50).to_bytes(8, "little") + b"{}", "is not a whole safetensors file"),
+    ],
+)
+def test_weights_of_the_hub_that_are_none(
+    server: Hub, tmp_path: Path, weights: bytes, message: str
+) -> None:
+    folder = write_model(tmp_path / "tune", PHI_4)
+    files = {path.name: path.read_bytes() for path in folder.iterdir()}
+    server.repos["someone/tune"] = {**files, "model.safetensors": weights}
+    result = run("someone/tune")
+    assert result.exit_code == 1
+    assert message in result.stderr
+
+
+def test_sizes_that_no_model_has(server: Hub, tmp_path: Path) -> None:
+    folder = write_model(tmp_path / "tune", PHI_4)
+    server.repos["someone/tune"] = {path.name: path.read_bytes() for path in folder.iterdir()}
+    lfs = {"sha256": "0" * 64, "size": 10**15, "pointerSize": 130}
+    server.listed["someone/tune", "model.safetensors"] = {"lfs": lfs}
+    result = run("someone/tune")
+    assert result.exit_code == 1
+    assert result.stderr == ("Error: model.safetensors has 1000 TB, more than any model needs.\n")
+
+
+def test_a_model_that_the_hub_does_not_have(server: Hub) -> None:
+    result = run("someone/none")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: The Hub has no model someone/none, or it is private.\n"
+        "Hint: Check the name; for a private one log in first with: hf auth login\n"
+    )
+
+
+def test_offline_only_the_catalogue_answers(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    result = run("someone/tune")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: someone/tune is not on this machine.\n"
+        "Hint: Get it with: phimlx download someone/tune\n"
+    )
 
 
 @pytest.mark.parametrize(("alias", "per_token"), [("phi-4-mini", 131_072), ("phi-4", 204_800)])

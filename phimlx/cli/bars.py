@@ -1,0 +1,118 @@
+"""How a download shows itself: what it will bring, its bars, and a question before a large one.
+
+Knows plans and the terminal; knows nothing of how bytes come.
+"""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager
+
+from phimlx.errors import ModelAbsentError
+from phimlx.remote import Remote, RemoteFile
+from phimlx.sizes import size_text
+from phimlx.terminal.output import Output
+from phimlx.transfer import Plan, Report
+
+ASK_ABOVE = 1_000_000_000  # bytes
+
+
+def watcher(
+    output: Output, agree: Callable[[Plan], None] = lambda plan: None
+) -> Callable[[Plan], AbstractContextManager[Report]]:
+    """What `phimlx.hub.download` may be given as `watch`.
+
+    Args:
+        agree: called with the plan first; raises where it is not to be carried out.
+    """
+
+    @contextmanager
+    def watch(plan: Plan) -> Iterator[Report]:
+        if plan.repository.is_renamed:
+            output.note(f"{plan.repository.name} is called {plan.repository.current_name} now.")
+        agree(plan)
+        if not output.as_json:
+            output.note(describe(plan))
+        try:
+            with bars(plan, output) as report:
+                yield report
+        except KeyboardInterrupt:
+            output.note("Stopped. What has come stays: the same command goes on from there.")
+            raise
+
+    return watch
+
+
+@contextmanager
+def bars(plan: Plan, output: Output) -> Iterator[Report]:
+    """A bar for everything and, where there are several files, one for the file that is coming."""
+    several = len(plan.files) > 1
+    with ExitStack() as whole, ExitStack() as part:
+        total = whole.enter_context(output.progress(plan.nbytes, "Total", "B"))
+        current: RemoteFile | None = None
+        bar = total
+
+        def report(file: RemoteFile, nbytes: int) -> None:
+            nonlocal current, bar
+            if several and file is not current:
+                part.close()
+                number = plan.files.index(file) + 1
+                label = f"{file.name} ({number}/{len(plan.files)})"
+                bar = part.enter_context(output.progress(file.size, label, "B"))
+                current = file
+            if several:
+                bar.update(nbytes)
+            total.update(nbytes)
+
+        yield report
+
+
+def teller(output: Output) -> Callable[[str], None]:
+    """What `phimlx.remote.Remote` may be given as `tell`: remarks that leave the bars whole."""
+
+    def tell(text: str) -> None:
+        if not output.is_watched:
+            output.note(text)
+            return
+        from tqdm import tqdm
+
+        with tqdm.external_write_mode(file=sys.stderr):
+            output.note(text)
+
+    return tell
+
+
+def describe(plan: Plan) -> str:
+    """What a download brings, in a sentence."""
+    here = plan.nbytes - plan.remaining
+    return (
+        f"Downloading {plan.repository.name} ({plan.repository.commit[:7]}): "
+        f"{len(plan.files)} files, {size_text(plan.nbytes)}"
+        + (f", of which {size_text(here)} is here." if here else ".")
+    )
+
+
+def bring(model: str | None, output: Output, absent: ModelAbsentError) -> None:
+    """Download a model that a command needs; raise `absent` where nobody wants or can say so."""
+    import click
+    from huggingface_hub import constants
+
+    from phimlx import catalog, hub
+
+    def agree(plan: Plan) -> None:
+        if plan.remaining > ASK_ABOVE:
+            question = f"Download {plan.repository.name}, {size_text(plan.remaining)}, now?"
+            if not click.confirm(question, default=True, err=True):
+                raise absent
+
+    if constants.HF_HUB_OFFLINE or not can_ask():
+        raise absent
+    output.note(str(absent))
+    remote = Remote(tell=teller(output))
+    hub.download(model or catalog.DEFAULT.alias, remote=remote, watch=watcher(output, agree))
+
+
+def can_ask() -> bool:
+    """Whether somebody sits at a terminal to answer a question."""
+    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

@@ -1,0 +1,92 @@
+"""`phimlx list`: what is told of the models on this machine."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+from huggingface_hub import constants
+
+from phimlx import hub
+from phimlx.cli.group import cli
+from phimlx.sizes import size_text
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+def run(*arguments: str) -> Result:
+    return CliRunner().invoke(cli, ["list", *arguments], prog_name="phimlx")
+
+
+@pytest.fixture
+def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "hub"
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+    return folder
+
+
+def keep(cache: Path, repo: str, whole: bool = True, **config: object) -> Path:
+    """A model of 12 kB, last used on the day before the year 2024, or 4 kB of it."""
+    home = cache / f"models--{repo.replace('/', '--')}"
+    snapshot = home / "snapshots" / COMMIT
+    snapshot.mkdir(parents=True)
+    (home / "blobs").mkdir()
+    (snapshot / "config.json").write_text(json.dumps({"model_type": "phi3", **config}))
+    (snapshot / "tokenizer.json").write_text("{}")
+    blob = home / "blobs" / ("a" * 64 + ("" if whole else ".phimlx.incomplete"))
+    blob.write_bytes(bytes(12_000 if whole else 4_000))
+    os.utime(blob, (1_704_000_000, 1_704_000_000))
+    if whole:
+        (snapshot / "model.safetensors").symlink_to(f"../../blobs/{blob.name}")
+    return snapshot
+
+
+def test_an_empty_store(cache: Path) -> None:
+    nano = size_text(sum(file.stat().st_size for file in hub.NANO.iterdir() if file.is_file()))
+    result = run()
+    assert result.exit_code == 0
+    lines = result.stdout.splitlines()
+    assert lines[0].split() == ["model", "size", "bits", "state", "last", "used"]
+    assert lines[2].split() == ["nano", *nano.split(), "16", "complete"]
+    assert lines[3:] == ["", f"0 bytes in {cache}"]
+    assert result.stderr == ""
+
+
+def test_what_a_person_reads(cache: Path) -> None:
+    keep(cache, "mlx-community/phi-4-4bit", quantization={"bits": 4})
+    keep(cache, "microsoft/Phi-4-mini-instruct", whole=False, torch_dtype="bfloat16")
+    keep(cache, "someone/bert", model_type="bert")
+    result = run()
+    assert result.exit_code == 0
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()[3:]]
+    assert rows == [
+        "microsoft/Phi-4-mini-instruct 4.05 kB 16 partial 2023-12-31",
+        "phi-4 12.1 kB 4 complete 2023-12-31",
+        "",
+        f"16.1 kB in {cache}",
+    ]
+    assert result.stderr == "Go on with: phimlx download microsoft/Phi-4-mini-instruct\n"
+
+
+def test_json(cache: Path) -> None:
+    snapshot = keep(cache, "mlx-community/phi-4-4bit", quantization={"bits": 4})
+    result = run("--json")
+    assert result.exit_code == 0
+    assert result.stderr == ""
+    about = json.loads(result.stdout)
+    nbytes = sum(file.stat().st_size for file in snapshot.iterdir())
+    assert (about["store"], about["bytes"]) == (str(cache), nbytes)
+    nano, model = about["models"]
+    assert (nano["name"], nano["path"], nano["state"]) == ("nano", str(hub.NANO), "complete")
+    assert model == {
+        "name": "phi-4",
+        "repository": "mlx-community/phi-4-4bit",
+        "path": str(snapshot),
+        "bytes": nbytes,
+        "bits": 4,
+        "state": "complete",
+        "last_used": "2023-12-31T05:20:00+00:00",
+    }
