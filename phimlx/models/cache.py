@@ -85,6 +85,8 @@ class Cache:
         self._pending = (row_lengths, long)
         if self.length and self.tokens is not None:
             input_ids = mx.concatenate([self.tokens[:, : self.length], input_ids], axis=1)
+            # Nothing else asks for it, and unasked for its graph would grow with every token.
+            mx.async_eval(input_ids)
         self.tokens = input_ids
         if attention_mask is None and self.valid is None:
             positions = mx.arange(self.length, self.length + length)[None]  # [1, length]
