@@ -4,6 +4,6 @@ Knows checkpoints and the catalogue; knows nothing of the command line, and neve
 """
 
 from convert.pipeline import Conversion, Plan, convert, plan
-from convert.recipe import Quantization
+from convert.recipe import Quantization, Recipe, read_recipe
 
-__all__ = ["Conversion", "Plan", "Quantization", "convert", "plan"]
+__all__ = ["Conversion", "Plan", "Quantization", "Recipe", "convert", "plan", "read_recipe"]

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import phimlx
-from convert.recipe import Quantization
+from convert.recipe import Quantization, Recipe
 from phimlx.catalog import Model
 from phimlx.models.config import hub_dialect
 
@@ -24,19 +24,21 @@ CARD = """\
 
 # {title}
 
-{origin} converted to MLX with [phimlx](https://pypi.org/project/phimlx/) {version}: {form}.
+{origin} converted to {target} with [phimlx](https://pypi.org/project/phimlx/) {version}: {form}.
 
 ```
 phimlx chat --model {title}
 ```
 """
+TARGETS = {"mlx": "MLX", "pt": "Hub layout"}
+LIBRARIES = {"mlx": "mlx", "pt": "transformers"}
 
 
 def model_config(
     config: Mapping[str, Any],
     known: Model | None,
     dtype: str | None,
-    asked: Quantization | None,
+    recipe: Recipe | None,
     layers: Mapping[str, Quantization | None],
 ) -> dict[str, Any]:
     """`config.json` in the Hub's dialect, which mlx-lm reads right, with MLX's quantization.
@@ -45,33 +47,45 @@ def model_config(
     a published name, since it tells a path on somebody's machine.
     """
     converted = hub_dialect(config)
-    for key in ("auto_map", "_name_or_path"):
+    for key in ("auto_map", "_name_or_path", "quantization", "quantization_config"):
         converted.pop(key, None)
     if known is not None:
         converted["_name_or_path"] = known.repo or known.alias
     if dtype is not None:
         converted["torch_dtype"] = dtype
-    if asked is not None:
+    if recipe is not None:
         different = {
             path: asdict(chosen)
             for path, chosen in layers.items()
-            if chosen is not None and chosen != asked
+            if chosen is not None and chosen != recipe.default
         }
-        converted["quantization"] = {**asdict(asked), **different}
+        converted["quantization"] = {**asdict(recipe.default), **different}
         converted["quantization_config"] = converted["quantization"]  # where the Hub looks for it
     return dict(sorted(converted.items()))
 
 
-def model_card(title: str, source: Path, known: Model | None, form: str, quantized: bool) -> str:
+def model_card(
+    title: str,
+    source: Path,
+    known: Model | None,
+    dtype: str | None,
+    recipe: Recipe | None,
+    format: str,
+) -> str:
     """`README.md`: what it was made from, and how.
 
     Args:
-        form: what was done, as the end of a sentence.
+        format: of the weight files, "mlx" or "pt".
     """
+    form = f"weights in {dtype or 'their own types'}"
+    if recipe is not None:
+        form = f"weights at {recipe.default}"
+        if recipe.rules:
+            form += f", others by the recipe {recipe.name}"
     about: dict[str, object] = {
-        "library_name": "mlx",
+        "library_name": LIBRARIES[format],
         "pipeline_tag": "text-generation",
-        "tags": ["mlx", "phimlx"],
+        "tags": ["mlx", "phimlx"] if format == "mlx" else ["phimlx"],
     }
     origin = "A model"
     if known is not None:
@@ -79,7 +93,7 @@ def model_card(title: str, source: Path, known: Model | None, form: str, quantiz
         origin = known.alias
     if known is not None and known.repo is not None:
         about["base_model"] = known.repo
-        if quantized:
+        if recipe is not None:
             about["base_model_relation"] = "quantized"
         origin = f"[{known.repo}](https://huggingface.co/{known.repo})"
         if re.fullmatch("[0-9a-f]{40}", source.name) and source.parent.name == "snapshots":
@@ -89,6 +103,7 @@ def model_card(title: str, source: Path, known: Model | None, form: str, quantiz
         front_matter=front_matter,
         title=title,
         origin=origin,
+        target=TARGETS[format],
         version=phimlx.__version__,
         form=form,
     )

@@ -7,13 +7,17 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import json
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
+from phimlx import hub
 from phimlx.errors import ConversionError
+from phimlx.sizes import size_text
 
 # What goes along with the weights, where the source has it. Never code.
 COMPANIONS = (
@@ -32,32 +36,91 @@ COMPANIONS = (
     "NOTICE",
     "NOTICE.md",
 )
+JOURNAL = ".journal.json"
 MAX_COMPANION_BYTES = 64 << 20  # Phi-4-mini's tokenizer.json has 16 MB
 
 
+@dataclass(frozen=True)
+class Journal:
+    """How far the filling of a folder has come, so that a killed run can be continued.
+
+    Attributes:
+        folder: being filled.
+        plan: a digest of everything that decides what is to be written.
+        done: steps of it that an earlier run has brought to the disk.
+    """
+
+    folder: Path
+    plan: str
+    done: int
+
+    @classmethod
+    def open(cls, folder: Path, plan: str, names: Collection[str]) -> Journal:
+        """Take up what a run of the same plan left in `folder`; of any other, leave nothing.
+
+        Args:
+            names: files that are worth keeping.
+        """
+        try:
+            value = json.loads((folder / JOURNAL).read_bytes())
+            done = value["done"] if value["plan"] == plan else 0
+        except (OSError, ValueError, KeyError, TypeError):
+            done = 0
+        kept = {*names, JOURNAL} if done and type(done) is int else set()
+        for entry in folder.iterdir():
+            if entry.is_dir() and not entry.is_symlink():
+                shutil.rmtree(entry)
+            elif entry.is_symlink() or entry.name not in kept:
+                entry.unlink()
+        return cls(folder, plan, done if kept else 0)
+
+    def record(self, done: int) -> None:
+        """Note that the first `done` steps are on the disk."""
+        temporary = self.folder / f"{JOURNAL}.new"
+        temporary.write_text(json.dumps({"plan": self.plan, "done": done}))
+        sync(temporary)
+        temporary.replace(self.folder / JOURNAL)
+
+    def close(self) -> None:
+        """Forget it: the folder is filled."""
+        (self.folder / JOURNAL).unlink(missing_ok=True)
+
+
 @contextmanager
-def new_folder(out: Path) -> Iterator[Path]:
+def new_folder(
+    out: Path,
+    plan: str,
+    names: Collection[str],
+    keep_after: tuple[type[BaseException], ...] = (),
+) -> Iterator[Journal]:
     """Fill a folder beside `out`, which becomes `out` when the block has ended well.
 
-    Where the block raises, what it wrote is removed; where the process is killed, the next run for
-    the same `out` removes it.
+    Where the block raises, what it wrote is removed; where the process is killed, the next run of
+    the same plan goes on where this one was, and any other removes it.
+
+    Args:
+        plan, names: see `Journal`.
+        keep_after: errors after which the next run may go on as after a kill.
 
     Raises:
         ConversionError: where `out` exists, is being written by another process, or cannot be.
     """
-    partial = out.parent / f".{out.name}.partial"
-    with _writing(out):
+    partial = partial_folder(out)
+    with writing(out):
         refuse_existing(out)
         out.parent.mkdir(parents=True, exist_ok=True)
-        lock = _claim(partial, out)
+        lock = claim(partial, out)
         try:
-            _empty(partial)
-            yield partial
+            journal = Journal.open(partial, plan, names)
+            yield journal
+            journal.close()
             for file in [*partial.iterdir(), partial]:
-                _sync(file)
+                sync(file)
             # Where another has made `out` meanwhile this fails, unless it is an empty folder.
             partial.rename(out)
-            _sync(out.parent)
+            sync(out.parent)
+        except keep_after:
+            raise
         except BaseException:
             shutil.rmtree(partial, ignore_errors=True)
             raise
@@ -65,11 +128,29 @@ def new_folder(out: Path) -> Iterator[Path]:
             os.close(lock)
 
 
+def partial_folder(out: Path) -> Path:
+    """Where `out` is while it is not complete."""
+    return out.parent / f".{out.name}.partial"
+
+
 def refuse_existing(out: Path) -> None:
     """Raise `ConversionError` where there is something at `out`."""
     if os.path.lexists(out):
         raise ConversionError(
             f"{out} exists already.", hint="Choose another folder, or remove it first."
+        )
+
+
+def check_space(out: Path, needed: int) -> None:
+    """Raise `ConversionError` where the disk of `out` has no room for so many bytes."""
+    partial = partial_folder(out)
+    if partial.is_dir():  # what is there will be continued or removed
+        needed -= sum(file.lstat().st_blocks * 512 for file in partial.iterdir())
+    free = hub.free_space(out.parent)
+    if needed > free:
+        raise ConversionError(
+            f"{out} needs {size_text(needed)} of disk space, but its disk has {size_text(free)}.",
+            hint="Free some space, or choose a folder on another disk.",
         )
 
 
@@ -92,7 +173,7 @@ def companions(source: Path) -> dict[str, Path]:
     for name in COMPANIONS:
         if not os.path.lexists(source / name):
             continue
-        file = (source / name).resolve()
+        file = Path(os.path.realpath(source / name))  # a link to itself raises nothing here
         if not file.is_file():
             raise ConversionError(f"{name} is not a file.")
         if not file.is_relative_to(home):
@@ -106,8 +187,8 @@ def companions(source: Path) -> dict[str, Path]:
     return found
 
 
-def _claim(partial: Path, out: Path) -> int:
-    """Make `partial` and lock it for this process; the lock goes with the process."""
+def claim(partial: Path, out: Path) -> int:
+    """Make a folder for `out` and lock it for this process; the lock goes with the process."""
     partial.mkdir(exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -127,15 +208,8 @@ def _claim(partial: Path, out: Path) -> int:
     return descriptor
 
 
-def _empty(folder: Path) -> None:
-    for entry in folder.iterdir():
-        if entry.is_dir() and not entry.is_symlink():
-            shutil.rmtree(entry)
-        else:
-            entry.unlink()
-
-
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Return when a file or folder is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -144,7 +218,7 @@ def _sync(path: Path) -> None:
 
 
 @contextmanager
-def _writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> Iterator[None]:
     """Say in a sentence why `out` cannot be written."""
     try:
         yield

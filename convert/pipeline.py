@@ -1,32 +1,45 @@
-"""A model folder in Hub layout -> an MLX folder, one tensor at a time.
+"""A model folder -> an MLX folder, or one in Hub layout, one block of rows at a time.
 
 Knows the order of the work, and checks what can be checked before the first byte is written.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass
-from math import prod
+from importlib.metadata import version
 from pathlib import Path
 
 import mlx.core as mx
 
+import phimlx
+from convert.blocks import WeightFiles, read_blocks
 from convert.card import model_card, model_config
-from convert.folder import companions, copy_companions, new_folder, refuse_existing
-from convert.quantize import cast, quantize
-from convert.recipe import RECIPES, Quantization, assign
-from convert.shards import Layout, write_shards
-from phimlx import catalog, hub
-from phimlx.checkpoint import DTYPES, Checkpoint, TensorInfo, build_model, stored_parameters
+from convert.folder import (
+    Journal,
+    check_space,
+    companions,
+    copy_companions,
+    new_folder,
+    refuse_existing,
+)
+from convert.quantize import batched, parallel_streams
+from convert.recipe import Quantization, Recipe, named
+from convert.shards import Layout, ShardWriter, write_index
+from convert.steps import Steps
+from phimlx import catalog
+from phimlx.checkpoint import DTYPES, Checkpoint, build_model
 from phimlx.errors import ConversionError
-from phimlx.sizes import size_text
 
 SHARD_BYTES = 5 << 30  # as mlx-lm's
+BATCH_BYTES = 16 << 20  # computed at once, as plain numbers
+BATCHES_AHEAD = 3  # read before they are asked for, which a cold disk needs
+JOURNAL_BYTES = 256 << 20  # read between two notes of how far the work has come
 
-STORED = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
+FORMATS = {"mlx": "mlx", "hf": "pt"}  # a folder's layout, and what its safetensors files say
 
 
 @dataclass(frozen=True)
@@ -39,7 +52,9 @@ class Conversion:
         bytes_before, bytes_after: of weights.
         tensors: how many were written.
         dtype: of what is not quantized; None where that is of several.
-        unquantized: layers that stayed as they are, since groups do not divide their width.
+        quantization: of layers that no rule of the recipe gives another.
+        undivided: layers that stayed as they are, since groups do not divide their width.
+        continued: bytes of the source that an interrupted run had dealt with already.
     """
 
     path: Path
@@ -50,8 +65,10 @@ class Conversion:
     bytes_after: int
     tensors: int
     dtype: str | None
+    recipe: str | None
     quantization: Quantization | None
-    unquantized: tuple[str, ...]
+    undivided: tuple[str, ...]
+    continued: int
     seconds: float
 
 
@@ -60,41 +77,52 @@ class Plan:
     """A conversion, checked and laid out, not yet begun.
 
     Attributes:
-        sources: the tensors to read, in the order of the files.
-        layers: what becomes of each layer that can be quantized; empty where none is to be.
-        to_dtype: what to convert to; None keeps each tensor's own.
-        dtype: of what is not quantized; None where that is of several.
+        recipe: None where every layer becomes plain numbers.
+        layout: of the output's weights.
     """
 
     checkpoint: Checkpoint
     out: Path
-    sources: Mapping[str, TensorInfo]
-    layers: Mapping[str, Quantization | None]
-    quantization: Quantization | None
-    to_dtype: mx.Dtype | None
-    dtype: str | None
+    steps: Steps
+    recipe: Recipe | None
     layout: Layout
+    files: WeightFiles
 
     @property
     def bytes_before(self) -> int:
-        return sum(info.nbytes for info in self.sources.values())
+        return self.steps.bytes_before
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the bytes of the output's weights."""
+        files = [
+            (str(file), file.stat().st_size, file.stat().st_mtime_ns)
+            for file in self.checkpoint.files
+        ]
+        versions = (phimlx.__version__, version("mlx"), str(mx.default_device()))
+        decisive = repr((versions, files, self.steps.steps, self.layout.headers))
+        return hashlib.sha256(decisive.encode()).hexdigest()
 
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Conversion:
         """Convert.
 
         Args:
-            advance: called with the bytes of each tensor when it has been read.
+            advance: called with the bytes of each block that has been dealt with.
 
         Raises:
             ConversionError: where a weight is not finite or the output cannot be written. Nothing
                 is left behind then.
         """
         start = time.perf_counter()
-        with new_folder(self.out) as folder:
-            write_shards(folder, self.layout, self._tensors(advance))
-            copy_companions(self.checkpoint.folder, folder)
-            self._describe(folder)
-        parameters = sum(prod(info.shape) for info in self.sources.values())
+        keep_after = self.files.keep_after
+        with new_folder(self.out, self.digest, self.layout.shards, keep_after) as journal:
+            continued = sum(step.nbytes for step in self.steps.steps[: journal.done])
+            if continued:
+                advance(continued)
+            self._write_weights(journal, advance)
+            copy_companions(self.checkpoint.folder, journal.folder)
+            self._describe(journal.folder)
+        parameters = sum(step.size for step in self.steps.steps)
         return Conversion(
             path=self.out,
             source=self.checkpoint.folder,
@@ -103,39 +131,57 @@ class Plan:
             bytes_before=self.bytes_before,
             bytes_after=self.layout.nbytes,
             tensors=len(self.layout.tensors),
-            dtype=self.dtype,
-            quantization=self.quantization,
-            unquantized=tuple(path for path, chosen in self.layers.items() if chosen is None),
+            dtype=self.steps.dtype,
+            recipe=None if self.recipe is None else self.recipe.name,
+            quantization=None if self.recipe is None else self.recipe.default,
+            undivided=self.steps.undivided,
+            continued=continued,
             seconds=time.perf_counter() - start,
         )
 
-    def _tensors(self, advance: Callable[[int], object]) -> Iterator[tuple[str, mx.array]]:
-        """The output's tensors in order, each computed when it is asked for."""
-        weights = self.checkpoint.weights()
-        for name, info in self.sources.items():
-            array = cast(name, weights.pop(name), self.to_dtype)
-            parts = quantize(name, array, self.layers.get(layer_of(name)))
-            del array
-            mx.eval(parts)
-            yield from parts.items()
-            del parts
-            mx.clear_cache()
-            advance(info.nbytes)
+    def _write_weights(self, journal: Journal, advance: Callable[[int], object]) -> None:
+        streams = parallel_streams()
+        work = [
+            (number, step.change, rows)
+            for number, step in enumerate(self.steps.steps)
+            if number >= journal.done
+            for rows in step.blocks(BATCH_BYTES // len(streams))
+        ]
+        unrecorded = 0
+        with ShardWriter.open(journal.folder, self.layout) as writer:
+            blocks = read_blocks(
+                [rows for _, _, rows in work], BATCHES_AHEAD * len(streams), self.files
+            )
+            for batch in batched(zip(work, blocks, strict=True), len(streams)):
+                made = []
+                for stream, ((number, change, rows), stored) in zip(streams, batch, strict=False):
+                    with mx.stream(stream):
+                        made.append((number, rows, change.apply(stored)))
+                mx.eval([(block.parts, block.sound, block.fits) for _, _, block in made])
+                for number, rows, block in made:
+                    block.check()
+                    for name, array in block.parts.items():
+                        writer.write(name, rows.first, array)
+                    advance(rows.nbytes)
+                    unrecorded += rows.nbytes
+                    if unrecorded >= JOURNAL_BYTES and rows.is_last:
+                        writer.sync()
+                        journal.record(number + 1)
+                        unrecorded = 0
+                del batch, made, block, stored
+                mx.clear_cache()
+        write_index(journal.folder, self.layout)
 
     def _describe(self, folder: Path) -> None:
         """Write the model card and, last of all, config.json."""
         source = self.checkpoint.folder.resolve()
         known = catalog.by_config(self.checkpoint.config, source)
-        form = f"weights in {self.dtype or 'their own types'}"
-        if self.quantization is not None:
-            form = (
-                f"weights at {self.quantization.bits} bits in groups of "
-                f"{self.quantization.group_size}"
-            )
-        card = model_card(self.out.name, source, known, form, self.quantization is not None)
+        card = model_card(
+            self.out.name, source, known, self.steps.dtype, self.recipe, self.layout.format
+        )
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = model_config(
-            self.checkpoint.config, known, self.dtype, self.quantization, self.layers
+            self.checkpoint.config, known, self.steps.dtype, self.recipe, self.steps.layers
         )
         (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
 
@@ -143,102 +189,100 @@ class Plan:
 def plan(
     source: str | Path,
     out: str | Path,
-    quantization: Quantization | None = None,
+    recipe: Quantization | Recipe | str | None = None,
     dtype: str | None = None,
-    recipe: str = "uniform",
+    *,
+    dequantize: bool = False,
+    group_size: int | None = None,
+    layout: str = "mlx",
+    files: WeightFiles | None = None,
     shard_bytes: int = SHARD_BYTES,
 ) -> Plan:
     """Check everything that can be known from the headers, and lay the output out.
 
     Args:
-        source: a model's folder, in Hub layout or MLX's, not quantized.
+        source: a model's folder, in Hub layout or MLX's.
         out: the folder to make.
-        quantization: None keeps every weight as it is.
+        recipe: what to quantize to: all layers alike, by a recipe, or by the recipe of this name
+            that the model's architecture has. None makes plain numbers.
         dtype: "float32", "float16" or "bfloat16" for what is not quantized; None keeps each
             tensor's own.
-        recipe: which of the architecture's recipes says what is quantized, and to how many bits.
+        dequantize: that plain numbers are meant where the source is quantized.
+        group_size: other than the recipe's own.
+        layout: "mlx", or "hf" as published on the Hub, which has no quantized weights.
+        files: how the source's weight files are opened; they are here where None.
         shard_bytes: largest weight file; a tensor that is larger has one of its own.
 
     Raises:
         ConfigError, CheckpointError: where the source is not a whole Phi-4 model.
-        ConversionError: where it is quantized already, the output exists, or has no room.
+        ConversionError: where the two make no sense together, or the output exists or has no room.
     """
     if dtype is not None and dtype not in DTYPES:
         raise ConversionError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
+    if recipe is not None and (dequantize or layout == "hf"):
+        what = "dequantized" if dequantize else "written in Hub layout"
+        raise ConversionError(f"A model is either quantized or {what}.")
     out = Path(out).absolute()
     refuse_existing(out)
     checkpoint = Checkpoint(source)
-    if checkpoint.quantization is not None:
-        raise ConversionError(
-            f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits.",
-            hint="Convert the original model: what quantization took away does not come back.",
-        )
-    model = build_model(checkpoint.config)
-    sources = stored_parameters(checkpoint, model)
-    layers: dict[str, Quantization | None] = {}
-    if quantization is not None:
-        modules = dict(model.named_modules())
-        widths = {
-            layer_of(name): info.shape[-1]
-            for name, info in sources.items()
-            if hasattr(modules.get(layer_of(name)), "to_quantized")
-        }
-        recipes = RECIPES[checkpoint.config["model_type"]]
-        if recipe not in recipes:
-            raise ConversionError(f"There is no recipe {recipe}; there is {', '.join(recipes)}.")
-        layers = assign(recipes[recipe], quantization, widths)
-        if not any(layers.values()):
-            raise ConversionError(
-                f"Groups of {quantization.group_size} divide the width of no layer of this model "
-                f"({', '.join(map(str, sorted(set(widths.values()))))}).",
-                hint="Choose a smaller group size.",
-            )
-    to_dtype = None if dtype is None else DTYPES[dtype]
-    templates = {  # of the right shape and type, and never computed
-        name: mx.zeros(info.shape, to_dtype or DTYPES[STORED[info.dtype]])
-        for name, info in sources.items()
-    }
-    parts = (
-        part
-        for name, template in templates.items()
-        for part in quantize(name, template, layers.get(layer_of(name))).items()
-    )
-    layout = Layout.of(parts, shard_bytes)
-    stored = {STORED[info.dtype] for info in sources.values()}
-    _check_space(checkpoint.folder, out, layout.nbytes)
-    return Plan(
+    if isinstance(recipe, str):
+        build_model(checkpoint.config)  # an architecture that there are recipes for
+        recipe = named(recipe, checkpoint.config["model_type"])
+    elif isinstance(recipe, Quantization):
+        recipe = Recipe("uniform", recipe)
+    if recipe is not None and group_size is not None:
+        recipe = recipe.in_groups_of(group_size)
+    check_purpose(checkpoint, recipe, dequantize)
+    steps = Steps.of(checkpoint, recipe, dtype)
+    results = (item for step in steps.steps for item in step.result().items())
+    planned = Plan(
         checkpoint=checkpoint,
         out=out,
-        sources=sources,
-        layers=layers,
-        quantization=quantization,
-        to_dtype=to_dtype,
-        dtype=dtype or (stored.pop() if len(stored) == 1 else None),
-        layout=layout,
+        steps=steps,
+        recipe=recipe,
+        layout=Layout.of(results, shard_bytes, FORMATS[layout]),
+        files=files or WeightFiles(),
     )
+    if checkpoint.quantization and recipe and planned.layout.nbytes >= planned.bytes_before:
+        raise ConversionError(
+            f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits: "
+            "this would make it no smaller, and no better.",
+            hint="Choose fewer bits, or convert the original model: what quantization took away "
+            "does not come back.",
+        )
+    small = sum(file.stat().st_size for file in companions(checkpoint.folder).values())
+    check_space(out, planned.layout.nbytes + planned.files.spare + small)
+    return planned
 
 
 def convert(
     source: str | Path,
     out: str | Path,
-    quantization: Quantization | None = None,
+    recipe: Quantization | Recipe | str | None = None,
     dtype: str | None = None,
-    recipe: str = "uniform",
+    *,
+    dequantize: bool = False,
+    group_size: int | None = None,
+    layout: str = "mlx",
 ) -> Conversion:
-    """Make an MLX folder of a model; arguments and errors as for `plan` and `Plan.run`."""
-    return plan(source, out, quantization, dtype, recipe).run()
+    """Make a folder of a model; arguments and errors as for `plan` and `Plan.run`."""
+    planned = plan(
+        source, out, recipe, dtype, dequantize=dequantize, group_size=group_size, layout=layout
+    )
+    return planned.run()
 
 
-def layer_of(name: str) -> str:
-    """The path of the layer that a tensor is the weight of."""
-    return name.removesuffix(".weight")
-
-
-def _check_space(source: Path, out: Path, weights: int) -> None:
-    needed = weights + sum(file.stat().st_size for file in companions(source).values())
-    free = hub.free_space(out.parent)
-    if needed > free:
+def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: bool) -> None:
+    """Refuse what would come from, or lead to, a misunderstanding."""
+    quantized = checkpoint.quantization is not None
+    if dequantize and not quantized:
         raise ConversionError(
-            f"{out} needs {size_text(needed)} of disk space, but its disk has {size_text(free)}.",
-            hint="Free some space, or choose a folder on another disk.",
+            f"{checkpoint.folder} is not quantized, so there is nothing to dequantize.",
+            hint="Leave --dequantize out.",
+        )
+    if quantized and not dequantize and recipe is None:
+        assert checkpoint.quantization is not None
+        raise ConversionError(
+            f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits.",
+            hint="Quantize it further with -q, or make plain numbers of it with --dequantize.",
         )

@@ -1,13 +1,16 @@
-"""A stream of named tensors -> safetensors files, written front to back.
+"""Blocks of named tensors -> safetensors files, each block written where it belongs.
 
-Knows the safetensors format and shard sizes; holds no more than the tensor that it is writing.
+Knows the safetensors format and shard sizes; holds no more than the block that it is writing.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
@@ -26,18 +29,16 @@ class Layout:
     """Where every tensor will stand, known before the first is computed.
 
     Attributes:
-        shards: for each file the tensors in it, in order, which is the order of the stream.
+        shards: for each file the tensors in it, in order. Only shapes and dtypes are looked at.
+        format: what the files say they are: "mlx", or "pt" as on the Hub.
     """
 
     shards: Mapping[str, tuple[tuple[str, mx.array], ...]]
+    format: str = "mlx"
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, mx.array]], limit: int) -> Layout:
-        """Fill shards of at most `limit` bytes; a tensor larger than that has one of its own.
-
-        Args:
-            tensors: in the order of the stream; only shapes and dtypes are looked at.
-        """
+    def of(cls, tensors: Iterable[tuple[str, mx.array]], limit: int, format: str) -> Layout:
+        """Fill shards of at most `limit` bytes; a tensor larger than that has one of its own."""
         shards: list[list[tuple[str, mx.array]]] = []
         size = 0
         for name, array in tensors:
@@ -52,7 +53,8 @@ class Layout:
             {
                 name if count > 1 else "model.safetensors": tuple(members)
                 for name, members in zip(names, shards, strict=True)
-            }
+            },
+            format,
         )
 
     @property
@@ -63,31 +65,69 @@ class Layout:
     def nbytes(self) -> int:
         return sum(array.nbytes for array in self.tensors.values())
 
+    @cached_property
+    def headers(self) -> dict[str, bytes]:
+        """What each file begins with."""
+        return {file: _header(members, self.format) for file, members in self.shards.items()}
 
-def write_shards(folder: Path, layout: Layout, stream: Iterator[tuple[str, mx.array]]) -> None:
-    """Write a stream of tensors, in the order of `layout`, as MLX would: files, then the index.
+    @cached_property
+    def places(self) -> dict[str, tuple[str, int]]:
+        """The file of each tensor, and where in it its bytes begin."""
+        places = {}
+        for file, members in self.shards.items():
+            offset = len(self.headers[file])
+            for name, array in members:
+                places[name] = (file, offset)
+                offset += array.nbytes
+        return places
 
-    Raises:
-        OSError: where a file cannot be written.
-    """
-    for file_name, members in layout.shards.items():
-        with (folder / file_name).open("wb") as file:
-            file.write(_header(members))
-            for expected, template in members:
-                name, array = next(stream)
-                assert (name, array.shape, array.dtype) == (
-                    expected,
-                    template.shape,
-                    template.dtype,
-                )
-                file.write(_bytes(array))
-                del array
-    left_over = next(stream, None)  # which also lets the stream finish its last tensor
-    assert left_over is None
+
+class ShardWriter:
+    """The files of a layout, open for writing at any place."""
+
+    def __init__(self, layout: Layout, descriptors: Mapping[str, int]) -> None:
+        self._layout = layout
+        self._descriptors = descriptors
+        self._templates = layout.tensors
+
+    @classmethod
+    @contextmanager
+    def open(cls, folder: Path, layout: Layout) -> Iterator[ShardWriter]:
+        """Make the files, or take up those that a run before this one left.
+
+        Raises:
+            OSError: where a file cannot be written.
+        """
+        descriptors: dict[str, int] = {}
+        try:
+            for file, header in layout.headers.items():
+                descriptors[file] = os.open(folder / file, os.O_RDWR | os.O_CREAT, 0o644)
+                _write_whole(descriptors[file], memoryview(header), 0)
+            yield cls(layout, descriptors)
+        finally:
+            for descriptor in descriptors.values():
+                os.close(descriptor)
+
+    def write(self, name: str, row: int, rows: mx.array) -> None:
+        """Write some of a tensor's rows, from number `row` on."""
+        template = self._templates[name]
+        assert rows.dtype == template.dtype
+        assert rows.shape[1:] == template.shape[1:]
+        file, offset = self._layout.places[name]
+        data = _bytes(rows)
+        row_bytes = template.nbytes // template.shape[0] if template.shape else 0
+        _write_whole(self._descriptors[file], data, offset + row * row_bytes)
+
+    def sync(self) -> None:
+        """Return when what has been written is on the disk."""
+        for descriptor in self._descriptors.values():
+            os.fsync(descriptor)
+
+
+def write_index(folder: Path, layout: Layout) -> None:
+    """The index that tells the file of each tensor, where there is more than one."""
     if len(layout.shards) > 1:
-        weight_map = {
-            name: file_name for file_name, members in layout.shards.items() for name, _ in members
-        }
+        weight_map = {name: file for name, (file, _) in layout.places.items()}
         index = {
             "metadata": {"total_size": layout.nbytes},
             "weight_map": dict(sorted(weight_map.items())),
@@ -95,9 +135,9 @@ def write_shards(folder: Path, layout: Layout, stream: Iterator[tuple[str, mx.ar
         (folder / "model.safetensors.index.json").write_text(json.dumps(index, indent=4))
 
 
-def _header(members: Iterable[tuple[str, mx.array]]) -> bytes:
+def _header(members: Iterable[tuple[str, mx.array]], format: str) -> bytes:
     """Length and table of contents. Source: https://github.com/huggingface/safetensors#format"""
-    table: dict[str, object] = {"__metadata__": {"format": "mlx"}}
+    table: dict[str, object] = {"__metadata__": {"format": format}}
     offset = 0
     for name, array in members:
         end = offset + array.nbytes
@@ -115,4 +155,11 @@ def _header(members: Iterable[tuple[str, mx.array]]) -> bytes:
 def _bytes(array: mx.array) -> memoryview:
     """The array's bytes in row order, not copied where it already stands so."""
     words = {1: mx.uint8, 2: mx.uint16, 4: mx.uint32}[array.dtype.size]
-    return memoryview(mx.contiguous(array).view(words))  # type: ignore[arg-type]
+    view = memoryview(mx.contiguous(array).view(words))  # type: ignore[arg-type]
+    return view.cast("B")
+
+
+def _write_whole(descriptor: int, data: memoryview, offset: int) -> None:
+    while data:
+        count = os.pwrite(descriptor, data, offset)
+        data, offset = data[count:], offset + count

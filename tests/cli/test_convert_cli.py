@@ -10,6 +10,7 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
+from safetensors import safe_open
 
 from phimlx.checkpoint import Checkpoint, load_model
 from phimlx.cli.group import cli
@@ -46,7 +47,7 @@ def test_layers_that_stay_unquantized_are_named(source: Path, tmp_path: Path) ->
     result = run(source, "--mlx-path", out, "-q")
     assert result.exit_code == 0
     assert result.stderr == (
-        "Warning: 2 layers stay unquantized, since groups of 64 do not divide their width: "
+        "Warning: 2 layers stay as they are, since groups do not divide their width: "
         "model.layers.0.mlp.down_proj and 1 more.\n"
         f"Try it: phimlx chat --model {out}\n"
     )
@@ -70,8 +71,10 @@ def test_json_is_one_object_and_nothing_else(source: Path, tmp_path: Path) -> No
         "bytes_after": nbytes,
         "tensors": 31,
         "dtype": "bfloat16",
+        "recipe": "uniform",
         "quantization": {"group_size": 64, "bits": 8, "mode": "affine"},
-        "unquantized": ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
+        "continued": 0,
+        "undivided": ["model.layers.0.mlp.down_proj", "model.layers.1.mlp.down_proj"],
     }
 
 
@@ -102,6 +105,51 @@ def test_nano(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize(
+    ("arguments", "form"),
+    [
+        (["-q"], (64, 4, "affine")),
+        (["-q", "--q-bits", "3"], (64, 3, "affine")),
+        (["-q", "--q-mode", "mxfp4"], (32, 4, "mxfp4")),
+        (["-q", "--q-mode", "mxfp8"], (32, 8, "mxfp8")),
+        (["-q", "--q-mode", "nvfp4"], (16, 4, "nvfp4")),
+        (["--recipe", "mixed-4-8", "--q-group-size", "32"], (32, 4, "affine")),
+        (["-q", "--recipe", "OWN.toml"], (32, 2, "affine")),
+    ],
+)
+def test_modes_and_recipes(
+    source: Path, tmp_path: Path, arguments: list[str], form: tuple[int, int, str]
+) -> None:
+    own = tmp_path / "own.toml"
+    own.write_text("bits = 2\ngroup_size = 32")
+    arguments = [str(own) if argument == "OWN.toml" else argument for argument in arguments]
+    result = run(source, "--out", tmp_path / "out", *arguments)
+    assert result.exit_code == 0
+    stored = Checkpoint(tmp_path / "out").quantization
+    assert stored is not None
+    assert (stored["group_size"], stored["bits"], stored["mode"]) == form
+
+
+def test_bits_that_a_mode_does_not_have(source: Path, tmp_path: Path) -> None:
+    result = run(source, "--out", tmp_path / "out", "-q", "--q-mode", "mxfp4", "--q-bits", "8")
+    assert result.exit_code == 1
+    assert result.stderr == (
+        "Error: MLX has no mxfp4 quantization to 8 bits in groups of 32.\n"
+        "Hint: mxfp4 has 4 bits in groups of 32.\n"
+    )
+
+
+def test_there_and_back(source: Path, tmp_path: Path) -> None:
+    run(source, "--out", tmp_path / "small", "-q", "--q-group-size", "32")
+    result = run(tmp_path / "small", "--out", tmp_path / "plain", "--dequantize")
+    assert result.exit_code == 0
+    assert Checkpoint(tmp_path / "plain").quantization is None
+    result = run(tmp_path / "small", "--out", tmp_path / "hub", "-d", "--export", "hf")
+    assert result.exit_code == 0
+    with safe_open(str(tmp_path / "hub" / "model.safetensors"), framework="mlx") as opened:
+        assert opened.metadata() == {"format": "pt"}
+
+
+@pytest.mark.parametrize(
     ("arguments", "message"),
     [
         (["--mlx-path", "x"], "MODEL is missing: name one model to convert."),
@@ -109,7 +157,7 @@ def test_nano(tmp_path: Path) -> None:
             ["a", "--model", "b", "--mlx-path", "x"],
             "MODEL is given twice: name one model to convert.",
         ),
-        (["a"], "Missing option '--mlx-path'."),
+        (["a"], "Missing option '--mlx-path' / '--out'."),
         (
             ["a", "--mlx-path", "x", "--q-bits", "4"],
             "--q-bits goes with -q, which quantizes the weights.",
@@ -123,8 +171,33 @@ def test_nano(tmp_path: Path) -> None:
             "Invalid value for '--q-bits': '7' is not one of '2', '3', '4', '5', '6', '8'.",
         ),
         (
-            ["a", "--mlx-path", "x", "-q", "--q-group-size", "16"],
-            "Invalid value for '--q-group-size': '16' is not one of '32', '64', '128'.",
+            ["a", "--mlx-path", "x", "-q", "--q-group-size", "48"],
+            "Invalid value for '--q-group-size': '48' is not one of '16', '32', '64', '128'.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "-q", "--q-mode", "int8"],
+            "Invalid value for '--q-mode': 'int8' is not one of 'affine', 'mxfp4', 'mxfp8', "
+            "'nvfp4'.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "--q-mode", "mxfp4"],
+            "--q-mode goes with -q, which quantizes the weights.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "--recipe", "mixed-4-6", "--q-bits", "4"],
+            "--q-bits and --recipe exclude each other: the recipe says it.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "-q", "--recipe", "mixed-4-6", "--q-mode", "mxfp4"],
+            "--q-mode and --recipe exclude each other: the recipe says it.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "-q", "-d"],
+            "--dequantize writes weights that are not quantized: leave -q out.",
+        ),
+        (
+            ["a", "--mlx-path", "x", "--recipe", "mixed-4-6", "--export", "hf"],
+            "--export writes weights that are not quantized: leave --recipe out.",
         ),
         (
             ["a", "--mlx-path", "x", "--dtype", "int8"],
@@ -148,7 +221,10 @@ def test_errors_are_one_sentence_and_the_next_step(source: Path, tmp_path: Path)
     )
 
 
-def test_an_alias_means_the_original(source: Path, tmp_path: Path) -> None:
+def test_an_alias_means_the_original(
+    source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     result = run("phi-4-mini", "--mlx-path", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr == (
@@ -171,10 +247,10 @@ def test_another_architecture(tmp_path: Path) -> None:
 def test_an_interrupt_ends_with_130_and_leaves_nothing(
     source: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def interrupted(*arguments: Any) -> None:
+    def interrupted(*arguments: Any, **keywords: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert.pipeline.write_shards", interrupted)
+    monkeypatch.setattr("convert.pipeline.read_blocks", interrupted)
     result = run(source, "--mlx-path", tmp_path / "out", "-q")
     assert result.exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

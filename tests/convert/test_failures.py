@@ -3,21 +3,19 @@
 from __future__ import annotations
 
 import errno
-import fcntl
+import json
 import os
-import signal
-import subprocess
-import sys
+import re
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import pytest
 
-from convert import Conversion, Quantization, plan
+from convert import Quantization, pipeline, plan
 from convert import convert as convert_model
 from phimlx import hub
-from phimlx.errors import ConversionError
+from phimlx.errors import CheckpointError, ConversionError
 from tests.convert.tiny import (
     PHI_4,
     failing,
@@ -44,13 +42,46 @@ def test_what_exists_is_not_overwritten(tmp_path: Path, kind: str) -> None:
     assert error.hint == "Choose another folder, or remove it first."
 
 
-def test_quantized_models_are_not_quantized_again(tmp_path: Path) -> None:
+def test_quantized_models_do_not_grow(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source")
     convert_model(source, tmp_path / "four", Quantization(32, 4))
-    error = failing(tmp_path / "four", tmp_path / "out", Quantization(32, 8))
-    assert str(error) == f"{tmp_path}/four is already quantized, to 4 bits."
-    assert error.hint == (
-        "Convert the original model: what quantization took away does not come back."
+    for bits in (4, 8):
+        error = failing(tmp_path / "four", tmp_path / "out", Quantization(32, bits))
+        assert str(error) == (
+            f"{tmp_path}/four is already quantized, to 4 bits: this would make it no smaller, and "
+            "no better."
+        )
+        assert error.hint == (
+            "Choose fewer bits, or convert the original model: what quantization took away does "
+            "not come back."
+        )
+
+
+def test_quantized_models_without_a_purpose(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    convert_model(source, tmp_path / "four", Quantization(32, 4))
+    for layout in ("mlx", "hf"):
+        error = failing(tmp_path / "four", tmp_path / "out", layout=layout)
+        assert str(error) == f"{tmp_path}/four is already quantized, to 4 bits."
+        assert error.hint == (
+            "Quantize it further with -q, or make plain numbers of it with --dequantize."
+        )
+
+
+def test_plain_models_are_not_dequantized(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    error = failing(source, tmp_path / "out", dequantize=True)
+    assert str(error) == f"{source} is not quantized, so there is nothing to dequantize."
+    assert error.hint == "Leave --dequantize out."
+
+
+def test_purposes_that_contradict_each_other(tmp_path: Path) -> None:
+    source, four = write_model(tmp_path / "source"), Quantization(32, 4)
+    assert str(failing(source, tmp_path / "out", four, dequantize=True)) == (
+        "A model is either quantized or dequantized."
+    )
+    assert str(failing(source, tmp_path / "out", four, layout="hf")) == (
+        "A model is either quantized or written in Hub layout."
     )
 
 
@@ -69,18 +100,36 @@ def test_a_full_disk_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.Monk
 
 
 @pytest.mark.parametrize(
-    ("arguments", "what"),
+    ("arguments", "message", "hint"),
     [
-        ((64, 7), "7 bits in groups of 64 (affine)"),
-        ((16, 4), "4 bits in groups of 16 (affine)"),
-        ((64, 4, "mxfp4"), "4 bits in groups of 64 (mxfp4)"),
-        ((64, 4, "int4"), "4 bits in groups of 64 (int4)"),
+        (
+            (64, 7),
+            "MLX has no affine quantization to 7 bits in groups of 64.",
+            "affine has 2 or 3 or 4 or 5 or 6 or 8 bits in groups of 32 or 64 or 128.",
+        ),
+        (
+            (16, 4),
+            "MLX has no affine quantization to 4 bits in groups of 16.",
+            "affine has 2 or 3 or 4 or 5 or 6 or 8 bits in groups of 32 or 64 or 128.",
+        ),
+        (
+            (64, 4, "mxfp4"),
+            "MLX has no mxfp4 quantization to 4 bits in groups of 64.",
+            "mxfp4 has 4 bits in groups of 32.",
+        ),
+        (
+            (64, 4, "int4"),
+            "MLX has no quantization int4; it has affine, mxfp4, mxfp8, nvfp4.",
+            None,
+        ),
     ],
 )
-def test_quantizations_that_mlx_does_not_have(arguments: tuple[Any, ...], what: str) -> None:
+def test_quantizations_that_mlx_does_not_have(
+    arguments: tuple[Any, ...], message: str, hint: str | None
+) -> None:
     with pytest.raises(ConversionError) as caught:
         Quantization(*arguments)
-    assert str(caught.value) == f"MLX has no quantization to {what}."
+    assert (str(caught.value), caught.value.hint) == (message, hint)
 
 
 def test_unknown_dtypes_and_recipes(tmp_path: Path) -> None:
@@ -88,9 +137,12 @@ def test_unknown_dtypes_and_recipes(tmp_path: Path) -> None:
     assert str(failing(source, out, None, "int8")) == (
         "dtype is 'int8'; it must be one of float32, float16, bfloat16."
     )
-    assert str(failing(source, out, Quantization(32, 4), None, "mixed")) == (
-        "There is no recipe mixed; there is uniform."
+    error = failing(source, out, "mixed")
+    assert str(error) == (
+        "There is no recipe 'mixed' for phi3 models; there is mixed-3-6, mixed-4-6, mixed-4-8, "
+        "mixed-6-8."
     )
+    assert error.hint == "A recipe of your own is a file whose name ends in .toml."
 
 
 # Failures on the way
@@ -119,6 +171,17 @@ def test_weights_too_large_for_the_dtype(tmp_path: Path, sign: int) -> None:
     convert_model(source, tmp_path / "out", None, "bfloat16")
 
 
+def test_scales_too_large_for_the_dtype(tmp_path: Path) -> None:
+    """Weights of 2 bits span three scales, which float16 may hold each and not together."""
+    weights = parameters(PHI_4, mx.float16)
+    weights["lm_head.weight"][0, 0] = 65504
+    weights["lm_head.weight"][0, 1] = -65504
+    weights["lm_head.weight"][0, 32] = 65504
+    source = write_model(tmp_path / "source", PHI_4, weights)
+    convert_model(source, tmp_path / "eight", Quantization(32, 8))
+    assert all(mx.all(mx.isfinite(a)) for a in weights_of(tmp_path / "eight").values())
+
+
 @pytest.mark.parametrize("sign", [1, -1])
 @pytest.mark.parametrize("dtype", [mx.float32, mx.float16, mx.bfloat16])
 def test_the_largest_numbers_are_finite(tmp_path: Path, dtype: mx.Dtype, sign: int) -> None:
@@ -133,6 +196,44 @@ def stopping(error: BaseException) -> Any:
         raise error
 
     return advance
+
+
+def test_damage_in_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipeline, "BATCH_BYTES", 4096)
+    weights = parameters(PHI_4)
+    weights["model.embed_tokens.weight"][-1, -1] = float("nan")
+    source = write_model(tmp_path / "source", PHI_4, weights)
+    error = failing(source, tmp_path / "out", Quantization(32, 4))
+    assert str(error) == ("model.embed_tokens.weight holds NaN or infinity: this model is damaged.")
+
+
+@pytest.mark.parametrize("part", ["scales", "biases"])
+def test_scales_that_are_not_finite(tmp_path: Path, part: str) -> None:
+    convert_model(write_model(tmp_path / "source"), tmp_path / "eight", Quantization(32, 8))
+    weights = weights_of(tmp_path / "eight")
+    weights[f"model.layers.0.mlp.down_proj.{part}"][7, 1] = float("inf")
+    mx.eval(weights)
+    config = json.loads((tmp_path / "eight" / "config.json").read_text())
+    damaged = write_model(tmp_path / "damaged", config, weights)
+    for arguments in ({"recipe": Quantization(32, 4)}, {"dequantize": True}):
+        error = failing(damaged, tmp_path / "out", **arguments)
+        assert str(error) == (
+            "model.layers.0.mlp.down_proj.weight holds NaN or infinity: this model is damaged."
+        )
+
+
+def test_a_source_that_is_cut_short_meanwhile(tmp_path: Path) -> None:
+    source, out = write_model(tmp_path / "source"), tmp_path / "out"
+    planned = plan(source, out)
+    os.truncate(source / "model.safetensors", 100_000)
+    with pytest.raises(CheckpointError) as caught:
+        planned.run()
+    assert re.fullmatch(
+        r"model\.safetensors ends within [\w.]+: it was changed while it was read\.",
+        str(caught.value),
+    )
+    assert caught.value.hint == "Download or convert the model again."
+    assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
@@ -187,86 +288,3 @@ def test_a_parent_that_is_no_folder(tmp_path: Path) -> None:
 def test_missing_parents_are_made(tmp_path: Path) -> None:
     convert_model(write_model(tmp_path / "source"), tmp_path / "a" / "b" / "out")
     assert (tmp_path / "a" / "b" / "out" / "config.json").is_file()
-
-
-KILLED = """
-import os, signal, sys
-from convert import plan
-planned = plan(sys.argv[1], sys.argv[2])
-done = []
-def advance(nbytes):
-    done.append(nbytes)
-    if len(done) == int(sys.argv[3]):
-        os.kill(os.getpid(), signal.SIGKILL)
-planned.run(advance)
-"""
-
-
-@pytest.mark.parametrize("tensors", [1, 8, 15])
-def test_a_killed_run_leaves_no_output_and_the_next_one_none_of_it(
-    tmp_path: Path, tensors: int
-) -> None:
-    source, out = write_model(tmp_path / "source"), tmp_path / "out"
-    killed = subprocess.run(
-        [sys.executable, "-c", KILLED, str(source), str(out), str(tensors)], check=False
-    )
-    assert killed.returncode == -signal.SIGKILL
-    assert not out.exists()
-    leftover = tmp_path / ".out.partial"
-    assert leftover.is_dir()
-    (leftover / "deep" / "er").mkdir(parents=True)
-    (leftover / "stray.bin").touch()
-    convert_model(source, out)
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
-    assert {file.name for file in out.iterdir()} == {
-        "config.json",
-        "model.safetensors",
-        "README.md",
-    }
-    assert same_bits(weights_of(out), parameters(PHI_4))
-
-
-def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
-    source, out = write_model(tmp_path / "source"), tmp_path / "out"
-    first, second = plan(source, out), plan(source, out)
-    results: list[Conversion] = []
-    errors: list[ConversionError] = []
-
-    def in_between(nbytes: int) -> None:
-        if not errors:
-            with pytest.raises(ConversionError) as caught:
-                second.run()
-            errors.append(caught.value)
-
-    results.append(first.run(in_between))
-    assert str(errors[0]) == f"{out} is being written by another process."
-    assert errors[0].hint == "Wait for it, or stop it."
-    assert same_bits(weights_of(out), parameters(PHI_4))
-    with pytest.raises(ConversionError, match="exists already"):
-        second.run()
-
-
-def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    source, out = write_model(tmp_path / "source"), tmp_path / "out"
-
-    def appear(nbytes: int) -> None:
-        out.mkdir(exist_ok=True)
-        (out / "precious").touch()
-
-    with pytest.raises(ConversionError) as caught:
-        plan(source, out).run(appear)
-    assert str(caught.value) == f"{out} cannot be written: Directory not empty."
-    assert [path.name for path in out.iterdir()] == ["precious"]
-    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
-
-
-def test_a_leftover_that_another_process_holds_is_left_alone(tmp_path: Path) -> None:
-    source, out = write_model(tmp_path / "source"), tmp_path / "out"
-    (tmp_path / ".out.partial").mkdir()
-    (tmp_path / ".out.partial" / "half").touch()
-    descriptor = os.open(tmp_path / ".out.partial", os.O_RDONLY)
-    fcntl.flock(descriptor, fcntl.LOCK_EX)
-    error = failing(source, out)
-    os.close(descriptor)
-    assert str(error) == f"{out} is being written by another process."
-    assert (tmp_path / ".out.partial" / "half").exists()

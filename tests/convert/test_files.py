@@ -5,12 +5,23 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
+from typing import Any
 
-from convert import Quantization
+import mlx.core as mx
+import pytest
+from safetensors import safe_open
+
+from convert import Quantization, Recipe, plan
 from convert import convert as convert_model
+from convert.card import model_card
+from phimlx.catalog import find
 from tests.convert.tiny import (
     MINI,
+    PHI_4,
     failing,
+    parameters,
+    same_bits,
+    weights_of,
     write_model,
 )
 
@@ -131,12 +142,9 @@ phimlx chat --model my-phi
 
 
 def test_the_card_says_where_it_comes_from() -> None:
-    from convert.card import model_card
-    from phimlx.catalog import find
-
     source = Path("/hub/models--microsoft--phi-4/snapshots/" + ("0123456789abcdef" * 3)[:40])
-    form = "weights at 4 bits in groups of 64"
-    assert model_card("my-phi", source, find("phi-4"), form, quantized=True) == CARD
+    recipe = Recipe("uniform", Quantization())
+    assert model_card("my-phi", source, find("phi-4"), "bfloat16", recipe, "mlx") == CARD
 
 
 def test_the_card_of_an_unknown_model_names_no_path(tmp_path: Path) -> None:
@@ -146,3 +154,33 @@ def test_the_card_of_an_unknown_model_names_no_path(tmp_path: Path) -> None:
     assert "base_model" not in card
     assert "A model converted to MLX with [phimlx]" in card
     assert "weights in float32" in card
+
+
+# Hub layout
+
+
+@pytest.mark.parametrize("config", [PHI_4, MINI])
+def test_export_to_the_hubs_layout(tmp_path: Path, config: dict[str, Any]) -> None:
+    weights = parameters(config, mx.bfloat16)
+    source = write_model(tmp_path / "source", config, weights)
+    planned = plan(source, tmp_path / "out", layout="hf", shard_bytes=40_000)
+    planned.run()
+    out = tmp_path / "out"
+    assert same_bits(weights_of(out), weights)
+    shards = sorted(out.glob("*.safetensors"))
+    assert len(shards) > 2
+    for shard in shards:
+        with safe_open(str(shard), framework="mlx") as opened:
+            assert opened.metadata() == {"format": "pt"}
+    written = json.loads((out / "config.json").read_text())
+    assert written == {**config, "torch_dtype": "bfloat16"}
+    assert 'library_name: "transformers"' in (out / "README.md").read_text()
+    assert "converted to Hub layout" in (out / "README.md").read_text()
+
+
+def test_a_quantized_model_goes_back_without_its_table(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source", MINI)
+    convert_model(source, tmp_path / "four", Quantization(32, 4))
+    convert_model(tmp_path / "four", tmp_path / "out", dequantize=True, layout="hf")
+    written = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert written == MINI

@@ -117,10 +117,10 @@ def weights_of(folder: Path) -> dict[str, mx.array]:
     return Checkpoint(folder).weights()
 
 
-def failing(source: Path, out: Path, *arguments: Any) -> ConversionError:
+def failing(source: Path, out: Path, *arguments: Any, **keywords: Any) -> ConversionError:
     """The error that a conversion ends with; nothing is left behind."""
     before = sorted(out.parent.iterdir()) if out.parent.is_dir() else None
     with pytest.raises(ConversionError) as caught:
-        convert(source, out, *arguments)
+        convert(source, out, *arguments, **keywords)
     assert (sorted(out.parent.iterdir()) if out.parent.is_dir() else None) == before
     return caught.value

@@ -1,0 +1,155 @@
+"""A checkpoint's tensors and what is wanted -> one step for each layer, checked and laid out.
+
+Knows which stored tensors belong together and how many rows make a block; reads no weights.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from convert.blocks import STORED, Place, Rows, locate
+from convert.quantize import Change
+from convert.recipe import Quantization, Recipe
+from phimlx.checkpoint import DTYPES, Checkpoint, build_model, stored_parameters
+from phimlx.errors import ConversionError
+
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+
+
+@dataclass(frozen=True)
+class Step:
+    """One tensor, or the tensors of one quantized layer, and what becomes of it.
+
+    Attributes:
+        shape: of the plain numbers, however they are stored.
+    """
+
+    change: Change
+    places: tuple[Place, ...]
+    shape: tuple[int, ...]
+
+    @property
+    def size(self) -> int:
+        return self._rows * self._row_size
+
+    @property
+    def nbytes(self) -> int:
+        """Of the stored tensors."""
+        return sum(place.info.nbytes for place in self.places)
+
+    def blocks(self, nbytes: int) -> Iterator[Rows]:
+        """Rows that together make no more than `nbytes` of plain numbers, or are one.
+
+        A quarter of that where they are unpacked first, which MLX does in wider numbers.
+        """
+        nbytes //= 1 if self.change.was is None else 4
+        count = max(1, nbytes // (self._row_size * self.change.dtype.size))
+        for first in range(0, self._rows, count):
+            yield Rows(self.places, first, min(first + count, self._rows))
+
+    def result(self) -> dict[str, mx.array]:
+        """The tensors that it makes: names, shapes and types, never computed."""
+        templates = [mx.zeros(place.info.shape, STORED[place.info.dtype]) for place in self.places]
+        return self.change.apply(templates).parts
+
+    @property
+    def _rows(self) -> int:
+        return self.shape[0] if self.shape else 1
+
+    @property
+    def _row_size(self) -> int:
+        size = 1
+        for dimension in self.shape[1:]:
+            size *= dimension
+        return size
+
+
+@dataclass(frozen=True)
+class Steps:
+    """All steps of a conversion.
+
+    Attributes:
+        layers: what becomes of each layer that can be quantized; empty where none is to be.
+        undivided: layers that stay as they are because groups do not divide their width.
+    """
+
+    steps: tuple[Step, ...]
+    layers: Mapping[str, Quantization | None]
+    undivided: tuple[str, ...]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -> Steps:
+        """Lay out the whole of a checkpoint.
+
+        Args:
+            recipe: None makes plain numbers of every layer.
+            dtype: of what is not quantized; None keeps each tensor's own.
+        """
+        model = build_model(checkpoint.config)
+        shapes = {
+            path: tuple(module.weight.shape)
+            for path, module in model.named_modules()
+            if hasattr(module, "to_quantized")
+        }
+        tensors = stored_parameters(checkpoint, model)
+        stored = stored_quantizations(checkpoint, [p for p in shapes if f"{p}.scales" in tensors])
+        layers: dict[str, Quantization | None] = {}
+        undivided: tuple[str, ...] = ()
+        if recipe is not None:
+            widths = {path: shape[-1] for path, shape in shapes.items()}
+            layers, undivided = recipe.assign(widths, model.config.num_hidden_layers)
+            if not any(layers.values()):
+                raise ConversionError(
+                    f"Groups of {recipe.default.group_size} divide the width of no layer of this "
+                    f"model ({', '.join(map(str, sorted(set(widths.values()))))}).",
+                    hint="Choose a smaller group size.",
+                )
+        places = {place.name: place for place in locate(tensors)}
+        plain = Counter(STORED[info.dtype] for info in tensors.values())
+        usual = max(DTYPES.values(), key=lambda dtype: plain[dtype])  # where scales tell no type
+        steps = []
+        for name, place in places.items():
+            path, _, kind = name.rpartition(".")
+            was = stored.get(path)
+            if was is not None and kind != "weight":
+                continue  # comes with its layer's weight
+            members = [place]
+            if was is not None:
+                extra = (f"{path}.scales", f"{path}.biases")
+                members += [places[other] for other in extra if other in places]
+            own = STORED[members[-1].info.dtype]
+            if own not in NAMES:
+                own = usual
+            becomes = layers.get(path)
+            if recipe is not None and becomes is None and was is not None:
+                becomes = layers[path] = was
+            change = Change(name, was, becomes, DTYPES[dtype] if dtype else own)
+            steps.append(Step(change, tuple(members), shapes.get(path, place.info.shape)))
+        return cls(tuple(steps), layers, undivided)
+
+    @property
+    def dtype(self) -> str | None:
+        """Of what is not quantized, and of scales; None where that is of several."""
+        names = {NAMES[step.change.dtype] for step in self.steps}
+        return names.pop() if len(names) == 1 else None
+
+    @property
+    def bytes_before(self) -> int:
+        return sum(step.nbytes for step in self.steps)
+
+
+def stored_quantizations(checkpoint: Checkpoint, paths: list[str]) -> dict[str, Quantization]:
+    """How each layer is stored, of those that are stored quantized."""
+    table: Mapping[str, Any] = checkpoint.quantization or {}
+    default = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
+
+    def settings(path: str) -> Mapping[str, Any]:
+        own = table.get(path)
+        return own if isinstance(own, dict) else default
+
+    return {path: Quantization(**settings(path)) for path in paths}
