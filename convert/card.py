@@ -24,7 +24,7 @@ CARD = """\
 
 # {title}
 
-{origin} converted to {target} with [phimlx](https://pypi.org/project/phimlx/) {version}: {form}.
+{origin} converted to {target} with phimlx {version}: {form}.
 
 ```
 phimlx chat --model {title}

@@ -81,6 +81,18 @@ EXPORTS = ("hf", "gguf", "gguf-q8_0")
     help="Where MODEL comes from the Hub, keep it whole in the store.",
 )
 @click.option(
+    "--report",
+    is_flag=True,
+    help="Measure what the conversion costs: perplexity, KL divergence, top-1 agreement, error of "
+    "each layer; a table here, report.json, report.png and the model card in OUT.",
+)
+@click.option(
+    "--report-text",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Text to measure on, with --report  [default: one that comes along]",
+)
+@click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     help="Type of what is not quantized  [default: as it is stored]",
@@ -98,6 +110,8 @@ def command(
     dequantize: bool,
     export: str | None,
     keep_original: bool,
+    report: bool,
+    report_text: Path | None,
     dtype: str | None,
     as_json: bool,
 ) -> None:
@@ -125,8 +139,14 @@ def command(
             f"--export {export} says the type of the weights: leave --dtype out."
         )
 
+    if report and export and export != "hf":
+        raise click.UsageError(f"--report reads model folders: leave it out of --export {export}.")
+    if report_text is not None and not report:
+        raise click.UsageError("--report-text goes with --report.")
+
     from convert import Quantization, Recipe, read_recipe
     from phimlx import hub
+    from phimlx.cli.report import add_report, read_text
 
     groups = int(group_size) if group_size else None
     chosen: Quantization | Recipe | str | None = None
@@ -134,6 +154,7 @@ def command(
         chosen = read_recipe(Path(recipe)) if recipe.endswith(".toml") else recipe
     elif quantize:
         chosen = Quantization.of(mode or "affine", int(bits) if bits else None, groups)
+    text = read_text(report_text)
     output = Output(json=as_json)
     form: dict[str, Any] = {
         "recipe": chosen,
@@ -146,13 +167,18 @@ def command(
     try:
         folder = hub.resolve(name, original=True)
     except ModelAbsentError as absent:
+        if report and not keep_original:
+            raise click.UsageError(
+                f"--report compares with the original, and {name} is not on this machine: add "
+                "--keep-original."
+            ) from absent
         result = _from_hub(name, out, form, keep_original, absent, output)
     else:
         result = _from_folder(folder, out, form, output)
-    if as_json:
-        output.json(as_object(result))
-    else:
+    if not as_json:
         tell(result, output)
+    measured = add_report(result, text, output) if report else {}
+    output.json({**as_object(result), **measured})
 
 
 def _plan(

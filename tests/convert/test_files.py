@@ -133,7 +133,7 @@ base_model_relation: "quantized"
 
 [microsoft/phi-4](https://huggingface.co/microsoft/phi-4) at revision \
 `0123456789abcdef0123456789abcdef01234567` converted to MLX with \
-[phimlx](https://pypi.org/project/phimlx/) 0.1.0: weights at 4 bits in groups of 64.
+phimlx 0.1.0: weights at 4 bits in groups of 64.
 
 ```
 phimlx chat --model my-phi
@@ -152,7 +152,7 @@ def test_the_card_of_an_unknown_model_names_no_path(tmp_path: Path) -> None:
     card = (tmp_path / "out" / "README.md").read_text()
     assert str(tmp_path) not in card
     assert "base_model" not in card
-    assert "A model converted to MLX with [phimlx]" in card
+    assert "A model converted to MLX with phimlx" in card
     assert "weights in float32" in card
 
 

@@ -1,0 +1,63 @@
+"""The quality report of a conversion: on the screen, and beside the converted model.
+
+Knows files and the screen; `convert.report` does the measuring.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phimlx.errors import ConversionError, PhimlxError
+from phimlx.terminal.output import Output, encode_json
+
+if TYPE_CHECKING:
+    from convert import Conversion
+
+
+def read_text(path: Path | None) -> str | None:
+    """The text to measure on; None, for the bundled one, where there is no path.
+
+    Raises:
+        ConversionError: where the file cannot be read as text.
+    """
+    if path is None:
+        return None
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise ConversionError(f"{path} cannot be read: {error.strerror}.") from error
+    except UnicodeDecodeError as error:
+        raise ConversionError(f"{path} is not UTF-8 text.") from error
+
+
+def add_report(result: Conversion, text: str | None, output: Output) -> dict[str, Any]:
+    """Measure a finished conversion, show it, and put it into the folder.
+
+    Returns what `--json` adds to the result.
+    """
+    from convert.report import COLUMNS, measure
+
+    with output.progress(100, "Measuring", "%") as bar:
+        report = measure(result.source, result.path, text, advance=bar.update)
+    output.text()
+    output.table(COLUMNS, report.rows())
+    if report.note:
+        output.note(report.note)
+    found = report.as_object()
+    _replace(result.path / "report.json", encode_json(found, indent=2) + "\n")
+    card = result.path / "README.md"
+    if card.is_file():
+        _replace(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{report.markdown()}")
+    try:
+        report.chart(result.path / "report.png")
+    except PhimlxError as error:  # the numbers are there all the same
+        output.warning(f"{error} {error.hint or ''}".rstrip())
+    return {"report": found}
+
+
+def _replace(path: Path, text: str) -> None:
+    partial = path.with_name(f".{path.name}.partial")
+    partial.write_text(text, encoding="utf-8")
+    os.replace(partial, path)
