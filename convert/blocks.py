@@ -15,17 +15,8 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from phimlx.checkpoint import TensorInfo
+from phimlx.checkpoint import STORED_DTYPES, TensorInfo
 from phimlx.errors import CheckpointError
-
-# For each of safetensors' names.
-STORED = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
 
 
 @dataclass(frozen=True)
@@ -159,7 +150,7 @@ def _arrays(request: Rows, parts: Sequence[memoryview]) -> list[mx.array]:
     for part, place in zip(parts, request.places, strict=True):
         words = mx.array(part)  # type: ignore[arg-type]
         shape = (request.last - request.first, *place.info.shape[1:])
-        dtype = STORED[place.info.dtype]
+        dtype = STORED_DTYPES[place.info.dtype]
         arrays.append(words.view(dtype).reshape(shape if place.info.shape else ()))
     return arrays
 

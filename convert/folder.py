@@ -15,7 +15,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from phimlx import hub
+from phimlx import transfer
 from phimlx.errors import ConversionError
 from phimlx.sizes import size_text
 
@@ -146,7 +146,7 @@ def check_space(out: Path, needed: int) -> None:
     partial = partial_folder(out)
     if partial.is_dir():  # what is there will be continued or removed
         needed -= sum(file.lstat().st_blocks * 512 for file in partial.iterdir())
-    free = hub.free_space(out.parent)
+    free = transfer.free_space(out.parent)
     if needed > free:
         raise ConversionError(
             f"{out} needs {size_text(needed)} of disk space, but its disk has {size_text(free)}.",

@@ -12,10 +12,10 @@ from typing import Any
 
 import mlx.core as mx
 
-from convert.blocks import STORED, Place, Rows, locate
+from convert.blocks import Place, Rows, locate
 from convert.quantize import Change
 from convert.recipe import Quantization, Recipe
-from phimlx.checkpoint import DTYPES, Checkpoint, build_model, stored_parameters
+from phimlx.checkpoint import DTYPES, STORED_DTYPES, Checkpoint, build_model, stored_parameters
 from phimlx.errors import ConversionError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -54,7 +54,9 @@ class Step:
 
     def result(self) -> dict[str, mx.array]:
         """The tensors that it makes: names, shapes and types, never computed."""
-        templates = [mx.zeros(place.info.shape, STORED[place.info.dtype]) for place in self.places]
+        templates = [
+            mx.zeros(place.info.shape, STORED_DTYPES[place.info.dtype]) for place in self.places
+        ]
         return self.change.apply(templates).parts
 
     @property
@@ -110,7 +112,7 @@ class Steps:
                     hint="Choose a smaller group size.",
                 )
         places = {place.name: place for place in locate(tensors)}
-        plain = Counter(STORED[info.dtype] for info in tensors.values())
+        plain = Counter(STORED_DTYPES[info.dtype] for info in tensors.values())
         usual = max(DTYPES.values(), key=lambda dtype: plain[dtype])  # where scales tell no type
         steps = []
         for name, place in places.items():
@@ -122,7 +124,7 @@ class Steps:
             if was is not None:
                 extra = (f"{path}.scales", f"{path}.biases")
                 members += [places[other] for other in extra if other in places]
-            own = STORED[members[-1].info.dtype]
+            own = STORED_DTYPES[members[-1].info.dtype]
             if own not in NAMES:
                 own = usual
             becomes = layers.get(path)

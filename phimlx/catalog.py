@@ -70,81 +70,74 @@ class Model:
         )
 
 
-def _phi_4(alias: str, repo: str, quantized_repo: str, **other: Any) -> Model:
-    return Model(
-        alias=alias,
-        repo=repo,
-        quantized_repo=quantized_repo,
-        parameters=14_659_507_200,
-        num_hidden_layers=40,
-        hidden_size=5120,
-        intermediate_size=17920,
-        num_key_value_heads=10,
-        head_dim=128,
-        vocab_size=100_352,
-        tied=False,
-        **other,
-    )
-
-
-def _phi_4_mini(alias: str, repo: str, quantized_repo: str, **other: Any) -> Model:
-    return Model(
-        alias=alias,
-        repo=repo,
-        quantized_repo=quantized_repo,
-        parameters=3_836_021_760,
-        context_length=131_072,
-        num_hidden_layers=32,
-        hidden_size=3072,
-        intermediate_size=8192,
-        num_key_value_heads=8,
-        head_dim=128,
-        vocab_size=200_064,
-        tied=True,
-        longrope_step=4096,
-        **other,
-    )
-
+# What the models of one size share.
+PHI_4: dict[str, Any] = {
+    "parameters": 14_659_507_200,
+    "num_hidden_layers": 40,
+    "hidden_size": 5120,
+    "intermediate_size": 17920,
+    "num_key_value_heads": 10,
+    "head_dim": 128,
+    "vocab_size": 100_352,
+    "tied": False,
+}
+PHI_4_MINI: dict[str, Any] = {
+    "parameters": 3_836_021_760,
+    "context_length": 131_072,
+    "num_hidden_layers": 32,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "vocab_size": 200_064,
+    "tied": True,
+    "longrope_step": 4096,
+}
 
 FAMILY: tuple[Model, ...] = (
-    _phi_4_mini(
-        "phi-4-mini",
-        "microsoft/Phi-4-mini-instruct",
-        "mlx-community/Phi-4-mini-instruct-4bit",
+    Model(
+        alias="phi-4-mini",
+        repo="microsoft/Phi-4-mini-instruct",
+        quantized_repo="mlx-community/Phi-4-mini-instruct-4bit",
         other_names=("phi-4-mini-instruct", "phi4-mini"),
+        **PHI_4_MINI,
     ),
-    _phi_4_mini(
-        "phi-4-mini-reasoning",
-        "microsoft/Phi-4-mini-reasoning",
-        "mlx-community/Phi-4-mini-reasoning-4bit",
+    Model(
+        alias="phi-4-mini-reasoning",
+        repo="microsoft/Phi-4-mini-reasoning",
+        quantized_repo="mlx-community/Phi-4-mini-reasoning-4bit",
         other_names=("phi4-mini-reasoning",),
         reasoning=True,
         sampling={"temperature": 0.8, "top_p": 0.95},
+        **PHI_4_MINI,
     ),
-    _phi_4(
-        "phi-4",
-        "microsoft/phi-4",
-        "mlx-community/phi-4-4bit",
+    Model(
+        alias="phi-4",
+        repo="microsoft/phi-4",
+        quantized_repo="mlx-community/phi-4-4bit",
         other_names=("phi4",),
         context_length=16_384,
+        **PHI_4,
     ),
-    _phi_4(
-        "phi-4-reasoning",
-        "microsoft/Phi-4-reasoning",
-        "mlx-community/Phi-4-reasoning-4bit",
+    Model(
+        alias="phi-4-reasoning",
+        repo="microsoft/Phi-4-reasoning",
+        quantized_repo="mlx-community/Phi-4-reasoning-4bit",
         other_names=("phi4-reasoning",),
         context_length=32_768,
         reasoning=True,
         sampling={"temperature": 0.8, "top_p": 0.95, "top_k": 50},
+        **PHI_4,
     ),
-    _phi_4(
-        "phi-4-reasoning-plus",
-        "microsoft/Phi-4-reasoning-plus",
-        "mlx-community/Phi-4-reasoning-plus-4bit",
+    Model(
+        alias="phi-4-reasoning-plus",
+        repo="microsoft/Phi-4-reasoning-plus",
+        quantized_repo="mlx-community/Phi-4-reasoning-plus-4bit",
         other_names=("phi4-reasoning-plus",),
         context_length=32_768,
         reasoning=True,
         sampling={"temperature": 0.8, "top_p": 0.95, "top_k": 50},
+        **PHI_4,
     ),
     Model(
         alias="nano",

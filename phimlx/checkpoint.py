@@ -28,7 +28,13 @@ MAX_JSON_BYTES = 64 << 20  # an index of a sharded model is some 100 kB
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
 # Element types that a checkpoint may hold, in safetensors' names.
-STORED_DTYPES = {"F32": 4, "F16": 2, "BF16": 2, "U32": 4, "U8": 1}
+STORED_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
 FLOATING_DTYPES = ("F32", "F16", "BF16")
 PACKED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
@@ -51,7 +57,7 @@ class TensorInfo:
 
     @property
     def nbytes(self) -> int:
-        size = STORED_DTYPES[self.dtype]
+        size = STORED_DTYPES[self.dtype].size
         for dimension in self.shape:
             size *= dimension
         return size

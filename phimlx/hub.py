@@ -18,7 +18,7 @@ from phimlx import catalog, store
 from phimlx.errors import DownloadError, ModelAbsentError, ModelNotFoundError, shortened
 from phimlx.remote import Remote, Repository
 from phimlx.store import find_snapshot, is_whole
-from phimlx.transfer import HubCache, PlainFolder, Plan, Report, free_space
+from phimlx.transfer import HubCache, PlainFolder, Plan, Report
 
 __all__ = [
     "NANO",
@@ -26,7 +26,6 @@ __all__ = [
     "Watch",
     "download",
     "find_snapshot",
-    "free_space",
     "is_folder",
     "is_whole",
     "make_plan",

@@ -5,11 +5,11 @@ Knows files and the screen; `convert.report` does the measuring.
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import ConversionError, PhimlxError
+from phimlx.terminal.files import write_whole
 from phimlx.terminal.output import Output, encode_json
 
 if TYPE_CHECKING:
@@ -46,18 +46,13 @@ def add_report(result: Conversion, text: str | None, output: Output) -> dict[str
     if report.note:
         output.note(report.note)
     found = report.as_object()
-    _replace(result.path / "report.json", encode_json(found, indent=2) + "\n")
+    write_whole(result.path / "report.json", encode_json(found, indent=2) + "\n", ConversionError)
     card = result.path / "README.md"
     if card.is_file():
-        _replace(card, f"{card.read_text(encoding='utf-8').rstrip()}\n\n{report.markdown()}")
+        text = card.read_text(encoding="utf-8").rstrip()
+        write_whole(card, f"{text}\n\n{report.markdown()}", ConversionError)
     try:
         report.chart(result.path / "report.png")
     except PhimlxError as error:  # the numbers are there all the same
         output.warning(f"{error} {error.hint or ''}".rstrip())
     return {"report": found}
-
-
-def _replace(path: Path, text: str) -> None:
-    partial = path.with_name(f".{path.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    os.replace(partial, path)

@@ -37,7 +37,12 @@ def read_json(path: Path, error: type[PhimlxError]) -> Any:
 
 
 def write_private(path: Path, text: str, error: type[PhimlxError]) -> None:
-    """Replace file `path` by `text` as a whole or not at all; its owner alone may read it.
+    """As `write_whole`; the file's owner alone may read it."""
+    write_whole(path, text, error, mode=0o600)
+
+
+def write_whole(path: Path, text: str, error: type[PhimlxError], mode: int = 0o644) -> None:
+    """Replace file `path` by `text` as a whole or not at all.
 
     Raises `error` with one sentence where it cannot be written.
     """
@@ -45,6 +50,7 @@ def write_private(path: Path, text: str, error: type[PhimlxError]) -> None:
         descriptor, temporary = tempfile.mkstemp(prefix=f".{path.name}.", dir=path.parent)  # 0600
         try:
             with open(descriptor, "w", encoding="utf-8") as file:
+                os.fchmod(descriptor, mode)
                 file.write(text)
                 file.flush()
                 os.fsync(file.fileno())

@@ -14,7 +14,7 @@ import pytest
 
 from convert import Quantization, pipeline, plan
 from convert import convert as convert_model
-from phimlx import hub
+from phimlx import transfer
 from phimlx.errors import CheckpointError, ConversionError
 from tests.convert.tiny import (
     PHI_4,
@@ -93,7 +93,7 @@ def test_groups_that_divide_no_layer(tmp_path: Path) -> None:
 
 def test_a_full_disk_is_seen_beforehand(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = write_model(tmp_path / "source")
-    monkeypatch.setattr(hub, "free_space", lambda folder: 1000)
+    monkeypatch.setattr(transfer, "free_space", lambda folder: 1000)
     error = failing(source, tmp_path / "out")
     assert str(error) == (f"{tmp_path}/out needs 272 kB of disk space, but its disk has 1.00 kB.")
     assert error.hint == "Free some space, or choose a folder on another disk."
