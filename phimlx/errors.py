@@ -55,6 +55,18 @@ class ConversionError(PhimlxError):
     """A checkpoint that cannot be converted, or an output that cannot be written."""
 
 
+class UploadError(PhimlxError):
+    """A model that cannot go to the Hub: its name, the token, the network or the repository."""
+
+
+class MediaError(PhimlxError):
+    """A picture, sound or video that cannot be read, or is larger than the limits allow."""
+
+
+class TrainingError(PhimlxError):
+    """Training data, settings or a run that cannot be used."""
+
+
 class SessionError(PhimlxError):
     """A saved conversation that cannot be read or written."""
 

@@ -1,0 +1,222 @@
+"""Examples -> batches of few distinct shapes, in an order that seed and epoch decide.
+
+Knows lengths, padding and packing; knows nothing of text, models or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+
+from phimlx.training.loss import CHUNK_ROWS
+
+STEPS_AN_OCTAVE = 16  # how finely sizes are rounded up: at most 1/16 of a batch is filling
+
+
+@dataclass(frozen=True)
+class Example:
+    """One thing to learn from.
+
+    `tokens` are int32 `[length]`; `supervised` bool `[length]` says which of them the model should
+    learn to predict from those before it. The first never is. `source` names the row it came from.
+    """
+
+    tokens: np.ndarray
+    supervised: np.ndarray
+    source: str = ""
+
+    @property
+    def inputs(self) -> int:
+        """How many tokens are fed: all but the last, which is only a target."""
+        return len(self.tokens) - 1
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What one pass of the model sees. Rows hold one example each, or several where packed."""
+
+    tokens: np.ndarray  # int32 [rows, length]
+    positions: np.ndarray  # int32 [rows, length], counted from 0 in each example
+    segments: np.ndarray | None  # int32 [rows, length]: which example; -1 filling; None: unpacked
+    lengths: np.ndarray  # int32 [rows, length]: how many tokens the token's example feeds
+    picked: np.ndarray  # int32 [n]: where, in the rows laid end to end, a target is predicted
+    targets: np.ndarray  # int32 [n]
+    weights: np.ndarray  # float32 [n]: 1, or 0 for filling
+    owners: np.ndarray  # int32 [n]: which example, counted as `sources`, a target belongs to
+    sources: tuple[str, ...]  # where each example came from
+
+    @property
+    def supervised_tokens(self) -> int:
+        return int(self.weights.sum())
+
+    @property
+    def real_tokens(self) -> int:
+        return int((self.lengths > 0).sum())
+
+    def alone(self, example: int) -> Batch:
+        """One example, counted as `sources`, in a batch of its own."""
+        segments = self.segments
+        if segments is None:
+            segments = np.where(self.lengths > 0, np.arange(len(self.lengths))[:, None], -1)
+        row, columns = np.nonzero(segments == example)
+        here = row[:1], slice(columns[0], columns[-1] + 1)
+        owned = (self.owners == example) & (self.weights > 0)
+        return Batch(
+            self.tokens[here],
+            self.positions[here],
+            None,
+            self.lengths[here],
+            self.picked[owned] - (row[0] * self.tokens.shape[1] + columns[0]),
+            self.targets[owned],
+            self.weights[owned],
+            np.zeros(owned.sum(), np.int32),
+            (self.sources[example],),
+        )
+
+
+class Batches:
+    """The batches of a data set, the same for the same seed and epoch.
+
+    Args:
+        batch_size: rows of a batch, over all machines together.
+        row_length: length of every row where examples are packed into rows; None leaves each
+            example its own row, in batches of about equal length.
+        seed: shuffles, anew each epoch; None keeps the order of lengths, for evaluation.
+        rank, ranks: this machine's place among those that share each batch.
+    """
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        batch_size: int,
+        *,
+        row_length: int | None = None,
+        seed: int | None = None,
+        rank: int = 0,
+        ranks: int = 1,
+    ) -> None:
+        self.examples = examples
+        self.batch_size = batch_size
+        self.row_length = row_length
+        self.seed = seed
+        self.rank, self.ranks = rank, ranks
+
+    def __len__(self) -> int:
+        """Batches in an epoch."""
+        return -(-len(self._rows) // self.batch_size)
+
+    def epoch(self, number: int, start: int = 0) -> Iterator[Batch]:
+        """The batches of one epoch, from the `start`-th on."""
+        for rows in self._order(number)[start:]:
+            yield self._build(rows)
+
+    @property
+    def real_share(self) -> float:
+        """Which part of the fed tokens is real, over an epoch in order of length."""
+        real = sum(example.inputs for example in self.examples)
+        return real / sum(self._fed(rows) for rows in self._order(0))
+
+    @cached_property
+    def _rows(self) -> list[tuple[int, ...]]:
+        """The examples of each row, longest first."""
+        order = sorted(range(len(self.examples)), key=lambda i: -self.examples[i].inputs)
+        if self.row_length is None:
+            return [(i,) for i in order]
+        return pack([self.examples[i].inputs for i in order], self.row_length, order)
+
+    def _order(self, epoch: int) -> list[list[tuple[int, ...]]]:
+        """The rows of each batch of an epoch."""
+        rows = self._rows
+        if self.seed is None:
+            return _split(rows, self.batch_size)
+        generator = np.random.Generator(np.random.PCG64([self.seed, epoch]))
+        shuffled = [rows[i] for i in generator.permutation(len(rows))]
+        if self.row_length is None:
+            # Neighbours in length share a batch; among equals the shuffle decides.
+            shuffled.sort(key=lambda row: -self.examples[row[0]].inputs)
+        batches = _split(shuffled, self.batch_size)
+        return [batches[i] for i in generator.permutation(len(batches))]
+
+    def _shape(self, rows: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+        """Rows and columns of this machine's part of a batch."""
+        if self.row_length is not None:
+            return -(-self.batch_size // self.ranks), self.row_length
+        longest = max(self.examples[i].inputs for row in rows for i in row)
+        return -(-len(rows) // self.ranks), rounded(longest, 8)
+
+    def _fed(self, rows: Sequence[tuple[int, ...]]) -> int:
+        count, length = self._shape(rows)
+        return count * length * self.ranks
+
+    def _build(self, rows: Sequence[tuple[int, ...]]) -> Batch:
+        shape = self._shape(rows)
+        tokens, positions, lengths = (np.zeros(shape, np.int32) for _ in range(3))
+        segments = np.full(shape, -1, np.int32)
+        picked: list[np.ndarray] = []
+        targets: list[np.ndarray] = []
+        owners: list[np.ndarray] = []
+        sources: list[str] = []
+        for place, row in enumerate(rows[self.rank :: self.ranks]):
+            column = 0
+            for number in row:
+                example = self.examples[number]
+                here = place, slice(column, column + example.inputs)
+                tokens[here] = example.tokens[:-1]
+                positions[here] = np.arange(example.inputs)
+                lengths[here] = example.inputs
+                segments[here] = len(sources)
+                wanted = np.flatnonzero(example.supervised[1:])
+                picked.append(place * shape[1] + column + wanted)
+                targets.append(example.tokens[1 + wanted])
+                owners.append(np.full(len(wanted), len(sources)))
+                sources.append(example.source)
+                column += example.inputs
+        count = sum(map(len, picked))
+        filling = np.zeros(rounded(max(count, 1), CHUNK_ROWS) - count, np.int32)
+        return Batch(
+            tokens,
+            positions,
+            segments if self.row_length is not None else None,
+            lengths,
+            np.concatenate([*picked, filling]).astype(np.int32),
+            np.concatenate([*targets, filling]).astype(np.int32),
+            np.repeat(np.array([1, 0], np.float32), [count, len(filling)]),
+            np.concatenate([*owners, filling]).astype(np.int32),
+            tuple(sources),
+        )
+
+
+def pack(lengths: Sequence[int], capacity: int, names: Sequence[int]) -> list[tuple[int, ...]]:
+    """Put examples into as few rows as best fit finds.
+
+    Args:
+        lengths: longest first, none above the capacity.
+        names: what each is called in the result.
+
+    Source: best-fit decreasing; Johnson et al., SIAM J. Comput. 3 (1974).
+    """
+    bins: list[list[int]] = []
+    by_room: list[list[int]] = [[] for _ in range(capacity + 1)]  # bins with so much room left
+    for name, length in zip(names, lengths, strict=True):
+        room = next((room for room in range(length, capacity + 1) if by_room[room]), None)
+        if room is None:
+            bins.append([])
+            chosen, room = len(bins) - 1, capacity
+        else:
+            chosen = by_room[room].pop()
+        bins[chosen].append(name)
+        by_room[room - length].append(chosen)
+    return [tuple(each) for each in bins]
+
+
+def rounded(size: int, smallest: int) -> int:
+    """The size rounded up to one of few: multiples of `smallest`, ever coarser as it grows."""
+    step = max(smallest, 1 << max(size.bit_length() - 1, 0) >> STEPS_AN_OCTAVE.bit_length() - 1)
+    return -(-size // step) * step
+
+
+def _split(rows: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
+    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]

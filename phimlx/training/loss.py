@@ -1,0 +1,118 @@
+"""The training loss: output head and cross-entropy in one, chunk by chunk, over supervised rows.
+
+Knows hidden states and targets; knows nothing of batches, adapters or optimizers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import cast
+
+import mlx.core as mx
+import mlx.nn as nn
+
+CHUNK_ROWS = 128  # rows whose logits exist at one time
+
+Head = Callable[[mx.array], mx.array]
+
+
+def token_losses(
+    head: nn.Module, hidden: mx.array, targets: mx.array, rows: int = CHUNK_ROWS
+) -> mx.array:
+    """Cross-entropy of each row's logits, never holding `[n, vocab]` as a whole.
+
+    The gradient with respect to `hidden` is computed on the way forward, chunk by chunk, while the
+    logits are there; the way back only scales it. The head itself gets none: for one that is
+    trained, see `linear_cross_entropy`.
+
+    Args:
+        head: `nn.Linear` or `nn.Embedding` (a tied head), plain or quantized.
+        hidden: `[n, hidden]`; supervised rows only, for every row costs a pass over the vocabulary.
+        targets: `[n]`, the token that each row should predict.
+        rows: how many rows make a chunk.
+
+    Returns:
+        float32 `[n]`.
+
+    Source: the gradient of cross-entropy over a linear layer, (softmax(xWᵀ) − onehot) W; chunked as
+    in Liger Kernel (arXiv 2410.10989), section 3.2.
+    """
+    project = head.as_linear if hasattr(head, "as_linear") else head
+
+    @mx.custom_function
+    def losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
+        found: list[mx.array] = []
+        gradients: list[mx.array] = []
+        for here, x in _chunks(hidden, rows, [found, gradients]):
+            loss, excess = _cross_entropy(project(x), targets[here])
+            found.append(loss)
+            gradients.append(mx.vjp(project, [x], [excess])[1][0])
+        return mx.concatenate(found), mx.concatenate(gradients)
+
+    @losses.vjp
+    def _(primal, cotangents, outputs):  # type: ignore[no-untyped-def]
+        return (cotangents[0][:, None] * outputs[1]).astype(primal.dtype)
+
+    return cast(Sequence[mx.array], losses(hidden))[0]
+
+
+def linear_cross_entropy(
+    head: nn.Module, hidden: mx.array, targets: mx.array, weights: mx.array, rows: int = CHUNK_ROWS
+) -> mx.array:
+    """Σ weights · cross-entropy, whose gradients reach `hidden` and a head that is trained.
+
+    Args:
+        weights: float32 `[n]`; 0 for rows that only fill the shape up. The rest as `token_losses`.
+
+    Returns:
+        The sum, float32 scalar.
+    """
+    if "weight" not in head.trainable_parameters():
+        return (token_losses(head, hidden, targets, rows) * weights).sum()
+
+    @mx.custom_function
+    def losses(hidden: mx.array, weight: mx.array) -> tuple[mx.array, ...]:
+        found: list[mx.array] = []
+        gradients: list[mx.array] = []
+        summed: list[mx.array] = []  # the weight's gradient, in one array that grows by addition
+        for here, x in _chunks(hidden, rows, [found, gradients, summed]):
+            loss, excess = _cross_entropy(x @ weight.T, targets[here])
+            excess = (excess * weights[here, None]).astype(excess.dtype)
+            found.append(loss)
+            gradients.append(excess @ weight)
+            summed[:] = [excess.T @ x + (summed[0] if summed else 0)]
+        total = (mx.concatenate(found) * weights).sum()
+        return total, mx.concatenate(gradients), summed[0]
+
+    @losses.vjp
+    def _(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+        return [
+            (cotangents[0] * gradient).astype(primal.dtype)
+            for gradient, primal in zip(outputs[1:], primals, strict=True)
+        ]
+
+    return cast(Sequence[mx.array], losses(hidden, head.weight))[0]
+
+
+def _chunks(
+    hidden: mx.array, rows: int, results: Sequence[list[mx.array]]
+) -> Iterator[tuple[slice, mx.array]]:
+    """The rows a chunk at a time, each waiting for the last results of the one before it.
+
+    Without that order all chunks may be computed at once, and all logits be there together.
+    """
+    for start in range(0, hidden.shape[0], rows):
+        here = slice(start, start + rows)
+        x = hidden[here]
+        if start:
+            x = mx.depends([x], [result[-1] for result in results])[0]
+        yield here, x
+
+
+def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Each row's loss, and softmax(logits) − onehot(targets) in the logits' own type."""
+    wide = logits.astype(mx.float32)  # [rows, vocab]
+    normalizer = mx.logsumexp(wide, axis=-1, keepdims=True)
+    loss = (normalizer - mx.take_along_axis(wide, targets[:, None], axis=-1)).squeeze(-1)
+    excess = mx.exp(wide - normalizer).at[mx.arange(targets.size), targets].add(-1)
+    return loss, excess.astype(logits.dtype)
