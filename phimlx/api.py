@@ -6,22 +6,28 @@ Knows how the parts fit together; every part's work is its own module's.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
 from phimlx import catalog, hub
 from phimlx.checkpoint import DTYPES, Checkpoint, load_model, read_json
-from phimlx.errors import ConfigError, GenerationError, PromptError, TokenizerError
+from phimlx.errors import ConfigError, GenerationError, PromptError, TokenizerError, shortened
 from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation.inputs import Beside, fill, name_slots, sources_in
 from phimlx.generation.reply import Reply, Stream
 from phimlx.generation.sampling import Sampler, Sampling
 from phimlx.generation.stops import StopStrings
 from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.prompt.media import FRAMES
 
 if TYPE_CHECKING:
+    from phimlx.generation.engine import Media
+    from phimlx.generation.transcription import Piece
+    from phimlx.media.limits import Limits
     from phimlx.prompt.chat import ChatTemplate
     from phimlx.prompt.tokenizer import Tokenizer
 
@@ -33,6 +39,8 @@ ENDS = ("<|endoftext|>", "<|end|>", "<|im_end|>")
 
 # Control tokens that carry a reply's structure; every other one is left out of its text.
 STRUCTURE = ("<think>", "</think>", "<|tool_call|>", "<|/tool_call|>")
+
+MAX_CROPS = 100  # of one picture; the published model has 36
 
 
 def load(source: str | Path | None = None, dtype: str | mx.Dtype | None = None) -> Phi:
@@ -64,6 +72,7 @@ class Phi:
         context_length: tokens that prompt and reply may have together.
         sampling: the model's own sampling settings, used for what a call leaves out.
         eos: tokens that end a reply.
+        slots: the tokens that stand for pictures and sounds; None where text alone is read.
     """
 
     def __init__(self, folder: Path, dtype: mx.Dtype | None = None) -> None:
@@ -74,6 +83,8 @@ class Phi:
         known = catalog.by_config(self.config, self.path)
         self.name = known.alias if known else self.path.resolve().name
         self.context_length = self.model.config.max_position_embeddings
+        slots = self.model.slots
+        self.slots = None if slots is None else {"image": slots.image, "audio": slots.audio}
         self.tokenizer: Tokenizer | None = None
         if (self.path / "tokenizer.json").is_file():
             from phimlx.prompt.tokenizer import Tokenizer
@@ -96,10 +107,17 @@ class Phi:
         if self._template is None:
             from phimlx.prompt.chat import ChatTemplate
 
-            self._template = ChatTemplate.load(self.path, self._text_tokenizer(), self.name)
+            self._template = ChatTemplate.load(
+                self.path, self._text_tokenizer(), self.name, self.slots
+            )
         return self._template
 
-    def generate(self, prompt: Prompt, **options: Any) -> Reply:
+    @property
+    def takes_media(self) -> bool:
+        """Whether the model sees pictures and hears sounds."""
+        return self.slots is not None
+
+    def generate(self, prompt: Prompt = "", **options: Any) -> Reply:
         """The whole reply at once; arguments as for `stream`."""
         stream = self.stream(prompt, **options)
         for _ in stream:
@@ -108,8 +126,13 @@ class Phi:
 
     def stream(
         self,
-        prompt: Prompt,
+        prompt: Prompt = "",
         *,
+        images: Any = None,
+        audio: Any = None,
+        video: Any = None,
+        frames: int = FRAMES,
+        limits: Limits | None = None,
         max_tokens: int | None = None,
         temperature: float | None = None,
         top_p: float | None = None,
@@ -131,7 +154,15 @@ class Phi:
 
         Args:
             prompt: a text (one user message), a list of messages
-                (`{"role": "user", "content": "…"}`), or token ids, taken as they are.
+                (`{"role": "user", "content": "…"}`), or token ids, taken as they are. The
+                content of a message may be a list of parts, see `phimlx.prompt.media`. May be
+                left out where there is audio: a spoken question.
+            images: one or a list of them: path, https URL, bytes, PIL image or numpy array. They
+                go before what the user said last; so does all the following.
+            audio: one or a list of them: path, https URL, bytes or (samples, rate).
+            video: one or a list of them: path, https URL or bytes. Needs the extra "video".
+            frames: how many pictures each video becomes.
+            limits: how large media may be; `phimlx.media.limits.Limits()` where None.
             max_tokens: of the reply; as many as the context holds where None.
             stop: texts that end the reply and are left out of it.
             seed: for the same reply again; drawn, and named in the reply, where None.
@@ -142,6 +173,7 @@ class Phi:
 
         Raises:
             PromptError, TokenizerError: where the prompt cannot be made into tokens.
+            MediaError: where a picture, sound or video cannot be read.
             GenerationError: where it does not fit the context, or a setting is out of range.
         """
         sampling = self.sampling.override(
@@ -156,7 +188,8 @@ class Phi:
         stops = StopStrings(stop)
         if stops.stops:
             self._text_tokenizer()
-        tokens = self.encode(prompt, tools=tools, raw=raw)
+        beside = Beside(images, audio, video, frames, limits)
+        tokens, media = self._read(prompt, beside, tools, raw)
         max_tokens = self._room(len(tokens), max_tokens)
         if seed is None:
             seed = secrets.randbits(32)
@@ -171,7 +204,7 @@ class Phi:
 
         sampler = Sampler(sampling, seed, tokens)
         stream = Stream(
-            generate_tokens(self.model, tokens, sampler, max_tokens, cache, report),
+            generate_tokens(self.model, tokens, sampler, max_tokens, cache, report, media),
             prompt_tokens=len(tokens),
             max_tokens=max_tokens,
             seed=seed,
@@ -183,38 +216,92 @@ class Phi:
         )
         return stream
 
+    def transcribe(self, source: Any, **options: Any) -> Iterator[Piece]:
+        """The speech in a recording of any length; see `phimlx.generation.transcription`."""
+        from phimlx.generation.transcription import transcribe
+
+        return transcribe(self, source, **options)
+
     def new_cache(self) -> PromptCache:
         """An empty cache for calls that build on each other, as the turns of a chat do."""
         return PromptCache(self.model)
 
     def encode(
         self,
-        prompt: Prompt,
+        prompt: Prompt = "",
         *,
+        images: Any = None,
+        audio: Any = None,
+        video: Any = None,
+        frames: int = FRAMES,
+        limits: Limits | None = None,
         tools: Sequence[Mapping[str, Any]] | None = None,
         raw: bool = False,
     ) -> list[int]:
         """The tokens of a prompt; arguments as for `stream`."""
-        if isinstance(prompt, str):
-            if not prompt:
-                raise PromptError("The prompt is empty.")
-            if raw:
-                return self._text_tokenizer().encode(prompt, control=True)
-            return self.template.encode([{"role": "user", "content": prompt}], tools)
-        items = list(prompt)
-        if not items:
+        return self._read(prompt, Beside(images, audio, video, frames, limits), tools, raw)[0]
+
+    def _read(
+        self,
+        prompt: Prompt,
+        beside: Beside,
+        tools: Sequence[Mapping[str, Any]] | None,
+        raw: bool,
+    ) -> tuple[list[int], Media | None]:
+        """The tokens of a prompt, and what fills the slots among them."""
+        from phimlx.prompt.media import attach, no_media
+        from phimlx.prompt.messages import read_messages
+
+        if beside and self.slots is None:
+            raise no_media(self.name)
+        sources = beside.sources()
+        if isinstance(prompt, str) and not raw:
+            if not prompt and not sources["audio"]:
+                raise PromptError("The prompt is empty.", hint="Say what the model is to do.")
+            prompt = [{"role": "user", "content": prompt}]
+        if len(prompt) == 0:
             raise PromptError("The prompt is empty.")
-        if all(isinstance(item, Mapping) for item in items):
-            return self.template.encode([dict(item) for item in items], tools)  # type: ignore[call-overload]
+        if isinstance(prompt, str):
+            names = self._text_tokenizer().control_tokens
+            text = name_slots(prompt, self.slots, names) if beside and self.slots else prompt
+            ids = self._text_tokenizer().encode(text, control=True)
+        elif all(isinstance(item, Mapping) for item in prompt):
+            said = cast("Sequence[Mapping[str, Any]]", prompt)
+            messages = read_messages(attach(said, sources["image"], sources["audio"]))
+            sources = sources_in(messages)
+            if self.slots is None and any(sources.values()):
+                raise no_media(self.name)
+            ids = self.template.encode(messages, tools)
+        else:
+            ids = self._checked(prompt)
+        if self.slots is None or not any(sources.values()):
+            return ids, None
+        return fill(ids, self.slots, sources, beside.limits, self._picture_settings)
+
+    @cached_property
+    def _picture_settings(self) -> dict[str, int]:
+        """What preprocessor_config.json says of how pictures are cut up."""
+        path = self.path / "preprocessor_config.json"
+        crops = read_json(path).get("dynamic_hd") if path.is_file() else None
+        if crops is None:
+            return {}
+        if type(crops) is not int or not 1 <= crops <= MAX_CROPS:
+            raise ConfigError(
+                f"{path.name}: dynamic_hd is {shortened(crops)}; it must be from 1 to {MAX_CROPS}."
+            )
+        return {"dynamic_hd": crops}
+
+    def _checked(self, items: Sequence[Any]) -> list[int]:
+        """Token ids that were given as the prompt."""
         vocabulary = self.model.config.vocab_size
         for token in items:
             is_token = isinstance(token, int) and not isinstance(token, bool)
-            if not is_token or not 0 <= token < vocabulary:  # type: ignore[operator]
+            if not is_token or not 0 <= token < vocabulary:
                 raise PromptError(
                     f"The prompt holds {token!r}, which is no token of a vocabulary of "
                     f"{vocabulary}."
                 )
-        return items  # type: ignore[return-value]
+        return list(items)
 
     def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """How many tokens the reply may have."""

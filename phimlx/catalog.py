@@ -19,6 +19,8 @@ class Model:
     Attributes:
         repo: where it was published; None for the one that comes with phimlx.
         quantized_repo: the same weights at 4 bits in groups of 64.
+        parameters: as published, those included that the model does without.
+        whole_parameters: those of them that a quantized model keeps at 16 bits too.
         longrope_step: the length beyond which the long rope factors apply; None where there are
             none.
         sampling: how its makers sample from it, under the names of `Phi.generate`; empty where
@@ -38,6 +40,7 @@ class Model:
     head_dim: int
     vocab_size: int
     tied: bool
+    whole_parameters: int = 0
     longrope_step: int | None = None
     reasoning: bool = False
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
@@ -58,7 +61,8 @@ class Model:
     @property
     def quantized_nbytes(self) -> int:
         """Size at 4 bits in groups of 64, each with a 16-bit scale and bias: 4.5 bits a weight."""
-        return self.parameters * 9 // 16
+        packed = self.parameters - self.whole_parameters
+        return packed * 9 // 16 + 2 * self.whole_parameters
 
     def has_shape_of(self, config: Mapping[str, Any]) -> bool:
         """Whether a `config.json` describes a model of this one's architecture and shape."""
@@ -138,6 +142,18 @@ FAMILY: tuple[Model, ...] = (
         reasoning=True,
         sampling={"temperature": 0.8, "top_p": 0.95, "top_k": 50},
         **PHI_4,
+    ),
+    Model(
+        alias="phi-4-multimodal",
+        repo="microsoft/Phi-4-multimodal-instruct",
+        quantized_repo=None,  # those that others made have the adapters merged into the base
+        other_names=("phi-4-multimodal-instruct", "phi4-multimodal", "phi-4-mm"),
+        architecture="phi4mm",
+        **{
+            **PHI_4_MINI,
+            "parameters": 5_574_460_384,
+            "whole_parameters": 5_574_460_384 - PHI_4_MINI["parameters"],  # encoders, adapters
+        },
     ),
     Model(
         alias="nano",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -20,8 +20,10 @@ from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.models import phi4mm_names
 from phimlx.models.config import Phi3Config
 from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.phi4mm import Phi4MMConfig, Phi4MMForCausalLM
 
 MAX_JSON_BYTES = 64 << 20  # an index of a sharded model is some 100 kB
 
@@ -49,11 +51,17 @@ QUANTIZATION_MODES: dict[str, dict[str, tuple[int, ...]]] = {
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor."""
+    """What a header says of one tensor.
+
+    Attributes:
+        dtype: safetensors' name: BF16, F32, U32 …
+        name: under which it is stored, in a layout whose names are not the model's.
+    """
 
     file: Path
     shape: tuple[int, ...]
-    dtype: str  # safetensors' name: BF16, F32, U32 …
+    dtype: str
+    name: str
 
     @property
     def nbytes(self) -> int:
@@ -67,6 +75,12 @@ class Checkpoint:
     """A model folder, read but not loaded: its config and the headers of its weights.
 
     Nothing is mapped into memory before safetensors' own parser has accepted every header.
+    A folder in transformers' own layout of Phi-4-multimodal appears as one in the published layout.
+
+    Attributes:
+        config: of the published layout.
+        is_native: whether the files have transformers' own layout.
+        adapter_files: adapters that lie in files of their own, by name.
 
     Raises:
         ConfigError, CheckpointError: where the folder is not a whole model.
@@ -79,10 +93,28 @@ class Checkpoint:
         if not (self.folder / "config.json").is_file():
             raise ConfigError(f"{self.folder} holds no config.json, so it is not a model folder.")
         self.config = read_json(self.folder / "config.json")
+        self.adapter_files: dict[str, Path] = {}
+        self.is_native = self.config.get("model_type") == phi4mm_names.NATIVE_TYPE
+        if self.is_native:
+            self._read_native()
 
     @cached_property
     def files(self) -> list[Path]:
-        """The weight files, in order."""
+        """All files with weights, in order."""
+        return [*self._shards, *self.adapter_files.values()]
+
+    def _read_native(self) -> None:
+        configs = {}
+        for adapter, name in phi4mm_names.ADAPTER_FOLDERS.items():
+            folder = self.folder / name
+            if (folder / "adapter_model.safetensors").is_file():
+                self.adapter_files[adapter] = folder / "adapter_model.safetensors"
+                if (folder / "adapter_config.json").is_file():
+                    configs[adapter] = read_json(folder / "adapter_config.json")
+        self.config = phi4mm_names.published_config(self.config, configs)
+
+    @cached_property
+    def _shards(self) -> list[Path]:
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             names = sorted(set(self._weight_map(index).values()))
@@ -104,26 +136,44 @@ class Checkpoint:
 
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
-        """Every tensor of every file; the index, where there is one, agrees with the files."""
-        found: dict[str, TensorInfo] = {}
-        for file in self.files:
+        """Every tensor of every file, under the model's names; the index, where there is one,
+        agrees with the files."""
+        stored: dict[str, TensorInfo] = {}
+        for file in self._shards:
             for name, info in read_header(file):
-                if name in found:
+                if name in stored:
                     raise CheckpointError(
-                        f"{name} stands in both {found[name].file.name} and {file.name}."
+                        f"{name} stands in both {stored[name].file.name} and {file.name}."
                     )
-                found[name] = info
+                stored[name] = info
         index = self.folder / "model.safetensors.index.json"
         if index.is_file():
             weight_map = self._weight_map(index)
             for name, file_name in weight_map.items():
-                if name not in found or found[name].file.name != file_name:
+                if name not in stored or stored[name].file.name != file_name:
                     raise CheckpointError(
                         f"{index.name} says that {name} is in {file_name}, but it is not."
                     )
-            unnamed = [name for name in found if name not in weight_map]
+            unnamed = [name for name in stored if name not in weight_map]
             if unnamed:
                 raise CheckpointError(f"{index.name} does not name {_some(unnamed)}.")
+        return self._renamed(stored) if self.is_native else stored
+
+    def _renamed(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
+        """Native tensors and those of adapter files, under the published names."""
+        named = [(phi4mm_names.published_name(name), info) for name, info in stored.items()]
+        for adapter, file in self.adapter_files.items():
+            named += [
+                (phi4mm_names.adapter_name(name, adapter), info) for name, info in read_header(file)
+            ]
+        found: dict[str, TensorInfo] = {}
+        for name, info in named:
+            if name in found:
+                raise CheckpointError(
+                    f"{info.name} of {info.file.relative_to(self.folder)} and {found[name].name} "
+                    f"of {found[name].file.relative_to(self.folder)} are the same tensor."
+                )
+            found[name] = info
         return found
 
     @property
@@ -132,14 +182,14 @@ class Checkpoint:
         return read_quantization(self.config)
 
     def weights(self) -> dict[str, mx.array]:
-        """All tensors, mapped from the files and not yet read."""
+        """All tensors under the model's names, mapped from the files and not yet read."""
         known = self.tensors  # every header is checked before MLX sees a file
-        loaded: dict[str, mx.array] = {}
+        loaded: dict[Path, dict[str, mx.array]] = {}
         for file in self.files:
             mapped = mx.load(str(file))
             assert isinstance(mapped, dict)  # as it is for every safetensors file
-            loaded.update(mapped)
-        return {name: loaded[name] for name in known}
+            loaded[file] = mapped
+        return {name: loaded[info.file][info.name] for name, info in known.items()}
 
     def _weight_map(self, index: Path) -> Mapping[str, str]:
         weight_map = read_json(index).get("weight_map")
@@ -184,14 +234,34 @@ def stored_parameters(checkpoint: Checkpoint, model: Phi3ForCausalLM) -> dict[st
     Raises:
         ConfigError, CheckpointError: naming what is missing, unexpected or of another form.
     """
-    tensors = dict(checkpoint.tensors)
-    if model.config.tie_word_embeddings:
-        # A tied model has no head of its own; some checkpoints store a copy all the same.
-        for name in [name for name in tensors if name.startswith("lm_head.")]:
-            del tensors[name]
+    tensors = {
+        name: info for name, info in checkpoint.tensors.items() if not name.startswith(model.unused)
+    }
+    _check_adapters(checkpoint, model, tensors)
     quantize_layers(model, checkpoint.quantization, tensors)
     check_parameters(dict(tree_flatten(model.parameters())), tensors)
     return tensors
+
+
+def _check_adapters(
+    checkpoint: Checkpoint, model: Phi3ForCausalLM, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Raise CheckpointError where a model that has adapters is stored without them."""
+    if model.slots is None or any(".lora_A." in name for name in tensors):
+        return
+    if checkpoint.is_native and checkpoint.config.get("quantization") is None:
+        folders = " and ".join(f"{name}/" for name in phi4mm_names.ADAPTER_FOLDERS.values())
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no adapters, without which this model neither sees nor "
+            f"hears: it lacks {folders}.",
+            hint="Download these folders too, each with adapter_model.safetensors.",
+        )
+    raise CheckpointError(
+        f"{checkpoint.folder} holds no adapters: they were merged into its base, where they change "
+        "every answer and can no longer be switched.",
+        hint="Make a conversion that keeps them: phimlx convert "
+        "microsoft/Phi-4-multimodal-instruct --mlx-path OUT -q",
+    )
 
 
 def build_model(config: Mapping[str, Any]) -> Phi3ForCausalLM:
@@ -206,8 +276,12 @@ def build_model(config: Mapping[str, Any]) -> Phi3ForCausalLM:
     return ARCHITECTURES[model_type](config)
 
 
-ARCHITECTURES = {
+ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], Phi3ForCausalLM]] = {
     "phi3": lambda config: Phi3ForCausalLM(Phi3Config.from_dict(config)),
+    "phi4mm": lambda config: Phi4MMForCausalLM(Phi4MMConfig.from_dict(config)),
+    "phi4_multimodal": lambda config: Phi4MMForCausalLM(
+        Phi4MMConfig.from_dict(phi4mm_names.published_config(config))
+    ),
 }
 
 
@@ -317,7 +391,7 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
                     raise CheckpointError(
                         f"{name} in {file.name} is stored as {dtype}, which phimlx does not read."
                     )
-                yield name, TensorInfo(file, tuple(tensor.get_shape()), dtype)
+                yield name, TensorInfo(file, tuple(tensor.get_shape()), dtype, name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file.name} is not a whole safetensors file ({error}).",

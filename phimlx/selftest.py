@@ -6,7 +6,7 @@ Knows files of reference logits and how to repeat them; knows nothing of how the
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,12 +47,19 @@ def run(folder: Path, reference: Path) -> Iterator[Result]:
 
     Args:
         reference: safetensors whose metadata `cases` lists what was run (JSON), made by
-            `scripts/goldens/model_goldens.py` with transformers.
+            `scripts/goldens/model_goldens.py` or `mm_goldens.py` with transformers.
     """
     with safe_open(str(reference), framework="mlx") as opened:
         cases = json.loads(opened.metadata()["cases"])
     arrays = mx.load(str(reference))
     assert isinstance(arrays, dict)
+    yield from repeat(folder, cases, arrays)
+
+
+def repeat(
+    folder: Path, cases: Iterable[dict[str, Any]], arrays: dict[str, mx.array]
+) -> Iterator[Result]:
+    """Repeat cases whose arrays are at hand; a case names them."""
     models: dict[str, Phi3ForCausalLM] = {}
     for case in cases:
         form = json.dumps([case["dtype"], case["bits"]])
@@ -83,6 +90,13 @@ def _pass(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.arr
             mx.eval(pieces[-1])
         hidden = mx.concatenate(pieces, axis=1)
     return _compare(case, model.head(hidden[0, arrays[case["positions"]]]), arrays[case["logits"]])
+
+
+def _media(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+    """A prompt with what fills its slots, in one pass."""
+    media: dict[str, Any] = {name: arrays[stored] for name, stored in case["media"].items()}
+    logits = model(arrays[case["input_ids"]].astype(mx.int32), **media)[0]
+    return _compare(case, logits, arrays[case["logits"]])
 
 
 def _batch(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
@@ -118,4 +132,4 @@ def _compare(case: dict[str, Any], logits: mx.array, expected: mx.array) -> Resu
     return Result(case["name"], float(difference), case["allowed"], float(same.mean()))
 
 
-RUNS = {"pass": _pass, "batch": _batch, "generate": _generate}
+RUNS = {"pass": _pass, "media": _media, "batch": _batch, "generate": _generate}

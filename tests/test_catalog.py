@@ -70,6 +70,28 @@ def check_shape(alias: str, published: dict[str, object]) -> None:
     assert model.parameters == sum(array.size for array in parameters.values())
 
 
+def test_multimodal_has_minis_shape_and_the_published_sizes(data: Path) -> None:
+    folder = data / "hf" / "Phi-4-multimodal-instruct"
+    published = json.loads((folder / "config.json").read_text())
+    model, mini = catalog.find("phi-4-multimodal"), catalog.find("phi-4-mini")
+    assert model is not None
+    assert mini is not None
+    config = Phi3Config.from_dict(published)
+    assert (model.num_hidden_layers, model.hidden_size) == (32, config.hidden_size)
+    assert model.longrope_step == config.rope.original_max_position_embeddings
+    assert model.has_shape_of(published)
+    built = dict(tree_flatten(build_model(published).parameters()))
+    # SigLIP's last layer, its closing norm and its attention pooling, which nothing uses.
+    width, inner = 1152, 4304
+    last = 4 * (width * width + width) + 2 * width * inner + inner + width + 4 * width
+    pooling = 4 * (width * width + width) + 3 * width + 2 * width * inner + inner + width
+    total = sum(array.size for array in built.values()) + last + 2 * width + pooling
+    assert model.parameters == total
+    assert model.nbytes == 11_148_920_768
+    assert model.whole_parameters == model.parameters - mini.parameters
+    assert model.quantized_nbytes == mini.quantized_nbytes + 2 * model.whole_parameters
+
+
 def test_published_sizes() -> None:
     mini, phi_4 = catalog.find("phi-4-mini"), catalog.find("phi-4")
     assert mini is not None
@@ -95,6 +117,7 @@ def test_published_sizes() -> None:
         ("Phi-4-mini-reasoning", "phi-4-mini-reasoning"),
         ("microsoft/Phi-4-reasoning", "phi-4-reasoning"),
         ("microsoft/Phi-4-reasoning-plus", "phi-4-reasoning-plus"),
+        ("microsoft/Phi-4-multimodal-instruct", "phi-4-multimodal"),
         ("nano", "nano"),
         ("phi-4-nano", "nano"),
     ],

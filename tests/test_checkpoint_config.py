@@ -68,6 +68,7 @@ def test_a_config_that_links_to_itself(tmp_path: Path) -> None:
 
 
 LIMIT = "not a whole number from 1 to"
+FAMILY = "but phimlx runs the Phi-4 family: phi3, phi4_multimodal, phi4mm."
 
 
 @pytest.mark.parametrize(
@@ -75,16 +76,16 @@ LIMIT = "not a whole number from 1 to"
     [
         (
             {"model_type": "llama"},
-            "model_type is 'llama', but phimlx runs the Phi-4 family: phi3.",
+            f"model_type is 'llama', {FAMILY}",
         ),
-        ({"model_type": None}, "model_type is None, but phimlx runs the Phi-4 family: phi3."),
+        ({"model_type": None}, f"model_type is None, {FAMILY}"),
         (
             {"model_type": ["phi3"]},
-            "model_type is ['phi3'], but phimlx runs the Phi-4 family: phi3.",
+            f"model_type is ['phi3'], {FAMILY}",
         ),
         (
             {"model_type": "x" * 100_000},
-            f"model_type is '{'x' * 56}..., but phimlx runs the Phi-4 family: phi3.",
+            f"model_type is '{'x' * 56}..., {FAMILY}",
         ),
         ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but Phi-4 models have 'silu'."),
         ({"attention_bias": True}, "attention_bias is True, but Phi-4 models have False."),

@@ -181,13 +181,13 @@ def test_a_folder_named_as_an_alias_counts_where_it_holds_a_model(cache: Path) -
             "llama",
             "llama is neither a folder, an alias nor a Hub id.",
             "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, nano.",
+            "phi-4-reasoning-plus, phi-4-multimodal, nano.",
         ),
         (
             "a--b/c",
             "a--b/c is neither a folder nor a Hub id, which has the form owner/name.",
             "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, nano.",
+            "phi-4-reasoning-plus, phi-4-multimodal, nano.",
         ),
         (
             "microsoft/phi 4",
@@ -198,7 +198,7 @@ def test_a_folder_named_as_an_alias_counts_where_it_holds_a_model(cache: Path) -
             "",
             "The model's name is empty.",
             "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, nano.",
+            "phi-4-reasoning-plus, phi-4-multimodal, nano.",
         ),
         *(
             (

@@ -12,9 +12,12 @@ from typing import Any
 import click
 
 from phimlx.cli.options import (
+    frames_option,
     is_debugging,
+    limit_options,
     load_model,
     model_option,
+    pop_limits,
     sampling_options,
     system_option,
     tools_option,
@@ -35,17 +38,23 @@ from phimlx.terminal.settings import given
     help="Go on with a chat that /save wrote, with its model unless --model names another.",
 )
 @sampling_options
+@frames_option
+@limit_options()
 def command(
     model: str | None,
     system: str | None,
     tools_file: Path | None,
     session_file: Path | None,
-    **sampling: Any,
+    frames: int,
+    **settings: Any,
 ) -> None:
     """Talk with a model; /help in the chat lists its commands.
 
     Where stdin or stdout is no terminal, each line of stdin is a turn, replies go to stdout as
     they are, and the first error ends the chat.
+
+    A model that sees and hears takes files too: /image, /audio and /video, or a file dropped on
+    the terminal. They go with what is said next.
     """
     from phimlx.terminal.chat import Chat
     from phimlx.terminal.chat_commands import candidates
@@ -54,12 +63,13 @@ def command(
     from phimlx.terminal.screen import PipedScreen, TerminalScreen
 
     output = Output(debug=is_debugging())
+    limits = pop_limits(settings)
     conversation = Conversation(model=model_name(model))
     if session_file is not None:
-        conversation = Conversation.load(session_file)
+        conversation = Conversation.load(session_file, limits)
         model = model or conversation.model
         conversation.model = model_name(model)
-    conversation.settings.update(given(sampling))
+    conversation.settings.update(given(settings))
     if system is not None:
         conversation.system = system
     if tools_file is not None:
@@ -68,7 +78,8 @@ def command(
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and sys.stdout.isatty()
     screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
-    chat = Chat(phi, conversation, output, screen)
+    chat = Chat(phi, conversation, output, screen, limits, frames)
+    chat.check(conversation)
     chat.saved_as = session_file
     if interactive:
         output.note(

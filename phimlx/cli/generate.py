@@ -12,9 +12,15 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phimlx.cli.options import (
+    MULTIMODAL,
+    check_files,
+    frames_option,
     json_option,
+    limit_options,
     load_model,
+    media_options,
     model_option,
+    pop_limits,
     sampling_options,
     system_option,
     tools_option,
@@ -38,6 +44,8 @@ NO_PROMPT = (
 @click.argument("words", metavar="[PROMPT]", required=False)
 @model_option
 @click.option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.")
+@media_options
+@frames_option
 @system_option
 @tools_option
 @click.option(
@@ -48,18 +56,23 @@ NO_PROMPT = (
     help="Give the prompt to the model as it is: no chat template, control tokens recognised.",
 )
 @sampling_options
+@limit_options()
 @json_option
 @click.option("--verbose", "-v", is_flag=True, help="Print token counts and speed to stderr.")
 def command(
     words: str | None,
     model: str | None,
     prompt: str | None,
+    image: tuple[str, ...],
+    audio: tuple[str, ...],
+    video: tuple[str, ...],
+    frames: int,
     system: str | None,
     tools_file: Path | None,
     raw: bool,
     as_json: bool,
     verbose: bool,
-    **sampling: Any,
+    **settings: Any,
 ) -> None:
     """Answer one prompt: PROMPT, --prompt TEXT, or what is piped in.
 
@@ -68,13 +81,20 @@ def command(
     \b
       phimlx generate --prompt "Summarise this:" - < notes.txt
 
+    Pictures and sounds go before the prompt, pictures first, to phi-4-multimodal where no other
+    model is named. With --audio there need be no prompt: the question may be spoken.
+
+    \b
+      phimlx generate --image chart.png --prompt "What does it show?"
+
     stdout gets the answer, and tool calls as one JSON object a line. Reasoning and statistics
     go to stderr, where it is a terminal. Control characters are removed from what the model
     says; --json keeps them, escaped.
     """
     if raw and (system is not None or tools_file is not None):
         raise click.UsageError("--raw uses no chat template, so it takes no --system or --tools.")
-    text = read_prompt(prompt, words, raw)
+    spoken = bool(audio) and prompt is None and words is None and not raw
+    text = "" if spoken else read_prompt(prompt, words, raw)
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -83,12 +103,24 @@ def command(
     from phimlx.terminal.interrupt import Interruptible
     from phimlx.terminal.reply import describe, show
 
+    media: dict[str, Any] = {}
+    limits = pop_limits(settings)
+    if image or audio or video:
+        model = model or MULTIMODAL
+        check_files([*image, *audio, *video])
+        media = {"images": list(image), "audio": list(audio), "video": list(video)}
+        media |= {"frames": frames, "limits": limits}
     tools = None if tools_file is None else read_tools(tools_file)
     output = Output(json=as_json)
     phi = load_model(model, output)
     with output.prompt_progress() as report:
         stream = phi.stream(
-            text if raw else messages, raw=raw, tools=tools, on_prefill=report, **given(sampling)
+            text if raw else messages,
+            raw=raw,
+            tools=tools,
+            on_prefill=report,
+            **media,
+            **given(settings),
         )
         answer = Interruptible(stream)
         reply = show(answer, output)

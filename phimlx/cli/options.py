@@ -5,17 +5,23 @@ Knows names, bounds and help; what a command does with a value is its own affair
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from phimlx.media.limits import Limits
+from phimlx.prompt.media import FRAMES
 from phimlx.terminal.output import Output
-from phimlx.terminal.settings import SETTINGS, Setting
+from phimlx.terminal.settings import SETTINGS, FiniteRange, Setting
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
+
+MULTIMODAL = "phi-4-multimodal"
+"""The default model where pictures or sounds are given."""
 
 DEBUG = "phimlx.debug"
 """Set in the context's `meta` by --debug."""
@@ -40,6 +46,69 @@ tools_option = click.option(
     type=click.Path(path_type=Path),
     help="Functions that the model may call: a JSON list of their definitions.",
 )
+
+# Field of `Limits`: what it accepts, its metavar, its help.
+LIMITS: dict[str, tuple[click.ParamType[Any], str, str]] = {
+    "max_pixels": (click.IntRange(min=1), "N", "Most pixels of a picture or a video's frame."),
+    "max_aspect": (FiniteRange(min=1), "X", "Longer side of a picture over its shorter, at most."),
+    "max_seconds": (FiniteRange(min=0, min_open=True), "S", "Length of a sound or video, at most."),
+    "max_frames": (click.IntRange(min=1), "N", "Most pictures that a video becomes."),
+    "max_bytes": (click.IntRange(min=1), "N", "Most bytes of a file."),
+    "max_download": (click.IntRange(min=1), "N", "Most bytes of a file from a URL."),
+}
+MEDIA = {
+    "image": "Show a picture to the model; may be given again.",
+    "audio": "Play a sound to the model; may be given again.",
+    "video": "Show some pictures of a video; may be given again. Needs the extra phimlx[video].",
+}
+
+
+frames_option = click.option(
+    "--frames",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=FRAMES,
+    show_default=True,
+    help="Pictures that a video becomes.",
+)
+
+
+def media_options(command: AnyCallable) -> AnyCallable:
+    """Add --image, --audio and --video, each as a tuple of paths and URLs."""
+    for name, text in reversed(MEDIA.items()):
+        option = click.option(f"--{name}", metavar="PATH|URL", multiple=True, help=text)
+        command = option(command)
+    return command
+
+
+def limit_options(*names: str) -> Callable[[AnyCallable], AnyCallable]:
+    """Add the flags that raise limits on media, all of them where none is named."""
+
+    def add(command: AnyCallable) -> AnyCallable:
+        for name in reversed(names or tuple(LIMITS)):
+            kind, metavar, text = LIMITS[name]
+            text += f"  [default: {getattr(Limits(), name):,.0f}]"
+            flag = f"--{name.replace('_', '-')}"
+            command = click.option(flag, name, metavar=metavar, type=kind, help=text)(command)
+        return command
+
+    return add
+
+
+def check_files(sources: Iterable[str]) -> None:
+    """Raise `MediaError` for a path that leads nowhere, before a model is loaded for nothing."""
+    from phimlx.errors import MediaError
+    from phimlx.media.source import is_url, source_name
+
+    for source in sources:
+        if not is_url(source) and not os.path.exists(source):
+            raise MediaError(f"There is no file {source_name(source)}.", hint="Check the path.")
+
+
+def pop_limits(values: dict[str, Any], **usual: Any) -> Limits:
+    """The limits among a command's keywords, taken out of them."""
+    found = {name: values.pop(name, None) for name in LIMITS}
+    return Limits(**usual | {name: value for name, value in found.items() if value is not None})
 
 
 def _option(setting: Setting) -> Callable[[AnyCallable], AnyCallable]:

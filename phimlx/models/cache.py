@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, and which LongRoPE table they were made with.
+"""Keys and values of the tokens seen so far, and the LongRoPE table and adapter behind them.
 
 Knows columns, rows and padding; knows nothing of a model's weights, and never picks a token.
 """
@@ -25,9 +25,10 @@ class Span:
 class Cache:
     """Key/value cache of one batch of rows, all layers together.
 
-    The keys of a LongRoPE model depend on the length of the *whole* sequence, so the cache keeps
-    the tokens as well: when a row comes to need the other table, `stale_tokens` hands back what has
-    to be computed again. Columns are shared by all rows; where rows differ in length, `valid` tells
+    The keys of a LongRoPE model depend on the length of the *whole* sequence, and those of a model
+    with adapters on what stands anywhere in it, so the cache keeps the tokens as well: when a row
+    comes to need another table or adapter, `stale_tokens` hands back what has to be computed again.
+    Columns are shared by all rows; where rows differ in length, `valid` tells
     real columns from padding, on either side.
 
     Args:
@@ -49,40 +50,54 @@ class Cache:
         self.valid: mx.array | None = None  # [batch, columns], None where every column is real
         self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
         self.long: tuple[bool, ...] = ()  # the table that each row's keys were made with
-        self._pending: tuple[tuple[int, ...], tuple[bool, ...]] = (
+        self.adapters: tuple[str | None, ...] = ()  # and the adapter, where the model has some
+        # What `commit` will make true: row lengths, tables, adapters.
+        self._pending: tuple[tuple[int, ...], tuple[bool, ...], tuple[str | None, ...]] = (
             (),
             (),
-        )  # what `commit` will make true
+            (),
+        )
 
     def stale_tokens(
-        self, shape: tuple[int, int], attention_mask: mx.array | None
+        self,
+        shape: tuple[int, int],
+        attention_mask: mx.array | None,
+        adapters: tuple[str | None, ...] = (),
     ) -> tuple[mx.array, mx.array | None] | None:
         """Tokens and mask to compute again before `shape` more tokens come, or None.
 
-        Rows that cross `original_max_position_embeddings`, in either direction, need every key
-        and value anew. The cache is then empty, and the caller feeds what it is given first.
+        Rows that cross `original_max_position_embeddings`, in either direction, or come to use
+        another of `adapters`, need every key and value anew. The cache is then empty, and the
+        caller feeds what it is given first.
         """
         if self.length == 0 or self.tokens is None:
             return None
-        if self._tables(self._lengths_after(shape, attention_mask)) == self.long:
+        tables = self._tables(self._lengths_after(shape, attention_mask))
+        if (tables, adapters) == (self.long, self.adapters):
             return None
         tokens = self.tokens[:, : self.length]
         valid = None if self.valid is None else self.valid[:, : self.length]
         self.trim(0)
         return tokens, valid
 
-    def extend(self, input_ids: mx.array, attention_mask: mx.array | None = None) -> Span:
+    def extend(
+        self,
+        input_ids: mx.array,
+        attention_mask: mx.array | None = None,
+        adapters: tuple[str | None, ...] = (),
+    ) -> Span:
         """Take note of new tokens; their keys and values follow layer by layer in `update`.
 
         Args:
             input_ids: `[batch, length]`.
             attention_mask: `[batch, length]`, 0 where a row is padded; None where none is.
+            adapters: each row's, of a model that has some.
         """
         batch, length = input_ids.shape
         before = self.row_lengths or (0,) * batch
         row_lengths = self._lengths_after((batch, length), attention_mask)
         long = self._tables(row_lengths)
-        self._pending = (row_lengths, long)
+        self._pending = (row_lengths, long, adapters)
         if self.length and self.tokens is not None:
             input_ids = mx.concatenate([self.tokens[:, : self.length], input_ids], axis=1)
             # Nothing else asks for it, and unasked for its graph would grow with every token.
@@ -113,13 +128,13 @@ class Cache:
         """All layers have been updated: the new columns count."""
         if self.tokens is not None:
             self.length = self.tokens.shape[1]
-            self.row_lengths, self.long = self._pending
+            self.row_lengths, self.long, self.adapters = self._pending
 
     def trim(self, length: int) -> None:
         """Forget every column from `length` on.
 
-        The rows keep the table that their keys were made with; `stale_tokens` notices where the
-        next tokens need the other one.
+        The rows keep the table and adapter that their keys were made with; `stale_tokens` notices
+        where the next tokens need others.
         """
         if length >= self.length:
             return
@@ -128,7 +143,7 @@ class Cache:
             self.keys = [None] * len(self.keys)
             self.values = [None] * len(self.values)
             self.tokens = self.valid = None
-            self.row_lengths = self.long = ()
+            self.row_lengths = self.long = self.adapters = ()
         elif self.valid is None:
             self.row_lengths = (length,) * len(self.row_lengths)
         else:
@@ -178,6 +193,18 @@ class Cache:
                 buffer = mx.concatenate([buffer[..., : self.length, :], fresh], axis=2)
         buffer[..., self.length : end, :] = new
         return buffer
+
+
+def with_past(
+    past: tuple[mx.array, mx.array | None], input_ids: mx.array, attention_mask: mx.array | None
+) -> tuple[mx.array, mx.array | None]:
+    """What `stale_tokens` gave, and after it new tokens and their mask."""
+    past_ids, past_mask = past
+    if past_mask is not None or attention_mask is not None:
+        past_mask = mx.ones(past_ids.shape) if past_mask is None else past_mask
+        new_mask = mx.ones(input_ids.shape) if attention_mask is None else attention_mask
+        attention_mask = mx.concatenate([past_mask, new_mask], axis=1)
+    return mx.concatenate([past_ids, input_ids], axis=1), attention_mask
 
 
 def _real_columns(mask: mx.array) -> tuple[int, ...]:

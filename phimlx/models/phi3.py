@@ -6,12 +6,24 @@ Source: transformers `models/phi3/modeling_phi3.py`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import mlx.core as mx
 import mlx.nn as nn
 
-from phimlx.models.cache import Cache, Span
+from phimlx.models.adapters import Routing, project
+from phimlx.models.cache import Cache, Span, with_past
 from phimlx.models.config import Phi3Config
+from phimlx.models.features import Slots
 from phimlx.models.rope import fuse, rotate
+
+Linear = Callable[[int, int], nn.Module]
+"""Makes a projection without bias from its input and output dimensions."""
+
+
+def plain_linear(input_dims: int, output_dims: int) -> nn.Module:
+    """A projection without adapters."""
+    return nn.Linear(input_dims, output_dims, bias=False)
 
 
 @fuse
@@ -22,15 +34,15 @@ def _gated(gate: mx.array, up: mx.array) -> mx.array:
 class Attention(nn.Module):
     """Grouped-query attention with the query, key and value projections in one matrix."""
 
-    def __init__(self, config: Phi3Config, layer: int) -> None:
+    def __init__(self, config: Phi3Config, layer: int, linear: Linear = plain_linear) -> None:
         super().__init__()
         self.layer = layer
         self.heads = config.num_attention_heads
         self.kv_heads = config.num_key_value_heads
         self.head_dim = config.head_dim
         width = (self.heads + 2 * self.kv_heads) * self.head_dim
-        self.qkv_proj = nn.Linear(config.hidden_size, width, bias=False)
-        self.o_proj = nn.Linear(self.heads * self.head_dim, config.hidden_size, bias=False)
+        self.qkv_proj = linear(config.hidden_size, width)
+        self.o_proj = linear(self.heads * self.head_dim, config.hidden_size)
 
     def __call__(
         self,
@@ -39,9 +51,11 @@ class Attention(nn.Module):
         sin: mx.array,
         mask: mx.array | str | None,
         cache: Cache | None,
+        routing: Routing | None = None,
     ) -> mx.array:
         batch, length, _ = x.shape
-        qkv = self.qkv_proj(x).reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
+        qkv = project(self.qkv_proj, x, routing)
+        qkv = qkv.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
         turned = rotate(qkv[:, : self.heads + self.kv_heads], cos, sin)
         queries = turned[:, : self.heads]  # [batch, heads, length, head_dim]
         keys = turned[:, self.heads :]  # [batch, kv_heads, length, head_dim]
@@ -51,25 +65,26 @@ class Attention(nn.Module):
         out = mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=self.head_dim**-0.5, mask=mask
         )
-        return self.o_proj(out.transpose(0, 2, 1, 3).reshape(batch, length, -1))
+        out = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        return project(self.o_proj, out, routing)
 
 
 class MLP(nn.Module):
-    def __init__(self, config: Phi3Config) -> None:
+    def __init__(self, config: Phi3Config, linear: Linear = plain_linear) -> None:
         super().__init__()
-        self.gate_up_proj = nn.Linear(config.hidden_size, 2 * config.intermediate_size, bias=False)
-        self.down_proj = nn.Linear(config.intermediate_size, config.hidden_size, bias=False)
+        self.gate_up_proj = linear(config.hidden_size, 2 * config.intermediate_size)
+        self.down_proj = linear(config.intermediate_size, config.hidden_size)
 
-    def __call__(self, x: mx.array) -> mx.array:
-        gate, up = mx.split(self.gate_up_proj(x), 2, axis=-1)
-        return self.down_proj(_gated(gate, up))
+    def __call__(self, x: mx.array, routing: Routing | None = None) -> mx.array:
+        gate, up = mx.split(project(self.gate_up_proj, x, routing), 2, axis=-1)
+        return project(self.down_proj, _gated(gate, up), routing)
 
 
 class DecoderLayer(nn.Module):
-    def __init__(self, config: Phi3Config, layer: int) -> None:
+    def __init__(self, config: Phi3Config, layer: int, linear: Linear = plain_linear) -> None:
         super().__init__()
-        self.self_attn = Attention(config, layer)
-        self.mlp = MLP(config)
+        self.self_attn = Attention(config, layer, linear)
+        self.mlp = MLP(config, linear)
         self.input_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
@@ -80,30 +95,43 @@ class DecoderLayer(nn.Module):
         sin: mx.array,
         mask: mx.array | str | None,
         cache: Cache | None,
+        routing: Routing | None = None,
     ) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache)
-        return x + self.mlp(self.post_attention_layernorm(x))
+        x = x + self.self_attn(self.input_layernorm(x), cos, sin, mask, cache, routing)
+        return x + self.mlp(self.post_attention_layernorm(x), routing)
 
 
 class Phi3Model(nn.Module):
     """Embedding and decoder layers: tokens to hidden states."""
 
-    def __init__(self, config: Phi3Config) -> None:
+    def __init__(self, config: Phi3Config, linear: Linear = plain_linear) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
-        self.layers = [DecoderLayer(config, i) for i in range(config.num_hidden_layers)]
+        self.layers = [DecoderLayer(config, i, linear) for i in range(config.num_hidden_layers)]
         self.norm = nn.RMSNorm(config.hidden_size, eps=config.rms_norm_eps)
 
     def __call__(
-        self, x: mx.array, cos: mx.array, sin: mx.array, span: Span, cache: Cache | None
+        self,
+        x: mx.array,
+        cos: mx.array,
+        sin: mx.array,
+        span: Span,
+        cache: Cache | None,
+        routing: Routing | None = None,
     ) -> mx.array:
         for layer in self.layers:
-            x = layer(x, cos, sin, span.mask, cache)
+            x = layer(x, cos, sin, span.mask, cache, routing)
         return self.norm(x)  # [batch, length, hidden]
 
 
 class Phi3ForCausalLM(nn.Module):
-    """A phi3 language model. Parameters carry the names of the published checkpoints."""
+    """A phi3 language model. Parameters carry the names of the published checkpoints.
+
+    Attributes:
+        slots: tokens that stand for pictures and sounds; None for a model that takes text only.
+    """
+
+    slots: Slots | None = None
 
     def __init__(self, config: Phi3Config) -> None:
         super().__init__()
@@ -145,12 +173,7 @@ class Phi3ForCausalLM(nn.Module):
         if cache is not None:
             stale = cache.stale_tokens((batch, length), attention_mask)
         if stale is not None:
-            past_ids, past_mask = stale
-            if past_mask is not None or attention_mask is not None:
-                past_mask = mx.ones(past_ids.shape) if past_mask is None else past_mask
-                new_mask = mx.ones(input_ids.shape) if attention_mask is None else attention_mask
-                attention_mask = mx.concatenate([past_mask, new_mask], axis=1)
-            input_ids = mx.concatenate([past_ids, input_ids], axis=1)
+            input_ids, attention_mask = with_past(stale, input_ids, attention_mask)
         # Without a cache, one without layers still says where the tokens stand.
         span = (cache or Cache(0, self.config.rope)).extend(input_ids, attention_mask)
         cos, sin = self.config.rope(span.positions, span.long)
@@ -172,3 +195,9 @@ class Phi3ForCausalLM(nn.Module):
     @property
     def layers(self) -> list[DecoderLayer]:
         return self.model.layers
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """How the names of stored tensors begin that the model does without."""
+        # A tied model has no head of its own; some checkpoints store a copy all the same.
+        return ("lm_head.",) if self.config.tie_word_embeddings else ()

@@ -8,10 +8,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
+from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import PromptError
+from phimlx.errors import PromptError, TokenizerError
+from phimlx.prompt.media import NAMES, Part, Slots, no_media
 from phimlx.prompt.messages import Message, read_messages
 from phimlx.prompt.shield import Shield
 from phimlx.prompt.templates import folder_templates, published_template
@@ -45,24 +47,37 @@ class ChatTemplate:
     the content as the model writes them: `<|tool_call|>`, their JSON list, `<|/tool_call|>`.
     Results are messages of the role tool, which Phi-4-mini's template renders as
     `<|tool|>{content}<|end|>`. A message that the template leaves out is a PromptError.
+
+    A picture or a sound is its slot token where it stands among the parts of a message, and a
+    line break parts it from what follows: `<|user|><|image_1|>\\n<|audio_1|>\\n{text}<|end|>`.
     """
 
     def __init__(
-        self, sources: Mapping[str, str], tokenizer: Tokenizer, special: Mapping[str, str]
+        self,
+        sources: Mapping[str, str],
+        tokenizer: Tokenizer,
+        special: Mapping[str, str],
+        slots: Slots | None = None,
     ) -> None:
         """`sources`: templates by name, of which "default" renders all but conversations with
-        tools where there is a "tool_use"; `special`: bos_token and the like, by name."""
+        tools where there is a "tool_use"; `special`: bos_token and the like, by name; `slots`:
+        those of a model that takes more than text."""
         self._sources = dict(sources)
         self._templates: dict[str, Template] = {}
         self._tokenizer = tokenizer
         self._special = dict(special)
+        self._slots = slots
         tokens = tokenizer.control_tokens
         self._shield = Shield(tokens)
         self._reply_shield = Shield([token for token in tokens if token not in (THINK, END_THINK)])
 
     @classmethod
     def load(
-        cls, folder: Path, tokenizer: Tokenizer, model_name: str | None = None
+        cls,
+        folder: Path,
+        tokenizer: Tokenizer,
+        model_name: str | None = None,
+        slots: Slots | None = None,
     ) -> ChatTemplate:
         """The folder's own template, or else the published one for its tokenizer.
 
@@ -87,17 +102,18 @@ class ChatTemplate:
                     hint="Give the prompt as raw text, without a template.",
                 )
             sources = {"default": known}
-        return cls(sources, tokenizer, special)
+        return cls(sources, tokenizer, special, slots)
 
     def encode(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any] | Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> list[int]:
         """Token ids of the conversation.
 
-        With `add_generation_prompt` they end where the assistant's reply begins.
+        With `add_generation_prompt` they end where the assistant's reply begins. A picture or a
+        sound is one slot token; `phimlx.prompt.media.widen` gives it as many as it needs.
         Raises PromptError where a message, a tool or the template is at fault.
         """
         text, mark = self._render(messages, tools, add_generation_prompt)
@@ -111,15 +127,22 @@ class ChatTemplate:
 
     def render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any] | Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
         """The text that `encode` encodes, for people to read.
 
-        It does not tell a control token from text that spells one.
+        It does not tell a control token from text that spells one. Pictures and sounds are
+        numbered from one end of the conversation to the other.
         """
-        return self._shield.lift(*self._render(messages, tools, add_generation_prompt))
+        text, mark = self._render(messages, tools, add_generation_prompt)
+        for kind, spelled in self._slot_names.items():
+            first, *others = text.split(spelled)
+            text = first + "".join(
+                f"<|{kind}_{number}|>{following}" for number, following in enumerate(others, 1)
+            )
+        return self._shield.lift(text, mark)
 
     @cached_property
     def starts_in_reasoning(self) -> bool:
@@ -128,7 +151,7 @@ class ChatTemplate:
 
     def _render(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Sequence[Mapping[str, Any] | Message],
         tools: Sequence[Mapping[str, Any]] | None,
         add_generation_prompt: bool,
     ) -> tuple[str, str]:
@@ -170,8 +193,10 @@ class ChatTemplate:
         return self._templates[name]
 
     def _check_places(self, conversation: Sequence[Message], template: Template) -> None:
-        """Raises PromptError where the template has no place for tools or calls."""
+        """Raises PromptError where there is no place for media, tools or calls."""
         for index, message in enumerate(conversation):
+            if message.parts and self._slots is None:
+                raise no_media("The model")
             if message.tools is not None and "tools" not in template.keys:
                 raise PromptError(
                     "The model's chat template has no place for tools: "
@@ -188,12 +213,34 @@ class ChatTemplate:
     def _takes_calls(self, template: Template) -> bool:
         return "tool_calls" in template.keys or CALL in self._tokenizer.control_tokens
 
+    @cached_property
+    def _slot_names(self) -> dict[str, str]:
+        """How a rendered text spells the slot tokens, by kind."""
+        names = {token: name for name, token in self._tokenizer.control_tokens.items()}
+        slots = self._slots or {}
+        return {kind: names[token] for kind, token in slots.items() if token in names}
+
+    def _place(self, part: Part, shield: Shield, mark: str) -> str:
+        """A part of a message as the template sees it."""
+        if part.kind == "text":
+            return shield.guard(part.value, mark, inside=True)
+        if part.kind not in self._slot_names:
+            raise TokenizerError(
+                f"The tokenizer has no token that stands for a {NAMES[part.kind]}.",
+                hint="Get the tokenizer files that belong to the model into its folder.",
+            )
+        return self._slot_names[part.kind]
+
     def _turn(self, message: Message, template: Template, mark: str) -> dict[str, Any]:
         """A message as the template sees it, its strings marked."""
         shield = self._reply_shield if message.role == "assistant" else self._shield
+        parts = message.parts or (Part("text", message.content),)
         turn: dict[str, Any] = {
             "role": message.role,
-            "content": shield.guard(message.content, mark, inside=True),
+            "content": "".join(
+                ("\n" if before.kind != "text" else "") + self._place(part, shield, mark)
+                for before, part in pairwise((Part("text", ""), *parts))
+            ),
         }
         for key in ("tools", "name", "tool_call_id"):
             if getattr(message, key) is not None:

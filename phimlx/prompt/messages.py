@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phimlx.errors import PromptError
+from phimlx.prompt.media import NAMES, Part, read_parts
 from phimlx.prompt.tools import ToolCall, read_calls, read_tools, tools_json
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -22,8 +23,9 @@ EXAMPLE = 'A message is {"role": "system" | "user" | "assistant" | "tool", "cont
 class Message:
     """One turn of a conversation.
 
-    `tools` is the JSON text of a tool list, in a system message only; `tool_calls` are the calls
-    that an assistant's turn ended in.
+    `content` is its text, and `parts` what it consists of where that is more than text. `tools` is
+    the JSON text of a tool list, in a system message only; `tool_calls` are the calls that an
+    assistant's turn ended in.
     """
 
     role: str
@@ -32,10 +34,11 @@ class Message:
     tools: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
+    parts: tuple[Part, ...] = ()
 
 
-def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
-    """The messages, checked.
+def read_messages(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
+    """The messages, checked; those that have been read already are taken as they are.
 
     Raises PromptError, naming the message by its index, where one is not a message.
     """
@@ -47,6 +50,8 @@ def read_messages(messages: Sequence[Mapping[str, Any]]) -> list[Message]:
 
 
 def _read(place: str, message: Any) -> Message:
+    if isinstance(message, Message):
+        return message
     if not isinstance(message, Mapping):
         raise PromptError(f"{place} is not an object.", hint=EXAMPLE)
     given = {key: value for key, value in message.items() if value is not None}
@@ -61,6 +66,9 @@ def _read(place: str, message: Any) -> Message:
         raise PromptError(f"{place} {said}; a role is one of {', '.join(ROLES)}.", hint=EXAMPLE)
     calls = _read_calls(place, role, given.get("tool_calls", ()))
     content = given.get("content", "" if calls else None)
+    parts = _read_parts(place, role, content) if isinstance(content, list | tuple) else ()
+    if parts:
+        content = "".join(part.value for part in parts if part.kind == "text")
     if not isinstance(content, str):
         said = "whose content is not text" if "content" in given else "without content"
         raise PromptError(f"{place} is a message {said}.", hint=EXAMPLE)
@@ -74,7 +82,19 @@ def _read(place: str, message: Any) -> Message:
         _read_tools(place, role, given.get("tools")),
         given.get("name"),
         given.get("tool_call_id"),
+        parts if any(part.kind != "text" for part in parts) else (),
     )
+
+
+def _read_parts(place: str, role: str, content: Sequence[Any]) -> tuple[Part, ...]:
+    parts = read_parts(place, content)
+    for part in parts:
+        if part.kind != "text" and role != "user":
+            raise PromptError(
+                f"{place} has a {NAMES[part.kind]}, which only a user's message can have.",
+                hint="Put it into a message with the role user.",
+            )
+    return parts
 
 
 def _read_calls(place: str, role: str, calls: Any) -> tuple[ToolCall, ...]:

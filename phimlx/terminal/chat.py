@@ -6,9 +6,12 @@ Knows the order of things; the conversation keeps them, the screen shows them.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phimlx.errors import GenerationError, PhimlxError
+from phimlx.prompt.media import no_media
+from phimlx.terminal.attachments import Attachment, dropped_files
 from phimlx.terminal.chat_commands import find_command
 from phimlx.terminal.conversation import Conversation, Turn
 from phimlx.terminal.interrupt import Interruptible
@@ -20,6 +23,7 @@ if TYPE_CHECKING:
 
     from phimlx.api import Phi
     from phimlx.generation.reply import Reply
+    from phimlx.media.limits import Limits
 
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
 
@@ -27,12 +31,20 @@ _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
 class Chat:
     """A conversation with a model on a screen.
 
-    On a terminal an error is shown and the chat goes on; elsewhere it ends the chat.
+    `pending` are the files that go with what the user says next. On a terminal an error is shown
+    and the chat goes on; elsewhere it ends the chat.
     """
 
     def __init__(
-        self, phi: Phi, conversation: Conversation, output: Output, screen: Screen
+        self,
+        phi: Phi,
+        conversation: Conversation,
+        output: Output,
+        screen: Screen,
+        limits: Limits | None = None,
+        frames: int | None = None,
     ) -> None:
+        """`limits` hold for files that are attached; `frames` of a video are shown."""
         self.phi = phi
         self.conversation = conversation
         self.output = output
@@ -40,6 +52,9 @@ class Chat:
         self.last_reply: Reply | None = None
         self.saved_as: Path | None = None
         self.left = False
+        self.pending: list[Attachment] = []
+        self._limits = limits
+        self._frames = frames
         self._cache = phi.new_cache()
 
     def run(self) -> None:
@@ -62,25 +77,53 @@ class Chat:
                     )
 
     def take(self, line: str) -> None:
-        """Obey a command, or answer what was said; a blank line is neither."""
+        """Obey a command, take files that were dropped, or answer what was said.
+
+        A blank line is none of these, but sends a sound, which may hold the question.
+        """
         text = line.strip()
+        files = [] if text.startswith("//") else dropped_files(text)
         match = _COMMAND.fullmatch(text)
-        if match:
+        if files:
+            self.attach(files)
+        elif match:
             find_command(match[1]).run(self, (match[2] or "").strip())
-        elif text:
-            self.answer(self.conversation.ask(text[1:] if text.startswith("//") else text))
+        elif text or any(attachment.kind == "audio" for attachment in self.pending):
+            self.say(text[1:] if text.startswith("//") else text)
+
+    def attach(self, files: Sequence[tuple[str, str]]) -> None:
+        """Read files, given by kind and path, to go with what the user says next.
+
+        Raises `MediaError` for one that cannot be read, `PromptError` where the model takes none.
+        """
+        if not self.phi.takes_media:
+            raise no_media(self.phi.name)
+        read = [Attachment.read(kind, path, self._limits, self._frames) for kind, path in files]
+        self.pending = [*self.pending, *read]
+        self.output.note(f"With your next message: {', '.join(map(str, self.pending))}. Or /drop.")
+
+    def say(self, text: str) -> None:
+        """Answer what the user says, with the files that wait for it."""
+        attachments, self.pending = self.pending, []
+        self.answer(self.conversation.ask(text, attachments))
 
     def resume(self, path: Path) -> None:
         """Go on with a saved conversation; a file that is none leaves this one untouched.
 
         Raises `SessionError` that says what is wrong with the file.
         """
-        loaded, model = Conversation.load(path), self.conversation.model
+        loaded, model = Conversation.load(path, self._limits), self.conversation.model
+        self.check(loaded)
         if loaded.model != model:
             self.output.note(f"That chat was with {loaded.model}; {model} goes on with it.")
         loaded.model = model
         self.conversation, self.saved_as = loaded, path
         self.output.note(f"Loaded {len(loaded.messages)} messages from {path}.")
+
+    def check(self, conversation: Conversation) -> None:
+        """Raises `PromptError` where pictures or sounds were shown that the model cannot take."""
+        if conversation.has_media and not self.phi.takes_media:
+            raise no_media(self.phi.name)
 
     def answer(self, turn: Turn | None) -> None:
         """Let the model answer, and go on for as long as it calls tools and gets results."""

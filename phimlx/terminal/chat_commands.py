@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PhimlxError
+from phimlx.terminal.attachments import split_name
 from phimlx.terminal.files import read_tools
 from phimlx.terminal.reply import describe
 from phimlx.terminal.settings import SETTINGS, Setting, find_setting, parse_setting
@@ -83,6 +84,7 @@ def _help(chat: Chat, argument: str) -> None:
         "",
         "Enter sends, Alt-Enter begins a new line, Ctrl-X Ctrl-E opens $EDITOR.",
         "Ctrl-C stops a reply, Ctrl-D leaves.",
+        "A picture, sound or video dropped here goes with your next message.",
     ]
     _say(chat, "\n".join(lines))
 
@@ -97,6 +99,7 @@ def _system(chat: Chat, argument: str) -> None:
 
 def _clear(chat: Chat, argument: str) -> None:
     chat.conversation.clear()
+    chat.pending = []
     _done(chat, "Forgot what was said; system prompt, settings and tools stay.")
 
 
@@ -170,6 +173,23 @@ def _tools(chat: Chat, argument: str) -> None:
     _say(chat, f"The model may call {', '.join(names)}." if names else "There are no tools.")
 
 
+def _attach(kind: str) -> Callable[[Chat, str], None]:
+    def attach(chat: Chat, argument: str) -> None:
+        name, text = split_name(argument)
+        chat.attach([(kind, name)])
+        if text:
+            chat.say(text)
+
+    return attach
+
+
+def _drop(chat: Chat, argument: str) -> None:
+    if not chat.pending:
+        raise PhimlxError("There is nothing to drop.")
+    chat.pending = []
+    _done(chat, "Nothing goes with your next message.")
+
+
 def _exit(chat: Chat, argument: str) -> None:
     chat.left = True
 
@@ -180,6 +200,10 @@ COMMANDS = {
     "clear": ChatCommand(_clear, "", "forget what was said"),
     "undo": ChatCommand(_undo, "", "take back your last message and its answer"),
     "retry": ChatCommand(_retry, "", "answer the last message again"),
+    "image": ChatCommand(_attach("image"), "FILE [TEXT]", "show a picture", "files"),
+    "audio": ChatCommand(_attach("audio"), "FILE [TEXT]", "play a sound", "files"),
+    "video": ChatCommand(_attach("video"), "FILE [TEXT]", "show pictures of a video", "files"),
+    "drop": ChatCommand(_drop, "", "send no file with the next message after all"),
     "save": ChatCommand(_save, "[FILE]", "save the conversation", "files"),
     "load": ChatCommand(_load, "FILE", "go on with a saved conversation", "files"),
     "set": ChatCommand(_set, "[NAME [VALUE|default]]", "show or change settings", "settings"),

@@ -10,14 +10,16 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import PhimlxError, SessionError
+from phimlx.errors import MediaError, PhimlxError, SessionError
 from phimlx.prompt.tools import read_tools
+from phimlx.terminal.attachments import KINDS, Attachment, in_order
 from phimlx.terminal.files import read_json, write_private
 from phimlx.terminal.output import encode_json
 from phimlx.terminal.settings import check_settings
 
 if TYPE_CHECKING:
     from phimlx.generation.reply import Reply
+    from phimlx.media.limits import Limits
 
 Message = dict[str, Any]
 
@@ -43,6 +45,9 @@ class Turn:
 class Conversation:
     """Messages, settings and tools of one chat.
 
+    The content of a user's message is a text, or a list of parts where files go with it: those
+    name a file and its digest; `attachments` holds what the model is given for it.
+
     A turn changes the messages only once there is an answer: `ask`, `answer_tools` or `retry`
     begin it, `record` ends it; `abandon` leaves all as it was and keeps what was asked for
     `retry`.
@@ -53,6 +58,7 @@ class Conversation:
     settings: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
     unanswered: tuple[Message, ...] = ()
+    attachments: dict[str, Attachment] = field(default_factory=dict, compare=False, repr=False)
 
     @property
     def system(self) -> str | None:
@@ -66,9 +72,20 @@ class Conversation:
         said = self.messages if self.system is None else self.messages[1:]
         self.messages = [*([] if text is None else [{"role": "system", "content": text}]), *said]
 
-    def ask(self, text: str) -> Turn:
-        """Begin a turn with what the user says."""
-        return Turn(len(self.messages), ({"role": "user", "content": text},))
+    @property
+    def has_media(self) -> bool:
+        """Whether pictures or sounds were shown."""
+        return any(map(_files, self.messages))
+
+    def ask(self, text: str, attachments: Sequence[Attachment] = ()) -> Turn:
+        """Begin a turn with what the user says, and the files that go with it."""
+        content: Any = text
+        if attachments:
+            content = [attachment.saved for attachment in in_order(attachments)]
+            content += [{"type": "text", "text": text}] if text else []
+        for attachment in attachments:
+            self.attachments[_key(attachment.saved)] = attachment
+        return Turn(len(self.messages), ({"role": "user", "content": content},))
 
     def answer_tools(self, results: Sequence[str]) -> Turn:
         """Begin a turn with the results of the tools that the model called, in its order."""
@@ -91,8 +108,18 @@ class Conversation:
         """The messages that the model is to answer; earlier reasoning is not sent again."""
         return [
             {key: value for key, value in message.items() if key != "reasoning"}
+            | {"content": self._given(message["content"])}
             for message in (*self.messages[: turn.kept], *turn.new)
         ]
+
+    def _given(self, content: Any) -> Any:
+        """Content as the model gets it: what the files hold in place of their names."""
+        if not isinstance(content, list):
+            return content
+        given: list[dict[str, Any]] = []
+        for part in content:
+            given += [part] if part["type"] == "text" else self.attachments[_key(part)].parts
+        return given
 
     def record(self, turn: Turn, reply: Reply) -> None:
         """End `turn` with its answer."""
@@ -116,14 +143,14 @@ class Conversation:
         Raises `SessionError` where the user has said nothing.
         """
         if self.unanswered and self.unanswered[0]["role"] == "user":
-            text, self.unanswered = self.unanswered[0]["content"], ()
-            return str(text)
+            text, self.unanswered = text_of(self.unanswered[0]["content"]), ()
+            return text
         for index in range(len(self.messages) - 1, -1, -1):
             if self.messages[index]["role"] == "user":
-                text = self.messages[index]["content"]
+                text = text_of(self.messages[index]["content"])
                 del self.messages[index:]
                 self.unanswered = ()
-                return str(text)
+                return text
         raise SessionError("There is nothing to undo.")
 
     def clear(self) -> None:
@@ -133,6 +160,8 @@ class Conversation:
         """
         self.messages = self.messages[: 0 if self.system is None else 1]
         self.unanswered = tuple(new for new in self.unanswered if new["role"] == "user")
+        kept = {_key(part) for message in self.unanswered for part in _files(message)}
+        self.attachments = {key: self.attachments[key] for key in kept}
 
     def save(self, path: Path, replace: bool = False) -> None:
         """Write the conversation to `path`, as a whole, for its owner alone.
@@ -152,10 +181,10 @@ class Conversation:
         write_private(path, encode_json(session, indent=2) + "\n", SessionError)
 
     @classmethod
-    def load(cls, path: Path) -> Conversation:
-        """Read a conversation that `save` wrote.
+    def load(cls, path: Path, limits: Limits | None = None) -> Conversation:
+        """Read a conversation that `save` wrote, and the files that go with it.
 
-        Raises `SessionError` that says what is wrong with the file.
+        Raises `SessionError` that says what is wrong with the file, or with one of those.
         """
         session = read_json(path, SessionError)
         if not isinstance(session, dict) or session.get("format") != FORMAT:
@@ -166,7 +195,7 @@ class Conversation:
                 f"this phimlx reads version {VERSION}."
             )
         try:
-            return cls(
+            conversation = cls(
                 model=_expect(session, "model", str),
                 messages=_check_messages(_expect(session, "messages", list)),
                 settings=check_settings(_expect(session, "settings", dict)),
@@ -174,6 +203,48 @@ class Conversation:
             )
         except PhimlxError as error:
             raise SessionError(f"{path} is damaged: {error}") from None
+        for message in conversation.messages:
+            for part in _files(message):
+                if _key(part) not in conversation.attachments:
+                    conversation.attachments[_key(part)] = _read_again(path, part, limits)
+        return conversation
+
+
+def text_of(content: Any) -> str:
+    """The text of a message, files that go with it as their names."""
+    if isinstance(content, str):
+        return content
+    return "\n".join(
+        part["text"] if part["type"] == "text" else f"[{KINDS[part['type']]} {part['path']}]"
+        for part in content
+    )
+
+
+def _files(message: Message) -> list[dict[str, Any]]:
+    """The parts of a message that stand for files."""
+    content = message["content"]
+    parts = content if isinstance(content, list) else []
+    return [part for part in parts if part["type"] != "text"]
+
+
+def _key(part: Mapping[str, Any]) -> str:
+    return f"{part['type']} {part['sha256']} {part.get('frames')}"
+
+
+def _read_again(session: Path, part: Mapping[str, Any], limits: Limits | None) -> Attachment:
+    try:
+        attachment = Attachment.read(part["type"], part["path"], limits, part.get("frames"))
+    except MediaError as error:
+        raise SessionError(
+            f"{session} shows a {KINDS[part['type']]} that cannot be read again. {error}",
+            f"Put {part['path']} back, or begin a new chat.",
+        ) from error
+    if attachment.sha256 != part["sha256"]:
+        raise SessionError(
+            f"{session} shows {part['path']}, which has changed since.",
+            "Put the file back as it was, or begin a new chat.",
+        )
+    return attachment
 
 
 def _expect(session: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
@@ -199,7 +270,11 @@ def _problem(message: Any, first: bool) -> str | None:
         return f"has the unknown role {role!r}"
     if role == "system" and not first:
         return "is a system prompt that does not come first"
-    if not isinstance(message.get("content"), str):
+    content = message.get("content")
+    if isinstance(content, list) and role == "user":
+        if not content or not all(map(_is_part, content)):
+            return "has parts that are neither texts nor files"
+    elif not isinstance(content, str):
         return "has no text as its content"
     unknown = sorted(set(message) - _MESSAGE_KEYS[role])
     if unknown:
@@ -216,3 +291,22 @@ def _problem(message: Any, first: bool) -> str | None:
     ):
         return "has tool calls that are not a list of names and arguments"
     return None
+
+
+def _is_part(part: Any) -> bool:
+    if not isinstance(part, dict):
+        return False
+    kind = part.get("type")
+    if kind == "text":
+        return set(part) == {"type", "text"} and isinstance(part["text"], str)
+    keys = {"type", "path", "sha256", *(["frames"] if kind == "video" else [])}
+    frames = part.get("frames", 1)
+    return (
+        isinstance(kind, str)
+        and kind in KINDS
+        and set(part) == keys
+        and isinstance(part["path"], str)
+        and isinstance(part["sha256"], str)
+        and type(frames) is int
+        and frames > 0
+    )

@@ -13,6 +13,8 @@ import numpy as np
 
 from phimlx.training.loss import CHUNK_ROWS
 
+Rows = Sequence[tuple[int, ...]]  # the numbers of the examples in each row
+
 STEPS_AN_OCTAVE = 16  # how finely sizes are rounded up: at most 1/16 of a batch is filling
 
 
@@ -120,14 +122,14 @@ class Batches:
         return real / sum(self._fed(rows) for rows in self._order(0))
 
     @cached_property
-    def _rows(self) -> list[tuple[int, ...]]:
+    def _rows(self) -> Rows:
         """The examples of each row, longest first."""
-        order = sorted(range(len(self.examples)), key=lambda i: -self.examples[i].inputs)
+        order = sorted(range(len(self.examples)), key=lambda i: self._length((i,)), reverse=True)
         if self.row_length is None:
             return [(i,) for i in order]
         return pack([self.examples[i].inputs for i in order], self.row_length, order)
 
-    def _order(self, epoch: int) -> list[list[tuple[int, ...]]]:
+    def _order(self, epoch: int) -> list[Rows]:
         """The rows of each batch of an epoch."""
         rows = self._rows
         if self.seed is None:
@@ -136,22 +138,29 @@ class Batches:
         shuffled = [rows[i] for i in generator.permutation(len(rows))]
         if self.row_length is None:
             # Neighbours in length share a batch; among equals the shuffle decides.
-            shuffled.sort(key=lambda row: -self.examples[row[0]].inputs)
+            shuffled.sort(key=self._length, reverse=True)
         batches = _split(shuffled, self.batch_size)
         return [batches[i] for i in generator.permutation(len(batches))]
 
-    def _shape(self, rows: Sequence[tuple[int, ...]]) -> tuple[int, int]:
+    def _length(self, row: tuple[int, ...]) -> int:
+        """The longest example of a row."""
+        return max(self.examples[i].inputs for i in row)
+
+    def _mine(self, rows: Rows) -> Rows:
+        """This machine's rows of a batch."""
+        return rows[self.rank :: self.ranks]
+
+    def _shape(self, rows: Rows) -> tuple[int, int]:
         """Rows and columns of this machine's part of a batch."""
         if self.row_length is not None:
             return -(-self.batch_size // self.ranks), self.row_length
-        longest = max(self.examples[i].inputs for row in rows for i in row)
-        return -(-len(rows) // self.ranks), rounded(longest, 8)
+        return -(-len(rows) // self.ranks), rounded(max(map(self._length, rows)), 8)
 
-    def _fed(self, rows: Sequence[tuple[int, ...]]) -> int:
+    def _fed(self, rows: Rows) -> int:
         count, length = self._shape(rows)
         return count * length * self.ranks
 
-    def _build(self, rows: Sequence[tuple[int, ...]]) -> Batch:
+    def _build(self, rows: Rows) -> Batch:
         shape = self._shape(rows)
         tokens, positions, lengths = (np.zeros(shape, np.int32) for _ in range(3))
         segments = np.full(shape, -1, np.int32)
@@ -159,7 +168,7 @@ class Batches:
         targets: list[np.ndarray] = []
         owners: list[np.ndarray] = []
         sources: list[str] = []
-        for place, row in enumerate(rows[self.rank :: self.ranks]):
+        for place, row in enumerate(self._mine(rows)):
             column = 0
             for number in row:
                 example = self.examples[number]
@@ -218,5 +227,5 @@ def rounded(size: int, smallest: int) -> int:
     return -(-size // step) * step
 
 
-def _split(rows: Sequence[tuple[int, ...]], size: int) -> list[list[tuple[int, ...]]]:
-    return [list(rows[start : start + size]) for start in range(0, len(rows), size)]
+def _split(rows: Rows, size: int) -> list[Rows]:
+    return [rows[start : start + size] for start in range(0, len(rows), size)]

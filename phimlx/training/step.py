@@ -6,13 +6,14 @@ Knows a model with trainable parameters; knows nothing of data files, schedules 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
+from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map
 
 from phimlx.errors import TrainingError
@@ -23,15 +24,18 @@ from phimlx.training.loss import linear_cross_entropy
 
 Tree = dict[str, Any]
 
+NAME_BYTES = 400  # of an example's name, told to the other machines
+
 
 @dataclass(frozen=True)
 class StepResult:
     """What one step did, over all machines."""
 
-    loss: float  # mean over supervised tokens, before the update
+    loss: float  # mean over what is learned from, before the update
     supervised_tokens: int
     real_tokens: int
     gradient_norm: float  # before clipping
+    metrics: Mapping[str, float]  # further means that the kind of loss has to tell
 
 
 class NonFiniteError(TrainingError):
@@ -77,72 +81,135 @@ class Step:
         Raises:
             NonFiniteError: naming the example; nothing has been updated.
         """
-        counts = [sum(b.supervised_tokens for b in batches), sum(b.real_tokens for b in batches)]
-        supervised, real = np.array(self._sum(mx.array(counts))).tolist()
-        loss = mx.array(0.0)
+        counts = [
+            sum(map(count, batches))
+            for count in (self.weight_of, lambda b: b.supervised_tokens, lambda b: b.real_tokens)
+        ]
+        weight, supervised, real = np.array(self._sum(mx.array(counts))).tolist()
+        values: Sequence[mx.array] = ()
         gradients: Tree = {}
         for place, batch in enumerate(batches):
-            part, found = self._gradients(batch, supervised, number, place)
-            loss = loss + part
-            gradients = tree_map(mx.add, gradients, found) if gradients else found
-            mx.eval(loss, gradients)
-        gradients = tree_map(self._sum, gradients)
-        mean, norm = float(self._sum(loss)), _norm(gradients)
-        if not math.isfinite(mean) or not math.isfinite(norm):
+            found, slopes = self._gradients(batch, weight, number, place)
+            values = [a + b for a, b in zip(values, found, strict=True)] if values else found
+            gradients = tree_map(mx.add, gradients, slopes) if gradients else slopes
+            mx.eval(values, gradients)
+        gradients = self._sum_all(gradients)
+        loss, *metrics = np.array(self._sum(mx.stack(list(values)))).tolist()
+        norm = _norm(gradients)
+        if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._blame(number, batches)
         if self.clip is not None and norm > self.clip:
             scale = self.clip / norm
             gradients = tree_map(lambda gradient: gradient * scale, gradients)
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
-        return StepResult(mean, supervised, real, norm)
+        told = dict(zip(self.metrics, metrics, strict=True))
+        return StepResult(loss, supervised, real, norm, told)
 
-    def _gradients(
-        self, batch: Batch, supervised: int, number: int, place: int
-    ) -> tuple[mx.array, Tree]:
-        """One batch's part of the mean loss over `supervised` tokens, and its gradients."""
-        weighted = replace(batch, weights=batch.weights / np.float32(supervised))
-        rank = 0 if self.group is None else self.group.rank()
-        entropy = np.random.SeedSequence([self.seed, number, place, rank])
+    def evaluate(self, batches: Iterable[Batch]) -> StepResult:
+        """The mean loss over batches, this machine's part of each; nothing is learned or dropped.
+
+        All machines call it together.
+        """
+        totals = np.zeros(4 + len(self.metrics))
         parameters = self.model.trainable_parameters()
+        self.model.eval()
         try:
-            return self._traced(
-                parameters,
-                inputs_of(weighted, self.model.config.rope),
-                mx.array(entropy.generate_state(2)),
-            )
+            for batch in batches:
+                weight = self.weight_of(batch)
+                inputs = self.inputs(batch, max(weight, 1))
+                values = self._loss(parameters, inputs, mx.random.key(0))
+                found = np.array(mx.stack(list(values)), np.float64) * weight
+                totals += [weight, batch.supervised_tokens, batch.real_tokens, *found]
         finally:
-            self.model.update(parameters)  # tracing put its own arrays in their place
+            self.model.train()
+        summed = np.array(self._sum(mx.array(totals.astype(np.float32))), np.float64)
+        weight, supervised, real = summed[:3]
+        loss, *metrics = (summed[3:] / max(weight, 1)).tolist()
+        told = dict(zip(self.metrics, metrics, strict=True))
+        return StepResult(loss, int(supervised), int(real), 0.0, told)
 
-    def _loss(self, parameters: Tree, inputs: dict[str, mx.array], key: mx.array) -> mx.array:
+    # What another kind of loss replaces.
+
+    metrics: tuple[str, ...] = ()  # names of what `_loss` returns beside the loss
+
+    def weight_of(self, batch: Batch) -> int:
+        """How many things a batch has to learn from; the loss is a mean over them."""
+        return batch.supervised_tokens
+
+    def inputs(self, batch: Batch, weight: int) -> dict[str, mx.array]:
+        """What `_loss` needs of a batch that is part of `weight` things to learn from."""
+        weighted = replace(batch, weights=batch.weights / np.float32(weight))
+        return inputs_of(weighted, self.model.config.rope)
+
+    def _loss(
+        self, parameters: Tree, inputs: Mapping[str, mx.array], key: mx.array
+    ) -> tuple[mx.array, ...]:
+        """The batch's part of the loss, and of each of `metrics`."""
         self.model.update(parameters)
         states = supervised_states(self.model, inputs, key, self.checkpointing)
         head = head_of(self.model)
-        return linear_cross_entropy(head, states, inputs["targets"], inputs["weights"])
+        return (linear_cross_entropy(head, states, inputs["targets"], inputs["weights"]),)
+
+    def _gradients(
+        self, batch: Batch, weight: int, number: int, place: int
+    ) -> tuple[Sequence[mx.array], Tree]:
+        """One batch's part of the mean over `weight` things, and its gradients."""
+        rank = 0 if self.group is None else self.group.rank()
+        entropy = np.random.SeedSequence([self.seed, number, place, rank])
+        inputs = self.inputs(batch, weight)
+        parameters = self.model.trainable_parameters()
+        try:
+            return self._traced(parameters, inputs, mx.array(entropy.generate_state(2)))
+        finally:
+            self.model.update(parameters)  # tracing put its own arrays in their place
 
     def _sum(self, array: mx.array) -> mx.array:
         """The sum over all machines."""
         return array if self.group is None else mx.distributed.all_sum(array, group=self.group)
 
+    def _sum_all(self, gradients: Tree) -> Tree:
+        if self.group is None:
+            return gradients
+        size = self.group.size()
+        # It joins small arrays, each of which would cost a round through the network.
+        return tree_map(lambda mean: mean * size, average_gradients(gradients, self.group))
+
     def _blame(self, number: int, batches: Sequence[Batch]) -> NonFiniteError:
         """The error that names the first example which makes no finite loss or gradient alone."""
+        hint = "The weights are those from before the step."
+        fault = self._first_of_all(self._fault(number, batches))
+        if not fault:
+            return NonFiniteError(
+                f"Step {number}: the loss or the gradient is not finite, though each example's is.",
+                hint=f"Lower the learning rate. {hint}",
+            )
+        return NonFiniteError(
+            f"Step {number}: {fault}.", hint=f"Look at that row, or lower the learning rate. {hint}"
+        )
+
+    def _fault(self, number: int, batches: Sequence[Batch]) -> str:
         for place, batch in enumerate(batches):
             for example, source in enumerate(batch.sources):
                 alone = batch.alone(example)
-                if not alone.supervised_tokens:
+                if not self.weight_of(alone):
                     continue
-                loss, found = self._gradients(alone, alone.supervised_tokens, number, place)
-                for what, value in (("loss", float(loss)), ("gradient", _norm(found))):
+                values, found = self._gradients(alone, self.weight_of(alone), number, place)
+                for what, value in (("loss", float(values[0])), ("gradient", _norm(found))):
                     if not math.isfinite(value):
-                        return NonFiniteError(
-                            f"Step {number}: the {what} of {source} is {value}.",
-                            hint="Look at that row, or lower the learning rate. The weights are "
-                            "those from before the step.",
-                        )
-        return NonFiniteError(
-            f"Step {number}: the loss or the gradient is not finite, though each example's is.",
-            hint="Lower the learning rate. The weights are those from before the step.",
-        )
+                        return f"the {what} of {source} is {value}"
+        return ""
+
+    def _first_of_all(self, text: str) -> str:
+        """The first text that any machine has to tell."""
+        if self.group is None:
+            return text
+        row = np.zeros((1, NAME_BYTES), np.uint8)
+        letters = text.encode()[:NAME_BYTES]
+        row[0, : len(letters)] = np.frombuffer(letters, np.uint8)
+        rows = np.array(mx.distributed.all_gather(mx.array(row), group=self.group))
+        texts = (bytes(each).rstrip(b"\0").decode(errors="replace") for each in rows)
+        return next(filter(None, texts), "")
 
 
 def _norm(gradients: Tree) -> float:

@@ -112,7 +112,7 @@ def test_nano(tmp_path: Path) -> None:
         (["-q", "--q-mode", "mxfp4"], (32, 4, "mxfp4")),
         (["-q", "--q-mode", "mxfp8"], (32, 8, "mxfp8")),
         (["-q", "--q-mode", "nvfp4"], (16, 4, "nvfp4")),
-        (["--recipe", "mixed-4-8", "--q-group-size", "32"], (32, 4, "affine")),
+        (["--recipe", "mixed-6-8", "--q-group-size", "32"], (32, 6, "affine")),
         (["-q", "--recipe", "OWN.toml"], (32, 2, "affine")),
     ],
 )
@@ -240,7 +240,8 @@ def test_another_architecture(tmp_path: Path) -> None:
     result = run(source, "--mlx-path", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: config.json: model_type is 'llama', but phimlx runs the Phi-4 family: phi3.\n"
+        "Error: config.json: model_type is 'llama', but phimlx runs the Phi-4 family: phi3, "
+        "phi4_multimodal, phi4mm.\n"
     )
 
 

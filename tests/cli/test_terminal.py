@@ -11,6 +11,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from PIL import Image
+
 from phimlx.terminal.conversation import Conversation
 from tests.cli.terminal import (
     ALT_ENTER,
@@ -203,6 +205,27 @@ def test_a_tool_call_is_shown_and_its_result_typed(tmp_path: Path) -> None:
         ("assistant", "Sunny."),
         ("user", "and now?"),
         ("assistant", ""),
+    ]
+
+
+def test_a_dropped_picture_goes_with_what_is_said_next(tmp_path: Path) -> None:
+    picture, path = tmp_path / "a cat.png", tmp_path / "chat.json"
+    Image.new("RGB", (6, 4)).save(picture)
+    with open_chat(tmp_path, ["A cat."]) as terminal:
+        terminal.type(paste(str(picture).replace(" ", "\\ ") + " "), ENTER)
+        terminal.expect("With your next message: picture a cat.png (6 × 4). Or /drop.")
+        terminal.expect("> ")
+        terminal.type("What is it?", ENTER)
+        terminal.expect("A cat.")
+        terminal.expect("> ")
+        terminal.type(f"/save {path}", ENTER)
+        terminal.expect("Saved to")
+        terminal.expect("> ")
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+    assert [part["type"] for part in Conversation.load(path).messages[0]["content"]] == [
+        "image",
+        "text",
     ]
 
 

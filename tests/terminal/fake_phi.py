@@ -93,10 +93,12 @@ class FakePhi:
 
     name = "fake"
     context_length = 100
+    takes_media = False
     sampling = Sampling(temperature=0.8)
 
     def __init__(self, *scripts: Script | str | PhimlxError) -> None:
         self._scripts = list(scripts)
+        self.sources: list[Any] = []  # for tests that load it by name
         self.prompts: list[Any] = []
         self.options: list[dict[str, Any]] = []
         self.caches: list[object] = []

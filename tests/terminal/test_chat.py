@@ -355,6 +355,7 @@ def test_help_lists_every_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert lines[len(COMMANDS) + 1 :] == [
         "Enter sends, Alt-Enter begins a new line, Ctrl-X Ctrl-E opens $EDITOR.",
         "Ctrl-C stops a reply, Ctrl-D leaves.",
+        "A picture, sound or video dropped here goes with your next message.",
     ]
 
 

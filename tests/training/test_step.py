@@ -90,6 +90,15 @@ def test_loss_and_gradients_equal_those_of_each_example_alone(way: str, tied: bo
         assert float(mx.abs(recorder.seen[name] - gradient).max()) <= 1e-5 * scale, name
 
 
+@pytest.mark.parametrize("options", [{}, {"row_length": 64}])
+def test_evaluating_finds_the_mean_over_all_batches(options: dict[str, Any]) -> None:
+    model, data = tiny(), examples()
+    expected, _ = plain(model, data)
+    result = Step(model, Recorder()).evaluate(Batches(data, 3, **options).epoch(0))
+    assert result.loss == pytest.approx(expected, rel=1e-5)
+    assert result.supervised_tokens == sum(int(each.supervised[1:].sum()) for each in data)
+
+
 def test_clipping_scales_all_gradients_together() -> None:
     model, recorder = tiny(), Recorder()
     result = Step(model, recorder, clip=0.01)(1, list(Batches(examples(), 8).epoch(0)))

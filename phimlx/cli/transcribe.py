@@ -1,0 +1,300 @@
+"""`phimlx transcribe`: recordings of any length to text, each piece as soon as it is understood.
+
+Knows files, formats and the screen; `phimlx.generation.transcription` does the listening.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+from urllib.parse import urlsplit
+
+import click
+
+from phimlx.cli.options import (
+    MULTIMODAL,
+    check_files,
+    json_option,
+    limit_options,
+    load_model,
+    pop_limits,
+)
+from phimlx.errors import PhimlxError
+from phimlx.media.subtitles import FORMATS, Cue, Format
+from phimlx.terminal.files import write_whole
+from phimlx.terminal.output import Output, printable
+from phimlx.terminal.settings import FiniteRange
+
+if TYPE_CHECKING:
+    from phimlx.generation.transcription import Piece
+
+STDIN = "-"
+REMARKS = {
+    "length": "was cut for its length: it may be incomplete.",
+    "loop": "repeated itself: what came after the first time is left out.",
+}
+
+
+@dataclass
+class Transcript:
+    """What has been understood of one file so far."""
+
+    name: str
+    target: Path | None
+    pieces: list[Piece] = field(default_factory=list)
+    error: str | None = None
+    complete: bool = False
+
+    @property
+    def label(self) -> str:
+        """The name as people know it."""
+        return "stdin" if self.name == STDIN else self.name
+
+    @property
+    def source(self) -> Any:
+        return sys.stdin.buffer if self.name == STDIN else self.name
+
+    def as_object(self) -> dict[str, Any]:
+        """It as `--json` prints it."""
+        return {
+            "file": self.name,
+            "text": " ".join(piece.text for piece in self.pieces if piece.text),
+            "segments": [
+                {
+                    "start": round(piece.start, 3),
+                    "end": round(piece.end, 3),
+                    "text": piece.text,
+                    "finish_reason": piece.finish_reason,
+                }
+                for piece in self.pieces
+            ],
+            "complete": self.complete,
+            "error": self.error,
+        }
+
+
+@click.command()
+@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.option(
+    "--model",
+    metavar="MODEL",
+    default=MULTIMODAL,
+    help=f"An alias, a Hub id or a folder  [default: {MULTIMODAL}]",
+)
+@click.option(
+    "--translate-to",
+    metavar="LANG",
+    help="Write it in another language, such as French.",
+)
+@click.option("--prompt", "-p", metavar="TEXT", help="What to ask about each piece instead.")
+@click.option(
+    "--format",
+    "format_name",
+    type=click.Choice(list(FORMATS)),
+    default="txt",
+    show_default=True,
+    help="Plain text, subtitles, or times and texts as JSON.",
+)
+@click.option(
+    "--max-seconds",
+    "piece_seconds",
+    metavar="S",
+    type=FiniteRange(1, 40),
+    default=30.0,
+    show_default=True,
+    help="Longest piece that the model hears at once.",
+)
+@click.option(
+    "--output",
+    "-o",
+    metavar="PATH",
+    type=click.Path(path_type=Path),
+    help="Write to this file instead of stdout.",
+)
+@click.option(
+    "--output-dir",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, file_okay=False),
+    help="Write a file for each recording into this folder, named as the recording is.",
+)
+@click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
+@limit_options("max_bytes", "max_download")
+@json_option
+def command(
+    files: tuple[str, ...],
+    model: str,
+    translate_to: str | None,
+    prompt: str | None,
+    format_name: str,
+    piece_seconds: float,
+    output: Path | None,
+    output_dir: Path | None,
+    overwrite: bool,
+    as_json: bool,
+    **settings: Any,
+) -> None:
+    """Write down what is said in each FILE: a path, an https URL, or - for stdin.
+
+    A recording may be of any length: it is cut at silences into pieces that the model hears one
+    by one, and each piece is printed as soon as it is understood. Ctrl-C keeps what has come. A
+    file that cannot be read does not stop the others; the exit code is 1 in the end.
+
+    \b
+      phimlx transcribe interview.mp3 --format srt -o interview.srt
+      phimlx transcribe *.wav --output-dir transcripts
+      phimlx transcribe speech.flac --translate-to French
+    """
+    from phimlx.generation.transcription import question
+    from phimlx.prompt.media import no_media
+
+    question(prompt, translate_to)
+    transcripts = plan(files, format_name, output, output_dir, overwrite, as_json)
+    screen = Output(json=as_json)
+    limits = pop_limits(settings, max_seconds=math.inf)
+    options = {"prompt": prompt, "translate_to": translate_to, "max_seconds": piece_seconds}
+    for transcript in transcripts:
+        if transcript.name != STDIN:
+            with _telling(transcript, screen):
+                check_files([transcript.name])
+    found = [transcript for transcript in transcripts if transcript.error is None]
+    if found:
+        phi = load_model(model, screen)
+        model = phi.name
+        if not phi.takes_media:
+            raise no_media(model)
+    try:
+        for transcript in found:
+            if len(files) > 1 and transcript.target is None:
+                gap = "" if transcript is found[0] else "\n"
+                screen.text(f"{gap}==> {transcript.label} <==")
+            with _telling(transcript, screen), _written(transcript, FORMATS[format_name], screen):
+                pieces = phi.transcribe(transcript.source, limits=limits, **options)
+                _take(pieces, transcript, FORMATS[format_name], screen)
+    finally:
+        screen.json({"model": model, "files": [each.as_object() for each in transcripts]})
+    if any(transcript.error for transcript in transcripts):
+        raise click.exceptions.Exit(1)
+
+
+def plan(
+    files: Sequence[str],
+    format_name: str,
+    output: Path | None,
+    output_dir: Path | None,
+    overwrite: bool,
+    as_json: bool,
+) -> list[Transcript]:
+    """Where each recording's transcript goes; raises `click.UsageError` where that cannot be."""
+    if output is not None and output_dir is not None:
+        raise click.UsageError("The transcript goes to --output or into --output-dir, not both.")
+    if output is not None and len(files) > 1:
+        raise click.UsageError("--output takes one recording; --output-dir takes several.")
+    to_stdout = output is None and output_dir is None and not as_json
+    if to_stdout and len(files) > 1 and format_name != "txt":
+        raise click.UsageError(
+            f"Several transcripts on stdout would be no {format_name}; add --output-dir FOLDER."
+        )
+    if files.count(STDIN) > 1:
+        raise click.UsageError("stdin (-) can be read once.")
+    if output_dir is not None:
+        _make_folder(output_dir)
+    transcripts: list[Transcript] = []
+    for file in files:
+        target = output
+        if output_dir is not None:
+            target = output_dir / f"{_stem(file)}.{format_name}"
+        earlier = next((t for t in transcripts if target is not None and t.target == target), None)
+        if earlier is not None:
+            raise click.UsageError(f"{earlier.name} and {file} would both be written to {target}.")
+        if target is not None and target.exists() and not overwrite:
+            raise click.UsageError(f"{target} exists already; --overwrite replaces it.")
+        if output is not None and not output.parent.is_dir():
+            raise click.UsageError(f"There is no folder {output.parent} to write to.")
+        transcripts.append(Transcript(file, target))
+    return transcripts
+
+
+def _make_folder(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise PhimlxError(f"{folder} cannot be made: {error.strerror}.") from error
+
+
+def _stem(file: str) -> str:
+    if file == STDIN:
+        return "stdin"
+    path = urlsplit(file).path if "://" in file else file
+    return PurePosixPath(path).stem or "transcript"
+
+
+@contextlib.contextmanager
+def _telling(transcript: Transcript, output: Output) -> Iterator[None]:
+    """Tell of an error, with the file's name, and go on."""
+    try:
+        yield
+    except PhimlxError as error:
+        text = str(error)
+        transcript.error = text if transcript.label in text else f"{transcript.label}: {text}"
+        output.error(PhimlxError(transcript.error, error.hint))
+
+
+@contextlib.contextmanager
+def _written(transcript: Transcript, form: Format, output: Output) -> Iterator[None]:
+    """Open the transcript and, however the block ends, close it with what has come."""
+    if transcript.target is None:
+        output.write(form.head)
+    try:
+        yield
+    finally:
+        if transcript.target is None:
+            output.write(form.tail)
+        elif transcript.pieces or transcript.complete:
+            text = form.write([_cue(piece) for piece in transcript.pieces])
+            try:
+                write_whole(transcript.target, text, PhimlxError)
+            except PhimlxError:
+                output.write(text)  # it took long to make
+                raise
+            output.note(f"Wrote {transcript.target}.")
+
+
+def _take(pieces: Iterator[Piece], transcript: Transcript, form: Format, output: Output) -> None:
+    """Let the pieces come, and show each."""
+    heard = number = 0
+    with output.progress(None, f"Transcribing {printable(transcript.label)}", " s") as bar:
+        for piece in pieces:
+            transcript.pieces.append(piece)
+            with _beside_bar(output):
+                cue = _cue(piece)
+                if cue.text.strip() and transcript.target is None:
+                    number += 1
+                    output.write(form.cue(number, cue))
+                if piece.finish_reason in REMARKS:
+                    place = f"{transcript.label}, from {piece.start:.1f} to {piece.end:.1f} s"
+                    output.warning(f"{place}: the text {REMARKS[piece.finish_reason]}")
+            bar.update(int(piece.end) - heard)
+            heard = int(piece.end)
+    transcript.complete = True
+
+
+def _cue(piece: Piece) -> Cue:
+    """A piece without what a terminal would obey."""
+    return Cue(piece.start, piece.end, printable(piece.text))
+
+
+@contextlib.contextmanager
+def _beside_bar(output: Output) -> Iterator[None]:
+    """Leave the bar whole while something else is printed."""
+    if not output.is_watched:
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=sys.stdout):
+        yield

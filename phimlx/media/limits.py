@@ -1,0 +1,40 @@
+"""How much a picture, sound or video may be, so that no file can exhaust the machine.
+
+Knows numbers and the options that raise them; what reads a file compares, before it decodes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What one picture, sound or video may declare; far above what the model can use.
+
+    Attributes:
+        max_bytes: bytes of one file, and of bytes given.
+        max_download: bytes of one file from a URL.
+        max_pixels: width × height of one picture, or of one frame of a video.
+        max_aspect: longer side over shorter side of a picture.
+        max_seconds: length of one sound.
+        max_frames: pictures taken from one video.
+        allow_urls: whether a source may be a URL.
+        allow_private: whether a URL may lead to this machine or its own network.
+        download_seconds: longest time for one file from a URL.
+    """
+
+    max_bytes: int = 1_000_000_000
+    max_download: int = 100_000_000
+    max_pixels: int = 100_000_000
+    max_aspect: float = 200.0
+    max_seconds: float = 4 * 3600.0
+    max_frames: int = 64
+    allow_urls: bool = True
+    allow_private: bool = False
+    download_seconds: float = 120.0
+
+
+def raising(limit: str) -> str:
+    """The next step where a limit is passed: `--max-pixels` for "max_pixels"."""
+    return f"If you trust it, raise the limit with --{limit.replace('_', '-')}."

@@ -1,0 +1,236 @@
+"""One picture, however it is given: upright, eight bits, red, green and blue.
+
+Knows the formats that it lets in and what a picture may declare; knows nothing of crops or models.
+"""
+
+from __future__ import annotations
+
+import importlib
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+from io import BytesIO
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
+
+import numpy as np
+
+from phimlx.errors import MediaError
+from phimlx.media.limits import Limits, raising
+from phimlx.media.source import read_bytes, source_name
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+Source: TypeAlias = "str | Path | bytes | Image | np.ndarray[Any, Any]"
+Size = tuple[int, int]  # width, height
+Result = TypeVar("Result")
+
+_ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4 A
+_SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
+_UNSCALED = {"I": "32-bit integers", "F": "32-bit floats"}
+
+
+def load_image(source: Source, limits: Limits | None = None) -> Image:
+    """A picture as RGB, turned as its EXIF orientation says.
+
+    Transparent parts lie on white, as transformers' Phi4MultimodalImageProcessor lays them; of 16
+    bits the upper eight count; of an animation the first frame. An orientation outside 1-8, or EXIF
+    data that cannot be read, leave the picture as it is stored.
+
+    Args:
+        source: a path, an https URL, a file's bytes, a PIL picture, or an array of [height, width]
+            or [height, width, 1, 3 or 4], uint8 or floats from 0 to 1.
+
+    Raises:
+        MediaError: it cannot be had, is none of the formats read here, is damaged, or is larger
+            or longer than the limits allow.
+    """
+    from PIL import Image as pil
+
+    limits = limits or Limits()
+    name = source_name(source) if isinstance(source, str | Path) else "The picture"
+    kind = "a picture"
+    if isinstance(source, np.ndarray):
+        height, width = _array_size(source)
+        check_pixels((width, height), name, limits)
+        image = pil.fromarray(_eight_bits(source))
+    elif isinstance(source, pil.Image):
+        image = source
+    elif isinstance(source, str | Path | bytes):
+        data = read_bytes(source, limits)
+        chosen = _format(data, name)
+        kind = chosen.name
+        if chosen.declared:
+            check_pixels(chosen.declared(data), name, limits)
+        image = _attempt(lambda: chosen.open(data), name, kind)
+    else:
+        raise MediaError(
+            f"A picture cannot be made of {type(source).__name__}.",
+            hint="Give a path, an https URL, bytes, a PIL picture or a numpy array.",
+        )
+    check_pixels(image.size, name, limits)
+    if image.mode in _UNSCALED:
+        raise MediaError(
+            f"{name} stores {_UNSCALED[image.mode]}, which do not say how bright they are.",
+            hint="Save it with 8 bits per channel.",
+        )
+    _attempt(image.load, name, kind)
+    return _attempt(lambda: _upright(_rgb(image), _orientation(image)), name, kind)
+
+
+def check_pixels(size: Size, name: str, limits: Limits) -> None:
+    """Refuse a picture, or a frame of a video, whose declared width and height pass the limits.
+
+    Raises:
+        MediaError: more pixels, or a longer shape, than the limits allow.
+    """
+    width, height = size
+    if width * height > limits.max_pixels:
+        raise MediaError(
+            f"{name} has {width:,} × {height:,} pixels; at most {limits.max_pixels:,} are read.",
+            hint=raising("max_pixels"),
+        )
+    if max(size) > limits.max_aspect * min(size) > 0:
+        raise MediaError(
+            f"{name} has {width:,} × {height:,} pixels; its longer side may be at most "
+            f"{limits.max_aspect:g} times the shorter.",
+            hint=raising("max_aspect"),
+        )
+
+
+@dataclass(frozen=True)
+class _Format:
+    """A format that is let in.
+
+    Attributes:
+        magic: what its files begin with.
+        plugin: Pillow's module and class. Opened through them, a file meets these limits alone,
+            and not the one that Pillow keeps for the whole process.
+        declared: the size in a file's first bytes, where Pillow allocates as soon as it opens.
+    """
+
+    name: str
+    magic: re.Pattern[bytes]
+    plugin: tuple[str, str]
+    declared: Callable[[bytes], Size] | None = None
+
+    def open(self, data: bytes) -> Image:
+        module, factory = self.plugin
+        return getattr(importlib.import_module(f"PIL.{module}"), factory)(BytesIO(data))
+
+
+def _little(data: bytes) -> int:
+    return int.from_bytes(data, "little")
+
+
+def _gif_size(data: bytes) -> Size:
+    return _little(data[6:8]), _little(data[8:10])
+
+
+def _webp_size(data: bytes) -> Size:
+    """Width and height of the canvas (RFC 9649, 2.7.1.1 VP8X, 2.5 VP8, 2.6 VP8L)."""
+    match data[12:16]:
+        case b"VP8X":
+            return _little(data[24:27]) + 1, _little(data[27:30]) + 1
+        case b"VP8L":
+            bits = _little(data[21:25])
+            return (bits & 0x3FFF) + 1, (bits >> 14 & 0x3FFF) + 1
+        case _:
+            return _little(data[26:28]) & 0x3FFF, _little(data[28:30]) & 0x3FFF
+
+
+_FORMATS = tuple(
+    _Format(name, re.compile(magic, re.DOTALL), plugin, declared)
+    for name, magic, plugin, declared in (
+        ("PNG", rb"\x89PNG\r\n\x1a\n", ("PngImagePlugin", "PngImageFile"), None),
+        ("JPEG", rb"\xff\xd8\xff", ("JpegImagePlugin", "jpeg_factory"), None),
+        ("WEBP", rb"RIFF.{4}WEBP", ("WebPImagePlugin", "WebPImageFile"), _webp_size),
+        ("GIF", rb"GIF8[79]a", ("GifImagePlugin", "GifImageFile"), _gif_size),
+        ("BMP", rb"BM", ("BmpImagePlugin", "BmpImageFile"), None),
+        ("TIFF", rb"II[*+]\0|MM\0[*+]", ("TiffImagePlugin", "TiffImageFile"), None),
+    )
+)
+
+
+def _format(data: bytes, name: str) -> _Format:
+    for known in _FORMATS:
+        if known.magic.match(data):
+            return known
+    raise MediaError(
+        f"{name} is no PNG, JPEG, WEBP, GIF, BMP or TIFF picture.", hint="Save it as PNG or JPEG."
+    )
+
+
+def _attempt(decode: Callable[[], Result], name: str, kind: str) -> Result:
+    """Run a decoder, whose way of failing on bad bytes may be any exception there is."""
+    try:
+        return decode()
+    except Exception as error:
+        raise MediaError(
+            f"{name} is damaged or cut short: it cannot be read as {kind}.",
+            hint="Open it in another program and save it again.",
+        ) from error
+
+
+def _rgb(image: Image) -> Image:
+    from PIL import Image as pil
+
+    if image.mode in _SIXTEEN_BITS:
+        image = pil.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif "A" in image.getbands() or image.info.get("transparency") is not None:
+        white = pil.new("RGBA", image.size, "white")
+        image = pil.alpha_composite(white, image.convert("RGBA"))
+    return image if image.mode == "RGB" else image.convert("RGB")
+
+
+def _orientation(image: Image) -> object:
+    try:
+        return image.getexif().get(_ORIENTATION)
+    except Exception:  # a remark about the pixels, which are whole
+        return None
+
+
+def _upright(image: Image, orientation: object) -> Image:
+    from PIL.Image import Transpose
+
+    turns = {
+        2: Transpose.FLIP_LEFT_RIGHT,
+        3: Transpose.ROTATE_180,
+        4: Transpose.FLIP_TOP_BOTTOM,
+        5: Transpose.TRANSPOSE,
+        6: Transpose.ROTATE_270,
+        7: Transpose.TRANSVERSE,
+        8: Transpose.ROTATE_90,
+    }
+    turn = turns.get(orientation) if isinstance(orientation, int) else None
+    return image if turn is None else image.transpose(turn)
+
+
+def _array_size(array: np.ndarray[Any, Any]) -> tuple[int, int]:
+    """Height and width of an array that is a picture."""
+    whole = array.ndim in (2, 3) and array.size > 0
+    if not whole or (array.ndim == 3 and array.shape[2] not in (1, 3, 4)):
+        raise MediaError(
+            f"An array of shape {array.shape} is no picture.",
+            hint="Give [height, width], or [height, width, channels] with 1, 3 or 4 channels.",
+        )
+    if array.dtype != np.uint8 and array.dtype.kind != "f":
+        raise MediaError(
+            f"An array of {array.dtype} is no picture.",
+            hint="Give uint8 from 0 to 255, or floats from 0 to 1.",
+        )
+    return array.shape[0], array.shape[1]
+
+
+def _eight_bits(array: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[..., 0]
+    if array.dtype == np.uint8:
+        return array
+    if not (array.min() >= 0 and array.max() <= 1):  # not a number is neither
+        raise MediaError(
+            "An array of floats is a picture only if all of them lie from 0 to 1.",
+            hint="Divide by the largest value that means white.",
+        )
+    return np.rint(array * array.dtype.type(255)).astype(np.uint8)

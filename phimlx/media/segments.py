@@ -1,0 +1,154 @@
+"""Long recordings to pieces that the model was trained to transcribe, cut where nobody speaks.
+
+Knows how loud each moment is; knows nothing of words, or of what a piece is for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phimlx.errors import MediaError
+from phimlx.media.features import Clip, Samples
+from phimlx.media.limits import Limits
+from phimlx.media.sound import Source, open_sound
+
+TRAINED_SECONDS = 40.0
+SHORTEST_PIECE = 1.0
+
+STEP = 0.01  # s between two looks at how loud it is
+SILENCE = 1e-7  # mean square: 70 dB under full scale, where no recorder hears a voice
+PAUSE = 0.15  # s: shorter gaps lie inside words
+SKIPPED = 1.0  # s of silence that is left out between pieces
+MARGIN = 0.25  # s of silence that stays before and after a piece
+
+# Between words it is this much quieter than while somebody speaks: 20 dB.
+_QUIETER = 0.01
+# And louder than this above the background: 6 dB.
+_BACKGROUND = 4.0
+
+
+@dataclass(frozen=True)
+class Segment:
+    """One piece of a recording; `start` and `end` in seconds from its beginning."""
+
+    start: float
+    end: float
+    samples: Samples
+    rate: int
+
+    @property
+    def clip(self) -> Clip:
+        return Clip(self.samples, self.rate)
+
+
+def segments_of(
+    source: Source, limits: Limits | None = None, max_seconds: float = TRAINED_SECONDS
+) -> Iterator[Segment]:
+    """The pieces of a recording, each yielded as soon as it is read; MediaError as `open_sound`.
+
+    Holds about one piece of decoded sound at a time, however long the recording.
+    """
+    _check_seconds(max_seconds)
+    with open_sound(source, limits) as sound:
+        yield from _pieces(sound.blocks, sound.rate, max_seconds)
+
+
+def cut(samples: Samples, rate: int, max_seconds: float = TRAINED_SECONDS) -> list[Segment]:
+    """Samples `[samples]` as pieces of at most `max_seconds`, in order and apart.
+
+    A recording that fits stays whole. A longer one is cut in the middle of the longest pause in
+    the second half of what fits, or, where there is none there, in the first half; where nobody
+    pauses at all, at the quietest moment of the last quarter. Between pieces, silence
+    of more than a second is left out, and pieces of nothing but silence are too: every moment
+    that is louder than `SILENCE` is in a piece.
+    """
+    _check_seconds(max_seconds)
+    return list(_pieces([samples], rate, max_seconds))
+
+
+def _check_seconds(max_seconds: float) -> None:
+    if not SHORTEST_PIECE <= max_seconds <= TRAINED_SECONDS:
+        raise MediaError(
+            f"Pieces of {max_seconds:g} s cannot be transcribed.",
+            hint=f"Phi-4 was trained on {SHORTEST_PIECE:g} to {TRAINED_SECONDS:g} s.",
+        )
+
+
+def _pieces(blocks: Iterable[Samples], rate: int, max_seconds: float) -> Iterator[Segment]:
+    step = round(STEP * rate)
+    longest = int(max_seconds * rate)
+    # What follows the longest piece is looked at too, so that no scrap is left behind it.
+    rest = int(SHORTEST_PIECE / 4 * rate)
+    held = np.empty(0, np.float32)
+    start = 0  # where `held` begins, in samples
+    for block in blocks:
+        held = np.concatenate((held, block)) if len(held) else block
+        while len(held) >= longest + rest:
+            end = _cut_point(_loudness(held[:longest], step), step)
+            yield from _trimmed(held[:end], start, rate)
+            held = held[end:]
+            start += end
+    if len(held) > longest:
+        window = held[: min(longest, len(held) - rest)]
+        end = _cut_point(_loudness(window, step), step)
+        yield from _trimmed(held[:end], start, rate)
+        held = held[end:]
+        start += end
+    if start == 0:
+        if len(held) and _loudness(held, step).max() > SILENCE:
+            yield Segment(0.0, len(held) / rate, held.copy(), rate)
+    else:
+        yield from _trimmed(held, start, rate)
+
+
+def _loudness(samples: Samples, step: int) -> NDArray[np.float64]:
+    """Mean square of each step; of the last one what there is of it. `[steps]`"""
+    squares = np.square(samples, dtype=np.float64)
+    edges = np.arange(0, len(samples), step)
+    return np.add.reduceat(squares, edges) / np.diff(np.append(edges, len(samples)))
+
+
+def _cut_point(loudness: NDArray[np.float64], step: int) -> int:
+    """The sample to cut at, within the steps looked at."""
+    steps = len(loudness)
+    pauses = _runs(loudness < _quiet_level(loudness), round(PAUSE / STEP))
+    half, quarter = steps // 2, 3 * steps // 4
+    late = [(max(first, half), last) for first, last in pauses if last > half]
+    early = [(first, last) for first, last in pauses if first + last > SHORTEST_PIECE / STEP]
+    if candidates := late or early:
+        first, last = max(candidates, key=lambda pause: (pause[1] - pause[0], pause[0]))
+        return (first + last) // 2 * step
+    return (quarter + int(loudness[quarter:-1].argmin())) * step
+
+
+def _quiet_level(loudness: NDArray[np.float64]) -> float:
+    background, speech = np.percentile(loudness, (10, 95))
+    return max(SILENCE, min(background * _BACKGROUND, speech * _QUIETER))
+
+
+def _runs(flags: NDArray[np.bool_], shortest: int) -> list[tuple[int, int]]:
+    """(first, behind the last) of each run of true flags of at least `shortest`."""
+    edges = np.flatnonzero(np.diff(np.concatenate(([False], flags, [False])).astype(np.int8)))
+    pairs = edges.reshape(-1, 2).tolist()
+    return [(first, last) for first, last in pairs if last - first >= shortest]
+
+
+def _trimmed(samples: Samples, start: int, rate: int) -> Iterator[Segment]:
+    """A piece without long silence at its ends; nothing where it is all silence."""
+    step = round(STEP * rate)
+    if not len(samples):
+        return
+    heard = np.flatnonzero(_loudness(samples, step) > SILENCE)
+    if not len(heard):
+        return
+    first, last = int(heard[0]) * step, min((int(heard[-1]) + 1) * step, len(samples))
+    skipped, margin = round(SKIPPED * rate), round(MARGIN * rate)
+    begin = first - margin if first > skipped else 0
+    end = last + margin if len(samples) - last > skipped else len(samples)
+    # A copy: a view would keep the whole of what was read alive.
+    piece = samples[begin:end].copy()
+    yield Segment((start + begin) / rate, (start + end) / rate, piece, rate)

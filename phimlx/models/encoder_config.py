@@ -1,0 +1,161 @@
+"""The shapes of Phi-4-multimodal's two encoders, from a `config.json` in the published layout.
+
+Knows which values the published code can have; knows nothing of weights.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from phimlx.errors import ConfigError, shortened
+
+LARGEST = 1 << 16  # a hostile config must not make us build a network without end
+
+# What the published code hard-codes of the tower.
+VISION = {
+    "hidden_size": 1152,
+    "intermediate_size": 4304,
+    "num_hidden_layers": 27,
+    "num_attention_heads": 16,
+    "patch_size": 14,
+    "image_size": 448,
+}
+
+# Keys that change a network, with the only value that the family uses.
+FIXED_VISION: dict[str, Any] = {
+    "hidden_act": "gelu_pytorch_tanh",
+    "layer_norm_eps": 1e-6,
+    "num_channels": 3,
+    "feature_layer": -2,
+}
+FIXED_AUDIO: dict[str, Any] = {
+    "activation": "swish",
+    "conv_activation": "swish",
+    "conv_glu_type": "swish",
+    "bias_in_glu": True,
+    "batch_norm": False,
+    "causal": True,
+    "chunk_size": -1,
+    "cnn_layer_norm": True,
+    "depthwise_multiplier": 1,
+    "ext_pw_kernel_size": 1,
+    "input_layer": "nemo_conv",
+    "time_reduction": 8,
+}
+FIXED_BIAS: dict[str, Any] = {"type": "t5", "t5_bias_symmetric": False}
+
+
+@dataclass(frozen=True)
+class VisionConfig:
+    """Shape of the tower. `num_hidden_layers` counts the last layer, which nothing uses."""
+
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    patch_size: int
+    image_size: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> VisionConfig:
+        """Read `vision_config`; the published values apply where it, or a key of it, is absent.
+
+        Raises:
+            ConfigError: naming the key, where a value cannot be.
+        """
+        given = _Table(config, "").table("vision_config", optional=True)
+        given.check(FIXED_VISION)
+        made = cls(**{key: given.count(key, default) for key, default in VISION.items()})
+        given.check({"crop_size": made.image_size})
+        given.check_multiple("hidden_size", made.hidden_size, made.num_attention_heads)
+        given.check_multiple("image_size", made.image_size, 2 * made.patch_size)
+        return made
+
+    @property
+    def side(self) -> int:
+        """Patches along one side of a crop."""
+        return self.image_size // self.patch_size
+
+
+@dataclass(frozen=True)
+class AudioConfig:
+    """Shape of the conformer, under the names of `audio_processor.config`."""
+
+    attention_dim: int
+    attention_heads: int
+    linear_units: int
+    num_blocks: int
+    input_size: int
+    kernel_size: int
+    conv_channels: int
+    t5_bias_max_distance: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> AudioConfig:
+        """Read `audio_processor.config`.
+
+        Raises:
+            ConfigError: naming the key, where a value is missing or cannot be.
+        """
+        given = _Table(config, "").table("audio_processor").table("config")
+        given.check(FIXED_AUDIO)
+        bias = given.table("relative_attention_bias_args")
+        bias.check(FIXED_BIAS)
+        counted = (
+            "attention_dim", "attention_heads", "linear_units", "num_blocks", "input_size",
+            "kernel_size",
+        )  # fmt: skip
+        made = cls(
+            **{key: given.count(key) for key in counted},
+            conv_channels=given.table("nemo_conv_settings").count("conv_channels"),
+            t5_bias_max_distance=bias.count("t5_bias_max_distance"),
+        )
+        given.check_multiple("attention_dim", made.attention_dim, made.attention_heads)
+        width = made.attention_dim
+        given.check({"ext_pw_out_channel": width, "depthwise_seperable_out_channel": width})
+        return made
+
+
+@dataclass(frozen=True)
+class _Table:
+    """One table of a config, with the place where it stands."""
+
+    values: Mapping[str, Any]
+    place: str
+
+    def table(self, key: str, optional: bool = False) -> _Table:
+        values = self.values.get(key)
+        if values is None and optional:
+            values = {}
+        if not isinstance(values, Mapping):
+            found = "missing" if values is None else f"{shortened(values)}, not a table of values"
+            raise ConfigError(f"config.json: {self.place}{key} is {found}.")
+        return _Table(values, f"{self.place}{key}.")
+
+    def count(self, key: str, default: int | None = None) -> int:
+        value = self.values.get(key)
+        value = default if value is None else value
+        if value is None:
+            raise ConfigError(f"config.json: {self.place}{key} is missing.")
+        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
+            raise ConfigError(
+                f"config.json: {self.place}{key} is {shortened(value)}, not a whole number from 1 "
+                f"to {LARGEST}."
+            )
+        return value
+
+    def check(self, expected: Mapping[str, Any]) -> None:
+        for key, only in expected.items():
+            if self.values.get(key) not in (None, only):
+                raise ConfigError(
+                    f"config.json: {self.place}{key} is {shortened(self.values[key])}, but "
+                    f"Phi-4-multimodal has {only!r} here."
+                )
+
+    def check_multiple(self, key: str, value: int, divisor: int) -> None:
+        if value % divisor:
+            raise ConfigError(
+                f"config.json: {self.place}{key} ({value}) is not a multiple of {divisor}."
+            )

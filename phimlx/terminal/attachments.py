@@ -1,0 +1,162 @@
+"""Pictures, sounds and videos that go with a message in a chat: read once, shown, saved by path.
+
+Knows files and how terminals paste their names; knows nothing of models or messages.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+from urllib.parse import unquote, urlsplit
+
+from phimlx.errors import MediaError, PhimlxError
+from phimlx.prompt.media import FRAMES
+
+if TYPE_CHECKING:
+    from phimlx.media.limits import Limits
+
+KINDS = {"image": "picture", "audio": "sound", "video": "video"}
+_SUFFIXES = {
+    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    "audio": (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".m4a", ".aac"),
+    "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
+}
+# A name in quotes, or one whose blanks are escaped, and what follows it.
+_NAME = re.compile(r"""(?:'([^']*)'|"([^"]*)"|(?!['"])((?:\\.|[^\\\s])+))(?:\s+(.*))?""", re.DOTALL)
+
+
+@dataclass(frozen=True)
+class Attachment:
+    """A file that goes with a message.
+
+    Attributes:
+        path: an absolute path, or a URL.
+        sha256: of the file's bytes, in hexadecimal digits.
+        frames: how many pictures of a video are asked for.
+        parts: what the model is given, as parts of a message.
+        about: its size, for people.
+    """
+
+    kind: str
+    path: str
+    sha256: str
+    frames: int | None
+    parts: tuple[dict[str, Any], ...]
+    about: str
+
+    @classmethod
+    def read(
+        cls, kind: str, path: str, limits: Limits | None = None, frames: int | None = None
+    ) -> Attachment:
+        """Read a file of that kind; raises `MediaError` where it is none, or too large."""
+        from phimlx.media.source import is_url, read_bytes, source_name
+
+        data = read_bytes(path, limits)
+        if kind == "video":
+            frames = frames or FRAMES
+        try:
+            parts, about = _READERS[kind](data, limits, frames or 0)
+        except MediaError as error:
+            raise MediaError(f"{source_name(path)}: {error}", error.hint) from error
+        place = path if is_url(path) else str(Path(path).absolute())
+        digest = hashlib.sha256(data).hexdigest()
+        return cls(kind, place, digest, frames if kind == "video" else None, parts, about)
+
+    @property
+    def saved(self) -> dict[str, Any]:
+        """The part of a message that stands for it where a chat is kept."""
+        part = {"type": self.kind, "path": self.path, "sha256": self.sha256}
+        return part | ({} if self.frames is None else {"frames": self.frames})
+
+    def __str__(self) -> str:
+        return f"{KINDS[self.kind]} {Path(self.path).name} ({self.about})"
+
+
+Parts = tuple[tuple[dict[str, Any], ...], str]
+
+
+def _read_image(data: bytes, limits: Limits | None, frames: int) -> Parts:
+    from phimlx.media.image import load_image
+
+    image = load_image(data, limits)
+    return ({"type": "image", "image": image},), f"{image.width} × {image.height}"
+
+
+def _read_audio(data: bytes, limits: Limits | None, frames: int) -> Parts:
+    from phimlx.media.audio import load_audio
+
+    clip = load_audio(data, limits)
+    return ({"type": "audio", "audio": clip},), f"{clip.seconds:.1f} s"
+
+
+def _read_video(data: bytes, limits: Limits | None, frames: int) -> Parts:
+    from phimlx.media.video import read_video
+
+    found = read_video(data, frames, limits)
+    parts = tuple({"type": "image", "image": frame.image} for frame in found)
+    return parts, f"{len(parts)} pictures of it"
+
+
+_READERS: dict[str, Callable[[bytes, Limits | None, int], Parts]] = {
+    "image": _read_image,
+    "audio": _read_audio,
+    "video": _read_video,
+}
+
+
+def in_order(attachments: Sequence[Attachment]) -> list[Attachment]:
+    """As the model was trained to get them: what is seen, then what is heard."""
+    return sorted(attachments, key=lambda attachment: attachment.kind == "audio")
+
+
+def split_name(argument: str) -> tuple[str, str]:
+    """The name of a file at the beginning of a command's argument, and what follows it.
+
+    Raises `PhimlxError` where there is none.
+    """
+    if Path(argument).expanduser().is_file():
+        return str(Path(argument).expanduser()), ""
+    match = _NAME.fullmatch(argument)
+    if not match or not any(match.groups()[:3]):
+        raise PhimlxError("Which file?", "Name it, in quotes where its name has blanks.")
+    single, double, bare, rest = match.groups()
+    name = single or double or re.sub(r"\\(.)", r"\1", bare)
+    return str(Path(name).expanduser()) if "://" not in name else name, rest or ""
+
+
+def dropped_files(line: str) -> list[tuple[str, str]]:
+    """The kinds and paths of media files whose names are all that a line holds; else empty.
+
+    That is what a terminal types when files are dropped on it: quoted names, names with escaped
+    blanks, or file: addresses.
+    """
+    text = line.strip()
+    if not text.rstrip("'\"").lower().endswith(tuple(sum(_SUFFIXES.values(), ()))):
+        return []
+    whole = _existing(text)
+    if whole:
+        return [whole]
+    try:
+        names = shlex.split(text)
+    except ValueError:  # a quote that is not closed
+        return []
+    found = [_existing(name) for name in names]
+    return [file for file in found if file] if all(found) else []
+
+
+def _existing(name: str) -> tuple[str, str] | None:
+    if name.startswith("file://"):
+        name = unquote(urlsplit(name).path)
+    path = Path(name).expanduser()
+    for kind, suffixes in _SUFFIXES.items():
+        if path.suffix.lower() in suffixes:
+            try:
+                return (kind, str(path)) if path.is_file() else None
+            except (OSError, ValueError):  # too long for a name, or with a null byte
+                return None
+    return None

@@ -1,0 +1,71 @@
+"""The machines that share a run, as `mlx.launch` started them.
+
+Knows who is there and that one may be lost; knows nothing of models or data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import mlx.core as mx
+
+from phimlx.errors import TrainingError
+
+
+class MachineLostError(TrainingError):
+    """One of several machines is no longer there."""
+
+
+@dataclass(frozen=True)
+class Machines:
+    """This machine's place among those of the run.
+
+    Attributes:
+        group: what sums and gathers over all of them; None where this one is alone.
+    """
+
+    group: mx.distributed.Group | None = None
+
+    @classmethod
+    def join(cls) -> Machines:
+        """Find the others, where `mlx.launch` started this process; else be alone."""
+        group = mx.distributed.init()
+        return cls(group if group.size() > 1 else None)
+
+    @property
+    def rank(self) -> int:
+        return 0 if self.group is None else self.group.rank()
+
+    @property
+    def count(self) -> int:
+        return 1 if self.group is None else self.group.size()
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the one that writes and prints."""
+        return self.rank == 0
+
+    def any(self, mine: bool) -> bool:
+        """Whether it is so on any machine; all ask together."""
+        if self.group is None:
+            return mine
+        return bool(mx.distributed.all_sum(mx.array(int(mine)), group=self.group).item())
+
+    @contextmanager
+    def watched(self) -> Iterator[None]:
+        """Work together with the others.
+
+        Raises:
+            MachineLostError: where one of them does not answer any more.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if self.group is None:
+                raise
+            raise MachineLostError(
+                f"Another of the {self.count} machines is lost, so the run ends here ({error}).",
+                hint="Start the same command again with --resume.",
+            ) from error
