@@ -231,6 +231,7 @@ def _release_shared(root: Path, home: Path) -> None:
 
 def _is_family(stored: Stored) -> bool:
     types = {model.architecture for model in catalog.FAMILY}
+    types.add("phi4_multimodal")  # what transformers calls phi4mm
     configs = [_config(path.parent) for path in stored.home.glob("snapshots/*/config.json")]
     if configs:
         return any(config.get("model_type") in types for config in configs)

@@ -1,0 +1,318 @@
+"""Data files -> rows, one after the other: JSONL, JSON, CSV, TSV, parquet.
+
+Knows files and where in them a row stands; knows nothing of what a row means.
+"""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NoReturn
+
+from phimlx.errors import TrainingError, shortened
+
+LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
+PARQUET_ROWS = 1024  # rows that are in memory at one time
+
+Progress = Callable[[int, int], object]
+"""Takes the bytes that have been read, and how many there are."""
+
+
+@dataclass(frozen=True)
+class DataFile:
+    """A file and what people call it, which is its path inside the data set."""
+
+    path: Path
+    name: str
+
+
+@dataclass(frozen=True)
+class Row:
+    """What stands at `place`, such as "train.jsonl, line 7"."""
+
+    place: str
+    values: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Problem:
+    """Why what stands at `place` cannot be learned from: a sentence."""
+
+    place: str
+    reason: str
+    hint: str | None = None
+
+    def __str__(self) -> str:
+        return f"{self.place}: {self.reason}"
+
+
+class _BadFileError(Exception):
+    """The rest of a file cannot be read. `where`: ", line 7", or empty for the file as a whole."""
+
+    def __init__(self, reason: str, where: str = "") -> None:
+        super().__init__(reason)
+        self.where = where
+
+
+Reader = Callable[[DataFile, int], Iterator[tuple[Row | Problem, int]]]
+"""Takes a file and its size; yields what stands in it and how many bytes have been read by then."""
+
+
+def read_rows(
+    files: Iterable[DataFile], on_progress: Progress = lambda done, total: None
+) -> Iterator[Row | Problem]:
+    """The rows of some files, and in its place what is wrong with one.
+
+    Empty lines of JSONL and CSV are passed over. A byte order mark of UTF-8 is too.
+
+    Raises:
+        TrainingError: where a file is not there, cannot be read, or is of a kind without a reader.
+    """
+    files = list(files)
+    readers = [reader_of(file) for file in files]
+    sizes = [_size(file) for file in files]
+    total, before = sum(sizes), 0
+    for file, read, size in zip(files, readers, sizes, strict=True):
+        if not size:
+            yield Problem(file.name, "The file is empty.")
+            continue
+        found = False
+        try:
+            for item, done in read(file, size):
+                found = True
+                yield item
+                on_progress(before + min(done, size), total)
+        except _BadFileError as error:
+            yield Problem(file.name + error.where, str(error))
+        except OSError as error:
+            raise _unreadable(file, error) from error
+        else:
+            if not found:
+                yield Problem(file.name, "The file holds no rows.")
+        before += size
+        on_progress(before, total)
+
+
+def reader_of(file: DataFile) -> Reader:
+    """What reads files of that name.
+
+    Raises:
+        TrainingError: where nothing does.
+    """
+    suffix = file.path.suffix.lower()
+    if suffix in COMPRESSED:
+        raise TrainingError(
+            f"{file.name} is compressed.", hint=f"Unpack it: {COMPRESSED[suffix]} {file.path}"
+        )
+    if suffix not in READERS:
+        raise TrainingError(
+            f"{file.name} is no data file: its name ends in none of {', '.join(READERS)}.",
+            hint="Name it after what it holds, or save it as JSONL: one JSON object on each line.",
+        )
+    return READERS[suffix]
+
+
+def _read_jsonl(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
+    done, blank = 0, True
+    with file.path.open("rb") as lines:
+        for number, line in enumerate(lines, 1):
+            done += len(line)
+            if number == 1:
+                line = _without_mark(line)
+            if not line.strip():
+                continue
+            item = _read_line(f"{file.name}, line {number}", line)
+            if blank and isinstance(item, Problem) and line.lstrip()[:1] == b"[":
+                raise _BadFileError(
+                    "The file is one JSON list, not a JSON object on each line; "
+                    "its name should end in .json."
+                )
+            blank = False
+            yield item, done
+
+
+def _read_line(place: str, line: bytes) -> Row | Problem:
+    """A line of JSONL; only the last of a file may lack its line break."""
+    try:
+        text = line.decode().rstrip("\r\n")
+    except UnicodeDecodeError as error:
+        column = len(line[: error.start].decode()) + 1
+        return Problem(place, f"Column {column} is not UTF-8 text.")
+    try:
+        return _row(place, _parse(text))
+    except json.JSONDecodeError as error:
+        if not line.endswith(b"\n") and _is_cut(text, error):
+            return Problem(place, "The file ends in the middle of this row.")
+        return Problem(place, f"No JSON at column {error.colno}: {error.msg}.")
+    except (ValueError, RecursionError) as error:
+        return Problem(place, _no_json(error))
+
+
+def _read_json(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
+    """A list of objects, an object that has one as its `data`, or, however it is named, JSONL."""
+    text = _text(file)
+    try:
+        value = _parse(text)
+    except json.JSONDecodeError as error:
+        if _is_jsonl(text):
+            yield from _read_jsonl(file, size)
+            return
+        if _is_cut(text, error):
+            raise _BadFileError("The file ends in the middle of a value.") from error
+        raise _BadFileError(
+            f"No JSON at column {error.colno}: {error.msg}.", f", line {error.lineno}"
+        ) from error
+    except (ValueError, RecursionError) as error:
+        raise _BadFileError(_no_json(error)) from error
+    if isinstance(value, dict) and "data" not in value and text.strip().count("\n") == 0:
+        value = [value]  # JSONL of one line
+    rows = value.get("data") if isinstance(value, dict) else value
+    if not isinstance(rows, list):
+        raise _BadFileError('The file holds neither a list of rows nor {"data": [rows]}.')
+    for number, row in enumerate(rows, 1):
+        yield _row(f"{file.name}, row {number}", row), size * number // len(rows)
+
+
+def _read_csv(
+    file: DataFile, size: int, delimiter: str = ","
+) -> Iterator[tuple[Row | Problem, int]]:
+    text = _text(file)
+    csv.field_size_limit(LONGEST_CELL)
+    records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
+    line, lines = 1, text.count("\n") + 1
+    try:
+        header = [name.strip() for name in next(records, [])]
+        _check_header(header)
+        line = records.line_num + 1
+        for cells in records:
+            place = f"{file.name}, line {line}"
+            line = records.line_num + 1
+            done = size * records.line_num // lines
+            if not cells:
+                continue
+            if len(cells) == len(header):
+                yield Row(place, dict(zip(header, cells, strict=True))), done
+            else:
+                count = f"{len(cells)} {'column' if len(cells) == 1 else 'columns'}"
+                yield Problem(place, f"It has {count}, but the header has {len(header)}."), done
+    except csv.Error as error:
+        raise _BadFileError(f"This is no CSV: {error}.", f", line {line}") from error
+
+
+def _read_tsv(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
+    return _read_csv(file, size, "\t")
+
+
+def _check_header(header: Sequence[str]) -> None:
+    if "" in header:
+        number = header.index("") + 1
+        raise _BadFileError(f"Column {number} of the header has no name.", ", line 1")
+    twice = next((name for name in header if header.count(name) > 1), None)
+    if twice is not None:
+        raise _BadFileError(f"The header names the column {twice!r} twice.", ", line 1")
+
+
+def _read_parquet(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
+    try:
+        from pyarrow import ArrowException  # type: ignore[import-untyped]
+        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
+    except ImportError as error:
+        raise TrainingError(
+            f"{file.name} is parquet, which takes a library that is not installed.",
+            hint="Install it: pip install 'phimlx[parquet]'",
+        ) from error
+    try:
+        with ParquetFile(file.path) as parquet:
+            count, number = parquet.metadata.num_rows, 0
+            for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):
+                for values in batch.to_pylist():
+                    number += 1
+                    yield Row(f"{file.name}, row {number}", values), size * number // count
+    except (ArrowException, OSError) as error:
+        raise _BadFileError("The file is damaged, or no parquet.") from error
+
+
+READERS: dict[str, Reader] = {
+    ".jsonl": _read_jsonl,
+    ".ndjson": _read_jsonl,
+    ".json": _read_json,
+    ".csv": _read_csv,
+    ".tsv": _read_tsv,
+    ".parquet": _read_parquet,
+}
+# What unpacks what is compressed.
+COMPRESSED = {
+    ".gz": "gunzip",
+    ".bz2": "bunzip2",
+    ".xz": "unxz",
+    ".zst": "unzstd",
+    ".zip": "unzip",
+}
+
+
+def _row(place: str, value: Any) -> Row | Problem:
+    if isinstance(value, dict):
+        return Row(place, value)
+    return Problem(place, f"A row is a JSON object, but this is {shortened(value)}.")
+
+
+def _parse(text: str) -> Any:
+    return json.loads(text, parse_constant=_refuse_constant)
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON.")
+
+
+def _no_json(error: Exception) -> str:
+    """A reason for what the parser raises besides its own error."""
+    return "It is nested too deeply." if isinstance(error, RecursionError) else str(error)
+
+
+def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
+    """Whether the parser stopped because the text did."""
+    return error.msg.startswith("Unterminated string") or error.pos >= len(text.rstrip())
+
+
+def _is_jsonl(text: str) -> bool:
+    """Whether the first line that is not empty is an object of its own."""
+    first = next((line for line in text.split("\n") if line.strip()), "")
+    try:
+        return isinstance(_parse(first), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def _text(file: DataFile) -> str:
+    content = _without_mark(file.path.read_bytes())
+    try:
+        return content.decode()
+    except UnicodeDecodeError as error:
+        line = content[: error.start].count(b"\n") + 1
+        raise _BadFileError("This is not UTF-8 text.", f", line {line}") from error
+
+
+def _without_mark(start: bytes) -> bytes:
+    """The start of a file without UTF-8's byte order mark."""
+    if start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+        raise _BadFileError("The file is UTF-16 text; save it as UTF-8.")
+    return start.removeprefix(codecs.BOM_UTF8)
+
+
+def _size(file: DataFile) -> int:
+    try:
+        with file.path.open("rb"):
+            return file.path.stat().st_size
+    except OSError as error:
+        raise _unreadable(file, error) from error
+
+
+def _unreadable(file: DataFile, error: OSError) -> TrainingError:
+    if isinstance(error, FileNotFoundError):
+        return TrainingError(f"There is no file {file.path}.", hint="Check the path.")
+    return TrainingError(f"{file.path} cannot be read: {error.strerror or error}.")
