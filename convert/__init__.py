@@ -3,7 +3,17 @@
 Knows checkpoints and the catalogue; knows nothing of the command line, and never prints.
 """
 
+from convert.learned import Learning
 from convert.pipeline import Conversion, Plan, convert, plan
 from convert.recipe import Quantization, Recipe, read_recipe
 
-__all__ = ["Conversion", "Plan", "Quantization", "Recipe", "convert", "plan", "read_recipe"]
+__all__ = [
+    "Conversion",
+    "Learning",
+    "Plan",
+    "Quantization",
+    "Recipe",
+    "convert",
+    "plan",
+    "read_recipe",
+]

@@ -61,10 +61,10 @@ def locate(tensors: Mapping[str, TensorInfo]) -> list[Place]:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
-        for name, entry in header.items():
-            if name in tensors:
-                offset = 8 + length + entry["data_offsets"][0]
-                places.append(Place(name, tensors[name], offset))
+        for name, info in tensors.items():
+            if info.file == file:
+                offset = 8 + length + header[info.name]["data_offsets"][0]
+                places.append(Place(name, info, offset))
     return sorted(places, key=lambda place: (place.info.file, place.offset))
 
 

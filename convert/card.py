@@ -7,15 +7,19 @@ from __future__ import annotations
 
 import json
 import re
+from collections import Counter
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import phimlx
-from convert.recipe import Quantization, Recipe
+from convert.recipe import UNIFORM, Quantization, Recipe, part_of
 from phimlx.catalog import Model
+from phimlx.checkpoint import read_json
 from phimlx.models.config import hub_dialect
+from phimlx.transfer import record_of
 
 CARD = """\
 ---
@@ -32,6 +36,7 @@ phimlx chat --model {title}
 """
 TARGETS = {"mlx": "MLX", "pt": "Hub layout"}
 LIBRARIES = {"mlx": "mlx", "pt": "transformers"}
+TASKS = {"phi3": "text-generation", "phi4mm": "image-text-to-text"}  # by model_type
 
 
 def model_config(
@@ -71,35 +76,44 @@ def model_card(
     dtype: str | None,
     recipe: Recipe | None,
     format: str,
+    layers: Mapping[str, Quantization | None] = MappingProxyType({}),
+    model_type: str = "phi3",
 ) -> str:
     """`README.md`: what it was made from, and how.
 
     Args:
+        source: the folder that it was made from, which may tell repository and revision.
         format: of the weight files, "mlx" or "pt".
+        layers: what became of each layer that can be quantized.
+        model_type: as in config.json.
     """
     form = f"weights in {dtype or 'their own types'}"
     if recipe is not None:
         form = f"weights at {recipe.default}"
-        if recipe.rules:
+        if recipe.name != UNIFORM:
             form += f", others by the recipe {recipe.name}"
     about: dict[str, object] = {
         "library_name": LIBRARIES[format],
-        "pipeline_tag": "text-generation",
+        "pipeline_tag": TASKS[model_type],
         "tags": ["mlx", "phimlx"] if format == "mlx" else ["phimlx"],
     }
-    origin = "A model"
+    repository, revision = published_as(source)
+    base = repository
     if known is not None:
         about["license"] = known.licence.lower()
-        origin = known.alias
-    if known is not None and known.repo is not None:
-        about["base_model"] = known.repo
+        base = known.repo
+        repository = repository or base
+    if base is not None:
+        about["base_model"] = base
         if recipe is not None:
             about["base_model_relation"] = "quantized"
-        origin = f"[{known.repo}](https://huggingface.co/{known.repo})"
-        if re.fullmatch("[0-9a-f]{40}", source.name) and source.parent.name == "snapshots":
-            origin += f" at revision `{source.name}`"
+    origin = known.alias if known is not None else "A model"
+    if repository is not None:
+        origin = f"[{repository}](https://huggingface.co/{repository})"
+    if revision is not None:
+        origin += f" at revision `{revision}`"
     front_matter = "\n".join(f"{key}: {json.dumps(value)}" for key, value in about.items())
-    return CARD.format(
+    text = CARD.format(
         front_matter=front_matter,
         title=title,
         origin=origin,
@@ -107,3 +121,64 @@ def model_card(
         version=phimlx.__version__,
         form=form,
     )
+    if recipe is not None and (exceptions := _exceptions(recipe, layers)):
+        rows = [("Layers", "Weights"), ("---", "---"), *exceptions]
+        rows.append(("all others", str(recipe.default)))
+        text += "\n## Layers\n\n" + "".join(f"| {left} | {right} |\n" for left, right in rows)
+    return text
+
+
+def published_as(folder: Path) -> tuple[str | None, str | None]:
+    """Repository and commit that a folder came from, by its place in the Hub's cache or its record.
+
+    Each is None where nothing tells.
+    """
+    if folder.parent.name == "snapshots":
+        name, commit = folder.parent.parent.name.removeprefix("models--"), folder.name
+        repository = name.replace("--", "/", 1)
+    else:
+        record = record_of(folder)
+        value = read_json(record) if record.is_file() else {}
+        repository, commit = str(value.get("repository")), str(value.get("commit"))
+    return (
+        repository if re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII) else None,
+        commit if re.fullmatch("[0-9a-f]{40}", commit) else None,
+    )
+
+
+def _exceptions(recipe: Recipe, layers: Mapping[str, Quantization | None]) -> list[tuple[str, str]]:
+    """The layers that have another form than most, all of a kind together, and that form."""
+    numbers: dict[tuple[str, Quantization | None], list[int]] = {}
+    blocks = set()
+    beside = Counter((part_of(path), chosen) for path, chosen in layers.items())
+    for path, chosen in layers.items():
+        if part_of(path) is not None:
+            continue
+        found = re.search(r"\blayers\.(\d+)\.(.+)", path)
+        kind = (found[2] if found else path).removesuffix(".base_layer")
+        blocks |= {int(found[1])} if found else set()
+        if chosen != recipe.default:
+            numbers.setdefault((kind, chosen), []).extend([int(found[1])] if found else [])
+    rows = []
+    for (kind, chosen), own in numbers.items():
+        where = ""
+        if own:
+            every = len(own) == len(blocks)
+            where = " of every block" if every else f" of the blocks {_ranges(sorted(own))}"
+        rows.append((f"`{kind}`{where}", "not quantized" if chosen is None else str(chosen)))
+    for (part, chosen), count in beside.items():
+        if part is not None and chosen != recipe.default:
+            form = "not quantized" if chosen is None else str(chosen)
+            rows.append((f"{part}, {count} layers", form))
+    return rows
+
+
+def _ranges(numbers: list[int]) -> str:
+    """1, 2, 3, 7 as 1-3, 7."""
+    runs: list[list[int]] = []
+    for number in numbers:
+        if runs and number == runs[-1][-1] + 1:
+            runs[-1].append(number)
+        else:
+            runs.append([number])
+    return ", ".join(f"{run[0]}-{run[-1]}" if len(run) > 1 else str(run[0]) for run in runs)

@@ -15,6 +15,7 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from convert.blocks import Rows, read_blocks
+from convert.recipe import part_of
 from convert.steps import Step, Steps
 from phimlx.checkpoint import Checkpoint, build_model, stored_parameters
 from phimlx.errors import PhimlxError
@@ -56,8 +57,9 @@ class LayerError:
     """One weight matrix.
 
     Attributes:
-        layer: its decoder layer, counted from 0; None for embedding and head.
-        kind: `qkv_proj`, `o_proj`, `gate_up_proj`, `down_proj`, `embed_tokens` or `lm_head`.
+        layer: its decoder layer, counted from 0; None for what is in none.
+        kind: `qkv_proj`, `o_proj`, `gate_up_proj`, `down_proj`, `embed_tokens` or `lm_head`; for
+            all of a multimodal model's other matrices `adapters` or `encoders`.
         error: ‖after - before‖ / ‖before‖ of all its numbers (Frobenius norm).
         bits_before, bits_after: that each of them takes, scales and biases included.
     """
@@ -268,11 +270,11 @@ def layer_errors(
 
 def _layer_error(before: Step, after: Step, error: float) -> LayerError:
     name = before.change.name
-    path = name.removesuffix(".weight").split(".")
+    path = name.removesuffix(".weight").removesuffix(".base_layer").split(".")
     return LayerError(
         name=name,
         layer=int(path[2]) if path[1:2] == ["layers"] else None,
-        kind=path[-1],
+        kind=part_of(name) or path[-1],
         error=error,
         bits_before=8 * before.nbytes / before.size,
         bits_after=8 * after.nbytes / after.size,

@@ -10,7 +10,7 @@ import fcntl
 import json
 import os
 import shutil
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -30,6 +30,8 @@ COMPANIONS = (
     "chat_template.jinja",
     "chat_template.json",
     "generation_config.json",
+    "preprocessor_config.json",
+    "processor_config.json",
     "LICENSE",
     "LICENSE.md",
     "LICENSE.txt",
@@ -65,6 +67,8 @@ class Journal:
             value = json.loads((folder / JOURNAL).read_bytes())
             done = value["done"] if value["plan"] == plan else 0
         except (OSError, ValueError, KeyError, TypeError):
+            done = 0
+        if not all((folder / name).is_file() for name in names):
             done = 0
         kept = {*names, JOURNAL} if done and type(done) is int else set()
         for entry in folder.iterdir():
@@ -105,20 +109,42 @@ def new_folder(
     Raises:
         ConversionError: where `out` exists, is being written by another process, or cannot be.
     """
+    with _filling(out, plan, names, keep_after) as journal:
+        yield journal
+        journal.close()
+        for file in [*journal.folder.iterdir(), journal.folder]:
+            sync(file)
+        # Where another has made `out` meanwhile this fails, unless it is an empty folder.
+        journal.folder.rename(out)
+        sync(out.parent)
+
+
+@contextmanager
+def new_file(
+    out: Path, plan: str, keep_after: tuple[type[BaseException], ...] = ()
+) -> Iterator[Journal]:
+    """Fill the file of `out`'s name in a folder beside it; otherwise as `new_folder`."""
+    with _filling(out, plan, [out.name], keep_after) as journal:
+        yield journal
+        file = journal.folder / out.name
+        sync(file)
+        refuse_existing(out)
+        file.rename(out)
+        sync(out.parent)
+        shutil.rmtree(journal.folder, ignore_errors=True)
+
+
+@contextmanager
+def _filling(
+    out: Path, plan: str, names: Collection[str], keep_after: tuple[type[BaseException], ...]
+) -> Iterator[Journal]:
     partial = partial_folder(out)
     with writing(out):
         refuse_existing(out)
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = claim(partial, out)
         try:
-            journal = Journal.open(partial, plan, names)
-            yield journal
-            journal.close()
-            for file in [*partial.iterdir(), partial]:
-                sync(file)
-            # Where another has made `out` meanwhile this fails, unless it is an empty folder.
-            partial.rename(out)
-            sync(out.parent)
+            yield Journal.open(partial, plan, names)
         except keep_after:
             raise
         except BaseException:
@@ -126,6 +152,11 @@ def new_folder(
             raise
         finally:
             os.close(lock)
+
+
+def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
+    """Path, size and time of files: what tells that one is not the same any more."""
+    return [(str(file), file.stat().st_size, file.stat().st_mtime_ns) for file in files]
 
 
 def partial_folder(out: Path) -> Path:

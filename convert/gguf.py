@@ -6,36 +6,30 @@ Source: llama.cpp, convert_hf_to_gguf.py, Phi3MiniModel.
 
 from __future__ import annotations
 
+import hashlib
 import os
-import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from dataclasses import dataclass, replace
+from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import mlx.core as mx
 
+import phimlx
 from convert.blocks import WeightFiles, read_blocks
-from convert.folder import (
-    check_space,
-    claim,
-    companions,
-    partial_folder,
-    refuse_existing,
-    sync,
-    writing,
-)
-from convert.pipeline import BATCHES_AHEAD, Conversion, check_purpose
+from convert.folder import Journal, check_space, companions, new_file, refuse_existing, stamps
+from convert.pipeline import BATCHES_AHEAD, JOURNAL_BYTES, Conversion, check_purpose
 from convert.steps import Step, Steps
 from phimlx import catalog
-from phimlx.checkpoint import Checkpoint, read_json
+from phimlx.checkpoint import Checkpoint, build_model, read_json
 from phimlx.errors import ConversionError, shortened
 from phimlx.models.config import Phi3Config
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
+    from numpy.typing import NDArray
 
 # What of a name comes between `blk.N.` or nothing and `.weight`.
 NAMES = {
@@ -76,6 +70,15 @@ class GgufPlan:
     def bytes_before(self) -> int:
         return self.steps.bytes_before
 
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the bytes of the file."""
+        described = [self.checkpoint.folder / "config.json"]
+        described += companions(self.checkpoint.folder).values()
+        versions = [phimlx.__version__, *map(version, ("mlx", "gguf")), str(mx.default_device())]
+        decisive = (versions, stamps([*described, *self.checkpoint.files]), self.steps, self.kind)
+        return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
     def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Conversion:
         """Write the file, which appears when it is complete.
 
@@ -84,12 +87,15 @@ class GgufPlan:
                 left behind then.
         """
         start = time.perf_counter()
-        with _new_file(self.out) as partial:
-            writer = self._described(partial)
-            try:
-                weights = self._write_weights(writer, advance)
-            finally:
-                writer.close()
+        with new_file(self.out, self.digest, self.files.keep_after) as journal:
+            continued = sum(step.nbytes for step in self.steps.steps[: journal.done])
+            if continued:
+                advance(continued)
+            header = self._header(journal.folder)
+            descriptor = os.open(journal.folder / self.out.name, os.O_RDWR | os.O_CREAT, 0o644)
+            with os.fdopen(descriptor, "r+b") as file:
+                file.write(header)
+                weights = self._write_weights(file, journal, advance)
         size = sum(step.size for step in self.steps.steps)
         return Conversion(
             path=self.out,
@@ -103,64 +109,97 @@ class GgufPlan:
             recipe=None,
             quantization=None,
             undivided=(),
-            continued=0,
+            continued=continued,
             seconds=time.perf_counter() - start,
         )
 
-    def _described(self, partial: Path) -> GGUFWriter:
-        """A writer that has written all that comes before the weights."""
+    def _header(self, folder: Path) -> bytes:
+        """All that comes before the weights, written by way of a file that is gone then."""
         import gguf
         import numpy as np
 
-        writer = gguf.GGUFWriter(partial, "phi3")
+        path = folder / "header"
+        writer = gguf.GGUFWriter(path, "phi3")
         _add_settings(writer, self.checkpoint, self.config, self.kind)
         _add_tokenizer(writer, self.checkpoint.folder, self.config.vocab_size)
-        rope = self.config.rope
-        for name, factors in (("long", rope.long_factor), ("short", rope.short_factor)):
-            if factors:
-                array = np.array(factors, np.float32)
-                writer.add_tensor_info(
-                    f"rope_factors_{name}.weight", array.shape, array.dtype, array.nbytes
-                )
+        for name, factors in self._rope_factors.items():
+            writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+        dtype = np.dtype(np.float32)  # of a shape that counts numbers, not bytes
         for step in self.steps.steps:
-            kind = self._kind_of(step)
-            block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
-            nbytes = step.size // block * block_bytes
-            dtype = np.dtype(np.float32)  # of a shape that counts numbers, not bytes
-            writer.add_tensor_info(gguf_name(step.change.name), step.shape, dtype, nbytes, kind)
+            name, nbytes = gguf_name(step.change.name), self._nbytes(step)
+            writer.add_tensor_info(name, step.shape, dtype, nbytes, self._kind_of(step))
         writer.open_output_file()
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_ti_data_to_file()
-        return writer
+        writer.close()
+        header = path.read_bytes()
+        path.unlink()
+        return header + bytes(-len(header) % gguf.GGUF_DEFAULT_ALIGNMENT)
 
-    def _write_weights(self, writer: GGUFWriter, advance: Callable[[int], object]) -> int:
+    def _write_weights(
+        self, file: BinaryIO, journal: Journal, advance: Callable[[int], object]
+    ) -> int:
+        """Write the weights after the header, those that the journal has not; their bytes."""
         import gguf
         import numpy as np
 
-        assert writer.fout is not None
-        file = writer.fout[0]
-        writer.write_padding(file, file.tell())
         start = file.tell()
-        for factors in (self.config.rope.long_factor, self.config.rope.short_factor):
-            if factors:
-                file.write(np.array(factors, np.float32).tobytes())
-                writer.write_padding(file, file.tell() - start)
-        work = [(step, rows) for step in self.steps.steps for rows in step.blocks(BLOCK_BYTES)]
-        blocks = read_blocks([rows for _, rows in work], BATCHES_AHEAD, self.files)
-        for (step, rows), stored in zip(work, blocks, strict=True):
+
+        def pad() -> None:
+            file.write(bytes((start - file.tell()) % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+        for factors in self._rope_factors.values():
+            file.write(factors.tobytes())
+            pad()
+        for step in self.steps.steps[: journal.done]:
+            file.seek(self._nbytes(step), os.SEEK_CUR)
+            file.seek((start - file.tell()) % gguf.GGUF_DEFAULT_ALIGNMENT, os.SEEK_CUR)
+        file.truncate()
+        work = [
+            (number, step, rows)
+            for number, step in enumerate(self.steps.steps)
+            if number >= journal.done
+            for rows in step.blocks(BLOCK_BYTES)
+        ]
+        blocks = read_blocks([rows for _, _, rows in work], BATCHES_AHEAD, self.files)
+        unrecorded = 0
+        for (number, step, rows), stored in zip(work, blocks, strict=True):
             block = step.change.apply(stored)
             mx.eval(block.parts, block.sound, block.fits)
             block.check()
             numbers = np.array(block.parts[step.change.name].astype(mx.float32))
-            packed = gguf.quants.quantize(numbers, self._kind_of(step))
-            file.write(packed.tobytes())
+            file.write(gguf.quants.quantize(numbers, self._kind_of(step)).tobytes())
+            unrecorded += rows.nbytes
             if rows.is_last:
-                writer.write_padding(file, file.tell() - start)
+                pad()
+                if unrecorded >= JOURNAL_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    journal.record(number + 1)
+                    unrecorded = 0
             advance(rows.nbytes)
             del block, stored
             mx.clear_cache()
-        return int(file.tell() - start)
+        return file.tell() - start
+
+    @property
+    def _rope_factors(self) -> dict[str, NDArray[Any]]:
+        import numpy as np
+
+        rope = self.config.rope
+        both = (("long", rope.long_factor), ("short", rope.short_factor))
+        return {
+            f"rope_factors_{name}.weight": np.array(factors, np.float32)
+            for name, factors in both
+            if factors
+        }
+
+    def _nbytes(self, step: Step) -> int:
+        from gguf import GGML_QUANT_SIZES
+
+        block, block_bytes = GGML_QUANT_SIZES[self._kind_of(step)]
+        return step.size // block * block_bytes
 
     def _kind_of(self, step: Step) -> GGMLQuantizationType:
         """As llama.cpp's converter: norms in full, rows that no block divides in half precision."""
@@ -191,7 +230,8 @@ def plan_gguf(
     Raises:
         ConfigError, CheckpointError: where the source is not a whole Phi-4 model.
         ConversionError: where it is quantized, has no tokenizer that llama.cpp knows, the output
-            exists or has no room, or the `gguf` package is not installed.
+            exists or has no room, the model is a multimodal one, or the `gguf` package is not
+            installed.
     """
     try:
         import gguf  # noqa: F401
@@ -203,6 +243,12 @@ def plan_gguf(
     out = Path(out).absolute()
     refuse_existing(out)
     checkpoint = Checkpoint(source)
+    if build_model(checkpoint.config).slots is not None:
+        raise ConversionError(
+            f"{checkpoint.folder} sees and hears, with an adapter for each, which llama.cpp does "
+            "not run: there is no GGUF file of such a model.",
+            hint="Write another layout: --export hf, or MLX's without --export.",
+        )
     check_purpose(checkpoint, None, dequantize)
     steps = Steps.of(checkpoint, None, None)
     config = Phi3Config.from_dict(checkpoint.config)
@@ -308,22 +354,3 @@ def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
     writer.add_token_types(types)
     special: Any = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
     special.add_to_gguf(writer, quiet=True)
-
-
-@contextmanager
-def _new_file(out: Path) -> Iterator[Path]:
-    """A file in a folder beside `out`, which becomes `out` when the block has ended well."""
-    folder = partial_folder(out)
-    with writing(out):
-        refuse_existing(out)
-        out.parent.mkdir(parents=True, exist_ok=True)
-        lock = claim(folder, out)
-        try:
-            yield folder / out.name
-            sync(folder / out.name)
-            refuse_existing(out)
-            (folder / out.name).rename(out)
-            sync(out.parent)
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
-            os.close(lock)

@@ -8,8 +8,8 @@ from __future__ import annotations
 import hashlib
 import json
 import time
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 
@@ -25,9 +25,12 @@ from convert.folder import (
     copy_companions,
     new_folder,
     refuse_existing,
+    stamps,
 )
+from convert.fuse import Fusion, as_stored
+from convert.learned import Learning, Lesson
 from convert.quantize import batched, parallel_streams
-from convert.recipe import Quantization, Recipe, named
+from convert.recipe import UNIFORM, Quantization, Recipe, named
 from convert.shards import Layout, ShardWriter, write_index
 from convert.steps import Steps
 from phimlx import catalog
@@ -79,6 +82,8 @@ class Plan:
     Attributes:
         recipe: None where every layer becomes plain numbers.
         layout: of the output's weights.
+        lesson: how the quantized weights are learned; None where they are rounded.
+        fusion: the adapter that is merged into the weights.
     """
 
     checkpoint: Checkpoint
@@ -87,6 +92,8 @@ class Plan:
     recipe: Recipe | None
     layout: Layout
     files: WeightFiles
+    lesson: Lesson | None = None
+    fusion: Fusion | None = None
 
     @property
     def bytes_before(self) -> int:
@@ -95,31 +102,47 @@ class Plan:
     @property
     def digest(self) -> str:
         """Of everything that decides the bytes of the output's weights."""
-        files = [
-            (str(file), file.stat().st_size, file.stat().st_mtime_ns)
-            for file in self.checkpoint.files
-        ]
         versions = (phimlx.__version__, version("mlx"), str(mx.default_device()))
-        decisive = repr((versions, files, self.steps.steps, self.layout.headers))
+        files = stamps(self.checkpoint.files)
+        lesson = None if self.lesson is None else self.lesson.digest
+        adapter = None if self.fusion is None else self.fusion.digest
+        decisive = repr((versions, files, self.steps.steps, self.layout.headers, lesson, adapter))
         return hashlib.sha256(decisive.encode()).hexdigest()
 
-    def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Conversion:
+    def run(
+        self,
+        advance: Callable[[int], object] = lambda nbytes: None,
+        learning: Callable[[float], object] = lambda percent: None,
+    ) -> Conversion:
         """Convert.
 
         Args:
             advance: called with the bytes of each block that has been dealt with.
+            learning: called with hundredths of what comes before that, where weights are learned.
 
         Raises:
             ConversionError: where a weight is not finite or the output cannot be written. Nothing
                 is left behind then.
         """
         start = time.perf_counter()
-        keep_after = self.files.keep_after
-        with new_folder(self.out, self.digest, self.layout.shards, keep_after) as journal:
-            continued = sum(step.nbytes for step in self.steps.steps[: journal.done])
-            if continued:
-                advance(continued)
-            self._write_weights(journal, advance)
+        lesson = self.lesson if self.lesson is not None and self.lesson.is_to_come else None
+        if lesson is not None and lesson.learning.method == "sensitivity":
+            chosen = self._by(lesson.choose(learning), replace(lesson, is_to_come=False))
+            return replace(chosen.run(advance), seconds=time.perf_counter() - start)
+        names = self.layout.shards if lesson is None else lesson.files
+        keep_after = self.files.keep_after if lesson is None else lesson.keep_after
+        with new_folder(self.out, self.digest, names, keep_after) as journal:
+            continued = 0
+            if lesson is None:
+                continued = sum(step.nbytes for step in self.steps.steps[: journal.done])
+                if continued:
+                    advance(continued)
+                self._write_weights(journal, advance)
+            else:
+                learned = lesson.learn(journal, learning)
+                self._write_weights(replace(journal, done=0), advance, learned)
+                for name in lesson.files:
+                    (journal.folder / name).unlink()
             copy_companions(self.checkpoint.folder, journal.folder)
             self._describe(journal.folder)
         parameters = sum(step.size for step in self.steps.steps)
@@ -139,7 +162,19 @@ class Plan:
             seconds=time.perf_counter() - start,
         )
 
-    def _write_weights(self, journal: Journal, advance: Callable[[int], object]) -> None:
+    def _by(self, recipe: Recipe, lesson: Lesson) -> Plan:
+        """The same by another recipe."""
+        steps = Steps.of(self.checkpoint, recipe, self.steps.dtype)
+        results = (item for step in steps.steps for item in step.result().items())
+        layout = Layout.of(results, SHARD_BYTES, self.layout.format)
+        return replace(self, recipe=recipe, steps=steps, layout=layout, lesson=lesson)
+
+    def _write_weights(
+        self,
+        journal: Journal,
+        advance: Callable[[int], object],
+        learned: Mapping[str, mx.array] | None = None,
+    ) -> None:
         streams = parallel_streams()
         work = [
             (number, step.change, rows)
@@ -156,7 +191,10 @@ class Plan:
                 made = []
                 for stream, ((number, change, rows), stored) in zip(streams, batch, strict=False):
                     with mx.stream(stream):
-                        made.append((number, rows, change.apply(stored)))
+                        block = change.apply(stored, rows.first)
+                        if learned:
+                            block = block.with_parts(rows.first, rows.last, learned)
+                        made.append((number, rows, block))
                 mx.eval([(block.parts, block.sound, block.fits) for _, _, block in made])
                 for number, rows, block in made:
                     block.check()
@@ -164,7 +202,7 @@ class Plan:
                         writer.write(name, rows.first, array)
                     advance(rows.nbytes)
                     unrecorded += rows.nbytes
-                    if unrecorded >= JOURNAL_BYTES and rows.is_last:
+                    if unrecorded >= JOURNAL_BYTES and rows.is_last and learned is None:
                         writer.sync()
                         journal.record(number + 1)
                         unrecorded = 0
@@ -177,8 +215,17 @@ class Plan:
         source = self.checkpoint.folder.resolve()
         known = catalog.by_config(self.checkpoint.config, source)
         card = model_card(
-            self.out.name, source, known, self.steps.dtype, self.recipe, self.layout.format
+            self.out.name,
+            source,
+            known,
+            self.steps.dtype,
+            self.recipe,
+            self.layout.format,
+            self.steps.layers,
+            self.checkpoint.config["model_type"],
         )
+        card += "" if self.lesson is None else self.lesson.markdown()
+        card += "" if self.fusion is None else self.fusion.markdown()
         (folder / "README.md").write_text(card, encoding="utf-8")
         config = model_config(
             self.checkpoint.config, known, self.steps.dtype, self.recipe, self.steps.layers
@@ -194,9 +241,12 @@ def plan(
     *,
     dequantize: bool = False,
     group_size: int | None = None,
+    parts: Collection[str] = (),
     layout: str = "mlx",
     files: WeightFiles | None = None,
     shard_bytes: int = SHARD_BYTES,
+    method: Learning | str | None = None,
+    adapter: str | Path | None = None,
 ) -> Plan:
     """Check everything that can be known from the headers, and lay the output out.
 
@@ -209,12 +259,19 @@ def plan(
             tensor's own.
         dequantize: that plain numbers are meant where the source is quantized.
         group_size: other than the recipe's own.
+        parts: "adapters", "encoders": what of a multimodal model is quantized too, to 8 bits. Else
+            it stays as it is, where no rule of the recipe names it.
         layout: "mlx", or "hf" as published on the Hub, which has no quantized weights.
         files: how the source's weight files are opened; they are here where None.
         shard_bytes: largest weight file; a tensor that is larger has one of its own.
+        method: how quantized weights are learned, "gptq" or "dwq" for that with its defaults; they
+            are rounded where None.
+        adapter: a folder whose adapter is fused into the weights. Quantized ones are quantized
+            again as they were, where nothing else is asked for.
 
     Raises:
-        ConfigError, CheckpointError: where the source is not a whole Phi-4 model.
+        ConfigError, CheckpointError: where the source is not a whole Phi-4 model, or the adapter
+            not one for it.
         ConversionError: where the two make no sense together, or the output exists or has no room.
     """
     if dtype is not None and dtype not in DTYPES:
@@ -229,11 +286,26 @@ def plan(
         build_model(checkpoint.config)  # an architecture that there are recipes for
         recipe = named(recipe, checkpoint.config["model_type"])
     elif isinstance(recipe, Quantization):
-        recipe = Recipe("uniform", recipe)
+        recipe = Recipe(UNIFORM, recipe)
     if recipe is not None and group_size is not None:
         recipe = recipe.in_groups_of(group_size)
+    fusion = None if adapter is None else Fusion.of(adapter, checkpoint)
+    if fusion is not None and method is not None:
+        raise ConversionError(
+            "Weights are learned from a model's own: fuse the adapter first.",
+            hint="phimlx fuse --model MODEL --adapter-path ADAPTER --save-path FUSED",
+        )
+    if fusion is not None and recipe is None and not dequantize and layout == "mlx":
+        recipe = as_stored(checkpoint)
     check_purpose(checkpoint, recipe, dequantize)
-    steps = Steps.of(checkpoint, recipe, dtype)
+    if recipe is not None and parts:
+        check_parts(checkpoint, parts)
+        recipe = recipe.with_parts(*parts)
+    steps = Steps.of(checkpoint, recipe, dtype, whole=layout == "hf")
+    if fusion is not None:
+        steps = fusion.into(steps)
+    learning = Learning(method) if isinstance(method, str) else method
+    lesson = None if learning is None else Lesson.of(learning, checkpoint, recipe, steps)
     results = (item for step in steps.steps for item in step.result().items())
     planned = Plan(
         checkpoint=checkpoint,
@@ -242,8 +314,15 @@ def plan(
         recipe=recipe,
         layout=Layout.of(results, shard_bytes, FORMATS[layout]),
         files=files or WeightFiles(),
+        lesson=lesson,
+        fusion=fusion,
     )
-    if checkpoint.quantization and recipe and planned.layout.nbytes >= planned.bytes_before:
+    if (
+        fusion is None
+        and checkpoint.quantization
+        and recipe
+        and planned.layout.nbytes >= planned.bytes_before
+    ):
         raise ConversionError(
             f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits: "
             "this would make it no smaller, and no better.",
@@ -251,7 +330,8 @@ def plan(
             "does not come back.",
         )
     small = sum(file.stat().st_size for file in companions(checkpoint.folder).values())
-    check_space(out, planned.layout.nbytes + planned.files.spare + small)
+    spare = planned.files.spare if lesson is None else lesson.spare(planned.layout.nbytes)
+    check_space(out, planned.layout.nbytes + spare + small)
     return planned
 
 
@@ -263,11 +343,23 @@ def convert(
     *,
     dequantize: bool = False,
     group_size: int | None = None,
+    parts: Collection[str] = (),
     layout: str = "mlx",
+    method: Learning | str | None = None,
+    adapter: str | Path | None = None,
 ) -> Conversion:
     """Make a folder of a model; arguments and errors as for `plan` and `Plan.run`."""
     planned = plan(
-        source, out, recipe, dtype, dequantize=dequantize, group_size=group_size, layout=layout
+        source,
+        out,
+        recipe,
+        dtype,
+        dequantize=dequantize,
+        group_size=group_size,
+        parts=parts,
+        layout=layout,
+        method=method,
+        adapter=adapter,
     )
     return planned.run()
 
@@ -285,4 +377,14 @@ def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: boo
         raise ConversionError(
             f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits.",
             hint="Quantize it further with -q, or make plain numbers of it with --dequantize.",
+        )
+
+
+def check_parts(checkpoint: Checkpoint, parts: Collection[str]) -> None:
+    """Refuse to quantize what a model does not have."""
+    model = build_model(checkpoint.config)
+    if model.slots is None:
+        raise ConversionError(
+            f"{checkpoint.folder} takes text only, so it has no {' and no '.join(parts)}.",
+            hint=f"Leave {' and '.join(f'--q-{part}' for part in parts)} out.",
         )

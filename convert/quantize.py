@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, replace
 from itertools import islice
 from typing import TypeVar
 
@@ -46,12 +46,13 @@ class Change:
     becomes: Quantization | None
     dtype: mx.Dtype
 
-    def apply(self, stored: Sequence[mx.array]) -> Block:
+    def apply(self, stored: Sequence[mx.array], first: int = 0) -> Block:
         """The new form of a block; nothing is computed before it is evaluated.
 
         Args:
             stored: `[rows, ...]`, or where `was` is not None the packed `[rows, width * bits /
                 32]`, scales and biases (which only affine mode has) `[rows, width / group_size]`.
+            first: number of the first of these rows in the tensor.
         """
         if self.was is None:
             plain = stored[0]
@@ -98,6 +99,19 @@ class Block:
     parts: dict[str, mx.array]
     sound: mx.array
     fits: mx.array
+
+    def with_parts(self, first: int, last: int, tensors: Mapping[str, mx.array]) -> Block:
+        """The same rows, `first` to `last` (not included), of these tensors where they are named.
+
+        Args:
+            tensors: whole, in the form of the output.
+        """
+        parts, fits = dict(self.parts), self.fits
+        for name in parts.keys() & tensors.keys():
+            parts[name] = tensors[name][first:last]
+            if parts[name].dtype in INFINITIES:
+                fits = fits & is_finite(parts[name])
+        return replace(self, parts=parts, fits=fits)
 
     def check(self) -> None:
         """Raise `ConversionError` where a number is NaN or infinite, before or after."""

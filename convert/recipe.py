@@ -1,6 +1,7 @@
 """Which layers are quantized and how: recipes as data, named ones for each architecture.
 
-Knows names and widths of layers; knows nothing of their weights.
+Knows names and widths of layers; knows nothing of their weights. A layer with adapters beside it
+goes by the path that it has in a model without them.
 """
 
 from __future__ import annotations
@@ -20,6 +21,12 @@ from phimlx.errors import ConversionError, shortened
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 
 MAX_RECIPE_BYTES = 1 << 20
+
+# Parts of a multimodal model beside the language model, and what the paths of their layers hold.
+PARTS = {"adapters": ".lora_", "encoders": "model.embed_tokens_extend."}
+PART_BITS = 8  # where they are quantized
+
+UNIFORM = "uniform"  # the recipe that treats all layers of the language model alike
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,8 @@ class Rule:
     """What becomes of the layers whose path a pattern matches.
 
     Attributes:
-        match: of a whole path, with `*` for anything: `*.down_proj`.
+        match: of a whole path, with `*` for anything: `*.down_proj`. Adapters and encoders are
+            only reached by a pattern that holds what their paths do: `*.lora_*`.
         quantization: None leaves them as they are.
         ends: only in this part of the blocks from the first on, and up to the last (0.125: an
             eighth at either end, and one block at least); None for all.
@@ -78,18 +86,24 @@ class Rule:
     ends: float | None = None
 
     def applies(self, path: str, blocks: int) -> bool:
-        if not fnmatchcase(path, self.match):
+        part = part_of(path)
+        if part is not None and PARTS[part] not in self.match:
+            return False
+        if not fnmatchcase(path.removesuffix(".base_layer"), self.match):
             return False
         if self.ends is None:
             return True
-        block = re.search(r"\.layers\.(\d+)\.", path)
+        block = re.match(r"model\.layers\.(\d+)\.", path)
         count = max(1, int(blocks * self.ends))
         return block is not None and not count <= int(block[1]) < blocks - count
 
 
 @dataclass(frozen=True)
 class Recipe:
-    """Rules, of which the first that matches decides, and `default` for every other layer."""
+    """Rules, of which the first that matches decides, and `default` for every other layer.
+
+    Adapters and encoders that no rule names stay as they are.
+    """
 
     name: str
     default: Quantization
@@ -112,12 +126,20 @@ class Recipe:
         undivided = []
         for path, width in widths.items():
             rule = next((rule for rule in self.rules if rule.applies(path, blocks)), None)
-            chosen = self.default if rule is None else rule.quantization
+            usual = self.default if part_of(path) is None else None
+            chosen = usual if rule is None else rule.quantization
             if chosen is not None and width % chosen.group_size:
                 undivided.append(path)
                 chosen = None
             assigned[path] = chosen
         return assigned, tuple(sorted(undivided))
+
+    def with_parts(self, *parts: str) -> Recipe:
+        """The same with these of `PARTS` at 8 bits, whatever its own rules say of them."""
+        groups = max(32, min(64, self.default.group_size))  # which divide the adapters' ranks
+        more = Quantization(groups, PART_BITS)
+        rules = tuple(Rule(f"*{PARTS[part]}*", more) for part in parts)
+        return replace(self, rules=rules + self.rules)
 
     def in_groups_of(self, group_size: int) -> Recipe:
         """The same bits in other groups."""
@@ -130,38 +152,45 @@ class Recipe:
         return replace(self, default=replace(self.default, group_size=group_size), rules=rules)
 
 
+def part_of(path: str) -> str | None:
+    """Which of `PARTS` a layer or tensor belongs to; None for the language model's own."""
+    return next((part for part, mark in PARTS.items() if mark in path), None)
+
+
 def mixed(low: int, high: int) -> Recipe:
     """`low` bits, and `high` where an error costs most.
 
     That is the embedding and the output head, which in a tied model are one and which every
-    logit passes, and in the first and last eighth of the blocks the two layers that write to the
-    residual stream (the ends follow llama.cpp's Q4_K_M, src/llama-quant.cpp).
+    logit passes; the attention's input, where the values that a query picks go through; the first
+    block, on which all others build; and in the first and last eighth of the blocks the two layers
+    that write to the residual stream (these ends and the attention follow llama.cpp's Q4_K_M,
+    src/llama-quant.cpp).
     """
     more = Quantization(bits=high)
     rules = (
         Rule("model.embed_tokens", more),
         Rule("lm_head", more),
+        Rule("*.qkv_proj", more),
+        Rule("model.layers.0.*", more),
         Rule("*.down_proj", more, ends=0.125),
         Rule("*.o_proj", more, ends=0.125),
     )
     return Recipe(f"mixed-{low}-{high}", Quantization(bits=low), rules)
 
 
-# By config.json's model_type.
-RECIPES: dict[str, dict[str, Recipe]] = {
-    "phi3": {
-        recipe.name: recipe for recipe in (mixed(3, 6), mixed(4, 6), mixed(4, 8), mixed(6, 8))
-    },
-}
+# By config.json's model_type. Only pairs that beat a uniform quantization of their size on
+# phi-4-nano, which none does that is more than two bits apart.
+MIXED = {recipe.name: recipe for recipe in (mixed(3, 5), mixed(4, 5), mixed(4, 6), mixed(6, 8))}
+RECIPES: dict[str, dict[str, Recipe]] = {"phi3": MIXED, "phi4mm": MIXED}
 
 
 def named(name: str, model_type: str) -> Recipe:
     """An architecture's recipe of that name."""
-    recipes = RECIPES[model_type]
+    recipes = RECIPES.get(model_type, {})
     if name not in recipes:
+        known = f"there is {', '.join(recipes)}" if recipes else "there is none"
         raise ConversionError(
-            f"There is no recipe {shortened(name)} for {model_type} models; there is "
-            f"{', '.join(recipes)}.",
+            f"There is no recipe {shortened(name)} for {model_type} models; {known}.",
             hint="A recipe of your own is a file whose name ends in .toml.",
         )
     return recipes[name]

@@ -24,6 +24,7 @@ from convert.compare import (
     longrope_step,
     paired_steps,
 )
+from convert.recipe import PARTS
 from phimlx.checkpoint import Checkpoint, build_model
 from phimlx.errors import PhimlxError
 from phimlx.prompt.tokenizer import Tokenizer
@@ -72,14 +73,17 @@ class Report:
     @property
     def note(self) -> str | None:
         """What was not measured, and how it would be; None where nothing is missing."""
+        notes = []
+        if any(layer.kind in PARTS for layer in self.layers):
+            notes.append("Measured on text alone, which passes no adapter and no encoder.")
         step = self.longrope_step
-        if step is None or any(agreement.long for agreement in self.agreements):
-            return None
-        length = length_past(step)
-        return (
-            f"Not measured past the LongRoPE step at {step:,} tokens: that takes a text of "
-            f"{length:,} tokens and a limit of {2 * length:,}."
-        )
+        if step is not None and not any(agreement.long for agreement in self.agreements):
+            length = length_past(step)
+            notes.append(
+                f"Not measured past the LongRoPE step at {step:,} tokens: that takes a text of "
+                f"{length:,} tokens and a limit of {2 * length:,}."
+            )
+        return " ".join(notes) or None
 
     def as_object(self) -> dict[str, Any]:
         """Everything, as `json` writes it."""
@@ -121,7 +125,8 @@ class Report:
             worst = max(errors, key=lambda layer: layer.error)
             text = f"{fmean(layer.error for layer in errors):.3%}"
             if len(errors) > 1:
-                text += f", at most {worst.error:.3%} (layer {worst.layer})"
+                where = "" if worst.layer is None else f" (layer {worst.layer})"
+                text += f", at most {worst.error:.3%}{where}"
             before_bits = _span([layer.bits_before for layer in errors])
             after_bits = _span([layer.bits_after for layer in errors])
             rows.append((f"Error of {kind}", before_bits, after_bits, text))
@@ -152,10 +157,10 @@ class Report:
         for number, (kind, errors) in enumerate(self._by_kind().items()):
             colour = f"C{number}"
             values = [100 * layer.error for layer in errors]
-            if errors[0].layer is None:
-                axes.axhline(values[0], color=colour, linestyle="--", label=kind)
+            layers = [layer.layer for layer in errors]
+            if None in layers or len(set(layers)) < len(layers):  # no layer's own, or many of one
+                axes.axhline(fmean(values), color=colour, linestyle="--", label=kind)
             else:
-                layers = [layer.layer for layer in errors]
                 axes.plot(layers, values, color=colour, marker="o", markersize=4, label=kind)
         axes.xaxis.get_major_locator().set_params(integer=True)
         axes.set_ylim(bottom=0)

@@ -11,11 +11,19 @@ from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
 
 from convert.blocks import Place, Rows, locate
 from convert.quantize import Change
-from convert.recipe import Quantization, Recipe
-from phimlx.checkpoint import DTYPES, STORED_DTYPES, Checkpoint, build_model, stored_parameters
+from convert.recipe import Quantization, Recipe, part_of
+from phimlx.checkpoint import (
+    DTYPES,
+    FLOATING_DTYPES,
+    STORED_DTYPES,
+    Checkpoint,
+    build_model,
+    stored_parameters,
+)
 from phimlx.errors import ConversionError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
@@ -85,30 +93,44 @@ class Steps:
     undivided: tuple[str, ...]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint, recipe: Recipe | None, dtype: str | None) -> Steps:
+    def of(
+        cls,
+        checkpoint: Checkpoint,
+        recipe: Recipe | None,
+        dtype: str | None,
+        whole: bool = False,
+    ) -> Steps:
         """Lay out the whole of a checkpoint.
 
         Args:
             recipe: None makes plain numbers of every layer.
             dtype: of what is not quantized; None keeps each tensor's own.
+            whole: whether those parts of encoders are kept that no answer depends on.
         """
         model = build_model(checkpoint.config)
         shapes = {
             path: tuple(module.weight.shape)
             for path, module in model.named_modules()
-            if hasattr(module, "to_quantized")
+            if hasattr(module, "to_quantized") and not is_table(path, module)
         }
         tensors = stored_parameters(checkpoint, model)
+        if whole and checkpoint.quantization is None:
+            tensors |= {
+                name: info
+                for name, info in checkpoint.tensors.items()
+                if part_of(name) and info.dtype in FLOATING_DTYPES
+            }
         stored = stored_quantizations(checkpoint, [p for p in shapes if f"{p}.scales" in tensors])
         layers: dict[str, Quantization | None] = {}
         undivided: tuple[str, ...] = ()
         if recipe is not None:
             widths = {path: shape[-1] for path, shape in shapes.items()}
+            own = {width for path, width in widths.items() if part_of(path) is None}
             layers, undivided = recipe.assign(widths, model.config.num_hidden_layers)
             if not any(layers.values()):
                 raise ConversionError(
                     f"Groups of {recipe.default.group_size} divide the width of no layer of this "
-                    f"model ({', '.join(map(str, sorted(set(widths.values()))))}).",
+                    f"model ({', '.join(map(str, sorted(own)))}).",
                     hint="Choose a smaller group size.",
                 )
         places = {place.name: place for place in locate(tensors)}
@@ -116,21 +138,21 @@ class Steps:
         usual = max(DTYPES.values(), key=lambda dtype: plain[dtype])  # where scales tell no type
         steps = []
         for name, place in places.items():
-            path, _, kind = name.rpartition(".")
-            was = stored.get(path)
-            if was is not None and kind != "weight":
+            if name.rpartition(".")[0] in stored and name.endswith((".scales", ".biases")):
                 continue  # comes with its layer's weight
+            path = name.removesuffix(".weight")  # a layer's, or a name that is none's: a bias
+            was = stored.get(path)
             members = [place]
             if was is not None:
                 extra = (f"{path}.scales", f"{path}.biases")
                 members += [places[other] for other in extra if other in places]
-            own = STORED_DTYPES[members[-1].info.dtype]
-            if own not in NAMES:
-                own = usual
+            kept = STORED_DTYPES[members[-1].info.dtype]
+            if kept not in NAMES:
+                kept = usual
             becomes = layers.get(path)
             if recipe is not None and becomes is None and was is not None:
                 becomes = layers[path] = was
-            change = Change(name, was, becomes, DTYPES[dtype] if dtype else own)
+            change = Change(name, was, becomes, DTYPES[dtype] if dtype else kept)
             steps.append(Step(change, tuple(members), shapes.get(path, place.info.shape)))
         return cls(tuple(steps), layers, undivided)
 
@@ -143,6 +165,11 @@ class Steps:
     @property
     def bytes_before(self) -> int:
         return sum(step.nbytes for step in self.steps)
+
+
+def is_table(path: str, module: nn.Module) -> bool:
+    """Whether a layer of an encoder is looked up, not multiplied: small, and always whole."""
+    return isinstance(module, nn.Embedding) and part_of(path) is not None
 
 
 def stored_quantizations(checkpoint: Checkpoint, paths: list[str]) -> dict[str, Quantization]:

@@ -6,7 +6,7 @@ Knows how the parts fit together; every part's work is its own module's.
 from __future__ import annotations
 
 import secrets
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -43,23 +43,29 @@ STRUCTURE = ("<think>", "</think>", "<|tool_call|>", "<|/tool_call|>")
 MAX_CROPS = 100  # of one picture; the published model has 36
 
 
-def load(source: str | Path | None = None, dtype: str | mx.Dtype | None = None) -> Phi:
+def load(
+    source: str | Path | None = None,
+    adapter: str | Path | None = None,
+    dtype: str | mx.Dtype | None = None,
+) -> Phi:
     """Load a model.
 
     Args:
         source: a name of the catalogue ("phi-4-mini", "nano"), a Hub id or a folder, in MLX or Hub
             layout; the catalogue's default where None.
+        adapter: folder of a LoRA or DoRA, in mlx-lm's or PEFT's format, or of a full fine-tuning.
         dtype: "float32", "float16" or "bfloat16"; as stored where None.
 
     Raises:
         ModelNotFoundError: where it is not on this machine.
-        ConfigError, CheckpointError: where the folder is not a whole Phi-4 model.
+        ConfigError, CheckpointError: where the folder is not a whole Phi-4 model, or the adapter
+            not one for it.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
-    return Phi(hub.resolve(source), dtype)
+    return Phi(hub.resolve(source), dtype, adapter)
 
 
 class Phi:
@@ -75,11 +81,17 @@ class Phi:
         slots: the tokens that stand for pictures and sounds; None where text alone is read.
     """
 
-    def __init__(self, folder: Path, dtype: mx.Dtype | None = None) -> None:
+    def __init__(
+        self, folder: Path, dtype: mx.Dtype | None = None, adapter: str | Path | None = None
+    ) -> None:
         checkpoint = Checkpoint(folder)
         self.path = checkpoint.folder
         self.config = checkpoint.config
         self.model: Phi3ForCausalLM = load_model(checkpoint, dtype)
+        if adapter is not None:
+            from phimlx.adapters import load_adapter
+
+            load_adapter(self.model, adapter, self.path, self.config)
         known = catalog.by_config(self.config, self.path)
         self.name = known.alias if known else self.path.resolve().name
         self.context_length = self.model.config.max_position_embeddings
@@ -119,10 +131,7 @@ class Phi:
 
     def generate(self, prompt: Prompt = "", **options: Any) -> Reply:
         """The whole reply at once; arguments as for `stream`."""
-        stream = self.stream(prompt, **options)
-        for _ in stream:
-            pass
-        return stream.reply
+        return self.stream(prompt, **options).whole()
 
     def stream(
         self,
@@ -203,18 +212,38 @@ class Phi:
                 on_prefill(computed, to_compute)
 
         sampler = Sampler(sampling, seed, tokens)
-        stream = Stream(
-            generate_tokens(self.model, tokens, sampler, max_tokens, cache, report, media),
-            prompt_tokens=len(tokens),
-            max_tokens=max_tokens,
-            seed=seed,
-            eos=self.eos,
-            stops=stops,
-            tokenizer=self.tokenizer,
-            hidden=self._hidden_tokens(),
-            parser=self._parser(tokens, tools),
-        )
+        generated = generate_tokens(self.model, tokens, sampler, max_tokens, cache, report, media)
+        stream = self._reply(generated, tokens, max_tokens, seed, stops, tools)
         return stream
+
+    def generate_all(
+        self,
+        prompts: Sequence[Prompt],
+        *,
+        max_tokens: int,
+        batch_size: int = 8,
+        advance: Callable[[int], object] = lambda count: None,
+    ) -> list[Reply]:
+        """The likeliest reply to each of many prompts without media, several at a time.
+
+        Args:
+            max_tokens: of each reply.
+            batch_size: prompts that are answered together.
+            advance: called with the number of prompts that have been answered.
+
+        Raises:
+            PromptError, TokenizerError, GenerationError: as `stream`.
+        """
+        from phimlx.generation.greedy import greedy
+
+        read = [self.encode(prompt) for prompt in prompts]
+        for tokens in read:
+            self._room(len(tokens), max_tokens)
+        replies = greedy(self.model, read, max_tokens, self.eos, batch_size, advance)
+        return [
+            self._reply((t for t in reply), tokens, max_tokens, 0, StopStrings(())).whole()
+            for tokens, reply in zip(read, replies, strict=True)
+        ]
 
     def transcribe(self, source: Any, **options: Any) -> Iterator[Piece]:
         """The speech in a recording of any length; see `phimlx.generation.transcription`."""
@@ -290,6 +319,28 @@ class Phi:
                 f"{path.name}: dynamic_hd is {shortened(crops)}; it must be from 1 to {MAX_CROPS}."
             )
         return {"dynamic_hd": crops}
+
+    def _reply(
+        self,
+        generated: Generator[int],
+        prompt: list[int],
+        max_tokens: int,
+        seed: int,
+        stops: StopStrings,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> Stream:
+        """The reply that tokens are, as they come."""
+        return Stream(
+            generated,
+            prompt_tokens=len(prompt),
+            max_tokens=max_tokens,
+            seed=seed,
+            eos=self.eos,
+            stops=stops,
+            tokenizer=self.tokenizer,
+            hidden=self._hidden_tokens(),
+            parser=self._parser(prompt, tools),
+        )
 
     def _checked(self, items: Sequence[Any]) -> list[int]:
         """Token ids that were given as the prompt."""

@@ -162,7 +162,8 @@ def download(
         source: an alias (which means the pre-quantized model) or a Hub id.
         revision: a branch, tag or commit; the main branch where None.
         original: take the original of an alias, not the pre-quantized one.
-        local_dir: a folder for plain files; huggingface_hub's cache where None.
+        local_dir: a folder for plain files, copied from huggingface_hub's cache where that has
+            them; the cache where None.
         watch: called with the plan; its context lasts as long as the transfer.
 
     Raises:
@@ -203,7 +204,7 @@ def make_plan(repository: Repository, local_dir: Path | None = None) -> Plan:
     destination = (
         HubCache(store.cache(), repository)
         if local_dir is None
-        else PlainFolder(local_dir.expanduser().absolute(), repository)
+        else PlainFolder(local_dir.expanduser().absolute(), repository, cache=store.cache())
     )
     return Plan(repository, destination, tuple(files))
 

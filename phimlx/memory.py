@@ -9,6 +9,8 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from phimlx.generation.engine import PREFILL_TOKENS
+from phimlx.models.encoder_config import VisionConfig
+from phimlx.models.siglip import CROPS_AT_ONCE
 
 
 class Shape(Protocol):
@@ -71,6 +73,22 @@ def cache_bytes_per_token(shape: Shape, itemsize: int = 2) -> int:
     """Keys and values of one token in all layers."""
     heads = 2 * shape.num_hidden_layers * shape.num_key_value_heads
     return heads * shape.head_dim * itemsize
+
+
+def picture_bytes(vision: VisionConfig, crops: int, itemsize: int = 2) -> int:
+    """What seeing a picture takes beside the weights, before its tokens are read; an estimate.
+
+    That is its pixels and those of the whole view in float32, and the activations of the crops that
+    are seen at once, attention's scores in float32 among them (fused attention does without).
+
+    Args:
+        crops: of the picture; 36 at most as published.
+    """
+    patches = vision.side**2
+    pixels = (1 + crops) * 3 * vision.image_size**2 * 4
+    scores = 2 * vision.num_attention_heads * patches**2 * 4
+    rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
+    return pixels + min(1 + crops, CROPS_AT_ONCE) * (scores + rows)
 
 
 def machine_memory() -> int:

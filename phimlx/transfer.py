@@ -5,9 +5,11 @@ Knows bytes, hashes and the layout of huggingface_hub's cache; knows nothing of 
 
 from __future__ import annotations
 
+import ctypes
 import json
 import os
 import shutil
+import sys
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -49,6 +51,9 @@ class Destination(Protocol):
     def partial(self, file: RemoteFile) -> Path:
         """Where a file grows; the name holds its hash, so another version never goes on with it."""
 
+    def nearby(self, file: RemoteFile) -> Path | None:
+        """Another file on this machine that should have the same contents."""
+
     def lock(self, file: RemoteFile) -> Path:
         """What two downloads of the same file agree on."""
 
@@ -86,6 +91,9 @@ class HubCache:
     def partial(self, file: RemoteFile) -> Path:
         return self.home / "blobs" / (file.hash + PARTIAL)
 
+    def nearby(self, file: RemoteFile) -> Path | None:
+        return None
+
     def lock(self, file: RemoteFile) -> Path:
         return self.root / ".locks" / self.home.name / f"{file.hash}.lock"
 
@@ -107,11 +115,16 @@ class HubCache:
 
 @dataclass(frozen=True)
 class PlainFolder:
-    """A folder of the user's own, with plain files; what is ours lies in its .cache/phimlx."""
+    """A folder of the user's own, with plain files; what is ours lies in its .cache/phimlx.
+
+    Attributes:
+        cache: huggingface_hub's, where a file may lie already.
+    """
 
     folder: Path
     repository: Repository
     elsewhere: str = "choose with --local-dir"
+    cache: Path | None = None
 
     @property
     def root(self) -> Path:
@@ -126,6 +139,11 @@ class PlainFolder:
 
     def partial(self, file: RemoteFile) -> Path:
         return self.own / (file.hash + PARTIAL)
+
+    def nearby(self, file: RemoteFile) -> Path | None:
+        blobs = self.cache.glob(f"models--*/blobs/{file.hash}") if self.cache else ()
+        sized = (blob for blob in blobs if blob.is_file() and blob.stat().st_size == file.size)
+        return next(sized, None)
 
     def lock(self, file: RemoteFile) -> Path:
         return self.own / f"{file.hash}.lock"
@@ -169,6 +187,12 @@ class Plan:
     def remaining(self) -> int:
         """Bytes that are still to come, if what is here proves right."""
         return sum(file.size - self._held(file) for file in self.files)
+
+    @property
+    def nearby(self) -> int:
+        """Bytes of these that another place on this machine has, from where they are copied."""
+        missing = [file for file in self.files if self._held(file) < file.size]
+        return sum(file.size for file in missing if self.destination.nearby(file))
 
     def _held(self, file: RemoteFile) -> int:
         content, partial = self.destination.content(file), self.destination.partial(file)
@@ -214,7 +238,7 @@ def fetch(
     destination: Destination,
     report: Report,
 ) -> None:
-    """Have one file whole: check it where it is here, else bring it, and once more if it is wrong.
+    """Have one file whole: check it where it is here, else copy or bring it, twice if it is wrong.
 
     Raises:
         DownloadError: where it came wrong twice.
@@ -228,6 +252,11 @@ def fetch(
         content.unlink()  # it points nowhere
     content.parent.mkdir(parents=True, exist_ok=True)
     partial.parent.mkdir(parents=True, exist_ok=True)
+    copy = destination.nearby(file)
+    if copy is not None and is_right(copy, file, report):
+        duplicate(copy, partial)
+        os.replace(partial, content)
+        return
     for _ in range(2):
         if _receive(remote, repository, file, partial, report):
             os.replace(partial, content)
@@ -252,6 +281,19 @@ def is_right(path: Path, file: RemoteFile, report: Report) -> bool:
         return True
     report(file, -seen)
     return False
+
+
+def duplicate(source: Path, target: Path) -> None:
+    """Copy a file, where the disk is APFS without taking space.
+
+    No hard link: whoever changed the one file would change the other.
+    """
+    target.unlink(missing_ok=True)
+    if sys.platform == "darwin":
+        clone = ctypes.CDLL(None).clonefile
+        if clone(os.fsencode(os.path.realpath(source)), os.fsencode(target), 0) == 0:
+            return
+    shutil.copyfile(source, target)
 
 
 def _receive(

@@ -12,7 +12,7 @@ import re
 import sys
 import threading
 from collections import Counter, defaultdict
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
@@ -69,6 +69,7 @@ class Hub:
         ranges: first byte asked for, by file, one for each time.
         served: bytes of file contents that went out, by file.
         authorizations: the header of that name, by server and path.
+        private: repositories that only their owner sees.
     """
 
     repos: dict[str, dict[str, bytes]] = field(default_factory=dict)
@@ -81,6 +82,7 @@ class Hub:
     ranges: defaultdict[str, list[int]] = field(default_factory=lambda: defaultdict(list))
     served: Counter[str] = field(default_factory=Counter)
     authorizations: dict[str, str | None] = field(default_factory=dict)
+    private: set[str] = field(default_factory=set)
     release: threading.Event = field(default_factory=threading.Event)
     commit: str = COMMIT
     url: str = ""
@@ -98,7 +100,8 @@ class Hub:
             else:
                 entry["blobId"] = git_hash(content)
             siblings.append({**entry, **self.listed.get((repo, name), {})})
-        return {"id": repo, "sha": self.commit, "siblings": siblings}
+        private = repo in self.private
+        return {"id": repo, "sha": self.commit, "private": private, "siblings": siblings}
 
     def tree(self, repo: str) -> list[dict[str, Any]]:
         """The same as huggingface_hub's own downloads ask for it."""
@@ -122,7 +125,9 @@ def git_hash(content: bytes) -> str:
     return hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
-def _handler(hub: Hub, place: str) -> type[BaseHTTPRequestHandler]:
+def handler(hub: Hub, place: str) -> type[BaseHTTPRequestHandler]:
+    """How one of the two servers answers: "hub" or "cdn"."""
+
     class Handler(BaseHTTPRequestHandler):
         protocol_version = "HTTP/1.1"
         disable_nagle_algorithm = True  # or every body waits 40 ms for its headers' receipt
@@ -264,6 +269,9 @@ def _handler(hub: Hub, place: str) -> type[BaseHTTPRequestHandler]:
     return Handler
 
 
+Handlers = Callable[[Hub, str], type[BaseHTTPRequestHandler]]
+
+
 class _Server(ThreadingHTTPServer):
     daemon_threads = True
 
@@ -274,10 +282,10 @@ class _Server(ThreadingHTTPServer):
 
 
 @contextmanager
-def serve() -> Iterator[Hub]:
+def serve(handler: Handlers = handler) -> Iterator[Hub]:
     """A Hub that answers while the block runs."""
     hub = Hub()
-    servers = [_Server(("127.0.0.1", 0), _handler(hub, place)) for place in ("hub", "cdn")]
+    servers = [_Server(("127.0.0.1", 0), handler(hub, place)) for place in ("hub", "cdn")]
     hub.url, hub.cdn = (f"http://127.0.0.1:{server.server_port}" for server in servers)
     threads = [
         threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True)
@@ -296,9 +304,11 @@ def serve() -> Iterator[Hub]:
 
 
 @contextmanager
-def serve_alone(monkeypatch: pytest.MonkeyPatch, cache: Path) -> Iterator[Hub]:
+def serve_alone(
+    monkeypatch: pytest.MonkeyPatch, cache: Path, handler: Handlers = handler
+) -> Iterator[Hub]:
     """The same, as the one Hub that huggingface_hub knows; `cache` is its cache."""
-    with serve() as hub:
+    with serve(handler) as hub:
         template = hub.url + "/{repo_id}/resolve/{revision}/{filename}"
         monkeypatch.setattr(constants, "ENDPOINT", hub.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)

@@ -79,6 +79,44 @@ def test_a_folder_of_ones_own_gets_plain_files(witness: Witness, tmp_path: Path)
     assert record["files"]["model.safetensors"] == {"size": len(WEIGHTS), "hash": SHA256}
 
 
+def test_a_folder_of_ones_own_takes_what_the_cache_has(
+    witness: Witness, server: Hub, tmp_path: Path, cache: Path
+) -> None:
+    snapshot = witness.get()
+    server.requested.clear()
+    plan = hub.make_plan(Remote().repository(REPO), tmp_path / "mine")
+    assert (plan.nearby, plan.remaining) == (plan.nbytes, plan.nbytes)
+    folder = witness.get(local_dir=tmp_path / "mine")
+    assert contents(folder) == FILES
+    assert server.requested == []
+    assert witness.counted == sum(map(len, FILES.values()))
+    (folder / "model.safetensors").write_bytes(b"changed")
+    assert (snapshot / "model.safetensors").read_bytes() == WEIGHTS
+
+
+def test_a_folder_of_ones_own_goes_on_from_half_a_copy(
+    witness: Witness, server: Hub, tmp_path: Path, cache: Path
+) -> None:
+    witness.get()
+    server.requested.clear()
+    partial = tmp_path / "mine" / ".cache" / "phimlx" / f"{SHA256}.phimlx.incomplete"
+    partial.parent.mkdir(parents=True)
+    partial.write_bytes(WEIGHTS[:1000])
+    assert contents(witness.get(local_dir=tmp_path / "mine")) == FILES
+    assert server.requested == []
+    assert not partial.exists()
+
+
+def test_what_the_cache_has_damaged_is_fetched(
+    witness: Witness, server: Hub, tmp_path: Path, cache: Path
+) -> None:
+    (witness.get() / "model.safetensors").write_bytes(bytes(len(WEIGHTS)))
+    server.requested.clear()
+    assert contents(witness.get(local_dir=tmp_path / "mine")) == FILES
+    assert server.requested == ["model.safetensors"]
+    assert witness.counted == sum(map(len, FILES.values()))
+
+
 def test_the_token_goes_to_the_hub_and_to_no_other_host(witness: Witness, server: Hub) -> None:
     witness.get()
     sent = server.authorizations

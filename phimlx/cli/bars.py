@@ -83,13 +83,34 @@ def teller(output: Output) -> Callable[[str], None]:
     return tell
 
 
+@contextmanager
+def upload_bars(output: Output) -> Iterator[None]:
+    """huggingface_hub's own bars while files go out, where somebody watches."""
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        are_progress_bars_disabled,
+        disable_progress_bars,
+        enable_progress_bars,
+    )
+
+    if are_progress_bars_disabled() or (output.is_watched and not output.as_json):
+        yield
+        return
+    disable_progress_bars()
+    try:
+        yield
+    finally:
+        enable_progress_bars()
+
+
 def describe(plan: Plan) -> str:
     """What a download brings, in a sentence."""
     here = plan.nbytes - plan.remaining
+    places = {"is here": here, "is copied from the Hub's cache": plan.nearby}
+    known = [f"{size_text(nbytes)} {where}" for where, nbytes in places.items() if nbytes]
     return (
         f"Downloading {plan.repository.name} ({plan.repository.commit[:7]}): "
         f"{len(plan.files)} files, {size_text(plan.nbytes)}"
-        + (f", of which {size_text(here)} is here." if here else ".")
+        + (f", of which {' and '.join(known)}." if known else ".")
     )
 
 

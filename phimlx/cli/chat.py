@@ -12,6 +12,7 @@ from typing import Any
 import click
 
 from phimlx.cli.options import (
+    adapter_option,
     frames_option,
     is_debugging,
     limit_options,
@@ -28,6 +29,7 @@ from phimlx.terminal.settings import given
 
 @click.command()
 @model_option
+@adapter_option
 @system_option
 @tools_option
 @click.option(
@@ -42,6 +44,7 @@ from phimlx.terminal.settings import given
 @limit_options()
 def command(
     model: str | None,
+    adapter: Path | None,
     system: str | None,
     tools_file: Path | None,
     session_file: Path | None,
@@ -74,7 +77,7 @@ def command(
         conversation.system = system
     if tools_file is not None:
         conversation.tools = read_tools(tools_file)
-    phi = load_model(model, output)
+    phi = load_model(model, output, adapter)
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and sys.stdout.isatty()
     screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)

@@ -5,6 +5,7 @@ Knows the flags and how the result is told; the work is `convert`'s.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, replace
@@ -12,8 +13,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
-from phimlx.cli.options import json_option
+from phimlx.cli.learning import learning_options, read_learning, run_learning
+from phimlx.cli.options import adapter_option, json_option
 from phimlx.errors import DownloadError, ModelAbsentError
 from phimlx.sizes import size_text
 from phimlx.terminal.output import Output
@@ -28,6 +31,7 @@ GROUP_SIZES = ("16", "32", "64", "128")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 DTYPES = ("float16", "bfloat16", "float32")
 EXPORTS = ("hf", "gguf", "gguf-q8_0")
+WITH_RECIPE = ("--q-group-size", "--q-adapters", "--q-encoders")  # what a recipe leaves open
 
 
 @click.command()
@@ -65,10 +69,24 @@ EXPORTS = ("hf", "gguf", "gguf-q8_0")
 @click.option(
     "--recipe",
     metavar="RECIPE",
-    help="Quantize with more bits where they matter most: mixed-3-6, mixed-4-6, mixed-4-8, "
+    help="Quantize with more bits where they matter most: mixed-3-5, mixed-4-5, mixed-4-6, "
     "mixed-6-8, or a .toml file of your own.",
 )
+@click.option(
+    "--q-adapters",
+    "adapters",
+    is_flag=True,
+    help="Quantize a multimodal model's adapters too, to 8 bits, with -q or --recipe.",
+)
+@click.option(
+    "--q-encoders",
+    "encoders",
+    is_flag=True,
+    help="Quantize its image and audio encoders too, to 8 bits, with -q or --recipe.",
+)
+@learning_options
 @click.option("--dequantize", "-d", is_flag=True, help="Make plain weights of quantized ones.")
+@adapter_option
 @click.option(
     "--export",
     type=click.Choice(EXPORTS),
@@ -97,6 +115,19 @@ EXPORTS = ("hf", "gguf", "gguf-q8_0")
     type=click.Choice(DTYPES),
     help="Type of what is not quantized  [default: as it is stored]",
 )
+@click.option(
+    "--upload-repo",
+    metavar="OWNER/NAME",
+    help="Publish OUT on the Hub when it is complete; without MODEL, an OUT that is there.",
+)
+@click.option(
+    "--private",
+    is_flag=True,
+    help="Make that repository one that only you see, with --upload-repo.",
+)
+@click.option(
+    "--token", metavar="TOKEN", help="The Hub's token  [default: HF_TOKEN or your log-in]"
+)
 @json_option
 def command(
     source: str | None,
@@ -107,12 +138,25 @@ def command(
     group_size: str | None,
     mode: str | None,
     recipe: str | None,
+    adapters: bool,
+    encoders: bool,
+    method: str | None,
+    target_bits: float | None,
+    calibration: Path | None,
+    calibration_samples: int | None,
+    calibration_length: int | None,
+    learning_steps: int | None,
+    learning_rate: float | None,
     dequantize: bool,
+    adapter: Path | None,
     export: str | None,
     keep_original: bool,
     report: bool,
     report_text: Path | None,
     dtype: str | None,
+    upload_repo: str | None,
+    private: bool,
+    token: str | None,
     as_json: bool,
 ) -> None:
     """Convert MODEL, an alias, a Hub id or a folder, to an MLX folder that mlx-lm loads too.
@@ -121,17 +165,42 @@ def command(
       phimlx convert nano --mlx-path nano-4bit -q
       phimlx convert microsoft/phi-4 --mlx-path phi-4-mixed --recipe mixed-4-6
       phimlx convert phi-4-mixed --mlx-path phi-4-plain --dequantize
+      phimlx convert --mlx-path phi-4-mixed --upload-repo me/phi-4-mixed
 
     A model that is not on this machine comes from the Hub, each file converted as it arrives. OUT
     appears when it is complete, and not at all where something goes wrong; a run that was killed
     goes on where it was when it is started again.
     """
+    output = Output(json=as_json)
+    if private and upload_repo is None:
+        raise click.UsageError("--private goes with --upload-repo.")
+    if upload_repo is not None and source is None and named is None:
+        _publish_only(out, upload_repo, token, private, output)
+        return
     if (source is None) == (named is None):
         given = "is given twice" if source else "is missing"
         raise click.UsageError(f"MODEL {given}: name one model to convert.")
     _check_together(
         {"-q": quantize, "--recipe": recipe, "--dequantize": dequantize, "--export": export},
-        {"--q-bits": bits, "--q-mode": mode, "--q-group-size": group_size},
+        {
+            "--q-bits": bits,
+            "--q-mode": mode,
+            "--q-group-size": group_size,
+            "--q-adapters": adapters,
+            "--q-encoders": encoders,
+            "--q-method": method,
+        },
+    )
+    learning = read_learning(
+        method,
+        {
+            "target_bits": target_bits,
+            "calibration": calibration,
+            "calibration_samples": calibration_samples,
+            "calibration_length": calibration_length,
+            "learning_steps": learning_steps,
+            "learning_rate": learning_rate,
+        },
     )
 
     if dtype and export and export != "hf":
@@ -141,11 +210,23 @@ def command(
 
     if report and export and export != "hf":
         raise click.UsageError(f"--report reads model folders: leave it out of --export {export}.")
+    if upload_repo and export and export != "hf":
+        raise click.UsageError(
+            f"--upload-repo publishes model folders: leave it out of --export {export}."
+        )
+    _check_adapter(adapter, learning is not None, export, report)
     if report_text is not None and not report:
         raise click.UsageError("--report-text goes with --report.")
+    if report and learning and calibration == report_text:
+        raise click.UsageError(
+            "--report would measure on the text that the weights are learned from: give another "
+            "one with --report-text or --calibration."
+        )
 
     from convert import Quantization, Recipe, read_recipe
+    from convert.recipe import PARTS
     from phimlx import hub
+    from phimlx.cli.publish import check_target, existing, publish
     from phimlx.cli.report import add_report, read_text
 
     groups = int(group_size) if group_size else None
@@ -155,14 +236,23 @@ def command(
     elif quantize:
         chosen = Quantization.of(mode or "affine", int(bits) if bits else None, groups)
     text = read_text(report_text)
-    output = Output(json=as_json)
+    target = None
+    if upload_repo is not None:
+        if os.path.lexists(out):
+            raise existing(out, upload_repo)
+        target = check_target(upload_repo, token, private, output)
     form: dict[str, Any] = {
         "recipe": chosen,
         "dtype": dtype,
         "dequantize": dequantize,
         "group_size": groups,
+        "parts": [part for part, given in zip(PARTS, (adapters, encoders), strict=True) if given],
         "layout": export or "mlx",
     }
+    if learning is not None:
+        form["method"] = learning
+    if adapter is not None:
+        form["adapter"] = adapter
     name = source or named or ""
     try:
         folder = hub.resolve(name, original=True)
@@ -172,13 +262,36 @@ def command(
                 f"--report compares with the original, and {name} is not on this machine: add "
                 "--keep-original."
             ) from absent
-        result = _from_hub(name, out, form, keep_original, absent, output)
+        if learning and not keep_original:
+            raise click.UsageError(
+                f"--q-method {method} reads the model many times, and {name} is not on this "
+                "machine: add --keep-original."
+            ) from absent
+        result = _from_hub(name, out, form, keep_original, token, absent, output)
     else:
         result = _from_folder(folder, out, form, output)
     if not as_json:
         tell(result, output)
     measured = add_report(result, text, output) if report else {}
-    output.json({**as_object(result), **measured})
+    published = publish(result.path, target, output) if target else {}
+    output.json({**as_object(result), **measured, **published})
+
+
+def _publish_only(out: Path, name: str, token: str | None, private: bool, output: Output) -> None:
+    """Upload a folder that was converted before."""
+    from convert.upload import model_files
+    from phimlx.cli.publish import check_target, publish
+
+    given = click.get_current_context().get_parameter_source
+    idle = ("out", "upload_repo", "private", "token", "as_json", "debug")
+    for parameter in command.params:
+        if parameter.name not in idle and given(str(parameter.name)) is ParameterSource.COMMANDLINE:
+            raise click.UsageError(f"MODEL is missing: {parameter.opts[0]} goes with a conversion.")
+    if not out.is_dir():
+        raise click.UsageError(f"MODEL is missing, and there is no folder {out} to upload.")
+    model_files(out)  # refuses half a model before the Hub is asked
+    published = publish(out, check_target(name, token, private, output), output)
+    output.json({"path": str(out), **published})
 
 
 def _plan(
@@ -194,7 +307,11 @@ def _plan(
 
 
 def _from_folder(folder: Path, out: Path, form: dict[str, Any], output: Output) -> Conversion:
+    from convert import Plan
+
     planned = _plan(folder, out, form)
+    if isinstance(planned, Plan) and planned.lesson is not None:
+        return run_learning(planned, output)
     with output.progress(planned.bytes_before, "Converting", "B") as bar:
         return planned.run(bar.update)
 
@@ -204,6 +321,7 @@ def _from_hub(
     out: Path,
     form: dict[str, Any],
     keep_original: bool,
+    token: str | None,
     absent: ModelAbsentError,
     output: Output,
 ) -> Conversion:
@@ -212,12 +330,12 @@ def _from_hub(
 
     from convert.arriving import arriving
     from phimlx import hub
-    from phimlx.cli.bars import watcher
+    from phimlx.cli.bars import teller, watcher
     from phimlx.remote import Remote
 
     if constants.HF_HUB_OFFLINE:
         raise absent
-    remote = Remote(tell=output.note)
+    remote = Remote(token, tell=teller(output))
     if keep_original:
         here = hub.download(name, original=True, remote=remote, watch=watcher(output))
         return _from_folder(here.folder, out, form, output)
@@ -258,8 +376,19 @@ def _check_together(purposes: Mapping[str, object], details: Mapping[str, object
     for name, value in details.items():
         if value and not quantizing:
             raise click.UsageError(f"{name} goes with -q, which quantizes the weights.")
-        if value and "--recipe" in given and name != "--q-group-size":
+        if value and "--recipe" in given and name not in WITH_RECIPE:
             raise click.UsageError(f"{name} and --recipe exclude each other: the recipe says it.")
+
+
+def _check_adapter(adapter: Path | None, learns: bool, export: str | None, report: bool) -> None:
+    """Refuse what needs the fused model as a folder of its own."""
+    others = {"--q-method": learns, f"--export {export}": export not in (None, "hf")}
+    for name, value in {**others, "--report": report}.items():
+        if adapter is not None and value:
+            raise click.UsageError(
+                f"--adapter-path does not go with {name}: fuse first, with phimlx fuse, and "
+                "convert the fused model."
+            )
 
 
 def as_object(result: Conversion) -> dict[str, Any]:

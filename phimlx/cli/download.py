@@ -21,7 +21,7 @@ from phimlx.terminal.output import Output
     "--local-dir",
     metavar="DIR",
     type=click.Path(path_type=Path, file_okay=False),
-    help="Put plain files there instead of into the Hub's cache.",
+    help="Put plain files there instead of into the Hub's cache; what that has is copied.",
 )
 @click.option(
     "--token", metavar="TOKEN", help="The Hub's token  [default: HF_TOKEN or your log-in]"

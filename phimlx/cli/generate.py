@@ -13,6 +13,7 @@ import click
 
 from phimlx.cli.options import (
     MULTIMODAL,
+    adapter_option,
     check_files,
     frames_option,
     json_option,
@@ -43,6 +44,7 @@ NO_PROMPT = (
 @click.command()
 @click.argument("words", metavar="[PROMPT]", required=False)
 @model_option
+@adapter_option
 @click.option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.")
 @media_options
 @frames_option
@@ -62,6 +64,7 @@ NO_PROMPT = (
 def command(
     words: str | None,
     model: str | None,
+    adapter: Path | None,
     prompt: str | None,
     image: tuple[str, ...],
     audio: tuple[str, ...],
@@ -112,7 +115,7 @@ def command(
         media |= {"frames": frames, "limits": limits}
     tools = None if tools_file is None else read_tools(tools_file)
     output = Output(json=as_json)
-    phi = load_model(model, output)
+    phi = load_model(model, output, adapter)
     with output.prompt_progress() as report:
         stream = phi.stream(
             text if raw else messages,

@@ -25,6 +25,8 @@ COMMANDS = {
     "list": ("phimlx.cli.list", "List the models on this machine."),
     "remove": ("phimlx.cli.remove", "Delete a model from this machine."),
     "convert": ("phimlx.cli.convert", "Convert and quantize a model for MLX."),
+    "fuse": ("phimlx.cli.fuse", "Merge an adapter into a model's weights."),
+    "evaluate": ("phimlx.cli.evaluate", "Measure how well a model does on data."),
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),
     "doctor": ("phimlx.cli.doctor", "Check this machine and installation."),
     "demo": ("phimlx.cli.demo", "See everything at work on the small model that comes along."),

@@ -33,6 +33,13 @@ model_option = click.option(
     metavar="MODEL",
     help="An alias, a Hub id or a folder  [default: phi-4-mini at 4 bits]",
 )
+adapter_option = click.option(
+    "--adapter-path",
+    "adapter",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path),
+    help="What was fine-tuned: an adapter folder of phimlx, mlx-lm or PEFT.",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON object."
 )
@@ -138,8 +145,11 @@ def is_debugging() -> bool:
     return DEBUG in click.get_current_context().meta
 
 
-def load_model(model: str | None, output: Output) -> Phi:
+def load_model(model: str | None, output: Output, adapter: Path | None = None) -> Phi:
     """Load the model that `--model` names; the catalogue's default where it was not given.
+
+    Args:
+        adapter: its folder, from --adapter-path.
 
     Where it is not here and somebody sits at the terminal, it is downloaded, above 1 GB after
     asking. Elsewhere that is an error, which names the command.
@@ -150,10 +160,10 @@ def load_model(model: str | None, output: Output) -> Phi:
     loading = f"Loading {model or 'the model'}…"
     try:
         with output.status(loading):
-            return api.load(model)
+            return api.load(model, adapter)
     except ModelAbsentError as absent:
         from phimlx.cli.bars import bring
 
         bring(model, output, absent)
     with output.status(loading):
-        return api.load(model)
+        return api.load(model, adapter)

@@ -5,6 +5,7 @@ Knows how the answer is told; it comes from headers and the catalogue, never fro
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,7 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
         )
     contexts = sorted({min(SHORT_CONTEXT, longest), longest}) if context is None else [context]
     about |= memory(shape, about, contexts)
+    about |= sight(shape, about)
     if about["path"] is None:
         about |= choices(shape, about, contexts[0])
     output.json(about)
@@ -68,6 +70,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     """What a model on this machine is, and its shape."""
     from mlx.utils import tree_flatten
 
+    from convert.recipe import part_of
     from phimlx import catalog
     from phimlx.checkpoint import (
         FLOATING_DTYPES,
@@ -80,7 +83,10 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
 
     checkpoint = Checkpoint(folder)
     model = build_model(checkpoint.config)
-    parameters = sum(array.size for array in dict(tree_flatten(model.parameters())).values())
+    sizes = Counter[str | None]()
+    for name, array in dict(tree_flatten(model.parameters())).items():
+        sizes[part_of(name)] += array.size
+    parameters = sizes.total()
     stored = stored_parameters(checkpoint, model).values()
     nbytes = sum(info.nbytes for info in stored)
     known = catalog.by_config(checkpoint.config, folder.resolve())
@@ -99,6 +105,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
         "repository": known.repo if known else None,
         "architecture": checkpoint.config["model_type"],
         "parameters": parameters,
+        "whole_parameters": parameters - sizes[None],
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / parameters,
         "dtype": "/".join(sorted({i.dtype for i in stored if i.dtype in FLOATING_DTYPES})),
@@ -128,6 +135,7 @@ def describe_absent(known: Model, name: str) -> dict[str, Any]:
         "repository": repository,
         "architecture": known.architecture,
         "parameters": known.parameters,
+        "whole_parameters": known.whole_parameters,
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / known.parameters,
         "dtype": "BF16",
@@ -177,7 +185,9 @@ def choices(shape: Shape, about: dict[str, Any], context: int) -> dict[str, Any]
     rows = []
     for bits in BITS:
         # 16 bits stay as they are; else groups of 64 share a scale and a bias of 16 bits each.
-        nbytes = int(about["parameters"] * (bits + (0.5 if bits < 16 else 0)) / 8)
+        whole = about["whole_parameters"]
+        packed = about["parameters"] - whole
+        nbytes = int(packed * (bits + (0.5 if bits < 16 else 0)) / 8) + 2 * whole
         rows.append(
             {
                 "bits": bits,
@@ -222,6 +232,21 @@ def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str
     }
 
 
+def sight(shape: Shape, about: dict[str, Any]) -> dict[str, Any]:
+    """What the largest picture takes of a model that sees, as entries of the description."""
+    from phimlx.media.image import DYNAMIC_HD
+    from phimlx.memory import picture_bytes
+    from phimlx.models.encoder_config import VisionConfig
+
+    if about["architecture"] == "phi3":
+        return {}
+    # The catalogue holds published models, which have the published tower.
+    vision = getattr(shape, "vision", None) or VisionConfig.from_dict({})
+    itemsize = 4 if "F32" in about["dtype"] else 2
+    working = picture_bytes(vision, DYNAMIC_HD, itemsize)
+    return {"picture": {"crops": DYNAMIC_HD, "working": working}}
+
+
 def tell(about: dict[str, Any], output: Output) -> None:
     """The description for a person."""
     from phimlx.sizes import size_text
@@ -233,11 +258,15 @@ def tell(about: dict[str, Any], output: Output) -> None:
     if about["longrope_step"]:
         context += f", LongRoPE's long factors beyond {about['longrope_step']:,}"
     sampling = ", ".join(f"{key} {value}" for key, value in about["sampling"].items())
+    whole = about["whole_parameters"]
+    parameters = f"{about['parameters']:,}"
+    if whole:
+        parameters += f", of which {whole:,} in encoders and adapters"
     lines = {
         "folder": about["path"] or "not on this machine",
         "repository": about["repository"],
         "architecture": about["architecture"],
-        "parameters": f"{about['parameters']:,}",
+        "parameters": parameters,
         "weights": f"{size_text(about['bytes'])}, {about['bits_per_weight']:.2f} bits per weight "
         f"({form})",
         "context": context,
@@ -264,6 +293,12 @@ def tell(about: dict[str, Any], output: Output) -> None:
     output.text()
     here = size_text(about["machine_memory"])
     output.text(f"It {reach(about['longest_context_here'], about['context_length'], here)}.")
+    if "picture" in about:
+        picture = about["picture"]
+        output.text(
+            f"A picture of {picture['crops']} crops, the largest, takes about "
+            f"{size_text(picture['working'])} more while it is seen."
+        )
     if about.get("quantizations"):
         output.text()
         tell_choices(about, output)

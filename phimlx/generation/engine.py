@@ -207,7 +207,7 @@ def generate_tokens(
     inputs = Inputs.of(prompt, media, model.slots)
     tokens = inputs.keys
     try:
-        with _wired_memory():
+        with wired_memory():
             start, seen, features = cache.reuse(inputs)
             if isinstance(model, Phi4MMForCausalLM):
                 features = features.then(inputs.features_from(seen, model))
@@ -270,7 +270,7 @@ def _logits(model: Phi3ForCausalLM, hidden: mx.array) -> mx.array:
 
 
 @contextmanager
-def _wired_memory() -> Iterator[None]:
+def wired_memory() -> Iterator[None]:
     """Keep the weights resident while a reply is generated, where the system can (Metal)."""
     if not mx.metal.is_available():
         yield

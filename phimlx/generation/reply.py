@@ -128,6 +128,12 @@ class Stream(Iterator[Piece]):
     def __next__(self) -> Piece:
         return next(self._pieces)
 
+    def whole(self) -> Reply:
+        """Read it to its end."""
+        for _ in self:
+            pass
+        return self.reply
+
     def close(self) -> None:
         """Stop here. The reply stays readable, and the prompt cache usable."""
         self._pieces.close()

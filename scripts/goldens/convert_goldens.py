@@ -37,8 +37,8 @@ CASES: list[dict[str, Any]] = [
     {**FOUR, "model": "phi-4", "group_size": 32, "mode": "mxfp4"},
     {**FOUR, "model": "phi-4", "group_size": 32, "mode": "mxfp8", "bits": 8},
     {**FOUR, "model": "phi-4", "group_size": 16, "mode": "nvfp4"},
-    {**FOUR, "model": "phi-4", "bits": 3, "recipe": "mixed-3-6"},
-    {**FOUR, "model": "mini-step-32", "recipe": "mixed-4-8"},
+    {**FOUR, "model": "phi-4", "recipe": "mixed-4-5"},
+    {**FOUR, "model": "mini-step-32", "bits": 6, "recipe": "mixed-6-8"},
     {**FOUR, "model": "phi-4", "dequantize": True},
     {**FOUR, "model": "phi-4", "group_size": 32, "mode": "mxfp4", "dequantize": True},
     {**FOUR, "model": "mini-step-32", "group_size": 16, "mode": "nvfp4", "dequantize": True},
@@ -56,7 +56,8 @@ def convert(folder: Path, case: dict[str, Any]) -> dict[str, Any]:
 
     def predicate(path: str, _: Any) -> dict[str, Any]:
         """A model of two blocks has nothing but ends."""
-        more = path.endswith(("embed_tokens", "lm_head", "o_proj", "down_proj"))
+        outside = ("embed_tokens", "lm_head", "qkv_proj", "o_proj", "down_proj")
+        more = path.endswith(outside) or ".layers.0." in path
         return {**form, "bits": int(recipe[-1])} if more else form
 
     if case["bits"] is not None:

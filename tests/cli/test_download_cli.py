@@ -78,6 +78,15 @@ def test_a_folder_of_ones_own(server: Hub, tmp_path: Path) -> None:
     assert result.stderr.endswith(f"Try it: phimlx chat --model {tmp_path / 'mine'}\n")
 
 
+def test_a_folder_of_ones_own_says_what_the_cache_has(server: Hub, tmp_path: Path) -> None:
+    run("download", "phi-4-mini")
+    result = run("download", "phi-4-mini", "--local-dir", "mine")
+    assert result.stderr.startswith(
+        f"Downloading {QUANTIZED} (0123456): 3 files, 20.0 kB, of which 20.0 kB is copied from the "
+        "Hub's cache.\n"
+    )
+
+
 def test_a_revision_is_tried_by_its_folder(server: Hub, tmp_path: Path) -> None:
     result = run("download", "phi-4-mini", "--revision", "v1")
     folder = snapshot(tmp_path, QUANTIZED)
@@ -257,7 +266,7 @@ def test_bars_count_every_byte_of_every_file(server: Hub, monkeypatch: pytest.Mo
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders that were loaded, without a model."""
     loaded: list[Path] = []
-    monkeypatch.setattr(api, "Phi", lambda folder, dtype=None: loaded.append(folder))
+    monkeypatch.setattr(api, "Phi", lambda folder, dtype=None, adapter=None: loaded.append(folder))
     return loaded
 
 

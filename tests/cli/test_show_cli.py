@@ -135,6 +135,7 @@ def test_json(tmp_path: Path) -> None:
         "repository": None,
         "architecture": "phi3",
         "parameters": parameters,
+        "whole_parameters": 0,
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / parameters,
         "dtype": "F32",

@@ -14,13 +14,14 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
-from convert import Conversion, Quantization, pipeline, plan
+from convert import Conversion, Quantization, gguf, pipeline, plan
 from convert import convert as convert_model
 from convert.arriving import arriving
 from phimlx import transfer
 from phimlx.cli.group import cli
 from phimlx.errors import CheckpointError, ConfigError, ConversionError, DownloadError
 from phimlx.remote import Remote
+from tests.convert.test_gguf import TOKENIZER
 from tests.convert.tiny import PHI_4, parameters, same_bits, weights_of, write_model
 from tests.loopback_hub import Fault, Hub, serve
 
@@ -125,6 +126,32 @@ def test_a_network_that_fails_costs_nothing_that_was_done(
         weights_of(world.out),
         weights_of(convert_model(world.source, world.out.with_name("expected"), FOUR).path),
     )
+
+
+def test_a_network_that_fails_costs_nothing_of_a_gguf_file(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'phimlx[gguf]'")
+    (world.source / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    world.hub.repos[REPO]["tokenizer.json"] = json.dumps(TOKENIZER).encode()
+    monkeypatch.setattr(gguf, "JOURNAL_BYTES", 1)
+    monkeypatch.setattr(gguf, "BATCHES_AHEAD", 1)
+
+    def export() -> Conversion:
+        remote = Remote(wait=lambda seconds: None)
+        with arriving(REPO, world.out, remote) as model:
+            return gguf.plan_gguf(model.folder, world.out, files=model).run()
+
+    world.hub.faults[SHARDS[2]] = [Fault(), Fault(), *[Fault(status=503)] * 20]
+    with pytest.raises(DownloadError):
+        export()
+    assert world.left == {".out.partial", ".out.source"}
+    world.hub.faults.clear()
+    assert export().continued > 0
+    assert world.left == {"out"}
+    expected = world.out.with_name("expected")
+    gguf.plan_gguf(world.source, expected).run()
+    assert world.out.read_bytes() == expected.read_bytes()
 
 
 def test_an_interrupt_does_not_wait_for_the_network(

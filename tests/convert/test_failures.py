@@ -139,7 +139,7 @@ def test_unknown_dtypes_and_recipes(tmp_path: Path) -> None:
     )
     error = failing(source, out, "mixed")
     assert str(error) == (
-        "There is no recipe 'mixed' for phi3 models; there is mixed-3-6, mixed-4-6, mixed-4-8, "
+        "There is no recipe 'mixed' for phi3 models; there is mixed-3-5, mixed-4-5, mixed-4-6, "
         "mixed-6-8."
     )
     assert error.hint == "A recipe of your own is a file whose name ends in .toml."

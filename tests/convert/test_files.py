@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from convert import Quantization, Recipe, plan
 from convert import convert as convert_model
-from convert.card import model_card
+from convert.card import model_card, published_as
 from phimlx.catalog import find
 from tests.convert.tiny import (
     MINI,
@@ -154,6 +154,53 @@ def test_the_card_of_an_unknown_model_names_no_path(tmp_path: Path) -> None:
     assert "base_model" not in card
     assert "A model converted to MLX with phimlx" in card
     assert "weights in float32" in card
+
+
+RECORD = {"repository": "someone/tune", "revision": "main", "commit": "0123456789" * 4}
+
+
+def test_the_card_of_a_download_names_its_repository(tmp_path: Path) -> None:
+    source = write_model(tmp_path / "source")
+    own = source / ".cache" / "phimlx"
+    own.mkdir(parents=True)
+    (own / "download.json").write_text(json.dumps(RECORD))
+    convert_model(source, tmp_path / "out", Quantization(32, 4))
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert 'base_model: "someone/tune"\nbase_model_relation: "quantized"\n' in card
+    origin = f"[someone/tune](https://huggingface.co/someone/tune) at revision `{'0123456789' * 4}`"
+    assert f"\n{origin} converted to MLX" in card
+    assert "license" not in card
+
+
+@pytest.mark.parametrize("record", [{}, {"repository": "a/[b](c)", "commit": "main"}])
+def test_a_record_that_names_none(tmp_path: Path, record: dict[str, str]) -> None:
+    (tmp_path / ".cache" / "phimlx").mkdir(parents=True)
+    (tmp_path / ".cache" / "phimlx" / "download.json").write_text(json.dumps(record))
+    assert published_as(tmp_path) == (None, None)
+
+
+LAYERS = """
+## Layers
+
+| Layers | Weights |
+| --- | --- |
+| `lm_head` | not quantized |
+| `self_attn.qkv_proj` of every block | 8 bits in groups of 64 |
+| `mlp.down_proj` of the blocks 0-1, 3 | 6 bits in groups of 64 |
+| all others | 4 bits in groups of 64 |
+"""
+
+
+def test_the_card_lists_layers_of_another_form() -> None:
+    layers: dict[str, Quantization | None] = {"lm_head": None}
+    for block in range(4):
+        path = f"model.layers.{block}"
+        layers[f"{path}.self_attn.qkv_proj"] = Quantization(64, 8)
+        layers[f"{path}.mlp.down_proj"] = Quantization(64, 4 if block == 2 else 6)
+        layers[f"{path}.mlp.gate_up_proj"] = Quantization(64, 4)
+    recipe = Recipe("mine", Quantization(64, 4))
+    card = model_card("my-phi", Path("x"), None, "bfloat16", recipe, "mlx", layers)
+    assert card.endswith(LAYERS)
 
 
 # Hub layout

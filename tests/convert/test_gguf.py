@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import signal
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -148,6 +150,60 @@ def test_blocks_of_any_size_give_the_same_file(
     monkeypatch.setattr(ours, "BLOCK_BYTES", 1000)
     plan_gguf(source, tmp_path / "b.gguf", "Q8_0").run()
     assert (tmp_path / "a.gguf").read_bytes() == (tmp_path / "b.gguf").read_bytes()
+
+
+KILLED = """
+import os, signal, sys
+from convert import gguf
+gguf.BLOCK_BYTES, gguf.JOURNAL_BYTES = 1000, int(sys.argv[4])
+done = []
+def advance(nbytes):
+    done.append(nbytes)
+    if len(done) == int(sys.argv[3]):
+        os.kill(os.getpid(), signal.SIGKILL)
+gguf.plan_gguf(sys.argv[1], sys.argv[2], "Q8_0").run(advance)
+"""
+
+
+def killed(source: Path, out: Path, blocks: int, journal_bytes: int) -> Path:
+    """What a run leaves that is killed when it has dealt with so many blocks."""
+    arguments = [str(source), str(out), str(blocks), str(journal_bytes)]
+    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    assert ended.returncode == -signal.SIGKILL
+    assert not out.exists()
+    return out.parent / f".{out.name}.partial"
+
+
+@pytest.mark.parametrize(("blocks", "journal_bytes"), [(1, 1), (30, 1), (101, 1), (101, 20_000)])
+def test_a_killed_export_goes_on_to_the_same_bytes(
+    tmp_path: Path, blocks: int, journal_bytes: int
+) -> None:
+    source, out = write_source(tmp_path / "source", MINI), tmp_path / "out.gguf"
+    plan_gguf(source, tmp_path / "whole.gguf", "Q8_0").run()
+    leftover = killed(source, out, blocks, journal_bytes)
+    done = json.loads((leftover / ".journal.json").read_text())["done"]
+    with (leftover / out.name).open("ab") as opened:
+        opened.write(b"half a tensor")
+    seen: list[int] = []
+    planned = plan_gguf(source, out, "Q8_0")
+    result = planned.run(seen.append)
+    assert result.continued == sum(step.nbytes for step in planned.steps.steps[:done]) > 0
+    assert sum(seen) == planned.bytes_before
+    assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out.gguf", "whole.gguf"}
+
+
+def test_a_killed_export_of_another_kind_is_not_continued(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source"), tmp_path / "out.gguf"
+    killed(source, out, 101, 1)
+    assert plan_gguf(source, out, "F16").run().continued == 0
+    assert fields_of(out)["general.file_type"] == 1
+
+
+def test_a_journal_without_its_file_is_not_continued(tmp_path: Path) -> None:
+    source, out = write_source(tmp_path / "source"), tmp_path / "out.gguf"
+    (killed(source, out, 101, 1) / out.name).unlink()
+    assert plan_gguf(source, out, "Q8_0").run().continued == 0
 
 
 def test_quantized_sources_are_dequantized_when_asked(tmp_path: Path) -> None:

@@ -65,15 +65,17 @@ def test_named_recipes_protect_what_matters() -> None:
     layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     paths = [f"model.layers.{block}.{layer}" for block in range(blocks) for layer in layers]
     widths = dict.fromkeys(["model.embed_tokens", "lm_head", *paths], 3072)
-    assigned, _ = mixed(4, 8).assign(widths, blocks)
-    more = {path for path, chosen in assigned.items() if chosen == Quantization(64, 8)}
+    assigned, _ = mixed(4, 6).assign(widths, blocks)
+    more = {path for path, chosen in assigned.items() if chosen == Quantization(64, 6)}
     ends = (0, 1, 2, 3, 28, 29, 30, 31)
     assert more == {
         "model.embed_tokens",
         "lm_head",
+        *(f"model.layers.{n}.{layers[0]}" for n in range(blocks)),
+        *(f"model.layers.0.{layer}" for layer in layers),
         *(f"model.layers.{n}.{layer}" for n in ends for layer in (layers[1], layers[3])),
     }
-    assert set(assigned.values()) == {Quantization(64, 4), Quantization(64, 8)}
+    assert set(assigned.values()) == {Quantization(64, 4), Quantization(64, 6)}
 
 
 @pytest.mark.parametrize("name", list(RECIPES["phi3"]))
@@ -103,7 +105,7 @@ def test_named_recipes_load_as_they_were_made(
     assert mx.array_equal(load_model(Checkpoint(tmp_path / "out"))(tokens), model(tokens))
     head = model.model.embed_tokens if config["tie_word_embeddings"] else model.lm_head
     assert head.bits == high
-    assert [layer.mlp.gate_up_proj.bits for layer in model.layers] == [low, low]
+    assert [layer.mlp.gate_up_proj.bits for layer in model.layers] == [high, low]
 
 
 OWN = """

@@ -17,8 +17,9 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from convert import Quantization, convert
+from convert import Quantization, Recipe, convert
 from convert.compare import Agreement, LayerError, Windows, choose_windows
+from convert.recipe import RECIPES
 from convert.report import BUNDLED_TEXT, COLUMNS, Report, measure
 from phimlx.checkpoint import Checkpoint, build_model, load_model
 from phimlx.errors import PhimlxError, TokenizerError
@@ -117,6 +118,22 @@ def test_more_bits_are_closer(reports: Reports) -> None:
             assert c.name == d.name
             assert 0 < d.error < c.error
         assert worse.bytes_after < better.bytes_after
+
+
+@pytest.mark.parametrize("recipe", RECIPES["phi3"].values(), ids=list(RECIPES["phi3"]))
+def test_a_mixed_recipe_is_closer_than_a_uniform_one_of_its_size(
+    reports: Reports, recipe: Recipe, tmp_path: Path
+) -> None:
+    """Between two numbers of bits, a uniform one's logarithm of KL is taken to fall evenly."""
+    convert(NANO, tmp_path / "out", recipe)
+    found = measure(NANO, tmp_path / "out", None, TOKENS)
+    size = found.bytes_after
+    uniform = [reports[form] for form in FORMS]
+    pairs = pairwise(uniform)
+    less, more = next(pair for pair in pairs if pair[0].bytes_after < size < pair[1].bytes_after)
+    share = (size - less.bytes_after) / (more.bytes_after - less.bytes_after)
+    for mixed, a, b in zip(found.agreements, less.agreements, more.agreements, strict=True):
+        assert mixed.divergence < a.divergence ** (1 - share) * b.divergence**share
 
 
 def test_more_bits_are_closer_in_the_other_modes(reports: Reports) -> None:

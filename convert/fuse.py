@@ -1,0 +1,171 @@
+"""An adapter, merged into a model's weights block by block while they are converted.
+
+Knows which layers an adapter changes and what rounding takes of that; knows nothing of files.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field, fields, replace
+from pathlib import Path
+
+import mlx.core as mx
+
+from convert.folder import stamps
+from convert.quantize import Block, Change
+from convert.recipe import Quantization, Recipe, Rule
+from convert.steps import Step, Steps, stored_quantizations
+from phimlx.adapters import Adapter, check_fit, read_adapter
+from phimlx.checkpoint import Checkpoint, build_model, stored_parameters
+from phimlx.models.lora import LowRank
+
+
+@dataclass
+class Rounding:
+    """What the type that fused weights are stored in takes from them.
+
+    Attributes:
+        error: sum of squares of what is stored, less what was computed.
+        change: sum of squares of what the adapter changed.
+    """
+
+    error: float = 0.0
+    change: float = 0.0
+
+    @property
+    def share(self) -> float:
+        """The error's size over the change's; 0 where nothing was fused yet."""
+        return math.sqrt(self.error / self.change) if self.change else 0.0
+
+
+@dataclass(frozen=True)
+class Fusion:
+    """An adapter that fits a model.
+
+    Attributes:
+        folder: that it was read from.
+    """
+
+    folder: Path
+    adapter: Adapter
+    rounding: Rounding = field(default_factory=Rounding)
+
+    @classmethod
+    def of(cls, folder: str | Path, checkpoint: Checkpoint) -> Fusion:
+        """Read an adapter.
+
+        Raises:
+            ConfigError, CheckpointError: where it cannot be read, or was made for another model.
+        """
+        adapter = read_adapter(folder)
+        model = build_model(checkpoint.config)
+        stored_parameters(checkpoint, model)
+        check_fit(adapter, model, checkpoint.folder, checkpoint.config)
+        return cls(Path(folder), adapter)
+
+    @property
+    def digest(self) -> str:
+        """Of its files."""
+        files = sorted(file for file in self.folder.iterdir() if file.is_file())
+        return hashlib.sha256(repr(stamps(files)).encode()).hexdigest()
+
+    def into(self, steps: Steps) -> Steps:
+        """The same steps, fusing on the way."""
+        return replace(steps, steps=tuple(map(self._fusing, steps.steps)))
+
+    def markdown(self) -> str:
+        """What the model card says of it."""
+        adapter = self.adapter
+        what = "A full fine-tuning"
+        if adapter.layers:
+            name = {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
+            ranks = sorted({layer.rank for layer in adapter.layers.values()})
+            what = f"A {name} of rank {', '.join(map(str, ranks))} on {len(adapter.layers)} layers"
+        trained = "" if adapter.base is None else f", trained on {adapter.base.name},"
+        return f"\n## Fine-tuning\n\n{what}{trained} is fused into the weights.\n"
+
+    def _fusing(self, step: Step) -> Step:
+        change = step.change
+        layer = self.adapter.layers.get(change.name.removesuffix(".weight"))
+        values = {each.name: getattr(change, each.name) for each in fields(change)}
+        if layer is not None:
+            return replace(step, change=Fusing(**values, layer=layer, rounding=self.rounding))
+        weight = self.adapter.weights.get(change.name)
+        if weight is not None:
+            return replace(step, change=Replacing(**values, weight=weight))
+        return step
+
+
+@dataclass(frozen=True)
+class Fusing(Change):
+    """A layer's change that merges an adapter into it, in float32."""
+
+    layer: LowRank = field(repr=False)
+    rounding: Rounding = field(repr=False)
+
+    def apply(self, stored: Sequence[mx.array], first: int = 0) -> Block:
+        before = Change(self.name, self.was, None, mx.float32).apply(stored)
+        plain = before.parts[self.name]
+        merged = self.layer.merged(plain, first)
+        after = Change(self.name, None, self.becomes, self.dtype).apply([merged])
+        parts = tuple(after.parts.values())
+        kept = parts[0].astype(mx.float32) if self.becomes is None else self._unpacked(parts)
+        return FusedBlock(
+            self,
+            after.parts,
+            before.sound,
+            after.fits,
+            (kept - merged).square().sum(),
+            (merged - plain).square().sum(),
+        )
+
+    def _unpacked(self, parts: tuple[mx.array, ...]) -> mx.array:
+        assert self.becomes is not None
+        packed, scales, *biases = parts
+        return mx.dequantize(
+            packed, scales, biases[0] if biases else None, dtype=mx.float32, **asdict(self.becomes)
+        )
+
+
+@dataclass(frozen=True)
+class FusedBlock(Block):
+    """Rows with an adapter in them, and what rounding did to them."""
+
+    error: mx.array
+    moved: mx.array
+
+    def check(self) -> None:
+        super().check()
+        assert isinstance(self.change, Fusing)
+        self.change.rounding.error += float(self.error)
+        self.change.rounding.change += float(self.moved)
+
+
+@dataclass(frozen=True)
+class Replacing(Change):
+    """A tensor's change to another that full fine-tuning made of it."""
+
+    weight: mx.array = field(repr=False)
+
+    def apply(self, stored: Sequence[mx.array], first: int = 0) -> Block:
+        count = stored[0].shape[0]
+        plain = Change(self.name, None, self.becomes, self.dtype)
+        return plain.apply([self.weight[first : first + count]])
+
+
+def as_stored(checkpoint: Checkpoint) -> Recipe | None:
+    """The recipe that leaves every layer in the form that it has; None where all are plain."""
+    table = checkpoint.quantization
+    if table is None:
+        return None
+    model = build_model(checkpoint.config)
+    paths = [path for path, module in model.named_modules() if hasattr(module, "to_quantized")]
+    stored = stored_quantizations(
+        checkpoint, [path for path in paths if f"{path}.scales" in checkpoint.tensors]
+    )
+    default = Quantization(table["group_size"], table["bits"], table["mode"])
+    others = [path for path in paths if stored.get(path) != default]
+    rules = tuple(Rule(path, stored.get(path)) for path in others)
+    return Recipe("as stored", default, rules)

@@ -1,0 +1,136 @@
+"""`phimlx fuse`: a model and its adapter to one model, or an adapter to another format.
+
+Knows the flags and how the result is told; the work is `convert`'s and `phimlx.adapters`'.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import click
+
+from phimlx.cli.convert import DTYPES, as_object, tell
+from phimlx.cli.options import adapter_option, json_option
+from phimlx.terminal.output import Output
+
+EXPORTS = ("peft", "mlx-lm")
+NOTED = 0.01  # share of the adapter's change that rounding may take without a word
+
+
+@click.command()
+@click.option("--model", metavar="MODEL", help="An alias, a Hub id or a folder.")
+@adapter_option
+@click.option(
+    "--save-path",
+    "--mlx-path",
+    "out",
+    metavar="OUT",
+    required=True,
+    type=click.Path(path_type=Path),
+    help="The folder to make.",
+)
+@click.option(
+    "--dequantize",
+    "-d",
+    is_flag=True,
+    help="Make plain weights of quantized ones, which keep what the adapter learned.",
+)
+@click.option(
+    "--dtype",
+    type=click.Choice(DTYPES),
+    help="Type of what is not quantized  [default: as it is stored]",
+)
+@click.option(
+    "--export",
+    type=click.Choice(EXPORTS),
+    help="Fuse nothing, but write the adapter as a folder for PEFT and transformers, or for "
+    "mlx-lm; --model may be left out.",
+)
+@json_option
+def command(
+    model: str | None,
+    adapter: Path | None,
+    out: Path,
+    dequantize: bool,
+    dtype: str | None,
+    export: str | None,
+    as_json: bool,
+) -> None:
+    """Merge an adapter into a model's weights, and write the model that this makes.
+
+    \b
+      phimlx fuse --model phi-4-mini --adapter-path adapters --save-path my-phi
+      phimlx fuse --adapter-path adapters --save-path for-peft --export peft
+
+    Quantized weights are quantized again as they were, which costs a part of what was learned;
+    how much is told. OUT appears when it is complete.
+    """
+    output = Output(json=as_json)
+    if adapter is None:
+        raise click.UsageError("--adapter-path is missing: name the adapter's folder.")
+    if export is not None:
+        if dequantize or dtype:
+            raise click.UsageError(
+                "--export writes the adapter alone: leave --dequantize and --dtype out."
+            )
+        output.json(_export(export, model, adapter, out, output))
+        return
+    if model is None:
+        raise click.UsageError("--model is missing: name the model that the adapter is for.")
+
+    from convert import plan
+    from phimlx import hub
+
+    source = hub.resolve(model)
+    planned = plan(source, out, dtype=dtype, dequantize=dequantize, adapter=adapter)
+    with output.progress(planned.bytes_before, "Fusing", "B") as bar:
+        result = planned.run(bar.update)
+    assert planned.fusion is not None
+    lost = planned.fusion.rounding.share
+    if not as_json:
+        tell(result, output)
+    if lost > NOTED:
+        form, instead = str(result.dtype or "the stored types"), "--dtype float32"
+        if result.quantization is not None:
+            form, instead = f"{result.quantization.bits} bits", "--dequantize"
+        output.warning(
+            f"Rounding to {form} put an error on the fused layers that is {lost:.0%} of what the "
+            f"adapter changed; {instead} avoids most of it."
+        )
+    output.json({**as_object(result), "adapter": str(adapter), "rounding_error": lost})
+
+
+def _export(
+    export: str, model: str | None, adapter: Path, out: Path, output: Output
+) -> dict[str, Any]:
+    """Write an adapter in another format."""
+    from dataclasses import replace
+
+    from convert.folder import refuse_existing
+    from phimlx.adapters import Base, read_adapter, write_adapter
+    from phimlx.peft import write_peft
+
+    refuse_existing(out)
+    found = read_adapter(adapter)
+    if model is not None:
+        from phimlx import hub
+        from phimlx.adapters import check_fit
+        from phimlx.checkpoint import Checkpoint, build_model, stored_parameters
+
+        checkpoint = Checkpoint(hub.resolve(model))
+        empty = build_model(checkpoint.config)
+        stored_parameters(checkpoint, empty)
+        check_fit(found, empty, checkpoint.folder, checkpoint.config)
+        base = Base.of(checkpoint.folder, checkpoint.config)
+        found = replace(found, base=base, blocks=len(empty.layers))
+    write = {"peft": write_peft, "mlx-lm": write_adapter}[export]
+    write(out, found)
+    output.text(f"{out}: {found.kind}, {len(found.arrays)} tensors, {found.size:,} numbers")
+    return {
+        "path": str(out),
+        "format": export,
+        "kind": found.kind,
+        "tensors": len(found.arrays),
+        "parameters": found.size,
+    }

@@ -1,0 +1,66 @@
+"""Publishing a converted folder: what is said before, while and after it goes to the Hub.
+
+Knows the screen and the command that goes on after a failure; the work is `convert.upload`'s.
+"""
+
+from __future__ import annotations
+
+import shlex
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from phimlx.cli.bars import teller, upload_bars
+from phimlx.errors import UploadError
+from phimlx.sizes import size_text
+from phimlx.terminal.output import Output
+
+if TYPE_CHECKING:
+    from convert.upload import Target
+
+
+def check_target(name: str, token: str | None, private: bool, output: Output) -> Target:
+    """Find out before any work whether the Hub will take it; see `convert.upload.check`."""
+    from convert.upload import check
+    from phimlx.remote import Remote
+
+    target = check(name, Remote(token, tell=teller(output)), private)
+    if target.exists:
+        output.note(f"{name} exists: this becomes its next commit.")
+    return target
+
+
+def publish(folder: Path, target: Target, output: Output) -> dict[str, Any]:
+    """Upload a whole folder; returns what `--json` adds to the result.
+
+    Raises:
+        UploadError: with the command that goes on.
+    """
+    import phimlx
+    from convert.upload import model_files, upload
+
+    files = model_files(folder)
+    nbytes = sum(file.stat().st_size for file in files.values())
+    output.note(f"Uploading {len(files)} files, {size_text(nbytes)}, to {target.name}.")
+    again = f"phimlx convert --mlx-path {shlex.quote(str(folder))} --upload-repo {target.name}"
+    again += " --private" if target.private else ""
+    try:
+        with upload_bars(output):
+            done = upload(folder, target, f"Upload a model made with phimlx {phimlx.__version__}")
+    except KeyboardInterrupt:
+        output.note(f"Stopped. {folder} is whole; the upload goes on with: {again}")
+        raise
+    except UploadError as error:
+        hint = f"{error.hint or 'Try again in a few minutes.'} The upload goes on with: {again}"
+        raise UploadError(str(error), hint=hint) from error
+    output.text(f"{done.url}: {len(done.files)} files, {size_text(done.nbytes)}")
+    return {"upload": asdict(done)}
+
+
+def existing(out: Path, name: str) -> UploadError:
+    """What is wrong where a model is to be converted to a folder that is there."""
+    again = f"phimlx convert --mlx-path {shlex.quote(str(out))} --upload-repo {name}"
+    return UploadError(
+        f"{out} exists already.",
+        hint=f"Choose another folder, or upload this one as it is with: {again}",
+    )
