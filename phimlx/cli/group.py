@@ -25,6 +25,7 @@ COMMANDS = {
     "list": ("phimlx.cli.list", "List the models on this machine."),
     "remove": ("phimlx.cli.remove", "Delete a model from this machine."),
     "convert": ("phimlx.cli.convert", "Convert and quantize a model for MLX."),
+    "train": ("phimlx.cli.train", "Fine-tune a model on your own data."),
     "fuse": ("phimlx.cli.fuse", "Merge an adapter into a model's weights."),
     "evaluate": ("phimlx.cli.evaluate", "Measure how well a model does on data."),
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),

@@ -1,0 +1,290 @@
+"""`phimlx train`: fine-tune a model on a person's own data.
+
+Knows flags, signals and the order of things; a run is `phimlx.training.run`'s.
+"""
+
+from __future__ import annotations
+
+import signal
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import click
+
+from phimlx.cli.options import json_option
+from phimlx.errors import ModelAbsentError, shortened
+from phimlx.terminal.output import Output
+from phimlx.training.kinds import Kind, Switch
+from phimlx.training.settings import TABLE, read_file, read_settings, spelled
+
+if TYPE_CHECKING:
+    from phimlx.training.examples import Dataset
+    from phimlx.training.machines import Machines
+    from phimlx.training.run import Outcome
+    from phimlx.training.session import Session
+
+Command = TypeVar("Command", bound=Callable[..., Any])
+
+
+class Value(click.ParamType[Any]):
+    """An option's value, read as it is from a file."""
+
+    def __init__(self, kind: Kind) -> None:
+        self.kind = kind
+        self.name = kind.metavar
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
+        try:
+            return self.kind.read(value)
+        except (ValueError, TypeError):
+            self.fail(f"{shortened(value)} is not {self.kind.what}.", param, ctx)
+
+
+def settings_options(command: Command) -> Command:
+    """Add a flag for each setting; one that was not given arrives as None."""
+    for name, field in reversed(TABLE.items()):
+        kind, text = field.metadata["kind"], field.metadata["help"]
+        if field.default not in (None, (), False) and "[default" not in text:
+            text = f"{text.removesuffix('.')}  [default: {field.default}]"
+        flags = [*spelled(name), name]
+        if isinstance(kind, Switch):
+            option = click.option(*flags, is_flag=True, default=None, help=text)
+        else:
+            option = click.option(*flags, type=Value(kind), metavar=kind.metavar, help=text)
+        command = option(command)
+    return command
+
+
+@click.command()
+@settings_options
+@click.option(
+    "--mask-prompt",
+    is_flag=True,
+    help="Learn answers only, which is what happens without it too: --loss-on assistant.",
+)
+@click.option(
+    "--config",
+    "-c",
+    "config",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Settings from a YAML or TOML file, under these names; flags come before it.",
+)
+@click.option("--resume", is_flag=True, help="Go on with the run in --adapter-path.")
+@click.option("--check", is_flag=True, help="Look at data and memory, and train nothing.")
+@click.option(
+    "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
+)
+@click.option("--train", is_flag=True, hidden=True)
+@json_option
+def command(
+    mask_prompt: bool,
+    config: Path | None,
+    resume: bool,
+    check: bool,
+    ignore_memory: bool,
+    train: bool,
+    as_json: bool,
+    **values: Any,
+) -> None:
+    """Fine-tune a model on your own data, with adapters or as a whole.
+
+    \b
+      phimlx train --model phi-4-mini --data rows.jsonl --check
+      phimlx train --model phi-4-mini --data rows.jsonl
+      phimlx chat --model phi-4-mini --adapter-path adapters
+
+    A row of data has messages, prompt and completion, or text. All rows are checked before the
+    first step. A model at 4 bits takes a quarter of the memory (QLoRA). Ctrl-C ends the run after
+    the step that it is in; --resume goes on from there, or from wherever it was killed, as if it
+    had never stopped.
+
+    --adapter-path gets adapters.safetensors, of the best checkpoint where there is validation data
+    and of the last one elsewhere; a log, a curve of the loss, and checkpoints/, of which the newest
+    few and the best are kept.
+    """
+    given = {name: value for name, value in values.items() if value is not None}
+    if mask_prompt and given.setdefault("loss_on", "assistant") != "assistant":
+        raise click.UsageError(
+            f"--mask-prompt and --loss-on {given['loss_on']} exclude each other."
+        )
+    if config is not None:
+        given = read_file(config) | given
+    if given.get("data") is None and not resume:
+        raise click.UsageError("--data is missing: name what to learn from.")
+    if given.get("iters") is not None and values["epochs"] is None:
+        given.pop("epochs", None)  # a flag comes before a file
+
+    from phimlx.training.machines import Machines
+
+    machines = Machines.join()
+    output = Output(json=as_json)
+    if not machines.is_first:
+        output = Silent()
+    session = _open(given, resume, machines, output)
+    session.check()
+    data = _read(session, output)
+    if check:
+        _check(session, data, output)
+        return
+    _train(session, data, ignore_memory, output)
+
+
+class Silent(Output):
+    """What machines other than the first say: nothing but errors."""
+
+    def __init__(self) -> None:
+        super().__init__(json=True)
+
+    def json(self, value: Any) -> None:
+        """Nothing."""
+
+    def note(self, text: str, style_name: str | None = None) -> None:
+        """Nothing."""
+
+
+def _open(given: Mapping[str, Any], resume: bool, machines: Machines, output: Output) -> Session:
+    from phimlx.training.session import Session, resumed_settings
+    from phimlx.training.settings import TrainSettings
+    from phimlx.training.state import Store
+
+    about = None
+    if resume:
+        store = Store(Path(given.get("adapter_path", TrainSettings.adapter_path)), 1)
+        about = store.about()
+        settings = resumed_settings(about, {**given, "adapter_path": str(store.folder)})
+    else:
+        settings = read_settings(given)
+    from phimlx.training.history import check_sinks
+
+    check_sinks(settings.report_to)
+    return Session(settings, _model_folder(settings.model, output), machines, about)
+
+
+def _model_folder(model: str | None, output: Output) -> Path:
+    """The folder of a model, which comes here where it is not and somebody can say so."""
+    from phimlx import hub
+
+    try:
+        return hub.resolve(model)
+    except ModelAbsentError as absent:
+        from phimlx.cli.bars import bring
+
+        bring(model, output, absent)
+    return hub.resolve(model)
+
+
+def _read(session: Session, output: Output) -> dict[str, Dataset]:
+    seen = 0
+    with output.progress(100, "Reading the data", "%") as bar:
+
+        def advance(done: int, total: int) -> None:
+            nonlocal seen
+            now = 100 * done // max(total, 1)
+            bar.update(now - seen)
+            seen = now
+
+        return session.load_data(advance)
+
+
+def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> None:
+    """Show what the data is like and what a run would need."""
+    from phimlx.memory import machine_memory
+    from phimlx.sizes import size_text
+    from phimlx.terminal.training import show_examples
+    from phimlx.training.check import describe, summarize
+    from phimlx.training.run import Plan
+
+    settings = session.settings
+    length = settings.max_seq_length if settings.pack else None
+    summaries = {name: summarize(each, settings.batch_size, length) for name, each in data.items()}
+    head, *rows = describe(summaries)
+    output.table(head, rows)
+    show_examples(data["train"], session.codec.tokenizer, output)
+    needed, memory = session.forecast(data), machine_memory()
+    plan = Plan.of(settings, len(session.batches(data)[0]))
+    output.text()
+    output.table(["Memory at the peak", ""], needed.rows())
+    output.text(f"This machine has {size_text(memory)} for it. The run has {plan.steps:,} steps.")
+    warning = session.check_memory(data, memory)
+    if warning:
+        output.warning(warning)
+    output.json(
+        {
+            "data": {name: asdict(each) for name, each in summaries.items()},
+            "memory": {**asdict(needed), "total": needed.total, "machine": memory},
+            "steps": plan.steps,
+        }
+    )
+
+
+def _train(
+    session: Session, data: Mapping[str, Dataset], ignore_memory: bool, output: Output
+) -> None:
+    from phimlx import api
+    from phimlx.cli.bars import teller
+    from phimlx.errors import TrainingError
+    from phimlx.memory import machine_memory
+    from phimlx.terminal.training import Show
+    from phimlx.training.run import INTERRUPTED
+
+    try:
+        warning = session.check_memory(data, machine_memory())
+    except TrainingError as error:
+        if not ignore_memory:
+            raise
+        warning = str(error)
+    if warning:
+        output.warning(warning)
+    with ExitStack() as stack:
+        if session.machines.is_first:
+            stack.enter_context(session.store.held())
+        with output.status("Loading the model…"):
+            phi = api.load(session.folder)
+            run = session.run(phi, data)
+        interrupted = stack.enter_context(signals(output))
+        show = stack.enter_context(Show(session, run, output, teller(output)).watching())
+        outcome = run.go(show, interrupted)
+        if session.machines.is_first:
+            show.finish(outcome)
+    if outcome.ending == INTERRUPTED:
+        output.note(f"Stopped after step {outcome.step:,}. Go on with: {_again(session)}")
+        raise KeyboardInterrupt
+    output.json(_as_object(session, outcome))
+
+
+def _again(session: Session) -> str:
+    return f"phimlx train --resume --adapter-path {session.settings.adapter_path}"
+
+
+def _as_object(session: Session, outcome: Outcome) -> dict[str, Any]:
+    """The result for --json."""
+    return {"adapter_path": session.settings.adapter_path, **asdict(outcome)}
+
+
+@contextmanager
+def signals(output: Output) -> Iterator[Callable[[], bool]]:
+    """Whether SIGINT or SIGTERM has come; a second one ends the process as it always does."""
+    came = False
+    watched = (signal.SIGINT, signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in watched}
+
+    def note(signum: int, frame: FrameType | None) -> None:
+        nonlocal came
+        came = True
+        for each in watched:
+            signal.signal(each, before[each])
+        output.note("Stopping after this step; once more stops at once.")
+
+    for each in watched:
+        if before[each] is not signal.SIG_IGN:
+            signal.signal(each, note)
+    try:
+        yield lambda: came
+    finally:
+        for each in watched:
+            signal.signal(each, before[each])

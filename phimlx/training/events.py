@@ -1,0 +1,81 @@
+"""What a training run tells while it goes on.
+
+Knows numbers and texts; knows nothing of where they are shown or kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from phimlx.training.step import StepResult
+
+
+@dataclass(frozen=True)
+class Report:
+    """Some steps of training.
+
+    Attributes:
+        loss: mean over what was learned from since the report before.
+        metrics: further means that the kind of loss has to tell.
+        gradient_norm: the largest of a step, before clipping.
+        learning_rate: of the last step.
+        tokens_per_second: real ones; filling does not count.
+        peak_memory: bytes, since the run began.
+        seconds: since the run began, what was before a resume included.
+        left: seconds until the end, at the speed of this report.
+    """
+
+    step: int
+    epoch: float
+    loss: float
+    metrics: Mapping[str, float]
+    gradient_norm: float
+    learning_rate: float
+    tokens: int
+    tokens_per_second: float
+    peak_memory: int
+    seconds: float
+    left: float
+
+
+@dataclass(frozen=True)
+class Validation:
+    """The loss on what is not learned from, and whether it is the lowest so far."""
+
+    step: int
+    loss: float
+    metrics: Mapping[str, float]
+    tokens: int
+    best: bool
+    seconds: float
+
+
+@dataclass(frozen=True)
+class Sample:
+    """What the model answers to a prompt of the validation data, and what stands there."""
+
+    step: int
+    source: str
+    prompt: str
+    expected: str
+    answer: str
+
+
+@dataclass(frozen=True)
+class Kept:
+    """A checkpoint was written."""
+
+    step: int
+    best: bool
+
+
+@dataclass(frozen=True)
+class Advanced:
+    """A step was taken."""
+
+    step: int
+    result: StepResult
+
+
+Event = Report | Validation | Sample | Kept | Advanced

@@ -1,0 +1,41 @@
+"""The command line, ended from outside: `python -m tests.training.killed HOW STEP ARGUMENT...`.
+
+HOW is a signal that the process gets while step STEP is computed, or "saving": SIGKILL while the
+checkpoint of that step is half written.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import tests.conftest  # noqa: F401 (the same BLAS as in the run that it is compared with)
+from phimlx.cli.main import main
+from phimlx.training import state
+from phimlx.training.batches import Batch
+from phimlx.training.step import Step, StepResult
+
+how, at = sys.argv[1], int(sys.argv[2])
+sys.argv = ["phimlx", *sys.argv[3:]]
+take, write = Step.__call__, state.write_arrays
+
+
+def taken(self: Step, number: int, batches: Sequence[Batch]) -> StepResult:
+    if number == at and how != "saving":
+        os.kill(os.getpid(), getattr(signal, how))
+    return take(self, number, batches)
+
+
+def written(path: Path, tree: Any) -> None:
+    write(path, tree)
+    if how == "saving" and f"step-{at:07d}" in path.parent.name:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+Step.__call__ = taken  # type: ignore[method-assign]
+state.write_arrays = written
+main()
