@@ -17,7 +17,7 @@ class Model:
     """One model of the family.
 
     Attributes:
-        repo: where it was published; None for the one that comes with phimlx.
+        repo: where it was published; None for those that come with phimlx.
         quantized_repo: the same weights at 4 bits in groups of 64.
         parameters: as published, those included that the model does without.
         whole_parameters: those of them that a quantized model keeps at 16 bits too.
@@ -98,6 +98,21 @@ PHI_4_MINI: dict[str, Any] = {
     "longrope_step": 4096,
 }
 
+NANO: dict[str, Any] = {
+    "repo": None,
+    "quantized_repo": None,
+    "parameters": 2_361_600,
+    "context_length": 1024,
+    "num_hidden_layers": 4,
+    "hidden_size": 256,
+    "intermediate_size": 384,
+    "num_key_value_heads": 4,
+    "head_dim": 32,
+    "vocab_size": 1536,
+    "tied": True,
+    "longrope_step": 128,
+}
+
 FAMILY: tuple[Model, ...] = (
     Model(
         alias="phi-4-mini",
@@ -155,21 +170,12 @@ FAMILY: tuple[Model, ...] = (
             "whole_parameters": 5_574_460_384 - PHI_4_MINI["parameters"],  # encoders, adapters
         },
     ),
+    Model(alias="nano", other_names=("phi-4-nano",), **NANO),
     Model(
-        alias="nano",
-        other_names=("phi-4-nano",),
-        repo=None,
-        quantized_repo=None,
-        parameters=2_361_600,
-        context_length=1024,
-        num_hidden_layers=4,
-        hidden_size=256,
-        intermediate_size=384,
-        num_key_value_heads=4,
-        head_dim=32,
-        vocab_size=1536,
-        tied=True,
-        longrope_step=128,
+        alias="nano-multimodal",
+        other_names=("phi-4-nano-multimodal", "nano-mm"),
+        architecture="phi4mm",
+        **{**NANO, "parameters": 4_174_944, "whole_parameters": 4_174_944 - NANO["parameters"]},
     ),
 )
 

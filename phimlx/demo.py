@@ -1,6 +1,6 @@
-"""The bundled model's held-out questions: asking them and telling right answers from wrong ones.
+"""The bundled models' held-out questions: asking them and telling right answers from wrong ones.
 
-Knows questions and answers; knows nothing of how they are shown.
+Knows questions, pictures, sounds and answers; knows nothing of how they are shown.
 """
 
 from __future__ import annotations
@@ -14,7 +14,8 @@ from typing import Any
 
 from phimlx.api import Phi
 from phimlx.generation.reply import Reply
-from phimlx.hub import NANO
+from phimlx.generation.transcription import TRANSCRIBE
+from phimlx.hub import NANO, NANO_MULTIMODAL
 from phimlx.prompt.reply import ReplyParser
 from phimlx.prompt.tools import ToolCall
 
@@ -84,6 +85,46 @@ def count_right(
             counts[kind] = (before[0] + right, before[1] + 1)
         advance()
     return counts
+
+
+@dataclass(frozen=True)
+class Scene:
+    """A picture, a sound or both that wait for their answer, none of them seen in training.
+
+    Attributes:
+        modality: "speech" to write down, "vision" to answer a question about, or "both": the
+            question about the picture is the sound.
+        said: what the sound of "both" says.
+    """
+
+    modality: str
+    kind: str
+    answer: str
+    image: Path | None = None
+    audio: Path | None = None
+    question: str = ""
+    said: str = ""
+
+
+def scenes(folder: Path = NANO_MULTIMODAL) -> list[Scene]:
+    """All held-out pictures and sounds of a folder, from its `heldout.jsonl`."""
+    lines = (folder / "heldout.jsonl").read_text(encoding="utf-8").splitlines()
+    found = []
+    for row in map(json.loads, lines):
+        files = {name: folder / row[name] for name in ("image", "audio") if name in row}
+        found.append(Scene(**{**row, **files}))
+    return found
+
+
+def look_and_listen(phi: Phi, scene: Scene) -> Reply:
+    """The model's answer, decoded greedily."""
+    return phi.generate(
+        TRANSCRIBE if scene.modality == "speech" else scene.question,
+        images=scene.image,
+        audio=scene.audio,
+        max_tokens=MAX_TOKENS,
+        temperature=0.0,
+    )
 
 
 def _expected(question: Question) -> tuple[str, list[ToolCall]]:

@@ -22,7 +22,7 @@ from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.batches import Batches, Example
 from phimlx.training.examples import SHOWN, DataError, Dataset, Settings, tokenize
 from phimlx.training.forward import head_of, inputs_of, supervised_states
-from phimlx.training.loss import token_losses
+from phimlx.training.loss import measured_losses
 from phimlx.training.rows import Problem, Row, read_rows
 from phimlx.training.shapes import Conversation, read_shape
 from phimlx.training.sources import SPLITS, find_splits
@@ -162,7 +162,7 @@ def measure_loss(
     for batch in Batches(examples, batch_size).epoch(0):
         inputs = inputs_of(batch, model.config.rope)
         states = supervised_states(model, inputs, key)
-        losses = token_losses(head_of(model), states, inputs["targets"])
+        losses = measured_losses(head_of(model), states, inputs["targets"])
         total += float((losses * inputs["weights"]).sum())
         tokens += batch.supervised_tokens
         mx.clear_cache()

@@ -22,6 +22,7 @@ from phimlx.transfer import HubCache, PlainFolder, Plan, Report
 
 __all__ = [
     "NANO",
+    "NANO_MULTIMODAL",
     "Download",
     "Watch",
     "download",
@@ -33,7 +34,9 @@ __all__ = [
     "resolve",
 ]
 
-NANO = Path(__file__).parent / "assets" / "nano"
+ASSETS = Path(__file__).parent / "assets"
+NANO = ASSETS / "nano"
+NANO_MULTIMODAL = ASSETS / "nano-multimodal"
 
 # What a model needs, all of it in the repository's top folder: no code, no pickles, no adapters.
 WANTED = (
@@ -72,7 +75,7 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
         if source and (holds_model or (model is None and folder.is_dir())):
             return folder
     if model is not None and model.repo is None:
-        return NANO
+        return ASSETS / model.alias
     name = catalog.DEFAULT.alias if source is None else source
     candidates = repositories(name, original)
     for repo in candidates:
@@ -174,7 +177,7 @@ def download(
 
     model = catalog.find(source)
     if model is not None and model.repo is None:
-        return _here(NANO, None)
+        return _here(ASSETS / model.alias, None)
     if _looks_like_path(source):
         raise ModelNotFoundError(
             f"{source} is a path; a download needs an alias or a Hub id.", hint=_suggestion(source)

@@ -12,7 +12,7 @@ from mlx.utils import tree_flatten
 
 from phimlx import catalog
 from phimlx.checkpoint import build_model
-from phimlx.hub import NANO
+from phimlx.hub import NANO, NANO_MULTIMODAL
 from phimlx.models.config import Phi3Config
 
 PUBLISHED = {
@@ -47,6 +47,9 @@ def test_sampling_is_that_of_the_published_generation_configs(
 
 def test_nano_is_as_it_was_packaged() -> None:
     check_shape("nano", json.loads((NANO / "config.json").read_text()))
+    multimodal = catalog.find("nano-multimodal")
+    assert multimodal is not None
+    assert multimodal.has_shape_of(json.loads((NANO_MULTIMODAL / "config.json").read_text()))
 
 
 def check_shape(alias: str, published: dict[str, object]) -> None:

@@ -71,6 +71,9 @@ def test_the_demonstration_as_an_object(few: list[Question]) -> None:
     assert exact["asked"] == small["asked"] == len(few)
     assert small["bytes"] < exact["bytes"] / 3
     assert exact["right"] >= 0.8 * len(few)
+    scenes = report["scenes"]
+    assert {scene["modality"] for scene in scenes} == {"speech", "vision", "both"}
+    assert all(scene["right"] for scene in scenes)
 
 
 def test_the_demonstration_on_a_screen(
@@ -83,6 +86,7 @@ def test_the_demonstration_on_a_screen(
     assert "It is a demonstration and knows almost nothing." in text
     assert "Converted to 4 bits: 4.72 MB -> " in text
     assert "past the LongRoPE step at 128" in text
+    assert "  What shape is purple?  (pictures/vision-00.png)\n  -> circle\n" in text
     assert "Try it yourself: phimlx chat --model nano" in text
     rows = [line.split() for line in text.splitlines() if line.startswith(("bfloat16", "4 bits"))]
     assert [row[-4:-2] for row in rows] == [[row[-4], "of"] for row in rows]

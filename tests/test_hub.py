@@ -61,6 +61,7 @@ def resolving(source: str | Path | None, **options: bool) -> ModelNotFoundError:
 def test_nano_comes_along() -> None:
     assert hub.resolve("nano") == hub.resolve("phi-4-NANO") == hub.NANO
     assert (hub.NANO / "config.json").is_file()
+    assert hub.resolve("nano-multimodal") == hub.resolve("nano-mm") == hub.NANO_MULTIMODAL
 
 
 @pytest.mark.parametrize("source", [None, "phi-4-mini", "PHI-4-mini-instruct"])
@@ -181,13 +182,13 @@ def test_a_folder_named_as_an_alias_counts_where_it_holds_a_model(cache: Path) -
             "llama",
             "llama is neither a folder, an alias nor a Hub id.",
             "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, phi-4-multimodal, nano.",
+            "phi-4-reasoning-plus, phi-4-multimodal, nano, nano-multimodal.",
         ),
         (
             "a--b/c",
             "a--b/c is neither a folder nor a Hub id, which has the form owner/name.",
             "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, phi-4-multimodal, nano.",
+            "phi-4-reasoning-plus, phi-4-multimodal, nano, nano-multimodal.",
         ),
         (
             "microsoft/phi 4",
@@ -198,7 +199,7 @@ def test_a_folder_named_as_an_alias_counts_where_it_holds_a_model(cache: Path) -
             "",
             "The model's name is empty.",
             "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, phi-4-multimodal, nano.",
+            "phi-4-reasoning-plus, phi-4-multimodal, nano, nano-multimodal.",
         ),
         *(
             (

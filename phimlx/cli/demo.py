@@ -1,4 +1,4 @@
-"""`phimlx demo`: convert, ask and compare, offline, on the model that comes along.
+"""`phimlx demo`: convert, ask and compare, offline, on the models that come along.
 
 Shows what `convert`, `phimlx.api` and `phimlx.demo` do.
 """
@@ -16,7 +16,8 @@ from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
-    from phimlx.demo import Question
+    from phimlx.api import Phi
+    from phimlx.demo import Question, Scene
     from phimlx.generation.reply import Reply
 
 
@@ -27,15 +28,16 @@ SAMPLE = 3  # questions of each kind that are compared
 @click.option("--all", "ask_all", is_flag=True, help="Compare on all held-out questions.")
 @json_option
 def command(ask_all: bool, as_json: bool) -> None:
-    """See everything at work on the small model that comes along.
+    """See everything at work on the small models that come along.
 
     Converts phi-4-nano to 4 bits in a temporary folder, asks it one question of each kind, and
     compares 4 bits with bfloat16 on questions that it never saw: some of each kind, or with --all
-    every one, which takes minutes on a CPU. Needs no network.
+    every one, which takes minutes on a CPU. Shows phi-4-nano-multimodal pictures and sounds. Needs
+    no network.
     """
     from convert import Quantization, convert
     from phimlx import api, demo
-    from phimlx.hub import NANO
+    from phimlx.hub import NANO, NANO_MULTIMODAL
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
@@ -83,8 +85,40 @@ def command(ask_all: bool, as_json: bool) -> None:
         else f"{len(asked)} of the {len(every)} held-out questions (phimlx demo --all asks all):"
     )
     output.table(["weights", "bits per weight", "size", "right", "share"], rows)
-    output.text("\nTry it yourself: phimlx chat --model nano")
-    output.json({"parameters": made.parameters, "answers": shown, "forms": compared})
+    output.text("\nphi-4-nano-multimodal has eyes and ears. Pictures and sounds new to it:\n")
+    seen = _look_and_listen(api.load(NANO_MULTIMODAL), output)
+    output.text("Try it yourself: phimlx chat --model nano")
+    output.json(
+        {"parameters": made.parameters, "answers": shown, "forms": compared, "scenes": seen}
+    )
+
+
+def _look_and_listen(phi: Phi, output: Output) -> list[dict[str, Any]]:
+    """One picture of each kind of question, one sound, and one of both together."""
+    from phimlx import demo
+
+    chosen: dict[tuple[str, str], Scene] = {}
+    for scene in demo.scenes(phi.path):
+        chosen.setdefault((scene.modality, scene.kind if scene.modality == "vision" else ""), scene)
+    seen = []
+    for scene in chosen.values():
+        reply = demo.look_and_listen(phi, scene)
+        files = [str(path.relative_to(phi.path)) for path in (scene.image, scene.audio) if path]
+        asked = scene.question or (f"“{scene.said}”" if scene.said else "What is said?")
+        output.text(f"  {asked}  ({', '.join(files)})")
+        output.text(f"  -> {reply.text.strip()}\n", "bold")
+        seen.append(
+            {
+                "modality": scene.modality,
+                "kind": scene.kind,
+                "files": files,
+                "question": scene.question or scene.said,
+                "answer": reply.text.strip(),
+                "expected": scene.answer,
+                "right": reply.text.strip() == scene.answer,
+            }
+        )
+    return seen
 
 
 def _one_of_each(asked: Sequence[Question]) -> list[Question]:

@@ -30,7 +30,7 @@ COMMANDS = {
     "evaluate": ("phimlx.cli.evaluate", "Measure how well a model does on data."),
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),
     "doctor": ("phimlx.cli.doctor", "Check this machine and installation."),
-    "demo": ("phimlx.cli.demo", "See everything at work on the small model that comes along."),
+    "demo": ("phimlx.cli.demo", "See everything at work on the small models that come along."),
 }
 """Name -> (module that holds it as `command`, one line of help)."""
 

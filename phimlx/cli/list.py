@@ -5,6 +5,7 @@ Knows how the answer is told; what there is, `phimlx.store` knows.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any
 
 import click
@@ -21,11 +22,12 @@ def command(as_json: bool) -> None:
     Each by the name that --model takes. They lie in the Hub's cache, whoever brought them there;
     models of other families that lie there too are left out.
     """
-    from phimlx import store
+    from phimlx import hub, store
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
-    entries = [describe_nano(), *map(describe, store.models())]
+    bundled = map(describe_bundled, (hub.NANO, hub.NANO_MULTIMODAL))
+    entries = [*bundled, *map(describe, store.models())]
     total = sum(entry["bytes"] for entry in entries if entry["repository"])
     output.json({"store": str(store.cache()), "bytes": total, "models": entries})
     if as_json:
@@ -67,16 +69,16 @@ def describe(stored: Any) -> dict[str, Any]:
     }
 
 
-def describe_nano() -> dict[str, Any]:
-    """The model that comes along, in the same form."""
-    from phimlx import hub, store
+def describe_bundled(folder: Path) -> dict[str, Any]:
+    """A model that comes along, in the same form."""
+    from phimlx import store
 
     return {
-        "name": "nano",
+        "name": folder.name,
         "repository": None,
-        "path": str(hub.NANO),
-        "bytes": sum(file.stat().st_size for file in hub.NANO.iterdir() if file.is_file()),
-        "bits": store.bits_of(hub.NANO),
+        "path": str(folder),
+        "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
+        "bits": store.bits_of(folder),
         "state": "complete",
         "last_used": None,
     }

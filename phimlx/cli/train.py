@@ -155,7 +155,7 @@ def _open(given: Mapping[str, Any], resume: bool, machines: Machines, output: Ou
     about = None
     if resume:
         store = Store(Path(given.get("adapter_path", TrainSettings.adapter_path)), 1)
-        about = store.about()
+        about = machines.share_json(store.about() if machines.is_first else None)
         settings = resumed_settings(about, {**given, "adapter_path": str(store.folder)})
     else:
         settings = read_settings(given)

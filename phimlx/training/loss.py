@@ -37,7 +37,7 @@ def token_losses(
     Source: the gradient of cross-entropy over a linear layer, (softmax(xWᵀ) − onehot) W; chunked as
     in Liger Kernel (arXiv 2410.10989), section 3.2.
     """
-    project = head.as_linear if hasattr(head, "as_linear") else head
+    project = _projection(head)
 
     @mx.custom_function
     def losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
@@ -54,6 +54,16 @@ def token_losses(
         return (cotangents[0][:, None] * outputs[1]).astype(primal.dtype)
 
     return cast(Sequence[mx.array], losses(hidden))[0]
+
+
+def measured_losses(
+    head: nn.Module, hidden: mx.array, targets: mx.array, rows: int = CHUNK_ROWS
+) -> mx.array:
+    """The same as `token_losses` for half the work, where no gradient will be asked for."""
+    found: list[mx.array] = []
+    for here, x in _chunks(hidden, rows, [found]):
+        found.append(_cross_entropy(_projection(head)(x), targets[here])[0])
+    return mx.concatenate(found)
 
 
 def linear_cross_entropy(
@@ -92,6 +102,11 @@ def linear_cross_entropy(
         ]
 
     return cast(Sequence[mx.array], losses(hidden, head.weight))[0]
+
+
+def _projection(head: nn.Module) -> Head:
+    """Hidden states to logits, by a head that is an embedding too or one of its own."""
+    return head.as_linear if hasattr(head, "as_linear") else head
 
 
 def _chunks(

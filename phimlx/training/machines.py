@@ -5,11 +5,14 @@ Knows who is there and that one may be lost; knows nothing of models or data.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from phimlx.errors import TrainingError
 
@@ -51,7 +54,28 @@ class Machines:
         """Whether it is so on any machine; all ask together."""
         if self.group is None:
             return mine
-        return bool(mx.distributed.all_sum(mx.array(int(mine)), group=self.group).item())
+        return bool(self._sum(mx.array(int(mine))).item())
+
+    def share(self, data: bytes) -> bytes:
+        """What the first machine has, for all; they ask together."""
+        if self.group is None:
+            return data
+        with self.watched():
+            own = np.frombuffer(data if self.is_first else b"", np.uint8)
+            length = int(self._sum(mx.array(len(own))))
+            row = mx.zeros(length, mx.uint8) if len(own) < length else mx.array(own)
+            return np.array(self._sum(row)).tobytes()
+
+    def share_json(self, value: Any) -> Any:
+        """The same for what JSON can hold."""
+        if self.group is None:
+            return value
+        return json.loads(self.share(json.dumps(value).encode()))
+
+    def _sum(self, array: mx.array) -> mx.array:
+        summed = mx.distributed.all_sum(array, group=self.group)
+        mx.eval(summed)  # which raises where a machine is lost; numpy and item() wait for ever
+        return summed
 
     @contextmanager
     def watched(self) -> Iterator[None]:

@@ -18,7 +18,7 @@ from mlx.utils import tree_unflatten
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.batches import Batch, Batches, Rows
 from phimlx.training.forward import head_of, supervised_states
-from phimlx.training.loss import token_losses
+from phimlx.training.loss import measured_losses, token_losses
 from phimlx.training.step import Step, Tree
 
 BETA = 0.1
@@ -72,15 +72,16 @@ class PreferenceStep(Step):
         pairs = np.arange(batch.tokens.shape[0] // 2) < self.weight_of(batch)
         inputs["share"] = mx.array(pairs / np.float32(weight), mx.float32)
         with without_adapter(self.model):
-            inputs["reference"] = self._differences(inputs, mx.random.key(0))
+            inputs["reference"] = self._differences(inputs, mx.random.key(0), learning=False)
             mx.eval(inputs["reference"])
         return inputs
 
     def _loss(
-        self, parameters: Tree, inputs: Mapping[str, mx.array], key: mx.array
+        self, parameters: Tree, inputs: Mapping[str, mx.array], key: mx.array, learning: bool = True
     ) -> tuple[mx.array, ...]:
         self.model.update(parameters)
-        margins = self.beta * (self._differences(inputs, key) - inputs["reference"])
+        own = self._differences(inputs, key, learning)
+        margins = self.beta * (own - inputs["reference"])
         share = inputs["share"]
         return (
             -(nn.log_sigmoid(margins) * share).sum(),
@@ -88,10 +89,13 @@ class PreferenceStep(Step):
             (margins * share).sum(),
         )
 
-    def _differences(self, inputs: Mapping[str, mx.array], key: mx.array) -> mx.array:
+    def _differences(
+        self, inputs: Mapping[str, mx.array], key: mx.array, learning: bool
+    ) -> mx.array:
         """log p(better) − log p(worse) of each pair, `[rows / 2]`."""
         states = supervised_states(self.model, inputs, key, self.checkpointing)
-        losses = token_losses(head_of(self.model), states, inputs["targets"])
+        losses_of = token_losses if learning else measured_losses
+        losses = losses_of(head_of(self.model), states, inputs["targets"])
         summed = mx.zeros(inputs["tokens"].shape[0]).at[inputs["owners"]]
         probabilities = summed.add(-losses * inputs["weights"])  # log, of each row's answer
         return probabilities[::2] - probabilities[1::2]

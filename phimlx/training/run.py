@@ -21,7 +21,7 @@ from phimlx.generation.engine import wired_memory
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.batches import Batch, Batches, Example
 from phimlx.training.events import Advanced, Event, Kept, Report, Sample, Validation
-from phimlx.training.machines import Machines
+from phimlx.training.machines import MachineLostError, Machines
 from phimlx.training.settings import TrainSettings
 from phimlx.training.state import Saved, Store
 from phimlx.training.step import Step, StepResult
@@ -140,7 +140,7 @@ class Run:
 
     def restore(self, saved: Saved) -> None:
         """Go on from a checkpoint."""
-        weights, optimizer = self.store.load(saved)
+        weights, optimizer = self.store.load(saved, self.machines)
         self.step.model.load_weights(list(weights.items()), strict=False)
         self.step.optimizer.state = optimizer
         mx.eval(self.step.model.trainable_parameters(), self.step.optimizer.state)
@@ -161,15 +161,19 @@ class Run:
             MachineLostError: where another machine is gone.
         """
         say = tell if self.machines.is_first else lambda event: None
-        with self.machines.watched(), _memory():
-            self.step.model.train()
-            mx.reset_peak_memory()
-            if self.state.step == 0:
-                self._validate(say)
-            for batches in self._batches():
-                if self.state.ending is not None:
-                    break
-                self._advance(batches, say, interrupted)
+        try:
+            with self.machines.watched(), _memory():
+                self.step.model.train()
+                mx.reset_peak_memory()
+                if self.state.step == 0:
+                    self._validate(say)
+                for batches in self._batches():
+                    if self.state.ending is not None:
+                        break
+                    self._advance(batches, say, interrupted)
+        except MachineLostError:
+            self._save(say)  # a step that the others did not finish has changed nothing
+            raise
         state = self.state
         return Outcome(state.ending or COMPLETE, state.step, state.best_step, state.best_loss)
 

@@ -239,16 +239,18 @@ class Session:
 
     def _last(self) -> Saved | None:
         """The newest whole checkpoint."""
-        saved = self.store.saved()
-        if not saved:
+        last = self.store.saved()[-1:]
+        # The first machine's folder counts; the others need none.
+        told = self.machines.share_json([(each.step, each.state) for each in last])
+        if not told:
             return None
-        if saved[-1].state["ending"] is not None:
+        step, state = told[0]
+        if state["ending"] is not None:
             raise TrainingError(
-                f"The run in {self.store.folder} is {saved[-1].state['ending']}: it took "
-                f"{saved[-1].step:,} steps.",
+                f"The run in {self.store.folder} is {state['ending']}: it took {step:,} steps.",
                 hint="Its adapter is there. Choose another --adapter-path for another run.",
             )
-        return saved[-1]
+        return last[0] if last else Saved(self.store.folder, step, state)
 
     @cached_property
     def _tensors(self) -> dict[str, TensorInfo]:

@@ -25,6 +25,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phimlx.adapter_files import CONFIG
 from phimlx.adapters import WEIGHTS
 from phimlx.errors import TrainingError
+from phimlx.training.machines import Machines
 
 RUN = "run.json"
 MANIFEST = "manifest.json"
@@ -178,12 +179,11 @@ class Store:
                 (old.folder / MANIFEST).unlink()
                 shutil.rmtree(old.folder)
 
-    def load(self, saved: Saved) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """Weights by name and the optimizer's tree of a checkpoint."""
-        weights = mx.load(str(saved.folder / WEIGHTS))
-        optimizer = mx.load(str(saved.folder / OPTIMIZER))
-        assert isinstance(weights, dict)
-        assert isinstance(optimizer, dict)
+    def load(self, saved: Saved, machines: Machines) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """Weights by name and the optimizer's tree of a checkpoint, which the first machine has."""
+        weights, optimizer = (
+            read_arrays(saved.folder / name, machines) for name in (WEIGHTS, OPTIMIZER)
+        )
         return weights, tree_unflatten(list(optimizer.items()))
 
     def _publish(self, weights: Path) -> None:
@@ -217,6 +217,17 @@ class _Stream(io.FileIO):
             self.failure = error
             raise
         return memoryview(data).nbytes
+
+
+def read_arrays(path: Path, machines: Machines) -> dict[str, mx.array]:
+    """Arrays by name of a file that the first machine has."""
+    if machines.group is None:
+        arrays = mx.load(str(path))
+    else:
+        data = machines.share(path.read_bytes() if machines.is_first else b"")
+        arrays = mx.load(io.BytesIO(data), format="safetensors")
+    assert isinstance(arrays, dict)
+    return arrays
 
 
 def write_arrays(path: Path, tree: Any) -> None:

@@ -20,7 +20,7 @@ from phimlx.errors import TrainingError
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.batches import Batch
 from phimlx.training.forward import head_of, inputs_of, supervised_states
-from phimlx.training.loss import linear_cross_entropy
+from phimlx.training.loss import linear_cross_entropy, measured_losses
 
 Tree = dict[str, Any]
 
@@ -85,7 +85,7 @@ class Step:
             sum(map(count, batches))
             for count in (self.weight_of, lambda b: b.supervised_tokens, lambda b: b.real_tokens)
         ]
-        weight, supervised, real = np.array(self._sum(mx.array(counts))).tolist()
+        weight, supervised, real = self._totals(mx.array(counts))
         values: Sequence[mx.array] = ()
         gradients: Tree = {}
         for place, batch in enumerate(batches):
@@ -94,7 +94,7 @@ class Step:
             gradients = tree_map(mx.add, gradients, slopes) if gradients else slopes
             mx.eval(values, gradients)
         gradients = self._sum_all(gradients)
-        loss, *metrics = np.array(self._sum(mx.stack(list(values)))).tolist()
+        loss, *metrics = self._totals(mx.stack(list(values)))
         norm = _norm(gradients)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._blame(number, batches)
@@ -118,14 +118,14 @@ class Step:
             for batch in batches:
                 weight = self.weight_of(batch)
                 inputs = self.inputs(batch, max(weight, 1))
-                values = self._loss(parameters, inputs, mx.random.key(0))
+                values = self._loss(parameters, inputs, mx.random.key(0), learning=False)
                 found = np.array(mx.stack(list(values)), np.float64) * weight
                 totals += [weight, batch.supervised_tokens, batch.real_tokens, *found]
         finally:
             self.model.train()
-        summed = np.array(self._sum(mx.array(totals.astype(np.float32))), np.float64)
+        summed = self._totals(mx.array(totals.astype(np.float32)))
         weight, supervised, real = summed[:3]
-        loss, *metrics = (summed[3:] / max(weight, 1)).tolist()
+        loss, *metrics = (each / max(weight, 1) for each in summed[3:])
         told = dict(zip(self.metrics, metrics, strict=True))
         return StepResult(loss, int(supervised), int(real), 0.0, told)
 
@@ -143,13 +143,15 @@ class Step:
         return inputs_of(weighted, self.model.config.rope)
 
     def _loss(
-        self, parameters: Tree, inputs: Mapping[str, mx.array], key: mx.array
+        self, parameters: Tree, inputs: Mapping[str, mx.array], key: mx.array, learning: bool = True
     ) -> tuple[mx.array, ...]:
         """The batch's part of the loss, and of each of `metrics`."""
         self.model.update(parameters)
         states = supervised_states(self.model, inputs, key, self.checkpointing)
-        head = head_of(self.model)
-        return (linear_cross_entropy(head, states, inputs["targets"], inputs["weights"]),)
+        head, targets, weights = head_of(self.model), inputs["targets"], inputs["weights"]
+        if learning:
+            return (linear_cross_entropy(head, states, targets, weights),)
+        return ((measured_losses(head, states, targets) * weights).sum(),)
 
     def _gradients(
         self, batch: Batch, weight: int, number: int, place: int
@@ -164,16 +166,21 @@ class Step:
         finally:
             self.model.update(parameters)  # tracing put its own arrays in their place
 
-    def _sum(self, array: mx.array) -> mx.array:
-        """The sum over all machines."""
-        return array if self.group is None else mx.distributed.all_sum(array, group=self.group)
+    def _totals(self, array: mx.array) -> list[Any]:
+        """The sums over all machines."""
+        if self.group is not None:
+            array = mx.distributed.all_sum(array, group=self.group)
+        mx.eval(array)  # which raises where a machine is lost; numpy would wait for ever
+        return np.array(array).tolist()
 
     def _sum_all(self, gradients: Tree) -> Tree:
         if self.group is None:
             return gradients
         size = self.group.size()
         # It joins small arrays, each of which would cost a round through the network.
-        return tree_map(lambda mean: mean * size, average_gradients(gradients, self.group))
+        summed = tree_map(lambda mean: mean * size, average_gradients(gradients, self.group))
+        mx.eval(summed)
+        return summed
 
     def _blame(self, number: int, batches: Sequence[Batch]) -> NonFiniteError:
         """The error that names the first example which makes no finite loss or gradient alone."""
@@ -207,8 +214,9 @@ class Step:
         row = np.zeros((1, NAME_BYTES), np.uint8)
         letters = text.encode()[:NAME_BYTES]
         row[0, : len(letters)] = np.frombuffer(letters, np.uint8)
-        rows = np.array(mx.distributed.all_gather(mx.array(row), group=self.group))
-        texts = (bytes(each).rstrip(b"\0").decode(errors="replace") for each in rows)
+        rows = mx.distributed.all_gather(mx.array(row), group=self.group)
+        mx.eval(rows)
+        texts = (bytes(each).rstrip(b"\0").decode(errors="replace") for each in np.array(rows))
         return next(filter(None, texts), "")
 
 

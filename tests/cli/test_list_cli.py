@@ -44,14 +44,20 @@ def keep(cache: Path, repo: str, whole: bool = True, **config: object) -> Path:
     return snapshot
 
 
+def size_of(folder: Path) -> list[str]:
+    return size_text(sum(f.stat().st_size for f in folder.rglob("*") if f.is_file())).split()
+
+
 def test_an_empty_store(cache: Path) -> None:
-    nano = size_text(sum(file.stat().st_size for file in hub.NANO.iterdir() if file.is_file()))
     result = run()
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["model", "size", "bits", "state", "last", "used"]
-    assert lines[2].split() == ["nano", *nano.split(), "16", "complete"]
-    assert lines[3:] == ["", f"0 bytes in {cache}"]
+    assert [line.split() for line in lines[2:4]] == [
+        ["nano", *size_of(hub.NANO), "16", "complete"],
+        ["nano-multimodal", *size_of(hub.NANO_MULTIMODAL), "16", "complete"],
+    ]
+    assert lines[4:] == ["", f"0 bytes in {cache}"]
     assert result.stderr == ""
 
 
@@ -61,7 +67,7 @@ def test_what_a_person_reads(cache: Path) -> None:
     keep(cache, "someone/bert", model_type="bert")
     result = run()
     assert result.exit_code == 0
-    rows = [" ".join(line.split()) for line in result.stdout.splitlines()[3:]]
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()[4:]]
     assert rows == [
         "microsoft/Phi-4-mini-instruct 4.05 kB 16 partial 2023-12-31",
         "phi-4 12.1 kB 4 complete 2023-12-31",
@@ -79,8 +85,9 @@ def test_json(cache: Path) -> None:
     about = json.loads(result.stdout)
     nbytes = sum(file.stat().st_size for file in snapshot.iterdir())
     assert (about["store"], about["bytes"]) == (str(cache), nbytes)
-    nano, model = about["models"]
+    nano, multimodal, model = about["models"]
     assert (nano["name"], nano["path"], nano["state"]) == ("nano", str(hub.NANO), "complete")
+    assert (multimodal["name"], multimodal["path"]) == ("nano-multimodal", str(hub.NANO_MULTIMODAL))
     assert model == {
         "name": "phi-4",
         "repository": "mlx-community/phi-4-4bit",

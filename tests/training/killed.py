@@ -1,7 +1,7 @@
 """The command line, ended from outside: `python -m tests.training.killed HOW STEP ARGUMENT...`.
 
 HOW is a signal that the process gets while step STEP is computed, or "saving": SIGKILL while the
-checkpoint of that step is half written.
+checkpoint of that step is half written. `SIGKILL@1` is for the second of several machines alone.
 """
 
 from __future__ import annotations
@@ -19,7 +19,8 @@ from phimlx.training import state
 from phimlx.training.batches import Batch
 from phimlx.training.step import Step, StepResult
 
-how, at = sys.argv[1], int(sys.argv[2])
+(how, _, rank), at = sys.argv[1].partition("@"), int(sys.argv[2])
+at = at if rank in ("", os.environ.get("MLX_RANK")) else 0
 sys.argv = ["phimlx", *sys.argv[3:]]
 take, write = Step.__call__, state.write_arrays
 

@@ -8,7 +8,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from phimlx.training.loss import linear_cross_entropy, token_losses
+from phimlx.training.loss import linear_cross_entropy, measured_losses, token_losses
 
 VOCABULARY, HIDDEN, ROWS = 1000, 128, 300
 
@@ -99,6 +99,14 @@ def test_each_row_has_its_own_cotangent() -> None:
     found, gradient = mx.value_and_grad(fused)(hidden)
     assert close(found, expected)
     assert close(gradient, expected_gradient)
+
+
+@pytest.mark.parametrize("kind", HEADS)
+def test_measuring_finds_the_losses_without_a_gradient(kind: str) -> None:
+    head = HEADS[kind]()
+    hidden, targets, _ = inputs()
+    expected = nn.losses.cross_entropy(logits(head, hidden), targets)
+    assert close(measured_losses(head, hidden, targets), expected)
 
 
 def test_memory_does_not_grow_with_the_rows() -> None:
