@@ -1,4 +1,4 @@
-"""The examples that mlx-examples trains on, through the command line: the model learns from them."""
+"""The examples that mlx-examples trains on, through the command line: the loss falls."""
 
 from __future__ import annotations
 
