@@ -25,6 +25,7 @@ from phimlx.generation.inputs import Beside
 from phimlx.generation.transcription import TRANSCRIBE
 from phimlx.hub import NANO, NANO_MULTIMODAL
 from phimlx.models import features
+from phimlx.models.conformer import AudioEmbedding
 
 HELD_OUT = Path(__file__).parent / "assets" / "nano_mm"
 REFERENCE = json.loads((HELD_OUT / "reference.json").read_text(encoding="utf-8"))
@@ -132,6 +133,10 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
         monkeypatch.setattr(features, "adapter_of", lambda *held: adapter)
         monkeypatch.setattr(engine.Inputs, "adapter", property(lambda self: adapter))
 
+    project = AudioEmbedding.project
+    monkeypatch.setattr(
+        AudioEmbedding, "project", lambda self, rows, mode: project(self, rows, mode or "speech")
+    )
     return force
 
 

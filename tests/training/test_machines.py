@@ -59,8 +59,9 @@ def log(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
 
 
-def losses(folder: Path) -> list[tuple[int, float]]:
-    return [(row["step"], row["loss"]) for row in log(folder) if "loss" in row]
+def losses(folder: Path) -> list[tuple[tuple[str, int], float]]:
+    """What was reported at which step, and its loss."""
+    return [((row["kind"], row["step"]), row["loss"]) for row in log(folder) if "loss" in row]
 
 
 @pytest.mark.parametrize(
@@ -91,11 +92,8 @@ def test_losses_are_those_of_one_process(
 def test_a_lost_machine_ends_the_run_with_what_was_learned(place: Path) -> None:
     lost = together(arguments(place, "lost", "rows.jsonl"), "SIGKILL@1", "5")
     assert "Another of the 2 machines is lost, so the run ends here" in lost.stderr + lost.stdout
-    resumed = alone(["train", "--resume", "--adapter-path", str(place / "lost")])
-    # Another number of machines is another order of sums: said, not silently done.
-    assert resumed.returncode in (0, 1), resumed.stderr
-    again = together(["train", "--resume", "--adapter-path", str(place / "lost")])
-    assert again.returncode == 0, again.stderr
-    whole = dict(losses(place / "plain-2"))
-    for step, loss in losses(place / "lost"):
-        assert loss == whole[step]
+    # Weights and optimizer are those of the last step that was whole, and go on from there.
+    kept = sorted(path.name for path in (place / "lost" / "checkpoints").iterdir())
+    assert kept[-1] == "step-0000004"
+    together(["train", "--resume", "--adapter-path", str(place / "lost")])
+    assert dict(losses(place / "lost")) == dict(losses(place / "plain-2"))
