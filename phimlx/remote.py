@@ -119,7 +119,7 @@ class Remote:
         with explained(name, revision):
             try:
                 info = self.patiently(ask)
-                files = tuple(_file(sibling) for sibling in info.siblings or ())
+                files = tuple(listed_file(sibling) for sibling in info.siblings or ())
                 commit = str(info.sha)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DownloadError(
@@ -128,6 +128,12 @@ class Remote:
                 ) from error
         _check(name, commit, files)
         return Repository(name, str(info.id), revision or "main", commit, files)
+
+    def url(self, repository: Repository, file: RemoteFile) -> str:
+        """Where the Hub keeps a file."""
+        from huggingface_hub import hf_hub_url
+
+        return hf_hub_url(repository.current_name, file.name, revision=repository.commit)
 
     @contextmanager
     def open(
@@ -140,7 +146,7 @@ class Remote:
 
         Raises huggingface_hub's errors. A redirect to another host is followed without the token.
         """
-        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
+        from huggingface_hub import constants, get_session, hf_raise_for_status
         from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
 
         # Compressed on the way, a range would count other bytes.
@@ -149,7 +155,7 @@ class Remote:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         with get_session().stream(
             "GET",
-            hf_hub_url(repository.current_name, file.name, revision=repository.commit),
+            self.url(repository, file),
             headers=build_hf_headers(token=self.token, library_name="phimlx", headers=headers),
             timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             follow_redirects=True,
@@ -231,7 +237,8 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     return float(limit[1]) if limit else None
 
 
-def _file(sibling: Any) -> RemoteFile:
+def listed_file(sibling: Any) -> RemoteFile:
+    """A file as the Hub's API lists it; raises where what it says is no listing."""
     if sibling.lfs is not None:
         return RemoteFile(sibling.rfilename, int(sibling.lfs.size), str(sibling.lfs.sha256))
     return RemoteFile(sibling.rfilename, int(sibling.size), str(sibling.blob_id))

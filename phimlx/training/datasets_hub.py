@@ -15,7 +15,7 @@ from typing import Any
 from phimlx import store
 from phimlx.errors import DownloadError, ModelNotFoundError, TrainingError, shortened
 from phimlx.hub import Watch, unwatched
-from phimlx.remote import Remote, RemoteFile, Repository, explained
+from phimlx.remote import Remote, RemoteFile, Repository, explained, listed_file
 from phimlx.training.rows import DataFile
 from phimlx.transfer import HubCache, Plan
 
@@ -90,7 +90,7 @@ class _DatasetRemote(Remote):
         with _told(name, revision):
             try:
                 info = self.patiently(ask)
-                files = tuple(_file(sibling) for sibling in info.siblings or ())
+                files = tuple(listed_file(sibling) for sibling in info.siblings or ())
                 _check(name, str(info.sha), files)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DownloadError(
@@ -100,34 +100,11 @@ class _DatasetRemote(Remote):
         asked, current = f"datasets/{name}", f"datasets/{info.id}"
         return Repository(asked, current, revision or "main", str(info.sha), files)
 
-    @contextmanager
-    def open(
-        self, repository: Repository, file: RemoteFile, start: int = 0, stop: int | None = None
-    ) -> Iterator[tuple[int, Iterator[bytes]]]:
-        from huggingface_hub import constants, get_session, hf_hub_url, hf_raise_for_status
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+    def url(self, repository: Repository, file: RemoteFile) -> str:
+        from huggingface_hub import hf_hub_url
 
-        headers = {"Accept-Encoding": "identity"}
-        if start or stop is not None:
-            headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
         name = repository.current_name.removeprefix("datasets/")
-        url = hf_hub_url(name, file.name, repo_type="dataset", revision=repository.commit)
-        with get_session().stream(
-            "GET",
-            url,
-            headers=build_hf_headers(token=self.token, library_name="phimlx", headers=headers),
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            follow_redirects=True,
-        ) as response:
-            if response.status_code == 416:
-                yield start, iter(())
-                return
-            hf_raise_for_status(response)
-            begin = 0
-            if response.status_code == 206:
-                found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
-                begin = int(found[1]) if found else start
-            yield begin, response.iter_bytes()
+        return hf_hub_url(name, file.name, repo_type="dataset", revision=repository.commit)
 
 
 @dataclass(frozen=True)
@@ -169,12 +146,6 @@ def _read_card(name: str, folder: Path) -> Mapping[str, Any]:
             f"The card of the data set {name} cannot be read: its head is no YAML.",
             hint="Download the file that you mean, and give its path.",
         ) from error
-
-
-def _file(sibling: Any) -> RemoteFile:
-    if sibling.lfs is not None:
-        return RemoteFile(sibling.rfilename, int(sibling.lfs.size), str(sibling.lfs.sha256))
-    return RemoteFile(sibling.rfilename, int(sibling.size), str(sibling.blob_id))
 
 
 def _check(name: str, commit: str, files: tuple[RemoteFile, ...]) -> None:
