@@ -14,8 +14,8 @@ from fnmatch import fnmatchcase
 from pathlib import Path
 from typing import Any
 
-from phimlx.checkpoint import QUANTIZATION_MODES
 from phimlx.errors import ConversionError, shortened
+from phimlx.quantization import QUANTIZATION_MODES
 
 # What mlx-lm takes where nothing is said.
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
