@@ -79,7 +79,9 @@ def _system() -> Finding:
 def _backend() -> Finding:
     import mlx.core as mx
 
-    if mx.default_device().type == mx.DeviceType.gpu:
+    from phimlx.models.device import on_gpu
+
+    if on_gpu():
         info = mx.device_info()
         name = "Metal" if mx.metal.is_available() else "CUDA"
         return Finding("backend", f"{name}, {info.get('device_name', 'unnamed device')}")

@@ -17,11 +17,13 @@ from phimlx.errors import GenerationError, PromptError
 from phimlx.generation.sampling import Sampler
 from phimlx.models.cache import Cache
 from phimlx.models.conformer import MAX_TOKENS
+from phimlx.models.device import suited
 from phimlx.models.features import ADAPTERS, TEXT, Features, MediaCache, Slots
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.models.phi4mm import Phi4MMForCausalLM
 
-PREFILL_TOKENS = 2048  # tokens of a prompt in one forward pass, which bounds working memory
+# Tokens of a prompt in one forward pass, which bounds working memory
+PREFILL_TOKENS = suited(gpu=2048, cpu=512)
 CLEAR_EVERY = 256  # tokens between handing freed buffers back to the system
 
 # The arrays of each kind of media, under the names of the checkpoint's processor: a row an item.

@@ -15,6 +15,8 @@ from typing import Any
 
 import mlx.core as mx
 
+from phimlx.models.device import on_gpu
+
 
 @dataclass(frozen=True)
 class Rope:
@@ -96,8 +98,7 @@ def fuse(function: Callable[..., Any]) -> Callable[..., Any]:
     compiled = mx.compile(function, shapeless=True)
 
     def call(*arrays: mx.array) -> Any:
-        on_gpu = mx.default_device().type == mx.DeviceType.gpu
-        return (compiled if on_gpu else function)(*arrays)
+        return (compiled if on_gpu() else function)(*arrays)
 
     return call
 

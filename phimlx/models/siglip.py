@@ -18,12 +18,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
+from phimlx.models.device import on_gpu, suited
 from phimlx.models.encoder_config import VisionConfig as VisionConfig
 from phimlx.models.rope import fuse
 
 # The attention scores of one crop are heads · 1024² numbers: more crops at once fill the memory
-# without filling the device any better.
-CROPS_AT_ONCE = 4
+# without filling a GPU any better, and two already leave a CPU's cache.
+CROPS_AT_ONCE = suited(gpu=4, cpu=1)
 
 # Metal's fused attention has these head sizes; SigLIP's 72 becomes 80 by zeros.
 FUSED_HEAD_DIMS = (64, 80, 128)
@@ -80,7 +81,7 @@ class Attention(nn.Module):
 
 
 def _fused_head_dim(head_dim: int) -> int:
-    if not mx.metal.is_available() or mx.default_device().type != mx.DeviceType.gpu:
+    if not mx.metal.is_available() or not on_gpu():
         return head_dim
     return min((size for size in FUSED_HEAD_DIMS if size >= head_dim), default=head_dim)
 

@@ -17,6 +17,7 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map
 
 from phimlx.errors import TrainingError
+from phimlx.models.device import on_gpu
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.batches import Batch
 from phimlx.training.forward import head_of, inputs_of, supervised_states
@@ -72,7 +73,7 @@ class Step:
         self.seed = seed
         self.group = group
         self._traced = mx.value_and_grad(self._loss)
-        if mx.default_device().type == mx.DeviceType.gpu:
+        if on_gpu():
             self._traced = mx.compile(self._traced)
 
     def __call__(self, number: int, batches: Sequence[Batch]) -> StepResult:

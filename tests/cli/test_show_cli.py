@@ -24,9 +24,10 @@ def run(*arguments: str | Path) -> Result:
 
 @pytest.fixture(autouse=True)
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """16 GB, and no model."""
+    """16 GB, prompts computed as on a GPU, and no model."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("phimlx.memory.machine_memory", lambda: 16_000_000_000)
+    monkeypatch.setattr("phimlx.memory.PREFILL_TOKENS", 2048)
     monkeypatch.chdir(tmp_path)
 
 
