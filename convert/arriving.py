@@ -61,7 +61,8 @@ class Arriving(WeightFiles):
 
     def open(self, file: Path) -> int:
         """Bring a file, checked against its hash, and open it."""
-        shard = next(shard for shard in self.shards if shard.name == file.name)
+        name = self._name(file)
+        shard = next(shard for shard in self.shards if shard.name == name)
         self._transfer(shard, self._coming)
         arrived = self._coming / shard.name
         with file.open("rb") as known, arrived.open("rb") as opened:
@@ -77,7 +78,7 @@ class Arriving(WeightFiles):
     def close(self, file: Path, descriptor: int) -> None:
         """Close a file and remove it."""
         os.close(descriptor)
-        (self._coming / file.name).unlink()
+        (self._coming / self._name(file)).unlink()
 
     def stop(self) -> None:
         """Let a transfer that is under way end."""
@@ -95,14 +96,20 @@ class Arriving(WeightFiles):
                     f"{file.name} of {self.repository.name} is not a whole safetensors file."
                 )
             head += self.remote.read(self.repository, file, 8, length)
-            with (self.folder / file.name).open("wb") as opened:
+            path = self.folder / file.name
+            path.parent.mkdir(exist_ok=True)
+            with path.open("wb") as opened:
                 opened.write(head)
                 opened.truncate(file.size)
-            os.utime(self.folder / file.name, (0, 0))  # the commit tells versions apart
+            os.utime(path, (0, 0))  # the commit tells versions apart
 
     @property
     def _coming(self) -> Path:
         return self.home / "coming"
+
+    def _name(self, file: Path) -> str:
+        """In the repository, where files in different folders may have the same name."""
+        return file.relative_to(self.folder).as_posix()
 
     def _transfer(self, file: RemoteFile, folder: Path) -> None:
         is_weights = file in self.shards
@@ -143,7 +150,7 @@ def arriving(
     out = out.absolute()
     refuse_existing(out)
     repository = remote.repository(hub.repositories(name, original=True)[0], revision)
-    files = hub.make_plan(repository).files
+    files = hub.make_plan(repository, remote).files
     shards = tuple(file for file in files if file.name.endswith(".safetensors"))
     home = out.parent / f".{out.name}.source"
     with writing(out):

@@ -6,6 +6,7 @@ Knows names and the catalogue; knows nothing of HTTP, nor of what is inside the 
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -16,8 +17,10 @@ from pathlib import Path
 
 from phimlx import catalog, store
 from phimlx.errors import DownloadError, ModelAbsentError, ModelNotFoundError, shortened
-from phimlx.remote import Remote, Repository
-from phimlx.store import find_snapshot, is_whole
+from phimlx.models.phi4mm_names import NATIVE_TYPE
+from phimlx.remote import Remote, RemoteFile, Repository
+from phimlx.sizes import size_text
+from phimlx.store import ADAPTER_FILES, find_snapshot, is_whole
 from phimlx.transfer import HubCache, PlainFolder, Plan, Report
 
 __all__ = [
@@ -38,7 +41,7 @@ ASSETS = Path(__file__).parent / "assets"
 NANO = ASSETS / "nano"
 NANO_MULTIMODAL = ASSETS / "nano-multimodal"
 
-# What a model needs, all of it in the repository's top folder: no code, no pickles, no adapters.
+# What a model needs of the repository's top folder: no code, no pickles.
 WANTED = (
     "*.json",
     "*.jinja",
@@ -48,6 +51,8 @@ WANTED = (
     "LICENSE*",
     "NOTICE*",
 )
+
+LONGEST_JSON = 25 << 20
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -158,7 +163,7 @@ def download(
 ) -> Download:
     """Bring a model here, or what of it is missing; check what is here.
 
-    Files that the model does not need stay away: see `WANTED`. With HF_HUB_OFFLINE set, what is
+    Files that the model does not need stay away: see `make_plan`. With HF_HUB_OFFLINE set, what is
     here answers, unchecked.
 
     Args:
@@ -188,22 +193,26 @@ def download(
         return _offline(repo, revision, local_dir)
     remote = remote or Remote()
     repository = remote.repository(repo, revision)
-    plan = make_plan(repository, local_dir)
+    plan = make_plan(repository, remote, local_dir)
     plan.check_space()
     with watch(plan) as report:
         plan.run(remote, report)
     return Download(plan.destination.folder, repo, repository.commit, len(plan.files), plan.nbytes)
 
 
-def make_plan(repository: Repository, local_dir: Path | None = None) -> Plan:
-    """What a model needs of a repository, and where it goes."""
+def make_plan(repository: Repository, remote: Remote, local_dir: Path | None = None) -> Plan:
+    """What a model needs of a repository, and where it goes: `WANTED`, and adapters in folders.
+
+    Raises:
+        DownloadError: where the repository holds no model, or the Hub does not tell.
+    """
     files = [file for file in repository.files if is_wanted(file.name)]
     if not any(file.name.endswith(".safetensors") for file in files):
         raise DownloadError(
             f"{repository.name} holds no model*.safetensors, the only weights that phimlx reads."
         )
-    # Weights last: what is wrong with a config shows early, and half a model never looks whole.
-    files.sort(key=lambda file: (file.name.endswith(".safetensors"), file.name))
+    files += _adapters(repository, remote)
+    files.sort(key=_turn)
     destination = (
         HubCache(store.cache(), repository)
         if local_dir is None
@@ -217,6 +226,44 @@ def is_wanted(name: str) -> bool:
     return "/" not in name and any(fnmatch(name, pattern) for pattern in WANTED)
 
 
+def _adapters(repository: Repository, remote: Remote) -> list[RemoteFile]:
+    """The files of adapters that are nowhere else in a repository, as in transformers' layout.
+
+    The published layout of Phi-4-multimodal has the same folders, which hold the adapters of its
+    weight files again. Only config.json tells the two apart; it is read where there are folders.
+    """
+    files = [file for file in repository.files if file.name in ADAPTER_FILES]
+    config = repository.file("config.json")
+    if not files or config is None:
+        return []
+    content = remote.read(repository, config, 0, within(config, LONGEST_JSON))
+    try:
+        settings = json.loads(content)
+    except (ValueError, RecursionError):
+        settings = None
+    if not isinstance(settings, dict):
+        raise DownloadError(
+            f"config.json of {repository.name} is not a JSON object.",
+            hint="It may have been damaged on its way: try again, or choose another model.",
+        )
+    return files if settings.get("model_type") == NATIVE_TYPE else []
+
+
+def within(file: RemoteFile, limit: int) -> int:
+    """The size of a file; raises DownloadError where that is beyond any sense."""
+    if file.size > limit:
+        raise DownloadError(f"{file.name} has {size_text(file.size)}, more than any model needs.")
+    return file.size
+
+
+def _turn(file: RemoteFile) -> tuple[bool, bool, str]:
+    """Sorts files by when they come."""
+    # Weights last: what is wrong with a config shows early, and half a model never looks whole.
+    # The base's are the very last, since `is_whole` looks for those.
+    is_weights = file.name.endswith(".safetensors")
+    return is_weights, is_weights and "/" not in file.name, file.name
+
+
 def is_folder(source: str) -> bool:
     """Whether a name means a folder on this machine rather than a model of the Hub."""
     return _looks_like_path(source) or (catalog.find(source) is None and Path(source).is_dir())
@@ -224,7 +271,7 @@ def is_folder(source: str) -> bool:
 
 def _here(folder: Path, repo: str | None) -> Download:
     commit = folder.name if folder.parent.name == "snapshots" else None
-    files = [path for path in folder.iterdir() if path.is_file()]
+    files = store.files_of(folder).values()
     return Download(folder, repo, commit, len(files), sum(path.stat().st_size for path in files))
 
 

@@ -12,15 +12,19 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phimlx.errors import DownloadError
-from phimlx.hub import make_plan
+from phimlx.hub import LONGEST_JSON, make_plan, within
 from phimlx.remote import Remote, RemoteFile, Repository, explained
 from phimlx.sizes import size_text
 
 FIRST_BYTES = 128 << 10  # holds most headers whole
 LONGEST_HEADER = 25 << 20
-LONGEST_JSON = 25 << 20
 LARGEST_FILE = 1 << 40
-JSON = ("config.json", "generation_config.json", "model.safetensors.index.json")
+JSON = (
+    "config.json",
+    "generation_config.json",
+    "model.safetensors.index.json",
+    "adapter_config.json",
+)
 
 
 @contextmanager
@@ -35,18 +39,19 @@ def preview(repo: str, remote: Remote | None = None) -> Iterator[tuple[Path, Rep
     """
     remote = remote or Remote()
     repository = remote.repository(repo)
-    files = make_plan(repository).files
+    files = make_plan(repository, remote).files
     with tempfile.TemporaryDirectory(prefix="phimlx-") as temporary:
         folder = Path(temporary) / repository.current_name.rpartition("/")[2]
         with explained(repo, place=folder):
-            folder.mkdir()
             for file in files:
-                if file.name in JSON:
-                    content = remote.read(repository, file, 0, _within(file, LONGEST_JSON))
-                    (folder / file.name).write_bytes(content)
-                elif file.name.endswith(".safetensors"):
-                    _within(file, LARGEST_FILE)
-                    with (folder / file.name).open("wb") as opened:
+                path = folder / file.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                if path.name in JSON:
+                    content = remote.read(repository, file, 0, within(file, LONGEST_JSON))
+                    path.write_bytes(content)
+                elif path.suffix == ".safetensors":
+                    within(file, LARGEST_FILE)
+                    with path.open("wb") as opened:
                         opened.write(read_header(remote, repository, file))
                         opened.truncate(file.size)
         yield folder, repository
@@ -68,9 +73,3 @@ def read_header(remote: Remote, repository: Repository, file: RemoteFile) -> byt
     if stop <= len(first):
         return first
     return first + remote.read(repository, file, len(first), stop)
-
-
-def _within(file: RemoteFile, limit: int) -> int:
-    if file.size > limit:
-        raise DownloadError(f"{file.name} has {size_text(file.size)}, more than any model needs.")
-    return file.size

@@ -18,8 +18,16 @@ from typing import Any
 
 from phimlx import catalog
 from phimlx.errors import DownloadError
+from phimlx.models.phi4mm_names import ADAPTER_FOLDERS, NATIVE_TYPE
 from phimlx.remote import RemoteFile, explained
 from phimlx.transfer import PARTIAL, Report, is_right, locked, record_of
+
+# All that a model may have below its top folder, whatever a Hub or a record may name.
+ADAPTER_FILES = tuple(
+    f"{folder}/{name}"
+    for folder in ADAPTER_FOLDERS.values()
+    for name in ("adapter_config.json", "adapter_model.safetensors")
+)
 
 _DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 _CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
@@ -164,11 +172,11 @@ def verify(folder: Path, report: Report = lambda file, nbytes: None) -> tuple[in
         DownloadError: naming what is missing or damaged.
     """
     recorded = _recorded(folder)
-    names = {path.name for path in folder.iterdir() if path.is_file() and path.name[0] != "."}
-    missing = sorted(set(recorded) - names)
+    here = files_of(folder)
+    missing = sorted(recorded.keys() - here)
     wrong = [
         name
-        for name in sorted(set(recorded) & names)
+        for name in sorted(recorded.keys() & here)
         if (folder / name).stat().st_size != recorded[name].size
         or not is_right(folder / name, recorded[name], report)
     ]
@@ -178,12 +186,23 @@ def verify(folder: Path, report: Report = lambda file, nbytes: None) -> tuple[in
                 f"{folder} {what} {', '.join(which)}.",
                 hint="Download it again; what is right stays as it is.",
             )
-    return len(recorded), sorted(names - set(recorded))
+    return len(recorded), sorted(here.keys() - recorded)
 
 
 def recorded_bytes(folder: Path) -> int:
     """Size of the files that `verify` reads."""
     return sum(file.size for file in _recorded(folder).values())
+
+
+def files_of(folder: Path) -> dict[str, Path]:
+    """A model's files by their names in the repository, links followed, hidden ones left out."""
+    return {name: path for name, path in _entries(folder).items() if path.is_file()}
+
+
+def _entries(folder: Path) -> dict[str, Path]:
+    """What may be a model's file, by name."""
+    entries = {path.name: path for path in folder.iterdir() if path.name[0] != "."}
+    return entries | {name: folder / name for name in ADAPTER_FILES}
 
 
 def _recorded(folder: Path) -> dict[str, RemoteFile]:
@@ -194,16 +213,16 @@ def _recorded(folder: Path) -> dict[str, RemoteFile]:
             return {
                 name: RemoteFile(name, int(entry["size"]), str(entry["hash"]))
                 for name, entry in entries.items()
-                if "/" not in name
+                if "/" not in name or name in ADAPTER_FILES
             }
         except (KeyError, TypeError, ValueError):
             return {}
     found = {}
-    for path in folder.iterdir():
+    for name, path in _entries(folder).items():
         blob = Path(os.readlink(path)) if path.is_symlink() else path
         if blob.parent.name == "blobs" and _CONTENT_HASH.fullmatch(blob.name):
             size = path.stat().st_size if path.exists() else 0
-            found[path.name] = RemoteFile(path.name, size, blob.name)
+            found[name] = RemoteFile(name, size, blob.name)
     return found
 
 
@@ -231,7 +250,7 @@ def _release_shared(root: Path, home: Path) -> None:
 
 def _is_family(stored: Stored) -> bool:
     types = {model.architecture for model in catalog.FAMILY}
-    types.add("phi4_multimodal")  # what transformers calls phi4mm
+    types.add(NATIVE_TYPE)
     configs = [_config(path.parent) for path in stored.home.glob("snapshots/*/config.json")]
     if configs:
         return any(config.get("model_type") in types for config in configs)

@@ -296,7 +296,8 @@ def test_download_brings_what_is_needed_and_resolve_finds_it(
     folder = done.folder
     assert folder == cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
-    assert sorted(server.requested) == sorted(FILES)
+    # Once more: folders of adapters raise the question which layout this is.
+    assert sorted(server.requested) == sorted([*FILES, "config.json"])
     assert hub.resolve(source) == folder
     size = sum(map(len, FILES.values()))
     assert (done.repository, done.commit, done.files, done.nbytes) == (

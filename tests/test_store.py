@@ -220,8 +220,53 @@ def test_a_record_that_says_nothing(tmp_path: Path, record: str) -> None:
     assert store.verify(tmp_path) == (0, ["config.json"])
 
 
-def test_a_record_reaches_no_other_folder(tmp_path: Path) -> None:
-    record = {"files": {"../secret": {"size": 1, "hash": "0" * 40}}}
+ADAPTER = "vision-lora/adapter_model.safetensors"
+
+
+@pytest.fixture
+def native(server: Hub) -> Hub:
+    """The same with an adapter in a folder of its own."""
+    config = b'{"model_type": "phi4_multimodal"}'
+    server.repos[REPO] = {**FILES, "config.json": config, ADAPTER: bytes(500)}
+    return server
+
+
+@pytest.mark.parametrize("local", [False, True])
+def test_an_adapter_is_checked_too(native: Hub, tmp_path: Path, local: bool) -> None:
+    folder = get(REPO, tmp_path / "mine" if local else None)
+    assert store.verify(folder) == (4, [])
+    (folder / ADAPTER).resolve().write_bytes(bytes(499) + b"x")
+    with pytest.raises(DownloadError) as caught:
+        store.verify(folder)
+    assert str(caught.value) == f"{folder} is damaged: {ADAPTER}."
+    (folder / ADAPTER).resolve().unlink()
+    with pytest.raises(DownloadError) as caught:
+        store.verify(folder)
+    assert str(caught.value) == f"{folder} lacks {ADAPTER}."
+
+
+def test_what_else_lies_in_a_folder_of_ones_own(native: Hub, tmp_path: Path) -> None:
+    folder = get(REPO, tmp_path / "mine")
+    for name in ("speech-lora/adapter_config.json", "runs/step-1/adapter_model.safetensors"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).write_text("{}")
+    assert store.verify(folder) == (4, ["speech-lora/adapter_config.json"])
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        "../secret",
+        "../secret/",
+        "vision-lora/../../secret",
+        "vision-lora/../../../secret",
+        "{folder}/secret",
+        ".cache/../../secret",
+    ],
+)
+def test_a_record_reaches_no_other_folder(tmp_path: Path, name: str) -> None:
+    record = {"files": {name.format(folder=tmp_path): {"size": 1, "hash": "0" * 40}}}
+    (tmp_path / "a" / "vision-lora").mkdir(parents=True)
     (tmp_path / "a" / ".cache" / "phimlx").mkdir(parents=True)
     (tmp_path / "a" / ".cache" / "phimlx" / "download.json").write_text(json.dumps(record))
     (tmp_path / "secret").write_text("x")

@@ -84,7 +84,7 @@ def test_a_folder_of_ones_own_takes_what_the_cache_has(
 ) -> None:
     snapshot = witness.get()
     server.requested.clear()
-    plan = hub.make_plan(Remote().repository(REPO), tmp_path / "mine")
+    plan = hub.make_plan(Remote().repository(REPO), Remote(), tmp_path / "mine")
     assert (plan.nearby, plan.remaining) == (plan.nbytes, plan.nbytes)
     folder = witness.get(local_dir=tmp_path / "mine")
     assert contents(folder) == FILES
@@ -190,7 +190,7 @@ def test_a_server_that_ignores_ranges_and_cuts_is_given_up(witness: Witness, ser
 
 def test_an_interrupt_leaves_what_has_come(witness: Witness, server: Hub, cache: Path) -> None:
     remote = Remote(wait=witness.waits.append)
-    plan = hub.make_plan(remote.repository(REPO))
+    plan = hub.make_plan(remote.repository(REPO), remote)
 
     def interrupt(file: object, nbytes: int) -> None:
         witness.counted += nbytes
@@ -218,7 +218,7 @@ def report(file, nbytes):
     print(file.name, nbytes, flush=True)
 
 remote = Remote()
-plan = hub.make_plan(remote.repository(sys.argv[1]))
+plan = hub.make_plan(remote.repository(sys.argv[1]), remote)
 plan.run(remote, report)
 print("done", flush=True)
 """
@@ -264,7 +264,7 @@ def test_two_at_once_fetch_every_byte_once(witness: Witness, server: Hub, cache:
         witness.said.append(text)
         server.release.set()
 
-    folder = hub.make_plan(remote.repository(REPO)).run(remote)
+    folder = hub.make_plan(remote.repository(REPO), remote).run(remote)
     out, _ = first.communicate()
     assert out.endswith("done\n")
     assert witness.said == [transfer.WAITING]
@@ -424,7 +424,9 @@ def test_the_space_is_checked_with_five_percent_to_spare(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     server.repos[REPO] = {"model.safetensors": bytes(200_000)}
-    plan = hub.make_plan(Remote().repository(REPO), tmp_path / "mine" if local else None)
+    remote = Remote()
+    local_dir = tmp_path / "mine" if local else None
+    plan = hub.make_plan(remote.repository(REPO), remote, local_dir)
     monkeypatch.setattr(transfer, "free_space", lambda folder: 210_000)
     plan.check_space()
     monkeypatch.setattr(transfer, "free_space", lambda folder: 209_999)
@@ -442,7 +444,7 @@ def test_the_space_is_checked_with_five_percent_to_spare(
 def test_what_is_here_needs_no_space(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
     witness.get()
     monkeypatch.setattr(transfer, "free_space", lambda folder: 0)
-    plan = hub.make_plan(Remote().repository(REPO))
+    plan = hub.make_plan(Remote().repository(REPO), Remote())
     assert plan.remaining == 0
     plan.check_space()
 

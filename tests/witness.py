@@ -34,7 +34,7 @@ class Witness:
     def get(self, repo: str = REPO, local_dir: Path | None = None) -> Path:
         self.counted = 0
         remote = Remote(wait=self.waits.append, tell=self.said.append)
-        plan = hub.make_plan(remote.repository(repo), local_dir)
+        plan = hub.make_plan(remote.repository(repo), remote, local_dir)
         return plan.run(remote, self.count)
 
     def count(self, file: object, nbytes: int) -> None:
