@@ -8,8 +8,9 @@ from __future__ import annotations
 import contextlib
 import math
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 from urllib.parse import urlsplit
@@ -173,8 +174,8 @@ def command(
                 gap = "" if transcript is found[0] else "\n"
                 screen.text(f"{gap}==> {transcript.label} <==")
             with _telling(transcript, screen), _written(transcript, FORMATS[format_name], screen):
-                pieces = phi.transcribe(transcript.source, limits=limits, **options)
-                _take(pieces, transcript, FORMATS[format_name], screen)
+                listen = partial(phi.transcribe, transcript.source, limits=limits, **options)
+                _take(listen, transcript, FORMATS[format_name], screen)
     finally:
         screen.json({"model": model, "files": [each.as_object() for each in transcripts]})
     if any(transcript.error for transcript in transcripts):
@@ -264,11 +265,17 @@ def _written(transcript: Transcript, form: Format, output: Output) -> Iterator[N
             output.note(f"Wrote {transcript.target}.")
 
 
-def _take(pieces: Iterator[Piece], transcript: Transcript, form: Format, output: Output) -> None:
+def _take(
+    listen: Callable[..., Iterator[Piece]], transcript: Transcript, form: Format, output: Output
+) -> None:
     """Let the pieces come, and show each."""
     heard = number = 0
     with output.progress(None, f"Transcribing {printable(transcript.label)}", " s") as bar:
-        for piece in pieces:
+
+        def expect(seconds: float | None) -> None:
+            bar.total = None if seconds is None else round(seconds)
+
+        for piece in listen(on_open=expect):
             transcript.pieces.append(piece)
             with _beside_bar(output):
                 cue = _cue(piece)

@@ -6,7 +6,7 @@ Knows what to ask and what an answer may cost; knows nothing of where a transcri
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING
@@ -78,6 +78,7 @@ def transcribe(
     translate_to: str | None = None,
     max_seconds: float = PIECE_SECONDS,
     limits: Limits | None = None,
+    on_open: Callable[[float | None], None] | None = None,
 ) -> Iterator[Piece]:
     """The speech in a recording as text, cut at silences; pieces come as they are understood.
 
@@ -90,6 +91,7 @@ def transcribe(
             speech.
         max_seconds: the longest piece, from 1 to 40.
         limits: how large the source may be; of any length where None.
+        on_open: called with the recording's length in seconds, None where it does not say.
 
     Raises:
         MediaError: where the source is no sound; for damage further on, when it is reached.
@@ -99,7 +101,7 @@ def transcribe(
     if not phi.takes_media:
         raise no_media(phi.name)
     limits = limits or Limits(max_seconds=math.inf)
-    return _pieces(phi, segments_of(source, limits, max_seconds), asked)
+    return _pieces(phi, segments_of(source, limits, max_seconds, on_open), asked)
 
 
 def _pieces(phi: Phi, segments: Iterator[Segment], asked: str) -> Iterator[Piece]:

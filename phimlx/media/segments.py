@@ -5,7 +5,7 @@ Knows how loud each moment is; knows nothing of words, or of what a piece is for
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -46,14 +46,22 @@ class Segment:
 
 
 def segments_of(
-    source: Source, limits: Limits | None = None, max_seconds: float = TRAINED_SECONDS
+    source: Source,
+    limits: Limits | None = None,
+    max_seconds: float = TRAINED_SECONDS,
+    on_open: Callable[[float | None], None] | None = None,
 ) -> Iterator[Segment]:
     """The pieces of a recording, each yielded as soon as it is read; MediaError as `open_sound`.
 
     Holds about one piece of decoded sound at a time, however long the recording.
+
+    Args:
+        on_open: called with the recording's length in seconds, None where it does not say.
     """
     _check_seconds(max_seconds)
     with open_sound(source, limits) as sound:
+        if on_open is not None:
+            on_open(sound.seconds)
         yield from _pieces(sound.blocks, sound.rate, max_seconds)
 
 

@@ -48,10 +48,15 @@ _CUT_SHORT = "It may have been cut short: copy or download it again."
 
 @dataclass(frozen=True)
 class Sound:
-    """A sound being read: blocks of mono samples `[samples]` at 8 or 16 kHz."""
+    """A sound being read: blocks of mono samples `[samples]` at 8 or 16 kHz.
+
+    Attributes:
+        seconds: how long it says that it is; None where it does not say.
+    """
 
     rate: int
     blocks: Iterator[Samples]
+    seconds: float | None
 
 
 @dataclass(frozen=True)
@@ -61,6 +66,7 @@ class _Native:
     name: str
     rate: int
     blocks: Iterator[NDArray[np.float32]]
+    seconds: float | None
 
 
 def model_rate(rate: int) -> int:
@@ -86,11 +92,12 @@ def open_sound(source: Source, limits: Limits | None = None) -> Iterator[Sound]:
     """
     limits = limits or Limits()
     if isinstance(source, Clip):
-        yield Sound(source.rate, iter([source.samples]))
+        yield Sound(source.rate, iter([source.samples]), len(source.samples) / source.rate)
         return
     with _open_native(source, limits) as native:
         rate = model_rate(native.rate)
-        yield Sound(rate, _resampled(_mixed(native, limits), native.rate, rate))
+        blocks = _resampled(_mixed(native, limits), native.rate, rate)
+        yield Sound(rate, blocks, native.seconds)
 
 
 @contextmanager
@@ -129,7 +136,7 @@ def _given(source: tuple[Any, Any], limits: Limits) -> _Native:
         for start in range(0, len(samples), BLOCK):
             yield _scaled(samples[start : start + BLOCK])
 
-    return _Native(name, rate, blocks())
+    return _Native(name, rate, blocks(), len(samples) / rate)
 
 
 def _scaled(samples: NDArray[Any]) -> NDArray[np.float32]:
@@ -173,7 +180,8 @@ def _open_file(data: bytes, name: str, limits: Limits) -> Iterator[_Native]:
         declared = None if opening or file.frames >= _UNKNOWN_LENGTH else file.frames
         if declared is not None:
             _check_length(name, declared, file.samplerate, limits)
-        yield _Native(name, file.samplerate, _file_blocks(file, name, declared))
+        seconds = None if declared is None else declared / file.samplerate
+        yield _Native(name, file.samplerate, _file_blocks(file, name, declared), seconds)
 
 
 def _file_blocks(file: Any, name: str, declared: int | None) -> Iterator[NDArray[np.float32]]:
@@ -216,8 +224,8 @@ def _open_av(data: bytes, kind: Kind, name: str, limits: Limits) -> Iterator[_Na
         first = next(blocks, None)
         if first is None:
             raise _no_sound(name)
-
-        yield _Native(name, first[0], (block for _, block in itertools.chain([first], blocks)))
+        every = (block for _, block in itertools.chain([first], blocks))
+        yield _Native(name, first[0], every, declared)
 
 
 def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:

@@ -63,8 +63,7 @@ def read_bytes(source: Source, limits: Limits | None = None) -> bytes:
     elif isinstance(source, str | Path):
         data = _read_file(source, limits)
     else:
-        data = source.read(limits.max_bytes + 1)
-        _check_size(source, len(data), limits.max_bytes)
+        data = _read_opened(source, limits)
     if not data:
         raise MediaError(f"{source_name(source)} is empty.")
     return data
@@ -75,6 +74,23 @@ def _check_size(source: object, size: int, most: int, limit: str = "max_bytes") 
         raise MediaError(
             f"{source_name(source)} is larger than {size_text(most)}.", hint=raising(limit)
         )
+
+
+def _read_opened(source: object, limits: Limits) -> bytes:
+    read = getattr(source, "read", None)
+    data = read(limits.max_bytes + 1) if callable(read) else source
+    if not isinstance(data, bytes):
+        what = (
+            "file opened as text"
+            if isinstance(data, str)
+            else f"value of type {type(source).__name__}"
+        )
+        raise MediaError(
+            f"A {what} is nothing to read bytes from.",
+            hint="Give a path, an https URL, bytes, or a file opened for reading bytes.",
+        )
+    _check_size(source, len(data), limits.max_bytes)
+    return data
 
 
 def _read_file(path: str | Path, limits: Limits) -> bytes:

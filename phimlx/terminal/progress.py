@@ -14,13 +14,17 @@ ERASE_LINE = "\r\x1b[2K"
 
 
 class Progress(Protocol):
-    """What `progress` hands to the worker."""
+    """What `progress` hands to the worker; `total` may be set when it becomes known."""
+
+    total: float | None
 
     def update(self, n: float) -> object:
         """Report `n` more units done."""
 
 
 class _Silent:
+    total: float | None = None
+
     def update(self, n: float) -> None:
         """Count nothing: nobody is watching."""
 

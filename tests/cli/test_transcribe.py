@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import io
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -30,9 +30,12 @@ class HearingPhi(FakePhi):
         self.scripts = scripts
         self.heard: list[Any] = []
 
-    def transcribe(self, source: Any, **options: Any) -> Iterator[Piece]:
+    def transcribe(
+        self, source: Any, on_open: Callable[[float | None], None], **options: Any
+    ) -> Iterator[Piece]:
         name = source if isinstance(source, str) else source.read().decode()
         self.heard.append((Path(name).name, options))
+        on_open(62.0)
         for item in self.scripts[Path(name).name]:
             if not isinstance(item, Piece):
                 raise item
@@ -342,3 +345,4 @@ def test_pieces_beside_the_bar_of_a_terminal(
     assert result.exit_code == 0
     assert result.stdout == TXT
     assert "Transcribing a.wav" in result.stderr
+    assert "4/62" in result.stderr

@@ -154,6 +154,16 @@ def test_a_file_is_read_as_its_pieces_are_asked_for(tmp_path: Path) -> None:
     assert str(error.value).startswith(f"{path} is damaged somewhere after 1")
 
 
+def test_the_length_is_told_before_the_first_piece() -> None:
+    told: list[float | None] = []
+    next(segments_of((noise(3.5, 48000), 48000), on_open=told.append))
+    next(segments_of(sound_file(noise(3.5, RATE), RATE), on_open=told.append))
+    next(segments_of(load_audio((noise(3.5, RATE), RATE)), on_open=told.append))
+    assert told == [3.5, 3.5, 3.5]
+    next(segments_of(sound_file(noise(3.5, RATE), RATE, "MP3"), on_open=told.append))
+    assert told[3] == pytest.approx(3.5, abs=0.1)
+
+
 def test_limits_hold_for_pieces_too() -> None:
     data = sound_file(noise(30.0, RATE), RATE)
     with pytest.raises(MediaError) as error:

@@ -165,6 +165,21 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     assert message.startswith(f"{tmp_path}/loop cannot be read: ")
 
 
+@pytest.mark.parametrize(
+    ("source", "what"),
+    [
+        (3, "value of type int"),
+        (None, "value of type NoneType"),
+        (io.StringIO("text"), "file opened as text"),
+    ],
+)
+def test_what_is_no_source(source: Any, what: str) -> None:
+    assert refusal(source) == (
+        f"A {what} is nothing to read bytes from.",
+        "Give a path, an https URL, bytes, or a file opened for reading bytes.",
+    )
+
+
 def test_sizes_are_limited_everywhere(tmp_path: Path, site: str) -> None:
     path = tmp_path / "long"
     path.write_bytes(CONTENT)
