@@ -25,6 +25,7 @@ from convert.steps import Step, Steps
 from phimlx import catalog
 from phimlx.checkpoint import Checkpoint, build_model, read_json
 from phimlx.errors import ConversionError, shortened
+from phimlx.extras import optional
 from phimlx.models.config import Phi3Config
 
 if TYPE_CHECKING:
@@ -233,13 +234,8 @@ def plan_gguf(
             exists or has no room, the model is a multimodal one, or the `gguf` package is not
             installed.
     """
-    try:
-        import gguf  # noqa: F401
-    except ImportError as error:
-        raise ConversionError(
-            "GGUF files are written by the gguf package, which is not installed.",
-            hint="Install it with: pip install 'phimlx[gguf]'",
-        ) from error
+    without = "GGUF files are written by the gguf package, which is not installed."
+    optional("gguf", "gguf", without, ConversionError)
     out = Path(out).absolute()
     refuse_existing(out)
     checkpoint = Checkpoint(source)

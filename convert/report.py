@@ -5,7 +5,6 @@ Knows how a comparison is told; knows nothing of how the one folder was made of 
 
 from __future__ import annotations
 
-import importlib
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
@@ -27,6 +26,7 @@ from convert.compare import (
 from convert.recipe import PARTS
 from phimlx.checkpoint import Checkpoint, build_model
 from phimlx.errors import PhimlxError
+from phimlx.extras import optional
 from phimlx.prompt.tokenizer import Tokenizer
 from phimlx.sizes import size_text
 
@@ -145,13 +145,8 @@ class Report:
         Raises:
             PhimlxError: where matplotlib is not installed or the file cannot be written.
         """
-        try:
-            figure_module = importlib.import_module("matplotlib.figure")
-        except ImportError as error:
-            raise PhimlxError(
-                "A chart needs matplotlib, which is not installed.",
-                hint="Install it: pip install 'phimlx[plots]'",
-            ) from error
+        without = "A chart needs matplotlib, which is not installed."
+        figure_module = optional("matplotlib.figure", "plots", without)
         figure = figure_module.Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for number, (kind, errors) in enumerate(self._by_kind().items()):

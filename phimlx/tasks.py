@@ -15,6 +15,7 @@ import numpy as np
 
 from phimlx.api import Phi
 from phimlx.errors import PromptError, TokenizerError, TrainingError
+from phimlx.extras import optional
 from phimlx.generation.engine import PREFILL_TOKENS
 from phimlx.models.cache import Cache
 from phimlx.models.phi3 import Phi3ForCausalLM
@@ -45,14 +46,10 @@ def run_tasks(
     Raises:
         TrainingError: where lm-eval is not installed, or has no such task.
     """
-    try:
-        import lm_eval  # type: ignore[import-not-found, unused-ignore]
-        from lm_eval.tasks import TaskManager  # type: ignore[import-not-found, unused-ignore]
-    except ImportError as error:
-        raise TrainingError(
-            "Tasks are lm-eval's, which is not installed.", hint="pip install 'phimlx[lm-eval]'"
-        ) from error
-    manager = TaskManager(include_path=None if include_path is None else str(include_path))
+    without = "Tasks are lm-eval's, which is not installed."
+    lm_eval = optional("lm_eval", "lm-eval", without, TrainingError)
+    tasks_of = optional("lm_eval.tasks", "lm-eval", without, TrainingError)
+    manager = tasks_of.TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:
         raise TrainingError(

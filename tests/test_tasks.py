@@ -106,4 +106,4 @@ def test_without_lm_eval(nano: Phi, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(TrainingError) as caught:
         run_tasks(nano, ["arc_easy"])
     assert str(caught.value) == "Tasks are lm-eval's, which is not installed."
-    assert caught.value.hint == "pip install 'phimlx[lm-eval]'"
+    assert caught.value.hint == "Install it with: pip install 'phimlx[lm-eval]'"

@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phimlx.errors import MediaError
+from phimlx.extras import optional
 from phimlx.media.limits import Limits, raising
 
 if TYPE_CHECKING:
@@ -85,13 +86,8 @@ def too_long(name: str, limits: Limits) -> MediaError:
 
 
 def _import_av(kind: Kind, name: str) -> Any:
-    try:
-        import av
-    except ImportError as error:
-        raise MediaError(
-            f"{name} is {kind.name}, which needs PyAV, and that is not installed.",
-            hint="Install it with: pip install 'phimlx[video]'",
-        ) from error
+    without = f"{name} is {kind.name}, which needs PyAV, and that is not installed."
+    av = optional("av", "video", without, MediaError)
     # FFmpeg's own remarks would land among what a command prints.
     av.logging.set_level(None)
     return av

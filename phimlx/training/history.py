@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phimlx.errors import TrainingError
+from phimlx.extras import optional
 from phimlx.training.events import Event, Report, Sample, Validation
 from phimlx.training.state import write_bytes, writing
 
@@ -144,12 +145,17 @@ SINKS: dict[str, Callable[[Any, Path, Mapping[str, Any]], Sink]] = {
 def check_sinks(names: Sequence[str]) -> None:
     """Raise TrainingError where a tracker is not installed, before anything is loaded for it."""
     for name in names:
-        _import(name)
+        _tracker(name)
 
 
 def open_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> Sink:
     """A tracker by name; raises TrainingError where it is not installed."""
-    return SINKS[name](_import(name), folder, settings)
+    return SINKS[name](_tracker(name), folder, settings)
+
+
+def _tracker(name: str) -> Any:
+    without = f"Reporting to {name} needs a package that is not installed."
+    return optional(name, name, without, TrainingError)
 
 
 def numbers_of(row: Row) -> dict[str, float]:
@@ -162,29 +168,14 @@ def numbers_of(row: Row) -> dict[str, float]:
     }
 
 
-def _import(name: str) -> Any:
-    try:
-        return importlib.import_module(name)
-    except ImportError as error:
-        raise TrainingError(
-            f"Reporting to {name} needs a package that is not installed.",
-            hint=f"Install it: pip install 'phimlx[{name}]'",
-        ) from error
-
-
 def draw_png(curves: Mapping[str, Curve], path: Path) -> None:
     """Write a PNG of the losses.
 
     Raises:
         TrainingError: where matplotlib is not installed or the file cannot be written.
     """
-    try:
-        module = importlib.import_module("matplotlib.figure")
-    except ImportError as error:
-        raise TrainingError(
-            "A picture of the loss needs matplotlib, which is not installed.",
-            hint="Install it: pip install 'phimlx[plots]'",
-        ) from error
+    without = "A picture of the loss needs matplotlib, which is not installed."
+    module = optional("matplotlib.figure", "plots", without, TrainingError)
     figure = module.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for (name, curve), marker in zip(curves.items(), ("", "o"), strict=True):

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from phimlx.errors import TrainingError, shortened
+from phimlx.extras import optional
 
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
 PARQUET_ROWS = 1024  # rows that are in memory at one time
@@ -218,22 +219,17 @@ def _check_header(header: Sequence[str]) -> None:
 
 
 def _read_parquet(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
+    without = f"{file.name} is parquet, which takes a library that is not installed."
+    pyarrow = optional("pyarrow", "parquet", without, TrainingError)
+    parquet_file = optional("pyarrow.parquet", "parquet", without, TrainingError).ParquetFile
     try:
-        from pyarrow import ArrowException  # type: ignore[import-untyped]
-        from pyarrow.parquet import ParquetFile  # type: ignore[import-untyped]
-    except ImportError as error:
-        raise TrainingError(
-            f"{file.name} is parquet, which takes a library that is not installed.",
-            hint="Install it: pip install 'phimlx[parquet]'",
-        ) from error
-    try:
-        with ParquetFile(file.path) as parquet:
+        with parquet_file(file.path) as parquet:
             count, number = parquet.metadata.num_rows, 0
             for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{file.name}, row {number}", values), size * number // count
-    except (ArrowException, OSError) as error:
+    except (pyarrow.ArrowException, OSError) as error:
         raise _BadFileError("The file is damaged, or no parquet.") from error
 
 

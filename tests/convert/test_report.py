@@ -386,7 +386,7 @@ def test_chart_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
     with pytest.raises(PhimlxError) as caught:
         SMALL.chart(tmp_path / "report.png")
     assert str(caught.value) == "A chart needs matplotlib, which is not installed."
-    assert caught.value.hint == "Install it: pip install 'phimlx[plots]'"
+    assert caught.value.hint == "Install it with: pip install 'phimlx[plots]'"
     assert list(tmp_path.iterdir()) == []
 
 

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import builtins
 import json
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -431,20 +430,13 @@ def test_files_of_other_kinds(tmp_path: Path, name: str, message: str, hint: str
 
 
 def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    found: Callable[..., Any] = builtins.__import__
-
-    def without(name: str, *rest: Any) -> Any:
-        if name.startswith("pyarrow"):
-            raise ImportError(name)
-        return found(name, *rest)
-
-    monkeypatch.setattr(builtins, "__import__", without)
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
     with pytest.raises(TrainingError) as caught:
         load_data(tmp_path / "d.parquet", CODEC)
     assert (str(caught.value), caught.value.hint) == (
         "d.parquet is parquet, which takes a library that is not installed.",
-        "Install it: pip install 'phimlx[parquet]'",
+        "Install it with: pip install 'phimlx[parquet]'",
     )
 
 

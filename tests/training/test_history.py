@@ -108,7 +108,7 @@ def test_without_matplotlib_the_extra_is_named(
     with pytest.raises(TrainingError) as error:
         draw_png({"train": [], "validation": []}, tmp_path / "curve.png")
     assert str(error.value) == "A picture of the loss needs matplotlib, which is not installed."
-    assert error.value.hint == "Install it: pip install 'phimlx[plots]'"
+    assert error.value.hint == "Install it with: pip install 'phimlx[plots]'"
 
 
 @pytest.mark.parametrize("name", ["wandb", "swanlab", "tensorboard"])
@@ -117,7 +117,7 @@ def test_a_tracker_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPa
     with pytest.raises(TrainingError) as error:
         check_sinks([name])
     assert str(error.value) == f"Reporting to {name} needs a package that is not installed."
-    assert error.value.hint == f"Install it: pip install 'phimlx[{name}]'"
+    assert error.value.hint == f"Install it with: pip install 'phimlx[{name}]'"
 
 
 def test_what_trackers_get() -> None:
