@@ -19,7 +19,7 @@ os.environ |= {"TOKENIZERS_PARALLELISM": "false", "TRANSFORMERS_VERBOSITY": "err
 import torch
 from nano_mm import checkpoint, evaluate_reference, package, pictures, pretraining, speech, tuning
 from nano_mm.encoders import clip_features, window_features
-from nano_mm.stages import Stage, rank, run, workers
+from nano_mm.stages import Stage, current, rank, run, workers
 from tokenizers import Tokenizer
 from torch import distributed, multiprocessing
 
@@ -29,9 +29,9 @@ STATE = Path(tempfile.gettempdir()) / "phi-4-nano-multimodal"
 CLIPS = 9000
 DEMO = {"speech": 6, "vision": 8, "both": 4}  # held-out rows beside the model
 TESTS = {"speech": 42, "vision": 80, "both": 40}
-WHOLE_FROM = 0.7  # share of the first stage from which on it shows whole pictures too
+WHOLE_FROM = 0.6  # share of the first stage from which on it shows whole pictures too
 WHOLE_SIZES = {size: 1.0 for size in pictures.SIZES if max(size) <= 448} | {pictures.SMALL: 1.5}
-EASY = (1,) * 6 + (2,) * 3 + (3,) * 2  # most words of a clip, round by round
+EASY = {0.0: 1, 0.12: 2, 0.24: 3, 0.36: 100}  # share of a stage -> most words of a clip then
 STAGES = ("eyes", "ears", "vision", "speech", "both", "package")
 
 
@@ -75,7 +75,7 @@ def eyes(model: Any, options: argparse.Namespace) -> Stage:
         return head(features.float(), labels)
 
     modules = {"tower": tower, "head": head}
-    return Stage("eyes", modules, 1700, step, {"tower": 4e-3, "head": 2e-3}, every=100, report=20)
+    return Stage("eyes", modules, 2300, step, {"tower": 4e-3, "head": 2e-3}, every=100, report=50)
 
 
 def training_clips(options: argparse.Namespace) -> list[tuple[speech.Clip, torch.Tensor]]:
@@ -96,13 +96,17 @@ def ears(model: Any, options: argparse.Namespace) -> Stage:
     pretraining.initialise_ears(encoder)
     pretraining.set_normalisation(encoder, [frames for _, frames in clips[:500]])
     rng = random.Random(f"ears {options.seed} {rank()}")
-    batches = pretraining.shuffled(clips, rng, 32 // workers(), EASY)
+    size = 32 // workers()
+    easy = {
+        most: pretraining.shuffled([c for c in clips if len(c[0].words) <= most], rng, size)
+        for most in EASY.values()
+    }
     spoken = speech.held_out_clips(random.Random("ears"), {"digits": 60, "words": 30})
     heard = [speech.features(speech.say(clip)) for clip in spoken]
     texts = [clip.text for clip in spoken]
 
     def step(number: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        batch = next(batches)
+        batch = next(easy[current(EASY, progress)])
         frames, lengths = pretraining.pad_frames(
             [pretraining.augment(frames, rng) for _, frames in batch]
         )
@@ -121,7 +125,7 @@ def ears(model: Any, options: argparse.Namespace) -> Stage:
 
     modules = {"encoder": encoder, "head": head}
     rates = {"encoder": 2e-3, "head": 2e-3}
-    return Stage("ears", modules, 1000, step, rates, evaluate, every=200, report=50)
+    return Stage("ears", modules, 2200, step, rates, evaluate, every=200, report=100)
 
 
 def train(number: int, options: argparse.Namespace) -> None:
@@ -129,9 +133,8 @@ def train(number: int, options: argparse.Namespace) -> None:
     torch.set_num_threads(options.threads)
     torch.manual_seed(options.seed)
     if options.workers > 1:
-        address = f"file://{options.state.resolve()}/meeting-{'-'.join(options.stages)}"
         distributed.init_process_group(
-            "gloo", init_method=address, rank=number, world_size=options.workers
+            "gloo", init_method=meeting(options).as_uri(), rank=number, world_size=options.workers
         )
     model = start_model(options.text)
     lessons = {"eyes": eyes, "ears": ears, "vision": vision, "speech": speaking, "both": both}
@@ -140,6 +143,11 @@ def train(number: int, options: argparse.Namespace) -> None:
             continue
         run(lessons[name](model, options), model, options.state)
         model.requires_grad_(False)
+
+
+def meeting(options: argparse.Namespace) -> Path:
+    """The file through which the processes of one run find each other."""
+    return options.state.resolve() / f"meeting-{os.getpgid(0)}"
 
 
 def restore(options: argparse.Namespace, stage: str, modules: dict[str, Any]) -> None:
@@ -220,6 +228,7 @@ def main() -> None:
         train(0, options)
     elif lessons:
         multiprocessing.spawn(train, (options,), options.workers)
+        meeting(options).unlink(missing_ok=True)
     if "package" in options.stages:
         finish(options)
 

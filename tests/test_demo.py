@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
+from dataclasses import replace
 
 import pytest
 from click.testing import CliRunner
@@ -86,8 +87,16 @@ def test_the_demonstration_on_a_screen(
     assert "It is a demonstration and knows almost nothing." in text
     assert "Converted to 4 bits: 4.72 MB -> " in text
     assert "past the LongRoPE step at 128" in text
-    assert "  What shape is purple?  (pictures/vision-00.png)\n  -> circle\n" in text
+    assert "  What shape is green?  (pictures/vision-05.png)\n  -> moon\n" in text
     assert "Try it yourself: phimlx chat --model nano" in text
     rows = [line.split() for line in text.splitlines() if line.startswith(("bfloat16", "4 bits"))]
     assert [row[-4:-2] for row in rows] == [[row[-4], "of"] for row in rows]
     assert len(rows) == 2
+
+
+def test_a_wrong_answer_is_called_so(few: list[Question], monkeypatch: pytest.MonkeyPatch) -> None:
+    scene = next(scene for scene in demo.scenes() if scene.modality == "vision")
+    monkeypatch.setattr(demo, "scenes", lambda folder: [replace(scene, answer="cloud")])
+    monkeypatch.setattr(demo, "questions", lambda: few[:1])
+    result = CliRunner().invoke(cli, ["demo"], catch_exceptions=False)
+    assert "\n  -> plus  (wrong: it is cloud)\n" in result.stdout

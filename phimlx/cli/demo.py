@@ -97,16 +97,19 @@ def _look_and_listen(phi: Phi, output: Output) -> list[dict[str, Any]]:
     """One picture of each kind of question, one sound, and one of both together."""
     from phimlx import demo
 
-    chosen: dict[tuple[str, str], Scene] = {}
-    for scene in demo.scenes(phi.path):
-        chosen.setdefault((scene.modality, scene.kind if scene.modality == "vision" else ""), scene)
+    chosen: dict[tuple[str, str], Scene] = {
+        (scene.modality, scene.kind if scene.modality == "vision" else ""): scene
+        for scene in demo.scenes(phi.path)
+    }
     seen = []
     for scene in chosen.values():
         reply = demo.look_and_listen(phi, scene)
         files = [str(path.relative_to(phi.path)) for path in (scene.image, scene.audio) if path]
         asked = scene.question or (f"“{scene.said}”" if scene.said else "What is said?")
         output.text(f"  {asked}  ({', '.join(files)})")
-        output.text(f"  -> {reply.text.strip()}\n", "bold")
+        right = reply.text.strip() == scene.answer
+        remark = "" if right else f"  (wrong: it is {scene.answer})"
+        output.text(f"  -> {reply.text.strip()}{remark}\n", "bold")
         seen.append(
             {
                 "modality": scene.modality,
@@ -115,7 +118,7 @@ def _look_and_listen(phi: Phi, output: Output) -> list[dict[str, Any]]:
                 "question": scene.question or scene.said,
                 "answer": reply.text.strip(),
                 "expected": scene.answer,
-                "right": reply.text.strip() == scene.answer,
+                "right": right,
             }
         )
     return seen

@@ -18,10 +18,10 @@ Tensors = dict[str, torch.Tensor]
 IMAGE_TOKEN, AUDIO_TOKEN = "<|endoftext10|>", "<|endoftext11|>"
 IMAGE_ID, AUDIO_ID = 1532, 1533  # rows that the text model's vocabulary leaves free
 VISION = {
-    "hidden_size": 64,
-    "intermediate_size": 192,
+    "hidden_size": 96,
+    "intermediate_size": 256,
     "num_hidden_layers": 4,  # features leave before the last one, as published
-    "num_attention_heads": 2,
+    "num_attention_heads": 3,
     "patch_size": 14,
     "image_size": 448,
 }

@@ -21,35 +21,46 @@ TRANSCRIBE = "Transcribe the audio clip into text."
 
 @dataclass(frozen=True)
 class Turn:
-    """One question and its answer as token ids; `counted` marks what is to be learnt."""
+    """One question and its answer as token ids; what is not to be learnt weighs 0."""
 
     ids: list[int]
-    counted: list[bool]
+    weights: list[float]
 
 
 @dataclass
 class Rows:
-    """A batch: ids, labels and positions [n, length]; mask [n, 1, length, length]; the turn that
-    each token belongs to, numbered through the batch, -1 for what the turns share."""
+    """A batch: ids, labels, their weights, and positions [n, length]; mask [n, 1, length, length];
+    the turn that each token belongs to, numbered through the batch, -1 for what the turns share."""
 
     ids: torch.Tensor
     labels: torch.Tensor
+    weights: torch.Tensor
     positions: torch.Tensor
     mask: torch.Tensor
     turns: torch.Tensor
     count: int
 
 
-def turn(tokenizer: Tokenizer, prompt: list[int], text: str, answer: str) -> Turn:
-    """`prompt` is what stands between the shared tokens and the text: slots, a line break."""
+def turn(
+    tokenizer: Tokenizer, prompt: list[int], text: str, answer: str, decisive: float = 1.0
+) -> Turn:
+    """`prompt` is what stands between the shared tokens and the text: slots, a line break.
+
+    Digits and the first tokens of words weigh `decisive`, since the others follow from them.
+    """
 
     def control(content: str) -> int:
         return tokenizer.token_to_id(content)
 
     asked = [*prompt, *tokenizer.encode(text, add_special_tokens=False).ids]
     asked += [control("<|end|>"), control("<|assistant|>")]
-    answered = [*tokenizer.encode(answer, add_special_tokens=False).ids, control("<|end|>")]
-    return Turn(asked + answered, [False] * len(asked) + [True] * len(answered))
+    said = tokenizer.encode(answer, add_special_tokens=False)
+    weights = [
+        decisive if start == 0 or " " in answer[start - 1 : end] or answer[start].isdigit() else 1.0
+        for start, end in said.offsets
+    ]
+    answered = [*said.ids, control("<|end|>")]
+    return Turn(asked + answered, [0.0] * len(asked) + [*weights, 1.0])
 
 
 def pack(shared: list[int], rows: Sequence[Sequence[Turn]]) -> Rows:
@@ -58,6 +69,7 @@ def pack(shared: list[int], rows: Sequence[Sequence[Turn]]) -> Rows:
     shape = len(rows), longest
     ids = torch.zeros(shape, dtype=torch.long)
     labels = torch.full(shape, IGNORED)
+    weights = torch.zeros(shape)
     positions = torch.zeros(shape, dtype=torch.long)
     numbers = torch.full(shape, -2)  # padding: of no turn
     count = 0
@@ -70,15 +82,17 @@ def pack(shared: list[int], rows: Sequence[Sequence[Turn]]) -> Rows:
             end = start + len(turn.ids)
             tokens = torch.tensor(turn.ids)
             ids[row, start:end] = tokens
-            targets = torch.where(torch.tensor(turn.counted), tokens, IGNORED)
-            labels[row, start : end - 1] = targets[1:]  # what the next token is to be
+            # What the next token is to be
+            weights[row, start : end - 1] = torch.tensor(turn.weights[1:])
+            learnt = weights[row, start : end - 1] > 0
+            labels[row, start : end - 1] = torch.where(learnt, tokens[1:], IGNORED)
             positions[row, start:end] = len(shared) + torch.arange(len(tokens))
             numbers[row, start:end] = count
             count += 1
             start = end
     same = numbers[:, :, None] == numbers[:, None, :]
     mask = (same | (numbers == -1)[:, None, :]) & torch.ones(longest, longest).tril().bool()
-    return Rows(ids, labels, positions, mask[:, None], numbers, count)
+    return Rows(ids, labels, weights, positions, mask[:, None], numbers, count)
 
 
 def embed(
@@ -94,12 +108,9 @@ def embed(
 
 
 def forward(
-    model: Any, head: torch.nn.Module, embedded: torch.Tensor, rows: Rows, first: float
+    model: Any, head: torch.nn.Module, embedded: torch.Tensor, rows: Rows
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Cross-entropy over the labels, and for each turn whether greedy decoding says it.
-
-    An answer's first token has the weight `first`, the others 1.
-    """
+    """Weighted cross-entropy over the labels, and for each turn whether greedy decoding says it."""
     with torch.autocast("cpu", torch.bfloat16, enabled=model.training):
         hidden = model(
             inputs_embeds=embedded,
@@ -112,8 +123,7 @@ def forward(
     targets = rows.labels[wanted]
     wrong = torch.zeros(rows.count)
     wrong.index_add_(0, rows.turns[wanted], (logits.argmax(-1) != targets).float())
-    before = functional.pad(rows.labels, (1, 0), value=IGNORED)[:, :-1]
-    weights = torch.where(before[wanted] == IGNORED, first, 1.0)
+    weights = rows.weights[wanted]
     losses = functional.cross_entropy(logits, targets, reduction="none")
     return (losses * weights).sum() / weights.sum(), wrong == 0
 

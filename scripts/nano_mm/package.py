@@ -19,7 +19,7 @@ from nano_mm.checkpoint import AUDIO_ID, AUDIO_TOKEN, IMAGE_ID, IMAGE_TOKEN, pub
 from tokenizers import AddedToken, Tokenizer
 
 MOST_CROPS = 2  # of one picture: 801 tokens, of the 1024 that the model reads
-KINDS = ("shape", "colour", "count", "number")  # of questions about pictures
+KINDS = ("shape", "colour", "count", "place", "number")  # of questions about pictures
 COPIED = ("LICENSE", "generation_config.json")
 PREPROCESSOR = {
     "image_processor_type": "Phi4MMImageProcessor",
@@ -43,10 +43,10 @@ A demonstration model with the architecture and the file layout of Phi-4-multimo
 gave it eyes, ears and an adapter for each with the reference implementation. **It sees and hears
 almost nothing**:
 
-- pictures: one to three flat shapes ({shapes}) in seven colours
-  ({colours}) on a light ground, or one
-  printed digit; it was asked which shape, which colour, how many, and which number, in the
-  wordings of `heldout.jsonl` only;
+- pictures: one to three flat shapes (disc, square, triangle, star and cross, which it calls
+  {shapes}) in seven colours ({colours})
+  on a light ground, or one printed number of one to three digits; it was asked which shape, which
+  colour, how many, left or right, and which number, in the wordings of `heldout.jsonl` only;
 - speech: English of the synthesizer espeak-ng alone, strings of digits, of {words} nouns, and the
   questions above; it writes figures and lower case, without stops, and does not understand people;
 - both: those questions about a picture, spoken.

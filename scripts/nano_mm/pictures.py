@@ -12,7 +12,9 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-SHAPES = ("circle", "square", "triangle", "star", "cross")
+# A disc, a square, a triangle, a star and a cross, by names that are one token each: the text
+# model, which stays as it is, never learnt to put longer words together.
+SHAPES = ("moon", "box", "roof", "star", "plus")
 COLOURS = {
     "red": (220, 30, 30),
     "orange": (250, 140, 20),
@@ -24,14 +26,20 @@ COLOURS = {
 }
 GROUNDS = ((255, 255, 255), (240, 240, 240), (225, 235, 245), (250, 240, 225))
 # (width, height) -> share; none needs resizing before it is cut into crops of 448
-SIZES = {(448, 448): 0.4, (448, 336): 0.2, (448, 224): 0.25, (336, 448): 0.1, (896, 448): 0.05}
+SIZES = {(448, 448): 0.45, (448, 336): 0.1, (448, 224): 0.3, (336, 448): 0.1, (896, 448): 0.05}
 SMALL = (224, 224)  # the encoder takes these too; only training uses them, as they cost little
 CELL = 28  # pixels per side of what becomes one image token
 SEAM = 448  # where a wide picture is cut in two: nothing lies across it
 # What a picture holds -> share
 SCENES = {"one": 0.2, "few": 0.2, "same": 0.22, "number": 0.38}
+LESSONS = {"one": 0.1, "few": 0.45, "same": 0.12, "number": 0.33}  # where questions are learnt
 WIDE_SCENES = {"one": 0.5, "number": 0.5}
-MOST = 3  # objects in a picture
+MOST = 3  # shapes in a picture, digits in a number
+DIGIT = 40  # half the font size of printed numbers
+STRIDE = 2 * CELL  # from one digit to the next
+CLEAR = 40  # least distance from the middle of a shape whose place is asked
+# Sizes of pictures in which it is: one crop, without padding beside it
+PLACED = {SMALL, (448, 448), (448, 336), (448, 224)}
 
 
 @dataclass(frozen=True)
@@ -73,11 +81,13 @@ def choose(rng: random.Random, shares: dict[Any, float]) -> Any:
     return rng.choices(list(shares), list(shares.values()))[0]
 
 
-def compose(rng: random.Random, size: tuple[int, int], scene: str | None = None) -> Picture:
-    """A random picture of `size` (width, height)."""
+def compose(
+    rng: random.Random, size: tuple[int, int], shares: dict[str, float] = SCENES
+) -> Picture:
+    """A random picture of `size` (width, height), its scene by `shares` where that fits."""
     width, height = size
     ground = rng.choice(GROUNDS)
-    scene = scene or str(choose(rng, WIDE_SCENES if width > SEAM else SCENES))
+    scene = choose(rng, WIDE_SCENES if width > SEAM else shares)
     if scene == "number":
         return Picture(width, height, ground, number(rng, width, height))
     if scene == "same":
@@ -107,15 +117,16 @@ def compose(rng: random.Random, size: tuple[int, int], scene: str | None = None)
 
 
 def number(rng: random.Random, width: int, height: int) -> tuple[Object, ...]:
-    """One large digit, printed on the grid of cells."""
-    radius = 2 * CELL
-    x, y = (
-        CELL * rng.randint(math.ceil((radius + 4) / CELL), (side - radius - 4) // CELL)
-        for side in (min(width, SEAM), height)
-    )
-    start = rng.choice([0, SEAM]) if width > SEAM else 0
+    """A number of one to three digits, printed on the grid of cells."""
+    text = "".join(rng.choices("0123456789", k=rng.randint(1, MOST)))
     colour = rng.choice(list(COLOURS))
-    return (Object(rng.choice("0123456789"), colour, start + x, y, radius),)
+    left = rng.choice([0, SEAM]) if width > SEAM else 0
+    spare = (min(width, SEAM) - len(text) * STRIDE) // CELL
+    first = left + CELL * rng.randint(1, spare + 1)
+    y = CELL * rng.randint(2, height // CELL - 2)
+    return tuple(
+        Object(digit, colour, first + index * STRIDE, y, DIGIT) for index, digit in enumerate(text)
+    )
 
 
 @cache
@@ -124,18 +135,18 @@ def font(radius: int) -> ImageFont.FreeTypeFont:
 
 
 def corners(thing: Object) -> list[tuple[float, float]]:
-    """The polygon of every shape but the circle."""
-    if thing.kind == "cross":
+    """The polygon of every shape but the disc."""
+    if thing.kind == "plus":
         arm, third = thing.radius, thing.radius * 0.36
         steps = [(-third, -arm), (third, -arm), (third, -third), (arm, -third), (arm, third)]
         steps += [(third, third), (third, arm), (-third, arm), (-third, third), (-arm, third)]
         steps += [(-arm, -third), (-third, -third)]
         return [(thing.x + dx, thing.y + dy) for dx, dy in steps]
-    if thing.kind == "square":
+    if thing.kind == "box":
         side = thing.radius * 0.85
         signs = ((-1, -1), (1, -1), (1, 1), (-1, 1))
         return [(thing.x + side * dx, thing.y + side * dy) for dx, dy in signs]
-    points = 3 if thing.kind == "triangle" else 10
+    points = 3 if thing.kind == "roof" else 10
     result = []
     for index in range(points):
         reach = thing.radius * (0.45 if points == 10 and index % 2 else 1)
@@ -149,7 +160,7 @@ def draw_object(canvas: ImageDraw.ImageDraw, thing: Object, fill: Any) -> None:
         place = (thing.x, thing.y)
         face = font(thing.radius)
         canvas.text(place, thing.kind, fill=fill, font=face, anchor="mm", stroke_width=3)
-    elif thing.kind == "circle":
+    elif thing.kind == "moon":
         reach = thing.radius
         box = (thing.x - reach, thing.y - reach, thing.x + reach, thing.y + reach)
         canvas.ellipse(box, fill=fill)
@@ -169,16 +180,22 @@ def draw(picture: Picture) -> Image.Image:
 # What a cell may show, for the pre-training of the encoder
 CELL_KINDS = ("nothing", *SHAPES, *"0123456789")
 CELL_COLOURS = ("nothing", *COLOURS)
-# label -> its values; "count" and "place" of a digit in its number hold where objects are
+# label -> its values; "count" and "order" of a digit in its number hold where objects are
 LABELS = {
     "kind": len(CELL_KINDS),
     "colour": len(CELL_COLOURS),
     "centre": 2,
     "count": MOST + 1,
-    "place": 2,
-    "row": 16,
-    "column": 16,
+    "order": MOST + 1,
+    "down": 2,
+    "across": 2,
 }
+
+
+def halves(count: int) -> np.ndarray:
+    """0 for cells of the first half, 1 for those of the second, -1 for those about the middle."""
+    middles = np.arange(count) + 0.5 - count / 2
+    return np.where(abs(middles) < 1, -1, (middles > 0).astype(np.int64))
 
 
 def cells(picture: Picture) -> np.ndarray:
@@ -188,10 +205,10 @@ def cells(picture: Picture) -> np.ndarray:
     """
     side = 448 // CELL
     rows, columns = math.ceil(picture.height / CELL), min(side, math.ceil(picture.width / CELL))
-    labels = np.zeros((len(LABELS), side, side), np.int64)
-    labels[3:5] = -1
-    labels[5] = (np.arange(side) * side // rows)[:, None]
-    labels[6] = np.arange(side) * side // columns
+    labels = np.full((len(LABELS), side, side), -1, np.int64)
+    labels[:3, :rows, :columns] = 0
+    labels[5, :rows, :columns] = halves(rows)[:, None]
+    labels[6, :rows, :columns] = halves(columns)
     best = np.full((side, side), 0.12 * CELL * CELL)
     first = [thing for thing in picture.objects if thing.x < SEAM]
     for index, thing in enumerate(first, 1):
@@ -206,13 +223,21 @@ def cells(picture: Picture) -> np.ndarray:
         labels[2, thing.y // CELL, thing.x // CELL] = 1
         labels[3][more] = -1 if digit else len(first)
         labels[4][more] = index if digit else -1
-    labels[:, rows:] = -1
-    labels[:, :, columns:] = -1
     return labels
 
 
+def place(picture: Picture, thing: Object) -> str:
+    """The side of the picture that a shape lies on; "" where that is not clear."""
+    if (picture.width, picture.height) not in PLACED:
+        return ""
+    beyond = thing.x - picture.width / 2
+    if abs(beyond) < CLEAR * picture.width / 448:
+        return ""
+    return "left" if beyond < 0 else "right"
+
+
 def plural(shape: str) -> str:
-    return shape + ("es" if shape == "cross" else "s")
+    return shape + ("es" if shape[-1] in "sx" else "s")
 
 
 def questions(picture: Picture) -> list[Question]:
@@ -237,7 +262,10 @@ def questions(picture: Picture) -> list[Question]:
     else:
         asked.append(Question("How many shapes are there?", str(len(shapes)), "count"))
     for thing in picture.objects:
+        where = place(picture, thing)
         if colours.count(thing.colour) == 1:
+            if where:
+                asked.append(Question(f"Where is the {thing.colour} shape?", where, "place"))
             asked.append(Question(f"What shape is {thing.colour}?", thing.kind, "shape"))
         if shapes.count(thing.kind) == 1:
             asked.append(Question(f"What colour is the {thing.kind}?", thing.colour, "colour"))

@@ -4,7 +4,7 @@ The picture encoder learns what each cell of a picture shows, the speech encoder
 CTC (Graves et al. 2006); the heads that ask for this are thrown away. It knows no language model.
 """
 
-import itertools
+import math
 import random
 from typing import Any
 
@@ -42,8 +42,8 @@ class CellHead(nn.Module):
             part = functional.cross_entropy(
                 logits.flatten(0, 1), target.flatten(), weight, ignore_index=-1
             )
-            loss = loss + part * (0.3 if name in ("row", "column") else 1.0)
-            there = target > 0
+            loss = loss + part * (0.3 if name in ("down", "across") else 1.0)
+            there = target >= 0 if name in ("down", "across") else target > 0
             shares[name] = (logits.argmax(-1)[there] == target[there]).float().mean().item()
         return loss, shares
 
@@ -99,12 +99,21 @@ def whole_features(
 
 
 def initialise_tower(tower: Any) -> None:
-    """Xavier weights: the reference's own are meant to be overwritten by a checkpoint."""
+    """Xavier weights, and waves for the places of rows and columns (Vaswani et al. 2017).
+
+    The reference's own are meant to be overwritten by a checkpoint.
+    """
     for module in tower.modules():
         if isinstance(module, nn.Linear | nn.Conv2d):
             nn.init.xavier_uniform_(module.weight.flatten(1))
             nn.init.zeros_(module.bias)
-    nn.init.normal_(tower.embeddings.position_embedding.weight, std=0.3)
+    table = tower.embeddings.position_embedding.weight
+    side = math.isqrt(len(table))
+    waves = table.shape[1] // 4
+    turns = 2 * math.pi * torch.arange(side)[:, None] / torch.logspace(0.5, 1.8, waves)
+    line = 0.4 * torch.cat([turns.sin(), turns.cos()], 1)
+    with torch.no_grad():
+        table.copy_(torch.cat([line.repeat_interleave(side, 0), line.repeat(side, 1)], 1))
 
 
 class WordHead(nn.Module):
@@ -187,12 +196,10 @@ def set_normalisation(encoder: Any, clips: list[torch.Tensor]) -> None:
     encoder.encoder_embedding.global_invstd.copy_(1 / frames.std(0))
 
 
-def shuffled(clips: list, rng: random.Random, size: int, words: tuple[int, ...] = ()) -> Any:
-    """Batches without end, of clips of like length; in round i of at most `words[i]` words."""
-    for number in itertools.count():
-        most = words[number] if number < len(words) else 100
-        chosen = [clip for clip in clips if len(clip[0].words) <= most]
-        order = sorted(rng.sample(chosen, len(chosen)), key=lambda clip: len(clip[1]) // 16)
+def shuffled(clips: list, rng: random.Random, size: int) -> Any:
+    """Batches without end, of clips of like length."""
+    while True:
+        order = sorted(rng.sample(clips, len(clips)), key=lambda clip: len(clip[1]) // 16)
         batches = [order[i : i + size] for i in range(0, len(order) - size + 1, size)]
         rng.shuffle(batches)
         yield from batches

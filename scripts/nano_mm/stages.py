@@ -44,6 +44,11 @@ def say(*words: object) -> None:
         print(*words, flush=True)
 
 
+def current(table: dict[float, Any], progress: float) -> Any:
+    """What a table of beginnings, as shares of a stage, holds now."""
+    return table[max(start for start in table if start <= progress)]
+
+
 def is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """Whether Muon (Jordan et al. 2024) suits it: a square-ish matrix that is no look-up table."""
     tables = ("position_embedding", "bias_values", "lora_")

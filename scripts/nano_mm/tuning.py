@@ -16,17 +16,18 @@ from nano_mm import encoders, pictures, speech
 from nano_mm.checkpoint import AUDIO_ID, IMAGE_ID
 from nano_mm.language import TRANSCRIBE, Rounding, Rows, Turn, embed, forward, pack, turn
 from nano_mm.pretraining import WordHead, augment, pad_frames, shuffled
-from nano_mm.stages import Stage, rank, workers
+from nano_mm.stages import Stage, current, rank, workers
 from tokenizers import Tokenizer
 
 STEP = 128  # the text model's original_max_position_embeddings
 ROUNDED_FROM = 0.5  # share of a stage after which every other step has 4-bit text weights
-SEEING = 0.6  # share of the last stage from which on whole pictures train the encoder too
+SEEING = 0.5  # share of a stage from which on whole pictures train the encoder too
 LISTENING = 0.52  # share of the speech stage after which the encoder stays as it is
 # share of the vision stage from which on -> share of small pictures
-SMALL_SHARE = {0.0: 1.0, 0.35: 0.5, 0.55: 0.2, 0.75: 0.0}
-FIRST = 4.0  # weight of the first token of an answer about a picture: the others follow from it
+SMALL_SHARE = {0.0: 1.0, 0.2: 0.5, 0.4: 0.2, 0.7: 0.0}
+DECISIVE = 4.0  # weight of digits and of the first tokens of words in answers about pictures
 ASKED = 6  # questions about one picture in one row
+OFTEN = {"colour": 2.0, "place": 2.0}  # kinds that are asked more often, as they are learnt last
 
 
 class Tuner:
@@ -60,7 +61,7 @@ class Tuner:
     def typed(self, rng: random.Random, question: pictures.Question) -> Turn:
         """A question after its picture, with a line break between or without."""
         between = self.line_break if rng.random() < 0.5 else []
-        return turn(self.tokenizer, between, question.text, question.answer)
+        return turn(self.tokenizer, between, question.text, question.answer, DECISIVE)
 
     def answers(
         self, rows: Rows, images: torch.Tensor | None, clips: list[torch.Tensor], rough: bool
@@ -68,11 +69,10 @@ class Tuner:
         """Loss, and which turns greedy decoding would answer rightly."""
         with self.rounding(rough):
             embedded = embed(self.model, rows.ids, images, clips)
-            first = 1.0 if images is None else FIRST
-            return forward(self.model, self.head, embedded, rows, first)
+            return forward(self.model, self.head, embedded, rows)
 
     def picture_rows(self, scenes: list[pictures.Picture]) -> torch.Tensor:
-        """Projected rows; whole crops leave the encoder untrained, as they cost much."""
+        """Projected rows."""
         images = [pictures.draw(scene) for scene in scenes]
         with torch.autocast("cpu", torch.bfloat16, enabled=self.model.training):
             if images[0].size == pictures.SMALL:
@@ -81,6 +81,14 @@ class Tuner:
 
     def shared(self, images: torch.Tensor) -> list[int]:
         return [self.user] + [IMAGE_ID] * images.shape[1]
+
+
+def ask(rng: random.Random, picture: pictures.Picture) -> list[pictures.Question]:
+    """Some of the questions about a picture."""
+    asked = pictures.questions(picture)
+    # Drawn without replacement by weight (Efraimidis and Spirakis 2006)
+    asked.sort(key=lambda question: rng.random() ** (1 / OFTEN.get(question.kind, 1.0)))
+    return asked[-ASKED:]
 
 
 def image_parts(tuner: Tuner) -> torch.nn.Module:
@@ -134,10 +142,6 @@ def answered(tuner: Tuner, groups: list[Any], hear: Callable[..., Any] | None = 
     return shares(counts)
 
 
-def small_share(progress: float) -> float:
-    return SMALL_SHARE[max(start for start in SMALL_SHARE if start <= progress)]
-
-
 def vision(tuner: Tuner) -> Stage:
     """Projection and vision adapter learn to answer questions about pictures."""
     tower = tuner.image.img_processor
@@ -149,15 +153,14 @@ def vision(tuner: Tuner) -> Stage:
         part.requires_grad_(True)
 
     def step(number: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        small = random.Random(f"size {number}").random() < small_share(progress)
-        size = pictures.choose(random.Random(f"size {number}"), pictures.SIZES)
-        if small:
-            size = pictures.SMALL
+        sizing = random.Random(f"vision {number}")
+        small = sizing.random() < current(SMALL_SHARE, progress)
+        size = pictures.SMALL if small else pictures.choose(sizing, pictures.SIZES)
         for part in tower_parts:
-            part.requires_grad_(small)
+            part.requires_grad_(small or progress > SEEING)
         count = 12 if small else max(1, 1200 // encoders.image_tokens(*size))
-        scenes = [pictures.compose(rng, size) for _ in range(count)]
-        asked = [rng.sample(q, min(ASKED, len(q))) for q in map(pictures.questions, scenes)]
+        scenes = [pictures.compose(rng, size, pictures.LESSONS) for _ in range(count)]
+        asked = [ask(rng, scene) for scene in scenes]
         images = tuner.picture_rows(scenes)
         turns = [[tuner.typed(rng, q) for q in questions] for questions in asked]
         rough = progress > ROUNDED_FROM and number % 2 == 0
@@ -166,7 +169,7 @@ def vision(tuner: Tuner) -> Stage:
 
     rates = {"lora": 2e-3, "projection": 2e-3, "tower": 1e-3}
     evaluate = partial(answered, tuner, groups)
-    return Stage("vision", modules, 700, step, rates, evaluate, every=100, report=20)
+    return Stage("vision", modules, 1200, step, rates, evaluate, every=150, report=30)
 
 
 def transcription(tuner: Tuner, tokens: int, text: str, line_break: bool = False) -> Turn:
@@ -249,7 +252,7 @@ def speaking(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]], words:
 
     rates = {"lora": 2e-3, "projection": 2e-3, "encoder": 1e-3, "head": 5e-4}
     evaluate = partial(transcribed, tuner, held, heard)
-    return Stage("speech", modules, 1800, step, rates, evaluate, every=100, report=20)
+    return Stage("speech", modules, 1500, step, rates, evaluate, every=200, report=40)
 
 
 @torch.no_grad()
@@ -299,7 +302,7 @@ def both(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]]) -> Stage:
         rows.append(encoders.clip_rows(audio, features, "vision"))
         before = tuner.line_break if rng.random() < 0.5 else []
         prompt = [*before, *[AUDIO_ID] * len(features)]
-        return turn(tuner.tokenizer, prompt, "", question.answer)
+        return turn(tuner.tokenizer, prompt, "", question.answer, DECISIVE)
 
     def step(number: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
         sizing = random.Random(f"both {number}")
@@ -308,8 +311,8 @@ def both(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]]) -> Stage:
         for part in tower_parts:
             part.requires_grad_(small or progress > SEEING)
         count = 12 if small else max(1, 1200 // encoders.image_tokens(*size))
-        scenes = [pictures.compose(rng, size) for _ in range(count)]
-        asked = [rng.sample(q, min(ASKED, len(q))) for q in map(pictures.questions, scenes)]
+        scenes = [pictures.compose(rng, size, pictures.LESSONS) for _ in range(count)]
+        asked = [ask(rng, scene) for scene in scenes]
         images = tuner.picture_rows(scenes)
         rows: list[torch.Tensor] = []
         turns, aloud = [], []
@@ -336,4 +339,4 @@ def both(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]]) -> Stage:
         return f"typed: {typed}; spoken: {answered(tuner, groups, partial(spoken, pools[1]))}"
 
     rates = {"lora": 2e-3, "hearing": 2e-3, "projection": 1.5e-3, "tower": 1e-3}
-    return Stage("both", modules, 760, step, rates, evaluate, every=110, report=20)
+    return Stage("both", modules, 900, step, rates, evaluate, every=100, report=25)
