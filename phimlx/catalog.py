@@ -175,7 +175,7 @@ FAMILY: tuple[Model, ...] = (
         alias="nano-multimodal",
         other_names=("phi-4-nano-multimodal", "nano-mm"),
         architecture="phi4mm",
-        **{**NANO, "parameters": 4_174_944, "whole_parameters": 4_174_944 - NANO["parameters"]},
+        **{**NANO, "parameters": 4_416_448, "whole_parameters": 4_416_448 - NANO["parameters"]},
     ),
 )
 

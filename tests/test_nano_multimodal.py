@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 import phimlx
 from convert import Quantization, convert
-from phimlx import demo
+from phimlx import catalog, demo
 from phimlx.api import Phi
 from phimlx.checkpoint import Checkpoint
 from phimlx.cli.group import cli
@@ -66,7 +66,10 @@ def test_it_is_small_and_its_text_weights_are_nanos() -> None:
     files = [path for path in NANO_MULTIMODAL.rglob("*") if path.is_file()]
     assert sum(path.stat().st_size for path in files) < 10_000_000
     whole = Checkpoint(NANO_MULTIMODAL)
-    assert sum(int(np.prod(info.shape)) for info in whole.tensors.values()) == 4_416_448
+    count = sum(int(np.prod(info.shape)) for info in whole.tensors.values())
+    listed = catalog.find("nano-multimodal")
+    assert listed is not None
+    assert count == listed.parameters == 4_416_448
     ours = whole.weights()
     for name, array in Checkpoint(NANO).weights().items():
         base = name.replace("_proj.weight", "_proj.base_layer.weight")
