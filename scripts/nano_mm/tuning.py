@@ -23,8 +23,11 @@ STEP = 128  # the text model's original_max_position_embeddings
 ROUNDED_FROM = 0.5  # share of a stage after which every other step has 4-bit text weights
 SEEING = 0.5  # share of a stage from which on whole pictures train the encoder too
 LISTENING = 0.52  # share of the speech stage after which the encoder stays as it is
-# share of the vision stage from which on -> share of small pictures
-SMALL_SHARE = {0.0: 1.0, 0.2: 0.5, 0.4: 0.2, 0.7: 0.0}
+# stage -> share of it from which on -> share of small pictures
+SMALL_SHARE = {
+    "vision": {0.0: 1.0, 0.2: 0.5, 0.4: 0.2, 0.7: 0.0},
+    "both": {0.0: 0.5, 0.3: 0.25, SEEING: 0.0},
+}
 DECISIVE = 4.0  # weight of digits and of the first tokens of words in answers about pictures
 ASKED = 6  # questions about one picture in one row
 OFTEN = {"colour": 2.0, "place": 2.0}  # kinds that are asked more often, as they are learnt last
@@ -39,6 +42,8 @@ class Tuner:
         self.head = model.base_model.model.lm_head
         self.image = self.model.embed_tokens_extend.image_embed
         self.audio = self.model.embed_tokens_extend.audio_embed
+        tower = self.image.img_processor
+        self.eyes = torch.nn.ModuleList([tower.embeddings, *tower.encoder.layers[:-1]])
         self.tokenizer = tokenizer
         self.rounding = Rounding(model)
         self.user = tokenizer.token_to_id("<|user|>")
@@ -78,6 +83,22 @@ class Tuner:
             if images[0].size == pictures.SMALL:
                 return encoders.small_rows(self.image, images)
             return encoders.image_rows(self.image, encoders.prepare(images))
+
+    def lesson(
+        self, stage: str, number: int, progress: float, rng: random.Random
+    ) -> tuple[bool, list[list[pictures.Question]], torch.Tensor]:
+        """Whether a step's pictures are small, questions about each, and the projected rows.
+
+        The encoder learns from small pictures, and late in a stage from all.
+        """
+        sizing = random.Random(f"{stage} {number}")
+        small = sizing.random() < current(SMALL_SHARE[stage], progress)
+        size = pictures.SMALL if small else pictures.choose(sizing, pictures.SIZES)
+        self.eyes.requires_grad_(small or progress > SEEING)
+        count = 12 if small else max(1, 1200 // encoders.image_tokens(*size))
+        scenes = [pictures.compose(rng, size, pictures.LESSONS) for _ in range(count)]
+        asked = [ask(rng, scene) for scene in scenes]
+        return small, asked, self.picture_rows(scenes)
 
     def shared(self, images: torch.Tensor) -> list[int]:
         return [self.user] + [IMAGE_ID] * images.shape[1]
@@ -146,22 +167,12 @@ def vision(tuner: Tuner) -> Stage:
     """Projection and vision adapter learn to answer questions about pictures."""
     tower = tuner.image.img_processor
     modules = {"lora": tuner.adapter("vision"), "projection": image_parts(tuner), "tower": tower}
-    tower_parts = [tower.embeddings, tower.encoder.layers[:-1]]
+    tuner.eyes.requires_grad_(True)
     rng = tuner.rng("vision")
     groups = picture_test(48)
-    for part in tower_parts:
-        part.requires_grad_(True)
 
     def step(number: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        sizing = random.Random(f"vision {number}")
-        small = sizing.random() < current(SMALL_SHARE, progress)
-        size = pictures.SMALL if small else pictures.choose(sizing, pictures.SIZES)
-        for part in tower_parts:
-            part.requires_grad_(small or progress > SEEING)
-        count = 12 if small else max(1, 1200 // encoders.image_tokens(*size))
-        scenes = [pictures.compose(rng, size, pictures.LESSONS) for _ in range(count)]
-        asked = [ask(rng, scene) for scene in scenes]
-        images = tuner.picture_rows(scenes)
+        small, asked, images = tuner.lesson("vision", number, progress, rng)
         turns = [[tuner.typed(rng, q) for q in questions] for questions in asked]
         rough = progress > ROUNDED_FROM and number % 2 == 0
         loss, right = tuner.answers(pack(tuner.shared(images), turns), images, [], rough)
@@ -278,11 +289,8 @@ def both(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]]) -> Stage:
     ):
         target.load_state_dict(source.state_dict())
     modules = {"lora": tuner.adapter("vision"), "hearing": projection}
-    tower = tuner.image.img_processor
-    tower_parts = [tower.embeddings, tower.encoder.layers[:-1]]
-    for part in tower_parts:
-        part.requires_grad_(True)
-    modules |= {"projection": image_parts(tuner), "tower": tower}
+    modules |= {"projection": image_parts(tuner), "tower": tuner.image.img_processor}
+    tuner.eyes.requires_grad_(True)
     rng = tuner.rng("both")
     groups = picture_test(48)
     said = [(clip.text, frames) for clip, frames in clips if clip.kind == "question"]
@@ -305,15 +313,7 @@ def both(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]]) -> Stage:
         return turn(tuner.tokenizer, prompt, "", question.answer, DECISIVE)
 
     def step(number: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
-        sizing = random.Random(f"both {number}")
-        small = sizing.random() < (0.5 if progress < 0.3 else 0.25 if progress < SEEING else 0.0)
-        size = pictures.SMALL if small else pictures.choose(sizing, pictures.SIZES)
-        for part in tower_parts:
-            part.requires_grad_(small or progress > SEEING)
-        count = 12 if small else max(1, 1200 // encoders.image_tokens(*size))
-        scenes = [pictures.compose(rng, size, pictures.LESSONS) for _ in range(count)]
-        asked = [ask(rng, scene) for scene in scenes]
-        images = tuner.picture_rows(scenes)
+        _, asked, images = tuner.lesson("both", number, progress, rng)
         rows: list[torch.Tensor] = []
         turns, aloud = [], []
         for questions in asked:
