@@ -19,7 +19,6 @@ from phimlx import catalog, store
 from phimlx.errors import DownloadError, ModelAbsentError, ModelNotFoundError, shortened
 from phimlx.models.phi4mm_names import NATIVE_TYPE
 from phimlx.remote import Remote, RemoteFile, Repository
-from phimlx.sizes import size_text
 from phimlx.store import ADAPTER_FILES, find_snapshot, is_whole
 from phimlx.transfer import HubCache, PlainFolder, Plan, Report
 
@@ -236,7 +235,7 @@ def _adapters(repository: Repository, remote: Remote) -> list[RemoteFile]:
     config = repository.file("config.json")
     if not files or config is None:
         return []
-    content = remote.read(repository, config, 0, within(config, LONGEST_JSON))
+    content = remote.read(repository, config, 0, config.within(LONGEST_JSON))
     try:
         settings = json.loads(content)
     except (ValueError, RecursionError):
@@ -247,13 +246,6 @@ def _adapters(repository: Repository, remote: Remote) -> list[RemoteFile]:
             hint="It may have been damaged on its way: try again, or choose another model.",
         )
     return files if settings.get("model_type") == NATIVE_TYPE else []
-
-
-def within(file: RemoteFile, limit: int) -> int:
-    """The size of a file; raises DownloadError where that is beyond any sense."""
-    if file.size > limit:
-        raise DownloadError(f"{file.name} has {size_text(file.size)}, more than any model needs.")
-    return file.size
 
 
 def _turn(file: RemoteFile) -> tuple[bool, bool, str]:

@@ -12,7 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phimlx.errors import DownloadError
-from phimlx.hub import LONGEST_JSON, make_plan, within
+from phimlx.hub import LONGEST_JSON, make_plan
 from phimlx.remote import Remote, RemoteFile, Repository, explained
 from phimlx.sizes import size_text
 
@@ -47,10 +47,10 @@ def preview(repo: str, remote: Remote | None = None) -> Iterator[tuple[Path, Rep
                 path = folder / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
                 if path.name in JSON:
-                    content = remote.read(repository, file, 0, within(file, LONGEST_JSON))
+                    content = remote.read(repository, file, 0, file.within(LONGEST_JSON))
                     path.write_bytes(content)
                 elif path.suffix == ".safetensors":
-                    within(file, LARGEST_FILE)
+                    file.within(LARGEST_FILE)
                     with path.open("wb") as opened:
                         opened.write(read_header(remote, repository, file))
                         opened.truncate(file.size)

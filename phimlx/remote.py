@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from phimlx.errors import DownloadError, ModelNotFoundError, shortened
+from phimlx.sizes import size_text
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -50,6 +51,13 @@ class RemoteFile:
     name: str
     size: int
     hash: str
+
+    def within(self, limit: int) -> int:
+        """Its size; raises DownloadError where that is beyond any sense."""
+        if self.size > limit:
+            size = size_text(self.size)
+            raise DownloadError(f"{self.name} has {size}, more than any model needs.")
+        return self.size
 
     def hasher(self) -> _Hash:
         """A new computation of `hash`; it takes the contents."""
