@@ -3,9 +3,9 @@
 Knows checkpoints and the catalogue; knows nothing of the command line, and never prints.
 """
 
-from convert.learned import Learning
 from convert.pipeline import Conversion, Plan, convert, plan
-from convert.recipe import Quantization, Recipe, read_recipe
+from convert.quantize.calibrated import Learning
+from convert.quantize.recipe import Quantization, Recipe, read_recipe
 
 __all__ = [
     "Conversion",

@@ -15,11 +15,11 @@ from types import MappingProxyType
 from typing import Any
 
 import phimlx
-from convert.recipe import UNIFORM, Quantization, Recipe, part_of
+from convert.quantize.recipe import UNIFORM, Quantization, Recipe, part_of
 from phimlx.catalog import Model
-from phimlx.checkpoint import read_json
+from phimlx.checkpoint.folder import read_json
+from phimlx.hub.transfer import record_of
 from phimlx.models.config import hub_dialect
-from phimlx.transfer import record_of
 
 CARD = """\
 ---

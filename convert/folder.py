@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from phimlx import transfer
 from phimlx.errors import ConversionError
+from phimlx.hub import transfer
 from phimlx.sizes import size_text
 
 # What goes along with the weights, where the source has it. Never code.

@@ -14,11 +14,11 @@ from pathlib import Path
 import mlx.core as mx
 
 from convert.folder import stamps
-from convert.quantize import Block, Change
-from convert.recipe import Quantization, Recipe, Rule
+from convert.quantize.recipe import Quantization, Recipe, Rule
+from convert.quantize.tensor import Block, Change
 from convert.steps import Step, Steps, stored_quantizations
-from phimlx.adapters import Adapter, check_fit, read_adapter
-from phimlx.checkpoint import Checkpoint, build_model, stored_parameters
+from phimlx.adapters.adapter import Adapter, check_fit, read_adapter
+from phimlx.checkpoint.folder import Checkpoint, build_model, stored_parameters
 from phimlx.models.lora import LowRank
 
 

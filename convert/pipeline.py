@@ -16,7 +16,6 @@ from pathlib import Path
 import mlx.core as mx
 
 import phimlx
-from convert.blocks import WeightFiles, read_blocks
 from convert.card import model_card, model_config
 from convert.folder import (
     Journal,
@@ -28,13 +27,14 @@ from convert.folder import (
     stamps,
 )
 from convert.fuse import Fusion, as_stored
-from convert.learned import Learning, Lesson
-from convert.quantize import batched, parallel_streams
-from convert.recipe import UNIFORM, Quantization, Recipe, named
-from convert.shards import Layout, ShardWriter, write_index
+from convert.quantize.calibrated import Learning, Lesson
+from convert.quantize.recipe import UNIFORM, Quantization, Recipe, named
+from convert.quantize.tensor import batched, parallel_streams
+from convert.read import WeightFiles, read_blocks
 from convert.steps import Steps
+from convert.write import Layout, ShardWriter, write_index
 from phimlx import catalog
-from phimlx.checkpoint import DTYPES, Checkpoint, build_model
+from phimlx.checkpoint.folder import DTYPES, Checkpoint, build_model
 from phimlx.errors import ConversionError
 
 SHARD_BYTES = 5 << 30  # as mlx-lm's

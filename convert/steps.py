@@ -13,10 +13,10 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from convert.blocks import Place, Rows, locate
-from convert.quantize import Change
-from convert.recipe import Quantization, Recipe, part_of
-from phimlx.checkpoint import (
+from convert.quantize.recipe import Quantization, Recipe, part_of
+from convert.quantize.tensor import Change
+from convert.read import Place, Rows, locate
+from phimlx.checkpoint.folder import (
     DTYPES,
     FLOATING_DTYPES,
     STORED_DTYPES,

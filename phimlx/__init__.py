@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phimlx.api import Phi, load
     from phimlx.errors import PhimlxError
-    from phimlx.generation.reply import Piece, Reply, Stats, Stream
+    from phimlx.generation.stream import Piece, Reply, Stats, Stream
 
 __version__ = "0.1.0"
 
@@ -20,10 +20,10 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "phimlx.api",
     "Phi": "phimlx.api",
-    "Piece": "phimlx.generation.reply",
-    "Reply": "phimlx.generation.reply",
-    "Stats": "phimlx.generation.reply",
-    "Stream": "phimlx.generation.reply",
+    "Piece": "phimlx.generation.stream",
+    "Reply": "phimlx.generation.stream",
+    "Stats": "phimlx.generation.stream",
+    "Stream": "phimlx.generation.stream",
     "PhimlxError": "phimlx.errors",
 }
 

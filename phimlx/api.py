@@ -13,23 +13,24 @@ from typing import TYPE_CHECKING, Any, cast
 
 import mlx.core as mx
 
-from phimlx import catalog, hub
-from phimlx.checkpoint import DTYPES, Checkpoint, load_model, read_json
+from phimlx import catalog
+from phimlx.checkpoint.folder import DTYPES, Checkpoint, load_model, read_json
 from phimlx.errors import ConfigError, GenerationError, PromptError, TokenizerError, shortened
 from phimlx.generation.engine import PromptCache, generate_tokens
-from phimlx.generation.inputs import Beside, fill, name_slots, sources_in
-from phimlx.generation.reply import Reply, Stream
-from phimlx.generation.sampling import Sampler, Sampling
-from phimlx.generation.stops import StopStrings
+from phimlx.generation.media_inputs import Beside, fill, name_slots, sources_in
+from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.generation.stop import StopStrings
+from phimlx.generation.stream import Reply, Stream
+from phimlx.hub import resolve as hub
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.prompt.media import FRAMES
+from phimlx.prompt.media_parts import FRAMES
 
 if TYPE_CHECKING:
     from phimlx.generation.engine import Media
-    from phimlx.generation.transcription import Piece
     from phimlx.media.limits import Limits
-    from phimlx.prompt.chat import ChatTemplate
-    from phimlx.prompt.tokenizer import Tokenizer
+    from phimlx.prompt.chat_template import ChatTemplate
+    from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+    from phimlx.transcription import Piece
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 
@@ -89,7 +90,7 @@ class Phi:
         self.config = checkpoint.config
         self.model: Phi3ForCausalLM = load_model(checkpoint, dtype)
         if adapter is not None:
-            from phimlx.adapters import load_adapter
+            from phimlx.adapters.adapter import load_adapter
 
             load_adapter(self.model, adapter, self.path, self.config)
         known = catalog.by_config(self.config, self.path)
@@ -99,7 +100,7 @@ class Phi:
         self.slots = None if slots is None else {"image": slots.image, "audio": slots.audio}
         self.tokenizer: Tokenizer | None = None
         if (self.path / "tokenizer.json").is_file():
-            from phimlx.prompt.tokenizer import Tokenizer
+            from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
             self.tokenizer = Tokenizer.load(self.path)
         self._template: ChatTemplate | None = None
@@ -117,7 +118,7 @@ class Phi:
             TokenizerError, PromptError: where the folder has no tokenizer or no template.
         """
         if self._template is None:
-            from phimlx.prompt.chat import ChatTemplate
+            from phimlx.prompt.chat_template import ChatTemplate
 
             self._template = ChatTemplate.load(
                 self.path, self._text_tokenizer(), self.name, self.slots
@@ -164,7 +165,7 @@ class Phi:
         Args:
             prompt: a text (one user message), a list of messages
                 (`{"role": "user", "content": "…"}`), or token ids, taken as they are. The
-                content of a message may be a list of parts, see `phimlx.prompt.media`. May be
+                content of a message may be a list of parts, see `phimlx.prompt.media_parts`. May be
                 left out where there is audio: a spoken question.
             images: one or a list of them: path, https URL, bytes, PIL image or numpy array. They
                 go before what the user said last; so does all the following.
@@ -246,8 +247,8 @@ class Phi:
         ]
 
     def transcribe(self, source: Any, **options: Any) -> Iterator[Piece]:
-        """The speech in a recording of any length; see `phimlx.generation.transcription`."""
-        from phimlx.generation.transcription import transcribe
+        """The speech in a recording of any length; see `phimlx.transcription`."""
+        from phimlx.transcription import transcribe
 
         return transcribe(self, source, **options)
 
@@ -278,7 +279,7 @@ class Phi:
         raw: bool,
     ) -> tuple[list[int], Media | None]:
         """The tokens of a prompt, and what fills the slots among them."""
-        from phimlx.prompt.media import attach, no_media
+        from phimlx.prompt.media_parts import attach, no_media
         from phimlx.prompt.messages import read_messages
 
         if beside and self.slots is None:
@@ -379,7 +380,7 @@ class Phi:
     def _parser(self, tokens: list[int], tools: Sequence[Mapping[str, Any]] | None) -> Any:
         if self.tokenizer is None:
             return None
-        from phimlx.prompt.reply import ReplyParser
+        from phimlx.prompt.reply_parser import ReplyParser
 
         opened = self.tokenizer.decode(tokens[-4:]).rstrip().endswith("<think>")
         return ReplyParser(tools=bool(tools), starts_in_reasoning=opened)

@@ -23,10 +23,10 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 from huggingface_hub import constants, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, logging
 
-from phimlx import hub
 from phimlx.errors import PhimlxError
-from phimlx.remote import Remote
-from tests.loopback_hub import Fault, Hub, serve
+from phimlx.hub import resolve as hub
+from phimlx.hub.client import Remote
+from tests.hub.loopback_hub import Fault, Hub, serve
 
 REPO = "someone/tune"
 WEIGHTS = "model.safetensors"

@@ -18,8 +18,8 @@ from typing import Any
 
 import mlx.core as mx
 
-from phimlx import selftest
-from phimlx.hub import NANO
+from phimlx.evaluation import parity as selftest
+from phimlx.hub.resolve import NANO
 from phimlx.terminal.output import Output
 
 GOLDENS = Path(__file__).parents[1] / "tests" / "goldens"

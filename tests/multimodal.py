@@ -6,7 +6,7 @@ import json
 import shutil
 from pathlib import Path
 
-from phimlx.prompt.templates import MINI
+from phimlx.prompt.published_templates import MINI
 from tests.prompt.conftest import MINI_TOKENS, tiny_tokenizer_json
 
 PICTURE, SOUND = 510, 511  # the checkpoint's slot tokens

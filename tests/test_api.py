@@ -20,7 +20,7 @@ from phimlx.errors import (
     PromptError,
     TokenizerError,
 )
-from phimlx.hub import NANO
+from phimlx.hub.resolve import NANO
 
 TEXTLESS = Path(__file__).parent / "goldens" / "models" / "mini-step-32"
 SUM = "What is 3 + 4?"

@@ -11,8 +11,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phimlx import catalog
-from phimlx.checkpoint import build_model
-from phimlx.hub import NANO, NANO_MULTIMODAL
+from phimlx.checkpoint.folder import build_model
+from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
 from phimlx.models.config import Phi3Config
 
 PUBLISHED = {

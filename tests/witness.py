@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from phimlx import hub
 from phimlx.errors import PhimlxError
-from phimlx.remote import Remote
+from phimlx.hub import resolve as hub
+from phimlx.hub.client import Remote
 
 REPO = "someone/tune"
 WEIGHTS = random.Random(0).randbytes(300_000)

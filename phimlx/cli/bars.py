@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from phimlx.errors import ModelAbsentError
-from phimlx.remote import Remote, RemoteFile
+from phimlx.hub.client import Remote, RemoteFile
+from phimlx.hub.transfer import Plan, Report
 from phimlx.sizes import size_text
 from phimlx.terminal.output import Output
-from phimlx.transfer import Plan, Report
 
 ASK_ABOVE = 1_000_000_000  # bytes
 
@@ -21,7 +21,7 @@ ASK_ABOVE = 1_000_000_000  # bytes
 def watcher(
     output: Output, agree: Callable[[Plan], None] = lambda plan: None
 ) -> Callable[[Plan], AbstractContextManager[Report]]:
-    """What `phimlx.hub.download` may be given as `watch`.
+    """What `phimlx.hub.resolve.download` may be given as `watch`.
 
     Args:
         agree: called with the plan first; raises where it is not to be carried out.
@@ -69,7 +69,7 @@ def bars(plan: Plan, output: Output) -> Iterator[Report]:
 
 
 def teller(output: Output) -> Callable[[str], None]:
-    """What `phimlx.remote.Remote` may be given as `tell`: remarks that leave the bars whole."""
+    """What `phimlx.hub.client.Remote` may be given as `tell`: remarks that leave the bars whole."""
 
     def tell(text: str) -> None:
         if not output.is_watched:
@@ -119,7 +119,8 @@ def bring(model: str | None, output: Output, absent: ModelAbsentError) -> None:
     import click
     from huggingface_hub import constants
 
-    from phimlx import catalog, hub
+    from phimlx import catalog
+    from phimlx.hub import resolve as hub
 
     def agree(plan: Plan) -> None:
         if plan.remaining > ASK_ABOVE:

@@ -24,7 +24,7 @@ from phimlx.cli.options import (
     tools_option,
 )
 from phimlx.terminal.output import Output
-from phimlx.terminal.settings import given
+from phimlx.terminal.sampling_settings import given
 
 
 @click.command()

@@ -23,8 +23,8 @@ from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
     from convert import Conversion, Plan
-    from convert.blocks import WeightFiles
-    from convert.gguf import GgufPlan
+    from convert.export.gguf import GgufPlan
+    from convert.read import WeightFiles
 
 BITS = ("2", "3", "4", "5", "6", "8")
 GROUP_SIZES = ("16", "32", "64", "128")
@@ -224,10 +224,10 @@ def command(
         )
 
     from convert import Quantization, Recipe, read_recipe
-    from convert.recipe import PARTS
-    from phimlx import hub
+    from convert.quantize.recipe import PARTS
     from phimlx.cli.publish import check_target, existing, publish
     from phimlx.cli.report import add_report, read_text
+    from phimlx.hub import resolve as hub
 
     groups = int(group_size) if group_size else None
     chosen: Quantization | Recipe | str | None = None
@@ -279,8 +279,8 @@ def command(
 
 def _publish_only(out: Path, name: str, token: str | None, private: bool, output: Output) -> None:
     """Upload a folder that was converted before."""
-    from convert.upload import model_files
     from phimlx.cli.publish import check_target, publish
+    from phimlx.hub.upload import model_files
 
     given = click.get_current_context().get_parameter_source
     idle = ("out", "upload_repo", "private", "token", "as_json", "debug")
@@ -298,7 +298,7 @@ def _plan(
     folder: Path, out: Path, form: dict[str, Any], files: WeightFiles | None = None
 ) -> Plan | GgufPlan:
     from convert import plan
-    from convert.gguf import KINDS, plan_gguf
+    from convert.export.gguf import KINDS, plan_gguf
 
     if form["layout"] in KINDS:
         kind, dequantize = KINDS[form["layout"]], form["dequantize"]
@@ -328,10 +328,10 @@ def _from_hub(
     """Convert each weight file as it arrives, or download the whole model first."""
     from huggingface_hub import constants
 
-    from convert.arriving import arriving
-    from phimlx import hub
+    from convert.streaming import arriving
     from phimlx.cli.bars import teller, watcher
-    from phimlx.remote import Remote
+    from phimlx.hub import resolve as hub
+    from phimlx.hub.client import Remote
 
     if constants.HF_HUB_OFFLINE:
         raise absent

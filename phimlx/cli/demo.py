@@ -1,6 +1,6 @@
 """`phimlx demo`: convert, ask and compare, offline, on the models that come along.
 
-Shows what `convert`, `phimlx.api` and `phimlx.demo` do.
+Shows what `convert`, `phimlx.api` and `phimlx.evaluation.bundled` do.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
-    from phimlx.demo import Question, Scene
-    from phimlx.generation.reply import Reply
+    from phimlx.evaluation.bundled import Question, Scene
+    from phimlx.generation.stream import Reply
 
 
 SAMPLE = 3  # questions of each kind that are compared
@@ -36,8 +36,9 @@ def command(ask_all: bool, as_json: bool) -> None:
     no network.
     """
     from convert import Quantization, convert
-    from phimlx import api, demo
-    from phimlx.hub import NANO, NANO_MULTIMODAL
+    from phimlx import api
+    from phimlx.evaluation import bundled as demo
+    from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
@@ -95,7 +96,7 @@ def command(ask_all: bool, as_json: bool) -> None:
 
 def _look_and_listen(phi: Phi, output: Output) -> list[dict[str, Any]]:
     """One picture of each kind of question, one sound, and one of both together."""
-    from phimlx import demo
+    from phimlx.evaluation import bundled as demo
 
     chosen: dict[tuple[str, str], Scene] = {
         (scene.modality, scene.kind if scene.modality == "vision" else ""): scene

@@ -1,6 +1,6 @@
 """`phimlx doctor`: what of this machine helps or hinders, and whether it computes right.
 
-Shows findings; `phimlx.doctor` and `phimlx.selftest` make them.
+Shows findings; `phimlx.machine.doctor` and `phimlx.evaluation.parity` make them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ def command(self_test: bool, as_json: bool) -> None:
 
 
 def examine_machine(output: Output) -> bool:
-    from phimlx import doctor
+    from phimlx.machine import doctor
 
     with output.status("Looking…"):
         findings = list(doctor.examine())
@@ -54,8 +54,8 @@ def examine_machine(output: Output) -> bool:
 def test_numbers(output: Output) -> bool:
     import mlx.core as mx
 
-    from phimlx import selftest
-    from phimlx.hub import NANO
+    from phimlx.evaluation import parity as selftest
+    from phimlx.hub.resolve import NANO
 
     results = []
     with output.progress(None, "Self-test", " cases") as bar:

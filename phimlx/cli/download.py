@@ -1,6 +1,6 @@
 """`phimlx download`: bring a model from the Hub to this machine.
 
-Knows the flags and how the result is told; the work is `phimlx.hub`'s.
+Knows the flags and how the result is told; the work is `phimlx.hub.resolve`'s.
 """
 
 from __future__ import annotations
@@ -47,9 +47,9 @@ def command(
     interrupted, the same command goes on where it stopped. Every file is checked against the
     hash that the Hub has of it, what is here already too; a folder as MODEL is only checked.
     """
-    from phimlx import hub
     from phimlx.cli.bars import teller, watcher
-    from phimlx.remote import Remote
+    from phimlx.hub import resolve as hub
+    from phimlx.hub.client import Remote
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
@@ -82,8 +82,9 @@ def command(
 
 def check(source: str, output: Output) -> None:
     """Compare a folder with the hashes that came with it, and read its headers."""
-    from phimlx import hub, store
-    from phimlx.checkpoint import Checkpoint
+    from phimlx.checkpoint.folder import Checkpoint
+    from phimlx.hub import cache as store
+    from phimlx.hub import resolve as hub
     from phimlx.sizes import size_text
 
     folder = hub.resolve(source)

@@ -1,6 +1,6 @@
 """`phimlx evaluate`: loss, perplexity, answers and tasks of a model, with its adapter or without.
 
-Knows the flags and the table; the measuring is `phimlx.evaluation`'s and `phimlx.tasks`'.
+Knows the flags and the table; the measuring is that of `phimlx.evaluation`.
 """
 
 from __future__ import annotations
@@ -143,7 +143,7 @@ def command(
     phi = load_model(model, output, adapter)
     found: dict[str, Any] = {"model": phi.name, "adapter": adapter and str(adapter)}
     if data is not None:
-        from phimlx.training.examples import Settings
+        from phimlx.training.data.examples import Settings
 
         settings = Settings(
             loss_on=loss_on,  # type: ignore[arg-type]
@@ -154,7 +154,7 @@ def command(
         asked = (max_tokens, save_answers) if answers else None
         found |= _on_data(phi, data, split, limit, settings, batch_size, asked, output)
     if tasks is not None:
-        from phimlx.tasks import run_tasks
+        from phimlx.evaluation.lm_eval import run_tasks
 
         names = [name.strip() for name in tasks.split(",") if name.strip()]
         found["tasks"] = run_tasks(
@@ -181,7 +181,7 @@ def _on_data(
     output: Output,
 ) -> dict[str, Any]:
     """Loss, and where `asked` for (tokens of an answer, file to write to) answers."""
-    from phimlx.evaluation import ask, examples_of, measure_loss, questions_of, read_data
+    from phimlx.evaluation.data import ask, examples_of, measure_loss, questions_of, read_data
 
     rows = read_data(data, split, limit)
     examples = examples_of(phi, rows, settings)

@@ -1,6 +1,6 @@
 """`phimlx fuse`: a model and its adapter to one model, or an adapter to another format.
 
-Knows the flags and how the result is told; the work is `convert`'s and `phimlx.adapters`'.
+Knows the flags and how the result is told; the work is `convert`'s and `phimlx.adapters.adapter`'.
 """
 
 from __future__ import annotations
@@ -80,7 +80,7 @@ def command(
         raise click.UsageError("--model is missing: name the model that the adapter is for.")
 
     from convert import plan
-    from phimlx import hub
+    from phimlx.hub import resolve as hub
 
     source = hub.resolve(model)
     planned = plan(source, out, dtype=dtype, dequantize=dequantize, adapter=adapter)
@@ -108,15 +108,15 @@ def _export(
     from dataclasses import replace
 
     from convert.folder import refuse_existing
-    from phimlx.adapters import Base, read_adapter, write_adapter
-    from phimlx.peft import write_peft
+    from phimlx.adapters.adapter import Base, read_adapter, write_adapter
+    from phimlx.adapters.peft import write_peft
 
     refuse_existing(out)
     found = read_adapter(adapter)
     if model is not None:
-        from phimlx import hub
-        from phimlx.adapters import check_fit
-        from phimlx.checkpoint import Checkpoint, build_model, stored_parameters
+        from phimlx.adapters.adapter import check_fit
+        from phimlx.checkpoint.folder import Checkpoint, build_model, stored_parameters
+        from phimlx.hub import resolve as hub
 
         checkpoint = Checkpoint(hub.resolve(model))
         empty = build_model(checkpoint.config)

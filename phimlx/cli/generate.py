@@ -29,10 +29,10 @@ from phimlx.cli.options import (
 from phimlx.errors import PromptError
 from phimlx.terminal.output import Output
 from phimlx.terminal.reply import call_as_object
-from phimlx.terminal.settings import given
+from phimlx.terminal.sampling_settings import given
 
 if TYPE_CHECKING:
-    from phimlx.generation.reply import Reply
+    from phimlx.generation.stream import Reply
 
 STDIN = "-"
 NO_PROMPT = (

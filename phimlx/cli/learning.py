@@ -1,6 +1,6 @@
 """`phimlx convert --q-method`: the options of learned quantization, and its bar.
 
-Knows flags and the screen; the learning is `convert.learned`'s.
+Knows flags and the screen; the learning is `convert.quantize.calibrated`'s.
 """
 
 from __future__ import annotations

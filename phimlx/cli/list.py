@@ -1,6 +1,6 @@
 """`phimlx list`: the models on this machine.
 
-Knows how the answer is told; what there is, `phimlx.store` knows.
+Knows how the answer is told; what there is, `phimlx.hub.cache` knows.
 """
 
 from __future__ import annotations
@@ -22,7 +22,8 @@ def command(as_json: bool) -> None:
     Each by the name that --model takes. They lie in the Hub's cache, whoever brought them there;
     models of other families that lie there too are left out.
     """
-    from phimlx import hub, store
+    from phimlx.hub import cache as store
+    from phimlx.hub import resolve as hub
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
@@ -71,7 +72,7 @@ def describe(stored: Any) -> dict[str, Any]:
 
 def describe_bundled(folder: Path) -> dict[str, Any]:
     """A model that comes along, in the same form."""
-    from phimlx import store
+    from phimlx.hub import cache as store
 
     return {
         "name": folder.name,

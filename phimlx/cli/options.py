@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from phimlx.media.limits import Limits
-from phimlx.prompt.media import FRAMES
+from phimlx.prompt.media_parts import FRAMES
 from phimlx.terminal.output import Output
-from phimlx.terminal.settings import SETTINGS, FiniteRange, Setting
+from phimlx.terminal.sampling_settings import SETTINGS, FiniteRange, Setting
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
@@ -130,10 +130,10 @@ def _option(setting: Setting) -> Callable[[AnyCallable], AnyCallable]:
 
 
 def sampling_options(command: AnyCallable) -> AnyCallable:
-    """Add the flags of `phimlx.terminal.settings`; the command takes them as keywords.
+    """Add the flags of `phimlx.terminal.sampling_settings`; the command takes them as keywords.
 
     A setting that was not given arrives as None, or () where it may be given again:
-    `phimlx.terminal.settings.given` leaves those out.
+    `phimlx.terminal.sampling_settings.given` leaves those out.
     """
     for setting in reversed(SETTINGS):
         command = _option(setting)(command)

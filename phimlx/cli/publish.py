@@ -1,6 +1,6 @@
 """Publishing a converted folder: what is said before, while and after it goes to the Hub.
 
-Knows the screen and the command that goes on after a failure; the work is `convert.upload`'s.
+Knows the screen and the command that goes on after a failure; the work is `phimlx.hub.upload`'s.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from phimlx.sizes import size_text
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
-    from convert.upload import Target
+    from phimlx.hub.upload import Target
 
 
 def check_target(name: str, token: str | None, private: bool, output: Output) -> Target:
-    """Find out before any work whether the Hub will take it; see `convert.upload.check`."""
-    from convert.upload import check
-    from phimlx.remote import Remote
+    """Find out before any work whether the Hub will take it; see `phimlx.hub.upload.check`."""
+    from phimlx.hub.client import Remote
+    from phimlx.hub.upload import check
 
     target = check(name, Remote(token, tell=teller(output)), private)
     if target.exists:
@@ -37,7 +37,7 @@ def publish(folder: Path, target: Target, output: Output) -> dict[str, Any]:
         UploadError: with the command that goes on.
     """
     import phimlx
-    from convert.upload import model_files, upload
+    from phimlx.hub.upload import model_files, upload
 
     files = model_files(folder)
     nbytes = sum(file.stat().st_size for file in files.values())

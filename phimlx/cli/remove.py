@@ -1,6 +1,6 @@
 """`phimlx remove`: delete a model from this machine, after asking.
 
-Knows the question and how the result is told; the deleting is `phimlx.store`'s.
+Knows the question and how the result is told; the deleting is `phimlx.hub.cache`'s.
 """
 
 from __future__ import annotations
@@ -23,9 +23,11 @@ def command(model: str, original: bool, yes: bool, as_json: bool) -> None:
     An alias means the model at 4 bits where that is here, else the original. No other model is
     touched.
     """
-    from phimlx import catalog, hub, store
+    from phimlx import catalog
     from phimlx.cli.bars import can_ask
     from phimlx.errors import ModelNotFoundError
+    from phimlx.hub import cache as store
+    from phimlx.hub import resolve as hub
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)

@@ -1,6 +1,6 @@
 """The quality report of a conversion: on the screen, and beside the converted model.
 
-Knows files and the screen; `convert.report` does the measuring.
+Knows files and the screen; `convert.measure.report` does the measuring.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ def add_report(result: Conversion, text: str | None, output: Output) -> dict[str
 
     Returns what `--json` adds to the result.
     """
-    from convert.report import COLUMNS, measure
+    from convert.measure.report import COLUMNS, measure
 
     with output.progress(100, "Measuring", "%") as bar:
         report = measure(result.source, result.path, text, advance=bar.update)

@@ -18,7 +18,7 @@ from phimlx.terminal.output import Output
 if TYPE_CHECKING:
     from phimlx.catalog import Model
     from phimlx.errors import ModelAbsentError
-    from phimlx.memory import Shape
+    from phimlx.machine.memory import Shape
 
 BITS = (16, 8, 6, 5, 4, 3)
 SHORT_CONTEXT = 4096  # shown beside the longest where --context names none
@@ -39,8 +39,9 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
     MODEL is an alias, a Hub id or a folder. Of a model that is not on this machine it says what
     the catalogue knows, else what its headers on the Hub say, and how many bits suit here.
     """
-    from phimlx import catalog, hub
+    from phimlx import catalog
     from phimlx.errors import ModelAbsentError
+    from phimlx.hub import resolve as hub
 
     shape: Shape
     output = Output(json=as_json)
@@ -70,16 +71,16 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     """What a model on this machine is, and its shape."""
     from mlx.utils import tree_flatten
 
-    from convert.recipe import part_of
+    from convert.quantize.recipe import part_of
     from phimlx import catalog
-    from phimlx.checkpoint import (
+    from phimlx.checkpoint.folder import (
         FLOATING_DTYPES,
         Checkpoint,
         build_model,
         read_json,
         stored_parameters,
     )
-    from phimlx.generation.sampling import Sampling
+    from phimlx.generation.sampler import Sampling
 
     checkpoint = Checkpoint(folder)
     model = build_model(checkpoint.config)
@@ -123,7 +124,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
 
 def describe_absent(known: Model, name: str) -> dict[str, Any]:
     """What a model is that is not on this machine, in the form that `name` means."""
-    from phimlx import hub
+    from phimlx.hub import resolve as hub
 
     repository = hub.repositories(name)[0]
     quantized = repository == known.quantized_repo
@@ -155,7 +156,7 @@ def describe_remote(repo: str, absent: ModelAbsentError) -> tuple[dict[str, Any]
     """What a model of the Hub is, from its headers; raises `absent` where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
-    from phimlx.preview import preview
+    from phimlx.hub.preview import preview
 
     if constants.HF_HUB_OFFLINE:
         raise absent
@@ -176,7 +177,7 @@ def choices(shape: Shape, about: dict[str, Any], context: int) -> dict[str, Any]
     tokens, else 4 bits, else 3; none for a quantized model whose original is not known.
     """
     from phimlx import catalog
-    from phimlx.memory import footprint, longest_context, machine_memory
+    from phimlx.machine.memory import footprint, longest_context, machine_memory
 
     here = machine_memory()
     known = catalog.find(about["repository"])
@@ -216,7 +217,7 @@ def recommendation(about: dict[str, Any], known: Model | None, bits: int) -> dic
 
 def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str, Any]:
     """Bytes needed at each context, and what is here, as entries of the description."""
-    from phimlx.memory import footprint, longest_context, machine_memory
+    from phimlx.machine.memory import footprint, longest_context, machine_memory
 
     here = machine_memory()
     weights, itemsize = about["bytes"], 4 if "F32" in about["dtype"] else 2
@@ -234,9 +235,9 @@ def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str
 
 def sight(shape: Shape, about: dict[str, Any]) -> dict[str, Any]:
     """What the largest picture takes of a model that sees, as entries of the description."""
+    from phimlx.machine.memory import picture_bytes
     from phimlx.media.image import DYNAMIC_HD
-    from phimlx.memory import picture_bytes
-    from phimlx.models.encoder_config import VisionConfig
+    from phimlx.models.phi4mm.config import VisionConfig
 
     if about["architecture"] == "phi3":
         return {}

@@ -1,6 +1,6 @@
 """`phimlx train`: fine-tune a model on a person's own data.
 
-Knows flags, signals and the order of things; a run is `phimlx.training.run`'s.
+Knows flags, signals and the order of things; a run is `phimlx.training.run.loop`'s.
 """
 
 from __future__ import annotations
@@ -18,14 +18,14 @@ import click
 from phimlx.cli.options import json_option
 from phimlx.errors import ModelAbsentError, shortened
 from phimlx.terminal.output import Output
-from phimlx.training.kinds import Kind, Switch
+from phimlx.training.option_types import Kind, Switch
 from phimlx.training.settings import TABLE, read_file, read_settings, spelled
 
 if TYPE_CHECKING:
-    from phimlx.training.examples import Dataset
-    from phimlx.training.machines import Machines
-    from phimlx.training.run import Outcome
-    from phimlx.training.session import Session
+    from phimlx.training.data.examples import Dataset
+    from phimlx.training.distributed import Machines
+    from phimlx.training.run.loop import Outcome
+    from phimlx.training.run.session import Session
 
 Command = TypeVar("Command", bound=Callable[..., Any])
 
@@ -119,7 +119,7 @@ def command(
     if given.get("iters") is not None and values["epochs"] is None:
         given.pop("epochs", None)  # a flag comes before a file
 
-    from phimlx.training.machines import Machines
+    from phimlx.training.distributed import Machines
 
     machines = Machines.join()
     output = Output(json=as_json)
@@ -148,9 +148,9 @@ class Silent(Output):
 
 
 def _open(given: Mapping[str, Any], resume: bool, machines: Machines, output: Output) -> Session:
-    from phimlx.training.session import Session, resumed_settings
+    from phimlx.training.run.checkpoints import Store
+    from phimlx.training.run.session import Session, resumed_settings
     from phimlx.training.settings import TrainSettings
-    from phimlx.training.state import Store
 
     about = None
     if resume:
@@ -159,7 +159,7 @@ def _open(given: Mapping[str, Any], resume: bool, machines: Machines, output: Ou
         settings = resumed_settings(about, {**given, "adapter_path": str(store.folder)})
     else:
         settings = read_settings(given)
-    from phimlx.training.history import check_sinks
+    from phimlx.training.run.log import check_sinks
 
     check_sinks(settings.report_to)
     return Session(settings, _model_folder(settings.model, output), machines, about)
@@ -167,7 +167,7 @@ def _open(given: Mapping[str, Any], resume: bool, machines: Machines, output: Ou
 
 def _model_folder(model: str | None, output: Output) -> Path:
     """The folder of a model, which comes here where it is not and somebody can say so."""
-    from phimlx import hub
+    from phimlx.hub import resolve as hub
 
     try:
         return hub.resolve(model)
@@ -193,11 +193,11 @@ def _read(session: Session, output: Output) -> dict[str, Dataset]:
 
 def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> None:
     """Show what the data is like and what a run would need."""
-    from phimlx.memory import machine_memory
+    from phimlx.machine.memory import machine_memory
     from phimlx.sizes import size_text
     from phimlx.terminal.training import show_examples
-    from phimlx.training.check import describe, summarize
-    from phimlx.training.run import Plan
+    from phimlx.training.data.statistics import describe, summarize
+    from phimlx.training.run.loop import Plan
 
     settings = session.settings
     length = settings.max_seq_length if settings.pack else None
@@ -228,9 +228,9 @@ def _train(
     from phimlx import api
     from phimlx.cli.bars import teller
     from phimlx.errors import TrainingError
-    from phimlx.memory import machine_memory
+    from phimlx.machine.memory import machine_memory
     from phimlx.terminal.training import Show
-    from phimlx.training.run import INTERRUPTED
+    from phimlx.training.run.loop import INTERRUPTED
 
     try:
         warning = session.check_memory(data, machine_memory())

@@ -1,6 +1,6 @@
 """`phimlx transcribe`: recordings of any length to text, each piece as soon as it is understood.
 
-Knows files, formats and the screen; `phimlx.generation.transcription` does the listening.
+Knows files, formats and the screen; `phimlx.transcription` does the listening.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from phimlx.errors import PhimlxError
 from phimlx.media.subtitles import FORMATS, Cue, Format
 from phimlx.terminal.files import write_whole
 from phimlx.terminal.output import Output, printable
-from phimlx.terminal.settings import FiniteRange
+from phimlx.terminal.sampling_settings import FiniteRange
 
 if TYPE_CHECKING:
-    from phimlx.generation.transcription import Piece
+    from phimlx.transcription import Piece
 
 STDIN = "-"
 REMARKS = {
@@ -150,8 +150,8 @@ def command(
       phimlx transcribe *.wav --output-dir transcripts
       phimlx transcribe speech.flac --translate-to French
     """
-    from phimlx.generation.transcription import question
-    from phimlx.prompt.media import no_media
+    from phimlx.prompt.media_parts import no_media
+    from phimlx.transcription import question
 
     question(prompt, translate_to)
     transcripts = plan(files, format_name, output, output_dir, overwrite, as_json)

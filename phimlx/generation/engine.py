@@ -14,13 +14,13 @@ import mlx.core as mx
 import numpy as np
 
 from phimlx.errors import GenerationError, PromptError
-from phimlx.generation.sampling import Sampler
-from phimlx.models.cache import Cache
-from phimlx.models.conformer import MAX_TOKENS
-from phimlx.models.device import suited
-from phimlx.models.features import ADAPTERS, TEXT, Features, MediaCache, Slots
+from phimlx.generation.sampler import Sampler
+from phimlx.machine.device import suited
+from phimlx.models.cache.kv import Cache
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.models.phi4mm import Phi4MMForCausalLM
+from phimlx.models.phi4mm.audio import MAX_TOKENS
+from phimlx.models.phi4mm.features import ADAPTERS, TEXT, Features, MediaCache, Slots
+from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
 # Tokens of a prompt in one forward pass, which bounds working memory
 PREFILL_TOKENS = suited(gpu=2048, cpu=512)

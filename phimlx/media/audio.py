@@ -13,9 +13,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
-from phimlx.media.features import MEL_BINS, Clip, log_mel, token_count
+from phimlx.media.audio_file import Source, open_sound
 from phimlx.media.limits import Limits
-from phimlx.media.sound import Source, open_sound
+from phimlx.media.log_mel import MEL_BINS, Clip, log_mel, token_count
 
 __all__ = ["Audio", "Clip", "Source", "load_audio", "log_mel", "prepare_audio"]
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phimlx.errors import MediaError
+from phimlx.media.image_file import Source, load_image
 from phimlx.media.limits import Limits
-from phimlx.media.picture import Source, load_image
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
-from phimlx.media.features import Clip, Samples
+from phimlx.media.audio_file import Source, open_sound
 from phimlx.media.limits import Limits
-from phimlx.media.sound import Source, open_sound
+from phimlx.media.log_mel import Clip, Samples
 
 TRAINED_SECONDS = 40.0
 SHORTEST_PIECE = 1.0

@@ -21,8 +21,8 @@ from phimlx.media.container import (
     open_container,
     too_long,
 )
-from phimlx.media.features import Clip
 from phimlx.media.limits import Limits, raising
+from phimlx.media.log_mel import Clip
 from phimlx.media.source import Bytes, read_bytes, source_name
 
 if TYPE_CHECKING:

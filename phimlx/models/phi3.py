@@ -12,9 +12,9 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phimlx.models.adapters import Routing, project
-from phimlx.models.cache import Cache, Span, with_past
+from phimlx.models.cache.kv import Cache, Span, with_past
 from phimlx.models.config import Phi3Config
-from phimlx.models.features import Slots
+from phimlx.models.phi4mm.features import Slots
 from phimlx.models.rope import fuse, rotate
 
 Linear = Callable[[int, int], nn.Module]

@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from phimlx.models.device import on_gpu
+from phimlx.machine.device import on_gpu
 
 
 @dataclass(frozen=True)

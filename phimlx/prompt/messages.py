@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phimlx.errors import PromptError
-from phimlx.prompt.media import NAMES, Part, read_parts
+from phimlx.prompt.media_parts import NAMES, Part, read_parts
 from phimlx.prompt.tools import ToolCall, read_calls, read_tools, tools_json
 
 ROLES = ("system", "user", "assistant", "tool")

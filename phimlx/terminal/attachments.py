@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from phimlx.errors import MediaError, PhimlxError
-from phimlx.prompt.media import FRAMES
+from phimlx.prompt.media_parts import FRAMES
 
 if TYPE_CHECKING:
     from phimlx.media.limits import Limits

@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from phimlx.errors import GenerationError, PhimlxError
-from phimlx.prompt.media import no_media
+from phimlx.prompt.media_parts import no_media
 from phimlx.terminal.attachments import Attachment, dropped_files
 from phimlx.terminal.chat_commands import find_command
 from phimlx.terminal.conversation import Conversation, Turn
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phimlx.api import Phi
-    from phimlx.generation.reply import Reply
+    from phimlx.generation.stream import Reply
     from phimlx.media.limits import Limits
 
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)

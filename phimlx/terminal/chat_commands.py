@@ -17,7 +17,7 @@ from phimlx.errors import PhimlxError
 from phimlx.terminal.attachments import split_name
 from phimlx.terminal.files import read_tools
 from phimlx.terminal.reply import describe
-from phimlx.terminal.settings import SETTINGS, Setting, find_setting, parse_setting
+from phimlx.terminal.sampling_settings import SETTINGS, Setting, find_setting, parse_setting
 
 if TYPE_CHECKING:
     from phimlx.terminal.chat import Chat

@@ -15,10 +15,10 @@ from phimlx.prompt.tools import read_tools
 from phimlx.terminal.attachments import KINDS, Attachment, in_order
 from phimlx.terminal.files import read_json, write_private
 from phimlx.terminal.output import encode_json
-from phimlx.terminal.settings import check_settings
+from phimlx.terminal.sampling_settings import check_settings
 
 if TYPE_CHECKING:
-    from phimlx.generation.reply import Reply
+    from phimlx.generation.stream import Reply
     from phimlx.media.limits import Limits
 
 Message = dict[str, Any]

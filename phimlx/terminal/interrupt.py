@@ -11,7 +11,7 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from phimlx.generation.reply import Piece, Stream
+    from phimlx.generation.stream import Piece, Stream
 
 
 class Interruptible:

@@ -15,7 +15,7 @@ from phimlx.terminal import reply as plain
 from phimlx.terminal.output import Output, encode_json
 
 if TYPE_CHECKING:
-    from phimlx.generation.reply import Reply
+    from phimlx.generation.stream import Reply
     from phimlx.terminal.interrupt import Interruptible
 
 Candidates = Callable[[str], list[str]]

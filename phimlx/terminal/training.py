@@ -12,19 +12,19 @@ from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PhimlxError
 from phimlx.sizes import size_text
+from phimlx.terminal.curves import draw, legend
 from phimlx.terminal.output import Output
-from phimlx.training.card import adapter_card
-from phimlx.training.curve import draw, legend
-from phimlx.training.events import Advanced, Event, Report, Sample, Validation
-from phimlx.training.history import Log, draw_png, numbers_of, open_sink, row_of
-from phimlx.training.run import INTERRUPTED, Outcome, Run
-from phimlx.training.state import write_bytes, writing
+from phimlx.training.run.card import adapter_card
+from phimlx.training.run.checkpoints import write_bytes, writing
+from phimlx.training.run.events import Advanced, Event, Report, Sample, Validation
+from phimlx.training.run.log import Log, draw_png, numbers_of, open_sink, row_of
+from phimlx.training.run.loop import INTERRUPTED, Outcome, Run
 
 if TYPE_CHECKING:
-    from phimlx.prompt.tokenizer import Tokenizer
+    from phimlx.prompt.tokenizer.tokenizer import Tokenizer
     from phimlx.terminal.progress import Progress
-    from phimlx.training.examples import Dataset
-    from phimlx.training.session import Session
+    from phimlx.training.data.examples import Dataset
+    from phimlx.training.run.session import Session
 
 LOG, CURVE, CARD = "log.jsonl", "curve.png", "README.md"
 LEARNED = "bold"  # style of what is learned in an example
@@ -108,7 +108,7 @@ class Show:
 
 def show_examples(data: Dataset, tokenizer: Tokenizer, output: Output) -> None:
     """Some examples, what is learned in them in bold, or between ⟦ and ⟧ where nothing is bold."""
-    from phimlx.training.check import abridged, rendered_samples
+    from phimlx.training.data.statistics import abridged, rendered_samples
 
     for source, spans in rendered_samples(data, tokenizer):
         output.text(f"\n{source}", "dim")

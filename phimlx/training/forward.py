@@ -14,7 +14,7 @@ import numpy as np
 
 from phimlx.models.phi3 import DecoderLayer, Phi3ForCausalLM
 from phimlx.models.rope import Rope
-from phimlx.training.batches import Batch
+from phimlx.training.data.batches import Batch
 
 
 def inputs_of(batch: Batch, rope: Rope) -> dict[str, mx.array]:

@@ -16,7 +16,7 @@ import numpy as np
 from mlx.utils import tree_unflatten
 
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.training.batches import Batch, Batches, Rows
+from phimlx.training.data.batches import Batch, Batches, Rows
 from phimlx.training.forward import head_of, supervised_states
 from phimlx.training.loss import measured_losses, token_losses
 from phimlx.training.step import Step, Tree

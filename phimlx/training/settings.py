@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.errors import TrainingError, shortened
-from phimlx.training.kinds import Kind, Number, Pairs, Several, Span, Switch, Text, Word
+from phimlx.training.option_types import Kind, Number, Pairs, Several, Span, Switch, Text, Word
 
 OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "muon", "sgd")
 SCHEDULES = ("cosine", "linear", "constant")

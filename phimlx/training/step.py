@@ -17,9 +17,9 @@ from mlx.nn.utils import average_gradients
 from mlx.utils import tree_flatten, tree_map
 
 from phimlx.errors import TrainingError
-from phimlx.models.device import on_gpu
+from phimlx.machine.device import on_gpu
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.training.batches import Batch
+from phimlx.training.data.batches import Batch
 from phimlx.training.forward import head_of, inputs_of, supervised_states
 from phimlx.training.loss import linear_cross_entropy, measured_losses
 

@@ -20,9 +20,9 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint import Checkpoint, build_model, load_model
+from phimlx.checkpoint.folder import Checkpoint, build_model, load_model
 from phimlx.generation.engine import PromptCache, generate_tokens
-from phimlx.generation.sampling import Sampler, Sampling
+from phimlx.generation.sampler import Sampler, Sampling
 
 CONFIG = {
     "model_type": "phi3", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,

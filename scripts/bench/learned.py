@@ -20,10 +20,10 @@ from typing import Any
 
 import phimlx
 from convert import Conversion, Learning, Quantization, convert
-from convert.report import measure
-from phimlx.hub import NANO
-from phimlx.prompt.chat import ChatTemplate
-from phimlx.prompt.tokenizer import Tokenizer
+from convert.measure.report import measure
+from phimlx.hub.resolve import NANO
+from phimlx.prompt.chat_template import ChatTemplate
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 TOKENS = 2048  # that are measured
 

@@ -34,9 +34,9 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint import Checkpoint, build_model, load_model
+from phimlx.checkpoint.folder import Checkpoint, build_model, load_model
 from phimlx.generation.engine import Media, PromptCache, generate_tokens
-from phimlx.generation.sampling import Sampler, Sampling
+from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.media.audio import prepare_audio
 from phimlx.media.image import prepare_images
 from phimlx.sizes import size_text

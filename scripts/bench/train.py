@@ -150,7 +150,7 @@ def phimlx_side(case: Case, tokens: Any) -> tuple[Any, int]:
 
     from phimlx.models.config import Phi3Config
     from phimlx.models.phi3 import Phi3ForCausalLM
-    from phimlx.training.batches import Batches, Example
+    from phimlx.training.data.batches import Batches, Example
     from phimlx.training.step import Step
 
     model = Phi3ForCausalLM(Phi3Config.from_dict(CONFIG))

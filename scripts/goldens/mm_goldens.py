@@ -3,8 +3,8 @@
     python scripts/goldens/mm_goldens.py tests/goldens/mm-native
 
 Writes a tiny random model in transformers' own layout, its adapters as peft saves them, and a
-`reference.safetensors` that `phimlx.selftest` repeats. Needs torch, transformers and peft, which
-phimlx itself never does.
+`reference.safetensors` that `phimlx.evaluation.parity` repeats. Needs torch, transformers and peft,
+which phimlx itself never does.
 """
 
 from __future__ import annotations

@@ -3,7 +3,7 @@
     python scripts/goldens/model_goldens.py tests/goldens/models     # tiny models, made here
     python scripts/goldens/model_goldens.py --nano phimlx/assets/nano
 
-Each model gets a `reference.safetensors` that `phimlx.selftest` repeats. Needs torch and
+Each model gets a `reference.safetensors` that `phimlx.evaluation.parity` repeats. Needs torch and
 transformers, which phimlx itself never does.
 """
 

@@ -11,10 +11,10 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 from phimlx import catalog
-from phimlx.checkpoint import Checkpoint
+from phimlx.checkpoint.folder import Checkpoint
 from phimlx.cli.group import cli
-from phimlx.memory import picture_bytes
-from phimlx.models.encoder_config import VisionConfig
+from phimlx.machine.memory import picture_bytes
+from phimlx.models.phi4mm.config import VisionConfig
 from tests.convert.test_multimodal import BAKED, BAKED_HINT, baked, mlx_vlm_config
 from tests.convert.tiny import PHI_4, weights_of, write_config, write_model
 from tests.multimodal import multimodal_folder
@@ -112,8 +112,8 @@ def test_a_baked_conversion(theirs: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phimlx.memory.CROPS_AT_ONCE", 4)  # as on a GPU
-    monkeypatch.setattr("phimlx.memory.machine_memory", lambda: 16_000_000_000)
+    monkeypatch.setattr("phimlx.machine.memory.CROPS_AT_ONCE", 4)  # as on a GPU
+    monkeypatch.setattr("phimlx.machine.memory.machine_memory", lambda: 16_000_000_000)
 
 
 def test_show_a_folder(source: Path, tmp_path: Path, machine: None) -> None:
@@ -157,7 +157,7 @@ def test_show_the_published_model(source: Path, machine: None) -> None:
 def test_a_picture_of_one_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeing it and its overview at once was measured on the CPU to take 300 MB in bfloat16,
     370 MB in float32."""
-    monkeypatch.setattr("phimlx.memory.CROPS_AT_ONCE", 4)
+    monkeypatch.setattr("phimlx.machine.memory.CROPS_AT_ONCE", 4)
     vision = VisionConfig.from_dict({})
     for itemsize, measured in ((2, 300e6), (4, 370e6)):
         assert measured < picture_bytes(vision, 1, itemsize) < 1.25 * measured

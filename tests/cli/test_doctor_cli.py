@@ -9,10 +9,11 @@ from typing import Any
 import pytest
 from click.testing import CliRunner
 
-from phimlx import doctor, selftest
 from phimlx.cli.group import cli
-from phimlx.doctor import Finding
-from phimlx.selftest import Result
+from phimlx.evaluation import parity as selftest
+from phimlx.evaluation.parity import Result
+from phimlx.machine import doctor
+from phimlx.machine.doctor import Finding
 
 FINDINGS = [
     Finding("versions", "phimlx 0.1.0"),

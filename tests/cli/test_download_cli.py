@@ -13,16 +13,17 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 import phimlx
-from phimlx import api, hub
+from phimlx import api
 from phimlx.cli import bars
 from phimlx.cli.group import cli
 from phimlx.cli.options import load_model
 from phimlx.errors import ModelAbsentError
+from phimlx.hub import resolve as hub
+from phimlx.hub.transfer import fetch
 from phimlx.terminal.output import Output
-from phimlx.transfer import fetch
 from tests.cli.terminal import CTRL_C, Terminal
 from tests.convert.tiny import PHI_4, write_model
-from tests.loopback_hub import COMMIT, Fault, Hub, serve_alone
+from tests.hub.loopback_hub import COMMIT, Fault, Hub, serve_alone
 
 HOME = Path(phimlx.__file__).parents[1]
 QUANTIZED = "mlx-community/Phi-4-mini-instruct-4bit"
@@ -127,7 +128,7 @@ def test_an_interrupt_says_what_stays_and_the_next_run_goes_on(
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr("phimlx.transfer.fetch", interrupted)
+        patch.setattr("phimlx.hub.transfer.fetch", interrupted)
         result = run("download", "phi-4-mini")
     assert result.exit_code == 130
     assert result.stdout == ""

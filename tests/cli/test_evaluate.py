@@ -10,8 +10,8 @@ from click.testing import CliRunner, Result
 
 import phimlx
 from phimlx.cli.group import cli
-from phimlx.evaluation import examples_of, measure_loss, read_data
-from phimlx.training.examples import Settings
+from phimlx.evaluation.data import examples_of, measure_loss, read_data
+from phimlx.training.data.examples import Settings
 
 ROWS = [
     {"prompt": "What is 3 + 4?", "completion": "7"},

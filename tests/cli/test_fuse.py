@@ -10,9 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import phimlx
-from phimlx.adapters import Base, read_adapter, write_adapter
+from phimlx.adapters.adapter import Base, read_adapter, write_adapter
 from phimlx.cli.group import cli
-from phimlx.training.adapters import AdapterSettings, adapter_of, attach
+from phimlx.training.trainable import AdapterSettings, adapter_of, attach
 
 
 def run(*arguments: str | Path) -> Result:

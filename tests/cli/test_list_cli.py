@@ -10,8 +10,8 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
-from phimlx import hub
 from phimlx.cli.group import cli
+from phimlx.hub import resolve as hub
 from phimlx.sizes import size_text
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

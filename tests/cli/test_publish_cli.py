@@ -19,11 +19,11 @@ from click.testing import CliRunner, Result
 from huggingface_hub.utils import are_progress_bars_disabled  # type: ignore[attr-defined]
 
 import phimlx
-from phimlx.checkpoint import Checkpoint
+from phimlx.checkpoint.folder import Checkpoint
 from phimlx.cli.group import cli
 from tests.convert.tiny import PHI_4, parameters, write_model
-from tests.loopback_hub import Fault
-from tests.loopback_upload import ACCOUNT, Desk, serve_desk
+from tests.hub.loopback_hub import Fault
+from tests.hub.loopback_upload import ACCOUNT, Desk, serve_desk
 
 HOME = Path(phimlx.__file__).parents[1]
 REPO = "me/tiny"

@@ -13,9 +13,9 @@ from huggingface_hub import constants
 from convert import Quantization, convert
 from phimlx import catalog
 from phimlx.cli.group import cli
-from phimlx.memory import cache_bytes_per_token, footprint, longest_context
+from phimlx.machine.memory import cache_bytes_per_token, footprint, longest_context
 from tests.convert.tiny import MINI, PHI_4, write_model
-from tests.loopback_hub import Hub, serve_alone
+from tests.hub.loopback_hub import Hub, serve_alone
 
 
 def run(*arguments: str | Path) -> Result:
@@ -26,8 +26,8 @@ def run(*arguments: str | Path) -> Result:
 def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 GB, prompts computed as on a GPU, and no model."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-    monkeypatch.setattr("phimlx.memory.machine_memory", lambda: 16_000_000_000)
-    monkeypatch.setattr("phimlx.memory.PREFILL_TOKENS", 2048)
+    monkeypatch.setattr("phimlx.machine.memory.machine_memory", lambda: 16_000_000_000)
+    monkeypatch.setattr("phimlx.machine.memory.PREFILL_TOKENS", 2048)
     monkeypatch.chdir(tmp_path)
 
 
@@ -226,7 +226,7 @@ def test_a_model_of_the_hub_by_its_headers(
 ) -> None:
     folder = write_model(tmp_path / "tune", PHI_4)
     server.repos["someone/tune"] = {path.name: path.read_bytes() for path in folder.iterdir()}
-    monkeypatch.setattr("phimlx.preview.FIRST_BYTES", 100)
+    monkeypatch.setattr("phimlx.hub.preview.FIRST_BYTES", 100)
     result = run("someone/tune")
     assert result.exit_code == 0
     expected = HERE.format(folder="not on this machine").removeprefix("source\n")

@@ -115,7 +115,7 @@ def test_a_folder_that_is_taken_is_refused(model: Path, rows: Path, tmp_path: Pa
 def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     model: Path, rows: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("phimlx.memory.machine_memory", lambda: 2_000_000)
+    monkeypatch.setattr("phimlx.machine.memory.machine_memory", lambda: 2_000_000)
     monkeypatch.setattr(api, "load", lambda *_: pytest.fail("loaded"))
     result = run("--model", model, "--data", rows, "--adapter-path", tmp_path / "out")
     assert result.exit_code == 1

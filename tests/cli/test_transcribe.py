@@ -13,7 +13,7 @@ from click.testing import CliRunner, Result
 
 from phimlx.cli.group import cli
 from phimlx.errors import MediaError, PhimlxError
-from phimlx.generation.transcription import Piece
+from phimlx.transcription import Piece
 from tests.cli.test_main import HEAVY, run
 from tests.terminal.fake_phi import FakePhi
 

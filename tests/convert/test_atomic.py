@@ -19,7 +19,8 @@ from tests.convert.tiny import PHI_4, failing, parameters, same_bits, weights_of
 
 KILLED = """
 import os, signal, sys
-from convert import pipeline, plan
+from convert import plan
+from convert import pipeline
 pipeline.JOURNAL_BYTES = int(sys.argv[4])
 planned = plan(sys.argv[1], sys.argv[2])
 done = []

@@ -14,8 +14,8 @@ import pytest
 
 from convert import Quantization, pipeline, plan
 from convert import convert as convert_model
-from phimlx import transfer
 from phimlx.errors import CheckpointError, ConversionError
+from phimlx.hub import transfer
 from tests.convert.tiny import (
     PHI_4,
     failing,

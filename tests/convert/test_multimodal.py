@@ -17,18 +17,18 @@ from mlx.utils import tree_flatten
 
 from convert import Quantization, Recipe, convert, plan, read_recipe
 from convert import pipeline as pipeline_module
-from convert.arriving import arriving
-from convert.gguf import plan_gguf
-from convert.recipe import RECIPES, Rule, mixed, part_of
-from convert.report import measure
-from phimlx.checkpoint import Checkpoint, load_model
+from convert.export.gguf import plan_gguf
+from convert.measure.report import measure
+from convert.quantize.recipe import RECIPES, Rule, mixed, part_of
+from convert.streaming import arriving
+from phimlx.checkpoint.folder import Checkpoint, load_model
 from phimlx.errors import CheckpointError, ConversionError
-from phimlx.models.phi4mm import Phi4MMForCausalLM
-from phimlx.remote import Remote
+from phimlx.hub.client import Remote
+from phimlx.models.phi4mm.model import Phi4MMForCausalLM
+from tests.checkpoint.test_multimodal import write_native
 from tests.convert.tiny import failing, same_bits, weights_of, write_config, write_index
-from tests.loopback_hub import Hub, serve
+from tests.hub.loopback_hub import Hub, serve
 from tests.multimodal import multimodal_folder
-from tests.test_checkpoint_mm import write_native
 
 EIGHT = Quantization(32, 8)
 CASES = ("text", "image", "audio", "both", "two_audio_padded", "audio45s")

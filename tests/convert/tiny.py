@@ -12,7 +12,7 @@ import pytest
 from mlx.utils import tree_flatten
 
 from convert import convert
-from phimlx.checkpoint import Checkpoint, build_model
+from phimlx.checkpoint.folder import Checkpoint, build_model
 from phimlx.errors import ConversionError
 
 PHI_4: dict[str, Any] = {

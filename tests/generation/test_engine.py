@@ -7,10 +7,10 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from phimlx.checkpoint import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint, load_model
 from phimlx.generation import engine
 from phimlx.generation.engine import PromptCache, generate_tokens
-from phimlx.generation.sampling import Sampler, Sampling
+from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.models.phi3 import Phi3ForCausalLM
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "models" / "mini-step-32"

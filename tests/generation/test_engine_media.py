@@ -13,13 +13,13 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phimlx.checkpoint import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint, load_model
 from phimlx.errors import GenerationError, PromptError
 from phimlx.generation import engine
 from phimlx.generation.engine import Media, PromptCache, generate_tokens
-from phimlx.generation.sampling import Sampler, Sampling
-from phimlx.models.features import Features, MediaCache
-from phimlx.models.phi4mm import Phi4MMForCausalLM
+from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.models.phi4mm.features import Features, MediaCache
+from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
 IMAGE, AUDIO = 510, 511
 MINI = Path(__file__).parents[1] / "goldens" / "models" / "mini-step-32"

@@ -14,9 +14,9 @@ import soundfile  # type: ignore[import-untyped]
 import soxr  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
-from phimlx.media import features
+from phimlx.media import log_mel as features
 from phimlx.media.audio import Audio, Clip, load_audio, log_mel, prepare_audio
-from phimlx.media.sound import open_sound
+from phimlx.media.audio_file import open_sound
 from tests.media.sounds import av_sound, noise, sound_file
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "audio" / "log_mel.npz"

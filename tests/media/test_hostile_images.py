@@ -13,8 +13,8 @@ import pytest
 from PIL import Image
 
 from phimlx.errors import MediaError
+from phimlx.media.image_file import load_image
 from phimlx.media.limits import Limits
-from phimlx.media.picture import load_image
 
 DAMAGED = "{} is damaged or cut short: it cannot be read as {}."
 UNKNOWN = "{} is no PNG, JPEG, WEBP, GIF, BMP or TIFF picture."

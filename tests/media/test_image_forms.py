@@ -12,7 +12,7 @@ import pytest
 from PIL import Image, ImageCms
 
 from phimlx.errors import MediaError
-from phimlx.media.picture import load_image
+from phimlx.media.image_file import load_image
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 CORNERS = np.array([[RED, GREEN, WHITE], [BLUE, (0, 0, 0), (90, 90, 90)]], np.uint8)  # [2, 3, 3]

@@ -10,11 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from phimlx.checkpoint import DTYPES, Checkpoint, load_model
-from phimlx.demo import questions
-from phimlx.hub import NANO
+from phimlx.checkpoint.folder import DTYPES, Checkpoint, load_model
+from phimlx.evaluation.bundled import questions
+from phimlx.hub.resolve import NANO
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.prompt.tokenizer import Tokenizer
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 # Rounding to bfloat16 moves a number by up to 2^-9 of itself; what some twenty such roundings a
 # layer add up to stays below this share of the largest logit.

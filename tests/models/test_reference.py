@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from phimlx import selftest
+from phimlx.evaluation import parity as selftest
 
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
 

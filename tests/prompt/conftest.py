@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from phimlx.prompt import compiled
-from phimlx.prompt.chat import ChatTemplate
-from phimlx.prompt.tokenizer import Tokenizer
-from phimlx.prompt.vocabulary import byte_alphabet
+from phimlx.prompt.chat_template import ChatTemplate
+from phimlx.prompt.tokenizer import compiled_bpe as compiled
+from phimlx.prompt.tokenizer.bpe import byte_alphabet
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 MINI_TOKENS = (
     "<|endoftext|>",

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phimlx.errors import PhimlxError
-from phimlx.generation.reply import Piece, Reply
-from phimlx.generation.sampling import Sampling
+from phimlx.generation.sampler import Sampling
+from phimlx.generation.stream import Piece, Reply
 from phimlx.prompt.tools import ToolCall
 
 PAUSE = "<pause>"

@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phimlx.errors import SessionError
-from phimlx.generation.reply import Reply
+from phimlx.generation.stream import Reply
 from phimlx.prompt.tools import ToolCall
 from phimlx.terminal.conversation import Conversation
 

@@ -7,7 +7,7 @@ from typing import cast
 
 import pytest
 
-from phimlx.generation.reply import Stream
+from phimlx.generation.stream import Stream
 from phimlx.terminal.interrupt import Interruptible
 from tests.terminal.fake_phi import INTERRUPT, FakeStream, Script
 

@@ -6,7 +6,7 @@ from typing import cast
 
 import pytest
 
-from phimlx.generation.reply import Reply, Stream
+from phimlx.generation.stream import Reply, Stream
 from phimlx.prompt.tools import ToolCall
 from phimlx.terminal.interrupt import Interruptible
 from phimlx.terminal.output import Output

@@ -10,9 +10,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.training.adapters import AdapterSettings, attach
-from phimlx.training.batches import Example
+from phimlx.training.data.batches import Example
 from phimlx.training.preference import PairBatches, PreferenceStep, without_adapter
+from phimlx.training.trainable import AdapterSettings, attach
 from tests.training.models import tiny
 from tests.training.test_step import Recorder
 

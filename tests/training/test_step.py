@@ -14,7 +14,7 @@ import pytest
 from mlx.utils import tree_flatten, tree_map
 
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.training.batches import Batches, Example
+from phimlx.training.data.batches import Batches, Example
 from phimlx.training.step import NonFiniteError, Step
 from tests.training.models import tiny
 

@@ -1,0 +1,352 @@
+"""A model folder -> one GGUF file, as llama.cpp reads it, one block of rows at a time.
+
+Knows GGUF's names for the phi3 architecture; the format itself is the `gguf` package's.
+Source: llama.cpp, convert_hf_to_gguf.py, Phi3MiniModel.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
+
+import mlx.core as mx
+
+import phimlx
+from convert.folder import Journal, check_space, companions, new_file, refuse_existing, stamps
+from convert.pipeline import BATCHES_AHEAD, JOURNAL_BYTES, Conversion, check_purpose
+from convert.read import WeightFiles, read_blocks
+from convert.steps import Step, Steps
+from phimlx import catalog
+from phimlx.checkpoint.folder import Checkpoint, build_model, read_json
+from phimlx.errors import ConversionError, shortened
+from phimlx.extras import optional
+from phimlx.models.config import Phi3Config
+
+if TYPE_CHECKING:
+    from gguf import GGMLQuantizationType, GGUFWriter
+    from numpy.typing import NDArray
+
+# What of a name comes between `blk.N.` or nothing and `.weight`.
+NAMES = {
+    "model.embed_tokens": "token_embd",
+    "model.norm": "output_norm",
+    "lm_head": "output",
+    "input_layernorm": "attn_norm",
+    "self_attn.qkv_proj": "attn_qkv",
+    "self_attn.o_proj": "attn_output",
+    "post_attention_layernorm": "ffn_norm",
+    "mlp.gate_up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
+}
+
+# How text is split before it is encoded: the beginning of the expression, and llama.cpp's name.
+SPLITTERS = {
+    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*": "gpt-4o",
+    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|": "dbrx",
+}
+
+BLOCK_BYTES = 4 << 20  # packing them takes several times as much
+
+KINDS = {"gguf": "F16", "gguf-q8_0": "Q8_0"}
+
+
+@dataclass(frozen=True)
+class GgufPlan:
+    """A GGUF file, checked and laid out, not yet begun; see `convert.pipeline.Plan`."""
+
+    checkpoint: Checkpoint
+    config: Phi3Config
+    out: Path
+    steps: Steps
+    kind: str
+    files: WeightFiles
+
+    @property
+    def bytes_before(self) -> int:
+        return self.steps.bytes_before
+
+    @property
+    def digest(self) -> str:
+        """Of everything that decides the bytes of the file."""
+        described = [self.checkpoint.folder / "config.json"]
+        described += companions(self.checkpoint.folder).values()
+        versions = [phimlx.__version__, *map(version, ("mlx", "gguf")), str(mx.default_device())]
+        decisive = (versions, stamps([*described, *self.checkpoint.files]), self.steps, self.kind)
+        return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
+    def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Conversion:
+        """Write the file, which appears when it is complete.
+
+        Raises:
+            ConversionError: where a weight is not finite, or the file cannot be written. Nothing is
+                left behind then.
+        """
+        start = time.perf_counter()
+        with new_file(self.out, self.digest, self.files.keep_after) as journal:
+            continued = sum(step.nbytes for step in self.steps.steps[: journal.done])
+            if continued:
+                advance(continued)
+            header = self._header(journal.folder)
+            descriptor = os.open(journal.folder / self.out.name, os.O_RDWR | os.O_CREAT, 0o644)
+            with os.fdopen(descriptor, "r+b") as file:
+                file.write(header)
+                weights = self._write_weights(file, journal, advance)
+        size = sum(step.size for step in self.steps.steps)
+        return Conversion(
+            path=self.out,
+            source=self.checkpoint.folder,
+            parameters=size,
+            bits_per_weight=8 * weights / size,
+            bytes_before=self.bytes_before,
+            bytes_after=weights,
+            tensors=len(self.steps.steps),
+            dtype=self.kind,
+            recipe=None,
+            quantization=None,
+            undivided=(),
+            continued=continued,
+            seconds=time.perf_counter() - start,
+        )
+
+    def _header(self, folder: Path) -> bytes:
+        """All that comes before the weights, written by way of a file that is gone then."""
+        import gguf
+        import numpy as np
+
+        path = folder / "header"
+        writer = gguf.GGUFWriter(path, "phi3")
+        _add_settings(writer, self.checkpoint, self.config, self.kind)
+        _add_tokenizer(writer, self.checkpoint.folder, self.config.vocab_size)
+        for name, factors in self._rope_factors.items():
+            writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
+        dtype = np.dtype(np.float32)  # of a shape that counts numbers, not bytes
+        for step in self.steps.steps:
+            name, nbytes = gguf_name(step.change.name), self._nbytes(step)
+            writer.add_tensor_info(name, step.shape, dtype, nbytes, self._kind_of(step))
+        writer.open_output_file()
+        writer.write_header_to_file()
+        writer.write_kv_data_to_file()
+        writer.write_ti_data_to_file()
+        writer.close()
+        header = path.read_bytes()
+        path.unlink()
+        return header + bytes(-len(header) % gguf.GGUF_DEFAULT_ALIGNMENT)
+
+    def _write_weights(
+        self, file: BinaryIO, journal: Journal, advance: Callable[[int], object]
+    ) -> int:
+        """Write the weights after the header, those that the journal has not; their bytes."""
+        import gguf
+        import numpy as np
+
+        start = file.tell()
+
+        def pad() -> None:
+            file.write(bytes((start - file.tell()) % gguf.GGUF_DEFAULT_ALIGNMENT))
+
+        for factors in self._rope_factors.values():
+            file.write(factors.tobytes())
+            pad()
+        for step in self.steps.steps[: journal.done]:
+            file.seek(self._nbytes(step), os.SEEK_CUR)
+            file.seek((start - file.tell()) % gguf.GGUF_DEFAULT_ALIGNMENT, os.SEEK_CUR)
+        file.truncate()
+        work = [
+            (number, step, rows)
+            for number, step in enumerate(self.steps.steps)
+            if number >= journal.done
+            for rows in step.blocks(BLOCK_BYTES)
+        ]
+        blocks = read_blocks([rows for _, _, rows in work], BATCHES_AHEAD, self.files)
+        unrecorded = 0
+        for (number, step, rows), stored in zip(work, blocks, strict=True):
+            block = step.change.apply(stored)
+            mx.eval(block.parts, block.sound, block.fits)
+            block.check()
+            numbers = np.array(block.parts[step.change.name].astype(mx.float32))
+            file.write(gguf.quants.quantize(numbers, self._kind_of(step)).tobytes())
+            unrecorded += rows.nbytes
+            if rows.is_last:
+                pad()
+                if unrecorded >= JOURNAL_BYTES:
+                    file.flush()
+                    os.fsync(file.fileno())
+                    journal.record(number + 1)
+                    unrecorded = 0
+            advance(rows.nbytes)
+            del block, stored
+            mx.clear_cache()
+        return file.tell() - start
+
+    @property
+    def _rope_factors(self) -> dict[str, NDArray[Any]]:
+        import numpy as np
+
+        rope = self.config.rope
+        both = (("long", rope.long_factor), ("short", rope.short_factor))
+        return {
+            f"rope_factors_{name}.weight": np.array(factors, np.float32)
+            for name, factors in both
+            if factors
+        }
+
+    def _nbytes(self, step: Step) -> int:
+        from gguf import GGML_QUANT_SIZES
+
+        block, block_bytes = GGML_QUANT_SIZES[self._kind_of(step)]
+        return step.size // block * block_bytes
+
+    def _kind_of(self, step: Step) -> GGMLQuantizationType:
+        """As llama.cpp's converter: norms in full, rows that no block divides in half precision."""
+        from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
+
+        if len(step.shape) == 1:
+            return GGMLQuantizationType.F32
+        kind = GGMLQuantizationType[self.kind]
+        divides = step.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+        return kind if divides else GGMLQuantizationType.F16
+
+
+def plan_gguf(
+    source: str | Path,
+    out: str | Path,
+    kind: str = "F16",
+    *,
+    dequantize: bool = False,
+    files: WeightFiles | None = None,
+) -> GgufPlan:
+    """Check everything that can be known from the headers.
+
+    Args:
+        out: the file to make.
+        kind: "F16" or "Q8_0".
+        source, dequantize, files: as for `convert.pipeline`.
+
+    Raises:
+        ConfigError, CheckpointError: where the source is not a whole Phi-4 model.
+        ConversionError: where it is quantized, has no tokenizer that llama.cpp knows, the output
+            exists or has no room, the model is a multimodal one, or the `gguf` package is not
+            installed.
+    """
+    without = "GGUF files are written by the gguf package, which is not installed."
+    optional("gguf", "gguf", without, ConversionError)
+    out = Path(out).absolute()
+    refuse_existing(out)
+    checkpoint = Checkpoint(source)
+    if build_model(checkpoint.config).slots is not None:
+        raise ConversionError(
+            f"{checkpoint.folder} sees and hears, with an adapter for each, which llama.cpp does "
+            "not run: there is no GGUF file of such a model.",
+            hint="Write another layout: --export hf, or MLX's without --export.",
+        )
+    check_purpose(checkpoint, None, dequantize)
+    steps = Steps.of(checkpoint, None, None)
+    config = Phi3Config.from_dict(checkpoint.config)
+    half = {"F16": mx.float16}.get(kind, mx.float32)
+    typed = tuple(
+        replace(
+            step, change=replace(step.change, dtype=mx.float32 if len(step.shape) == 1 else half)
+        )
+        for step in steps.steps
+    )
+    planned = GgufPlan(
+        checkpoint, config, out, replace(steps, steps=typed), kind, files or WeightFiles()
+    )
+    companions(checkpoint.folder)  # which refuses links that lead elsewhere
+    read_vocabulary(checkpoint.folder, config.vocab_size)
+    check_space(out, 2 * sum(step.size for step in typed) + planned.files.spare)
+    return planned
+
+
+def gguf_name(name: str) -> str:
+    """GGUF's name of one of our tensors."""
+    path = name.removesuffix(".weight")
+    if path in NAMES:
+        return f"{NAMES[path]}.weight"
+    _, _, block, part = path.split(".", 3)
+    return f"blk.{block}.{NAMES[part]}.weight"
+
+
+def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]:
+    """Tokens by id, their types in GGUF's numbers, and the name of how text is split.
+
+    Raises:
+        ConversionError: where there is no tokenizer, or one that llama.cpp would not know.
+    """
+    from gguf import TokenType
+
+    if not (folder / "tokenizer.json").is_file():
+        raise ConversionError(f"{folder} has no tokenizer.json, which a GGUF file holds.")
+    table = read_json(folder / "tokenizer.json")
+    try:
+        parts = table["pre_tokenizer"]["pretokenizers"]
+        pattern = parts[0]["pattern"]["Regex"]
+        splitter = next(name for start, name in SPLITTERS.items() if pattern.startswith(start))
+        tokens = [f"[PAD{i}]" for i in range(size)]
+        types = [int(TokenType.UNUSED)] * size
+        known = [
+            (token, number, TokenType.NORMAL) for token, number in table["model"]["vocab"].items()
+        ]
+        for added in table["added_tokens"]:
+            token = added["content"]
+            control = added["special"] or (token.startswith("<|") and token.endswith("|>"))
+            kind = TokenType.CONTROL if control else TokenType.USER_DEFINED
+            known.append((token, added["id"], kind))
+        for token, number, kind in known:
+            if not 0 <= number < size:
+                raise IndexError(f"{token} has the id {number}")
+            tokens[number], types[number] = token, int(kind)
+    except (KeyError, IndexError, TypeError, AttributeError, StopIteration) as error:
+        raise ConversionError(
+            f"tokenizer.json is not one that llama.cpp would read as it is meant "
+            f"({type(error).__name__} {shortened(str(error))})."
+        ) from error
+    return tokens, types, splitter
+
+
+def _add_settings(
+    writer: GGUFWriter, checkpoint: Checkpoint, config: Phi3Config, kind: str
+) -> None:
+    import gguf
+
+    known = catalog.by_config(checkpoint.config, checkpoint.folder.resolve())
+    if known is not None:
+        writer.add_name(known.alias)
+        writer.add_license(known.licence.lower())
+    rope = config.rope
+    original = rope.original_max_position_embeddings or config.max_position_embeddings
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_rope_scaling_orig_ctx_len(original)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_key_length(config.head_dim)
+    writer.add_value_length(config.head_dim)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_dimension_count(rope.dims)
+    writer.add_rope_freq_base(rope.theta)
+    if rope.long_factor:
+        writer.add_rope_scaling_attn_factors(rope.attention_factor)
+    writer.add_sliding_window(0)  # which tells Phi-4 from Phi-3
+    writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{kind}"]))
+    writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
+
+
+def _add_tokenizer(writer: GGUFWriter, folder: Path, size: int) -> None:
+    import gguf
+
+    tokens, types, splitter = read_vocabulary(folder, size)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_tokenizer_pre(splitter)
+    writer.add_token_list(tokens)
+    writer.add_token_types(types)
+    special: Any = gguf.SpecialVocab(folder, load_merges=True, n_vocab=size)
+    special.add_to_gguf(writer, quiet=True)

@@ -1,0 +1,167 @@
+"""Tensors of safetensors files in blocks of rows, read ahead of the one who asks for them.
+
+Knows where bytes stand and how many to hold at once; knows nothing of what becomes of them.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from phimlx.checkpoint.folder import STORED_DTYPES, TensorInfo
+from phimlx.errors import CheckpointError
+
+
+@dataclass(frozen=True)
+class Place:
+    """A stored tensor, and where in its file its bytes begin."""
+
+    name: str
+    info: TensorInfo
+    offset: int
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes of one row; a tensor of one dimension has a row for each number."""
+        shape = self.info.shape
+        return self.info.nbytes // shape[0] if shape and shape[0] else self.info.nbytes
+
+
+@dataclass(frozen=True)
+class Rows:
+    """Rows `first` to `last` (not included) of tensors that have the same number of rows."""
+
+    places: tuple[Place, ...]
+    first: int
+    last: int
+
+    @property
+    def is_last(self) -> bool:
+        """Whether no rows come after these."""
+        shape = self.places[0].info.shape
+        return not shape or self.last == shape[0]
+
+    @property
+    def nbytes(self) -> int:
+        return sum((self.last - self.first) * place.row_bytes for place in self.places)
+
+
+def locate(tensors: Mapping[str, TensorInfo]) -> list[Place]:
+    """Where tensors stand, in that order; safetensors has accepted the headers of their files."""
+    files = sorted({info.file for info in tensors.values()})
+    places = []
+    for file in files:
+        with file.open("rb") as opened:
+            length = int.from_bytes(opened.read(8), "little")
+            header = json.loads(opened.read(length))
+        for name, info in tensors.items():
+            if info.file == file:
+                offset = 8 + length + header[info.name]["data_offsets"][0]
+                places.append(Place(name, info, offset))
+    return sorted(places, key=lambda place: (place.info.file, place.offset))
+
+
+class WeightFiles:
+    """Weight files that are on this machine."""
+
+    keep_after: tuple[type[BaseException], ...] = ()
+    """Errors after which what was converted is worth keeping."""
+
+    spare = 0
+    """Disk space that they take while they are read."""
+
+    def open(self, file: Path) -> int:
+        """A descriptor of a file that is needed from now on."""
+        return os.open(file, os.O_RDONLY)
+
+    def close(self, file: Path, descriptor: int) -> None:
+        """Called when the last of a file's bytes has been read."""
+        os.close(descriptor)
+
+    def stop(self) -> None:
+        """Called when nothing more is needed, from another thread than `open`."""
+
+
+def read_blocks(
+    requests: Sequence[Rows], ahead: int, files: WeightFiles | None = None
+) -> Iterator[list[mx.array]]:
+    """The rows of each request's tensors, in order, while those of the next are being read.
+
+    Read with plain reads rather than mapped: mapped pages count as this process's memory, and a
+    file that is cut short meanwhile would kill it.
+
+    Args:
+        ahead: how many requests to read before they are asked for.
+        files: how a file is opened; it is opened when its first bytes are read.
+
+    Raises:
+        CheckpointError: where a file is shorter than its header said.
+    """
+    size = max((request.nbytes for request in requests), default=0)
+    buffers = [bytearray(size) for _ in range(ahead + 1)]  # in turn: fresh memory is slow
+    files = files or WeightFiles()
+    left = Counter(place.info.file for request in requests for place in request.places)
+    descriptors: dict[Path, int] = {}
+
+    def read(number: int) -> list[memoryview]:
+        request = requests[number]
+        rest = memoryview(buffers[number % len(buffers)])
+        parts = []
+        for place in request.places:
+            file = place.info.file
+            if file not in descriptors:
+                descriptors[file] = files.open(file)
+            part = rest[: (request.last - request.first) * place.row_bytes]
+            rest = rest[len(part) :]
+            begin = place.offset + request.first * place.row_bytes
+            _read_whole(descriptors[file], part, begin, place)
+            parts.append(part)
+            left[file] -= 1
+            if not left[file]:
+                files.close(file, descriptors.pop(file))
+        return parts
+
+    waiting: deque[Future[list[memoryview]]] = deque()
+    reader = ThreadPoolExecutor(1, "read-ahead")
+    try:
+        for number in range(len(requests) + ahead):
+            if number < len(requests):
+                waiting.append(reader.submit(read, number))
+            if number >= ahead:
+                parts = waiting.popleft().result()
+                yield _arrays(requests[number - ahead], parts)
+    finally:
+        files.stop()
+        reader.shutdown(cancel_futures=True)
+        for descriptor in descriptors.values():
+            os.close(descriptor)
+
+
+def _arrays(request: Rows, parts: Sequence[memoryview]) -> list[mx.array]:
+    """The rows as arrays, copied from the buffer that they were read to."""
+    arrays = []
+    for part, place in zip(parts, request.places, strict=True):
+        words = mx.array(part)  # type: ignore[arg-type]
+        shape = (request.last - request.first, *place.info.shape[1:])
+        dtype = STORED_DTYPES[place.info.dtype]
+        arrays.append(words.view(dtype).reshape(shape if place.info.shape else ()))
+    return arrays
+
+
+def _read_whole(descriptor: int, buffer: memoryview, begin: int, place: Place) -> None:
+    while buffer:
+        count = os.preadv(descriptor, [buffer], begin)
+        if count == 0:
+            raise CheckpointError(
+                f"{place.info.file.name} ends within {place.name}: it was changed while it was "
+                "read.",
+                hint="Download or convert the model again.",
+            )
+        buffer, begin = buffer[count:], begin + count

@@ -1,0 +1,125 @@
+"""The files of an adapter folder, whichever format it has: headers checked, numbers finite.
+
+Knows safetensors and JSON; knows nothing of what an adapter does.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+
+from phimlx.checkpoint.folder import FLOATING_DTYPES, TensorInfo, read_header
+from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.models.adapters import MAX_RANK
+
+CONFIG = "adapter_config.json"
+PARTS = ("lora_a", "lora_b", "m")  # of a layer's adapter, in mlx-lm's names
+
+
+def check_finite(arrays: Mapping[str, mx.array]) -> None:
+    """Raise CheckpointError where a number is NaN or infinite."""
+    for name, array in arrays.items():
+        if not mx.isfinite(array).all().item():
+            raise CheckpointError(f"{name} holds NaN or infinity: this adapter is damaged.")
+
+
+def check_ranks(
+    tensors: Mapping[str, tuple[int, ...]], rank_of: Callable[[str], int], dora: bool
+) -> None:
+    """Raise CheckpointError where a layer's tensors do not belong together.
+
+    Args:
+        tensors: the shape of each, under mlx-lm's names and in its layout.
+        rank_of: what the config says of a layer, by path.
+        dora: whether each has magnitudes.
+    """
+    paths = dict.fromkeys(name.rpartition(".")[0] for name in tensors)
+    for path in paths:
+        for part in PARTS if dora else PARTS[:2]:
+            if f"{path}.{part}" not in tensors:
+                raise CheckpointError(f"The adapter of {path} lacks {part}.")
+        a, b = tensors[f"{path}.lora_a"], tensors[f"{path}.lora_b"]
+        rank = rank_of(path)
+        if len(a) != 2 or len(b) != 2 or a[1] != rank or b[0] != rank:
+            raise CheckpointError(
+                f"The adapter of {path} has shapes {list(a)} and {list(b)}, which rank {rank} does "
+                "not make."
+            )
+
+
+def read_floats(file: Path) -> dict[str, TensorInfo]:
+    """The headers of a safetensors file that holds floating-point numbers alone.
+
+    Raises:
+        CheckpointError: where it is no such file.
+    """
+    tensors = dict(read_header(file))
+    for name, info in tensors.items():
+        if info.dtype not in FLOATING_DTYPES:
+            raise CheckpointError(
+                f"{name} in {file.name} is stored as {info.dtype}, not as floating-point numbers."
+            )
+    if not tensors:
+        raise CheckpointError(f"{file.name} holds no tensors.")
+    return tensors
+
+
+def load_arrays(file: Path) -> dict[str, mx.array]:
+    """The tensors of a file whose header has been accepted, read and finite."""
+    arrays = mx.load(str(file))
+    assert isinstance(arrays, dict)
+    mx.eval(arrays)
+    check_finite(arrays)
+    return arrays
+
+
+def number(place: str, value: Any, kind: type = float) -> Any:
+    """A value above 0 from an adapter's config; `kind` int takes whole ones up to `MAX_RANK`."""
+    allowed = (int,) if kind is int else (int, float)
+    top = MAX_RANK if kind is int else math.inf
+    if type(value) not in allowed or not 0 < value <= top or value == math.inf:
+        what = f"a whole number from 1 to {MAX_RANK}" if kind is int else "a number above 0"
+        raise ConfigError(f"{CONFIG}: {place} is {shortened(value)}, not {what}.")
+    return kind(value)
+
+
+def write_files(
+    folder: Path, name: str, arrays: Mapping[str, mx.array], config: Mapping[str, Any]
+) -> None:
+    """Put weights and then their config into a folder, each file as a whole or not at all."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+
+        def weights(path: Path) -> None:
+            mx.save_safetensors(str(path), dict(arrays), {"format": "mlx"})
+
+        _replace(folder / name, weights)
+        text = json.dumps(config, indent=4) + "\n"
+        _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
+    except OSError as error:
+        raise CheckpointError(
+            f"{folder} cannot be written: {error.strerror or error}.",
+            hint="Choose a folder that can be written.",
+        ) from error
+
+
+def _replace(path: Path, write: Callable[[Path], object]) -> None:
+    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as place:
+        temporary = Path(place) / path.name
+        write(temporary)
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
+        temporary.replace(path)
+
+
+def some(names: Sequence[str]) -> str:
+    """The first names of a list, and how many more there are."""
+    shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -1,0 +1,263 @@
+"""How well a model does on data: loss and perplexity, and whether its answers are those expected.
+
+Knows rows as training reads them; knows nothing of files' formats or the screen.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import string
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+
+from phimlx.api import Phi
+from phimlx.errors import TrainingError
+from phimlx.generation.stream import Reply
+from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.training.data.batches import Batches, Example
+from phimlx.training.data.examples import SHOWN, DataError, Dataset, Settings, tokenize
+from phimlx.training.data.loss_mask import Codec
+from phimlx.training.data.row_types import Conversation, read_shape
+from phimlx.training.data.rows import Problem, Row, read_rows
+from phimlx.training.data.sources import SPLITS, find_splits
+from phimlx.training.forward import head_of, inputs_of, supervised_states
+from phimlx.training.loss import measured_losses
+
+Advance = Callable[[int], object]
+
+
+@dataclass(frozen=True)
+class Loss:
+    """What a model expects of the tokens to learn, over all of some data.
+
+    Attributes:
+        loss: mean cross-entropy of a token, in nats.
+        tokens: how many were predicted.
+        examples: that they stand in.
+    """
+
+    loss: float
+    tokens: int
+    examples: int
+
+    @property
+    def perplexity(self) -> float:
+        return math.exp(self.loss)
+
+
+@dataclass(frozen=True)
+class Question:
+    """A prompt and the answer expected.
+
+    Attributes:
+        place: file and line that it comes from.
+    """
+
+    place: str
+    tokens: list[int]
+    expected: str
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What a model said to a question.
+
+    Attributes:
+        exact: the same words as expected; see `normalized`.
+        f1: of the words that the two share.
+        identical: the same text but for white space around it.
+        is_whole: the model ended it, not the limit of tokens.
+    """
+
+    place: str
+    expected: str
+    given: str
+    exact: bool
+    f1: float
+    identical: bool
+    is_whole: bool
+
+
+@dataclass(frozen=True)
+class Answers:
+    """All answers, and their means."""
+
+    answers: tuple[Answer, ...]
+
+    @property
+    def exact_match(self) -> float:
+        return self._mean([answer.exact for answer in self.answers])
+
+    @property
+    def f1(self) -> float:
+        return self._mean([answer.f1 for answer in self.answers])
+
+    @property
+    def identical(self) -> float:
+        return self._mean([answer.identical for answer in self.answers])
+
+    @property
+    def cut(self) -> int:
+        """How many the limit of tokens cut off."""
+        return sum(not answer.is_whole for answer in self.answers)
+
+    def _mean(self, values: Sequence[float]) -> float:
+        return sum(values) / len(values)
+
+
+def read_data(
+    source: str | Path, split: str | None = None, limit: int | None = None
+) -> list[Row | Problem]:
+    """The rows to evaluate on.
+
+    Args:
+        source: a file, a folder or a data set of the Hub, as for training.
+        split: "train", "valid" or "test"; the last of these that there is where None.
+        limit: so many of the first rows.
+
+    Raises:
+        TrainingError: where there is no such data.
+    """
+    splits = find_splits(source)
+    chosen = split or next(name for name in reversed(SPLITS) if name in splits)
+    if chosen not in splits:
+        raise TrainingError(f"{source} has no split {chosen}; it has {', '.join(splits)}.")
+    rows = read_rows(splits[chosen])
+    return [row for _, row in zip(range(limit), rows, strict=False)] if limit else list(rows)
+
+
+def examples_of(phi: Phi, rows: Iterable[Row | Problem], settings: Settings) -> Dataset:
+    """The examples that rows make, all of them sound.
+
+    Raises:
+        DataError: naming what is wrong, row by row.
+        TrainingError: where nothing is left to predict.
+    """
+    data = tokenize(rows, Codec.of(phi), settings)
+    if data.faults:
+        raise DataError(data.problems[:SHOWN], data.faults)
+    if not data.examples:
+        raise TrainingError("The data holds no token to predict.")
+    return data
+
+
+def measure_loss(
+    model: Phi3ForCausalLM,
+    examples: Sequence[Example],
+    batch_size: int = 4,
+    advance: Advance = lambda count: None,
+) -> Loss:
+    """The mean loss over supervised tokens, never holding the logits of more than a few.
+
+    Args:
+        advance: called with the number of examples that have been dealt with.
+    """
+    total, tokens = 0.0, 0
+    key = mx.random.key(0)  # nothing is drawn: adapters drop only what training gives a key
+    for batch in Batches(examples, batch_size).epoch(0):
+        inputs = inputs_of(batch, model.config.rope)
+        states = supervised_states(model, inputs, key)
+        losses = measured_losses(head_of(model), states, inputs["targets"])
+        total += float((losses * inputs["weights"]).sum())
+        tokens += batch.supervised_tokens
+        mx.clear_cache()
+        advance(len(batch.sources))
+    return Loss(total / tokens, tokens, len(examples))
+
+
+def questions_of(
+    phi: Phi, rows: Iterable[Row | Problem], settings: Settings
+) -> tuple[list[Question], int]:
+    """What rows ask, and the answers that they give: the last reply, of rows that end with one.
+
+    Returns:
+        The questions, and how many rows have none: texts, calls of functions.
+    """
+    codec = Codec.of(phi)
+    questions, without = [], 0
+    for row in rows:
+        if isinstance(row, Problem):
+            raise DataError([row], 1)
+        said = read_shape(row.values, settings.mapping)
+        if not isinstance(said, Conversation) or not _ends_in_text(said):
+            without += 1
+            continue
+        last = said.messages[-1]
+        tokens = codec.template.encode(said.messages[:-1], said.tools)
+        questions.append(Question(row.place, tokens, last.content))
+    return questions, without
+
+
+def ask(
+    phi: Phi,
+    questions: Sequence[Question],
+    max_tokens: int = 256,
+    batch_size: int = 8,
+    advance: Advance = lambda count: None,
+) -> Answers:
+    """Let a model answer, with the likeliest token each time.
+
+    Args:
+        max_tokens: of an answer, reasoning included.
+        advance: called with the number of questions that have been answered.
+
+    Raises:
+        TrainingError: where there is no question.
+        GenerationError: where one does not fit the model's context.
+    """
+    if not questions:
+        raise TrainingError(
+            "The data holds no question with its answer.",
+            hint="Rows of prompt and completion, or messages that end with a reply, have one.",
+        )
+    replies = phi.generate_all(
+        [question.tokens for question in questions],
+        max_tokens=max_tokens,
+        batch_size=batch_size,
+        advance=advance,
+    )
+    return Answers(tuple(map(_judged, questions, replies)))
+
+
+def normalized(text: str) -> list[str]:
+    """The words of an answer in lower case, without punctuation and articles.
+
+    Source: SQuAD (arXiv 1606.05250), section 6.1, and its evaluation script.
+    """
+    bare = "".join(character for character in text.lower() if character not in PUNCTUATION)
+    return re.sub(r"\b(a|an|the)\b", " ", bare).split()
+
+
+PUNCTUATION = frozenset(string.punctuation)
+
+
+def token_f1(given: str, expected: str) -> float:
+    """Harmonic mean of precision and recall of words; two empty answers are the same."""
+    ours, theirs = normalized(given), normalized(expected)
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    if not ours or not theirs:
+        return float(ours == theirs)
+    return 2 * shared / (len(ours) + len(theirs))
+
+
+def _ends_in_text(said: Conversation) -> bool:
+    *before, last = said.messages
+    return bool(before) and last.role == "assistant" and not last.tool_calls
+
+
+def _judged(question: Question, reply: Reply) -> Answer:
+    given, expected = reply.text.strip(), question.expected.strip()
+    return Answer(
+        question.place,
+        expected,
+        given,
+        exact=normalized(given) == normalized(expected),
+        f1=token_f1(given, expected),
+        identical=given == expected,
+        is_whole=reply.finish_reason != "length",
+    )

@@ -1,0 +1,135 @@
+"""Does a model compute here what the reference computed? Cases, and the differences found.
+
+Knows files of reference logits and how to repeat them; knows nothing of how they are shown.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from safetensors import safe_open
+
+from phimlx.checkpoint.folder import DTYPES, Checkpoint, load_model
+from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.models.phi3 import Phi3ForCausalLM
+
+
+@dataclass(frozen=True)
+class Result:
+    """One case, run.
+
+    Attributes:
+        difference: the largest |Δlogit| over the reference's largest |logit|; for a generated
+            sequence, the share of tokens that differ.
+        allowed: what `difference` may be.
+        top1: how often the likeliest token is the reference's.
+    """
+
+    case: str
+    difference: float
+    allowed: float
+    top1: float
+
+    @property
+    def passed(self) -> bool:
+        return self.difference <= self.allowed  # false for NaN
+
+
+def run(folder: Path, reference: Path) -> Iterator[Result]:
+    """Repeat every case of a reference file with the model of a folder.
+
+    Args:
+        reference: safetensors whose metadata `cases` lists what was run (JSON), made by
+            `scripts/goldens/model_goldens.py` or `mm_goldens.py` with transformers.
+    """
+    with safe_open(str(reference), framework="mlx") as opened:
+        cases = json.loads(opened.metadata()["cases"])
+    arrays = mx.load(str(reference))
+    assert isinstance(arrays, dict)
+    yield from repeat(folder, cases, arrays)
+
+
+def repeat(
+    folder: Path, cases: Iterable[dict[str, Any]], arrays: dict[str, mx.array]
+) -> Iterator[Result]:
+    """Repeat cases whose arrays are at hand; a case names them."""
+    models: dict[str, Phi3ForCausalLM] = {}
+    for case in cases:
+        form = json.dumps([case["dtype"], case["bits"]])
+        if form not in models:
+            models = {form: _model(folder, case["dtype"], case["bits"])}
+        yield RUNS[case["run"]](models[form], case, arrays)
+
+
+def _model(folder: Path, dtype: str, bits: int | None) -> Phi3ForCausalLM:
+    model = load_model(Checkpoint(folder), DTYPES[dtype])
+    if bits is not None:
+        nn.quantize(model, group_size=64, bits=bits)
+    return model
+
+
+def _pass(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+    """All tokens at once, or in chunks of a known total."""
+    ids = arrays[case["input_ids"]][None].astype(mx.int32)  # [1, length]
+    length = ids.shape[1]
+    chunk = case.get("chunk")
+    if chunk is None:
+        hidden = model.hidden_states(ids)
+    else:
+        cache = model.make_cache(expected_length=length)
+        pieces = []
+        for begin in range(0, length, chunk):
+            pieces.append(model.hidden_states(ids[:, begin : begin + chunk], cache))
+            mx.eval(pieces[-1])
+        hidden = mx.concatenate(pieces, axis=1)
+    return _compare(case, model.head(hidden[0, arrays[case["positions"]]]), arrays[case["logits"]])
+
+
+def _media(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+    """A prompt with what fills its slots, in one pass."""
+    media: dict[str, Any] = {name: arrays[stored] for name, stored in case["media"].items()}
+    logits = model(arrays[case["input_ids"]].astype(mx.int32), **media)[0]
+    return _compare(case, logits, arrays[case["logits"]])
+
+
+def _batch(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+    """Rows of different lengths in one pass, padded on the side that the case names."""
+    rows = [arrays[name].astype(mx.int32) for name in case["rows"]]
+    longest = max(row.size for row in rows)
+    ids, masks, found = [], [], []
+    for row in rows:
+        padding = (longest - row.size, 0) if case["side"] == "left" else (0, longest - row.size)
+        ids.append(mx.pad(row, padding))
+        masks.append(mx.pad(mx.ones_like(row), padding))
+    hidden = model.hidden_states(mx.stack(ids), attention_mask=mx.stack(masks))
+    for index, row in enumerate(rows):
+        last = longest - 1 if case["side"] == "left" else row.size - 1
+        found.append(model.head(hidden[index, last]))
+    return _compare(case, mx.stack(found), arrays[case["logits"]])
+
+
+def _generate(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+    """Greedy decoding, through the engine that every command uses."""
+    prompt = [int(token) for token in arrays[case["prompt"]]]
+    expected = [int(token) for token in arrays[case["tokens"]]]
+    sampler = Sampler(Sampling(), seed=0)
+    tokens = list(generate_tokens(model, prompt, sampler, len(expected), PromptCache(model)))
+    same = sum(a == b for a, b in zip(tokens, expected, strict=True)) / len(expected)
+    return Result(case["name"], 1 - same, case["allowed"], same)
+
+
+def _compare(case: dict[str, Any], logits: mx.array, expected: mx.array) -> Result:
+    logits, expected = logits.astype(mx.float32), expected.astype(mx.float32)
+    difference = mx.abs(logits - expected).max() / mx.abs(expected).max()
+    same = (mx.argmax(logits, axis=-1) == mx.argmax(expected, axis=-1)).astype(mx.float32)
+    return Result(case["name"], float(difference), case["allowed"], float(same.mean()))
+
+
+RUNS = {"pass": _pass, "media": _media, "batch": _batch, "generate": _generate}

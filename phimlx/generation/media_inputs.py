@@ -1,0 +1,109 @@
+"""A prompt with pictures and sounds to token ids and the arrays that its slots are filled from.
+
+Knows how prompt and media meet; knows nothing of models or of how either is made.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import mlx.core as mx
+
+from phimlx.generation.engine import Media
+from phimlx.prompt.media_parts import FRAMES, KINDS, PLACEHOLDER, Slots, source_list, widen
+
+if TYPE_CHECKING:
+    from phimlx.media.audio import Audio
+    from phimlx.media.image import Images
+    from phimlx.media.limits import Limits
+    from phimlx.prompt.messages import Message
+
+Sources = Mapping[str, Sequence[Any]]
+"""Where pictures and sounds come from, by kind, in the order of the prompt."""
+
+
+@dataclass(frozen=True)
+class Beside:
+    """What is given beside a prompt: one or a list of each, or None.
+
+    Attributes:
+        frames: how many pictures each video becomes.
+        limits: how large each may be; `Limits()` where None.
+    """
+
+    images: Any = None
+    audio: Any = None
+    video: Any = None
+    frames: int = FRAMES
+    limits: Limits | None = None
+
+    def sources(self) -> dict[str, list[Any]]:
+        """The pictures, those of videos last, and the sounds.
+
+        Raises:
+            MediaError: for a video that cannot be read.
+        """
+        images = source_list("images", self.images)
+        for source in source_list("video", self.video):
+            from phimlx.media.video import read_video
+
+            images += [frame.image for frame in read_video(source, self.frames, self.limits)]
+        return {"image": images, "audio": source_list("audio", self.audio)}
+
+    def __bool__(self) -> bool:
+        given = (self.images, self.audio, self.video)
+        return any(
+            one is not None and not (isinstance(one, list | tuple) and not one) for one in given
+        )
+
+
+def sources_in(messages: Iterable[Message]) -> dict[str, list[Any]]:
+    """The pictures and sounds in a conversation."""
+    parts = [part for message in messages for part in message.parts]
+    return {kind: [part.value for part in parts if part.kind == kind] for kind in KINDS}
+
+
+def name_slots(text: str, slots: Slots, names: Mapping[str, int]) -> str:
+    """A text without template, `<|image_1|>` and `<|audio_1|>` written as their slot tokens."""
+    spelled = {token: name for name, token in names.items()}
+    return PLACEHOLDER.sub(lambda match: spelled.get(slots[match[1]], match[0]), text)
+
+
+def fill(
+    ids: Sequence[int],
+    slots: Slots,
+    sources: Sources,
+    limits: Limits | None,
+    settings: Mapping[str, Any],
+) -> tuple[list[int], Media | None]:
+    """Ids in which every slot is as wide as its item, and the arrays that fill the slots.
+
+    Args:
+        ids: with one slot token for each item.
+        settings: the model's own way to prepare pictures; arguments of `prepare_images`.
+
+    Raises:
+        MediaError: for a picture or a sound that cannot be read, or that the limits refuse.
+        PromptError: where there are not as many slots as items.
+    """
+    prepared: dict[str, Images | Audio] = {}
+    if sources["image"]:
+        from phimlx.media.image import prepare_images
+
+        prepared["image"] = prepare_images(sources["image"], limits, **settings)
+    if sources["audio"]:
+        from phimlx.media.audio import prepare_audio
+
+        prepared["audio"] = prepare_audio(sources["audio"], limits)
+    wide, order = widen(ids, slots, {kind: item.tokens for kind, item in prepared.items()})
+    if not prepared:
+        return wide, None
+    items = {
+        kind: iter(zip(item.digests, item.tokens, strict=True)) for kind, item in prepared.items()
+    }
+    arrays = {
+        name: mx.array(array) for item in prepared.values() for name, array in item.arrays().items()
+    }
+    return wide, Media(arrays, tuple(next(items[kind]) for kind in order))

@@ -1,0 +1,157 @@
+"""What of this machine and installation helps or hinders phimlx: one finding a check.
+
+Knows versions, the backend, memory, disk and the Hub; knows nothing of how findings are shown.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import shutil
+import sys
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+import phimlx
+from phimlx import catalog
+from phimlx.sizes import size_text
+
+OLDEST_MACOS = (14, 0)  # of MLX's wheels
+HUB_SECONDS = 5  # to wait for an answer
+CUDA_PACKAGE = "mlx-cuda-12"
+USE_CUDA = f"pip install --force-reinstall --no-deps {CUDA_PACKAGE}"
+
+
+@dataclass(frozen=True)
+class Finding:
+    """One thing looked at.
+
+    Attributes:
+        state: "ok", "warning" (works, but less well) or "problem".
+        hint: what to do about it.
+    """
+
+    subject: str
+    found: str
+    state: str = "ok"
+    hint: str | None = None
+
+
+def examine() -> Iterator[Finding]:
+    """Every finding, in order; the last one may wait for the network."""
+    for check in CHECKS:
+        yield check()
+
+
+def _versions() -> Finding:
+    packages = []
+    for name in ("mlx", "tokenizers", "huggingface_hub"):
+        if not _is_installed(name):
+            return Finding(
+                "versions", f"{name} is missing", "problem", "Install phimlx again: pip install ."
+            )
+        packages.append(f"{name} {version(name)}")
+    found = [f"phimlx {phimlx.__version__}", f"Python {platform.python_version()}", *packages]
+    return Finding("versions", ", ".join(found))
+
+
+def _system() -> Finding:
+    machine = platform.machine()
+    if sys.platform != "darwin":
+        return Finding("system", f"{platform.system()} {platform.release()} on {machine}")
+    release = platform.mac_ver()[0]
+    found = f"macOS {release} on {machine}"
+    if machine != "arm64":
+        return Finding(
+            "system",
+            found,
+            "problem",
+            "MLX needs an Apple-silicon Python; this one runs on Intel or under Rosetta.",
+        )
+    if tuple(int(part) for part in release.split(".")[:2]) < OLDEST_MACOS:
+        oldest = ".".join(map(str, OLDEST_MACOS))
+        return Finding("system", found, "problem", f"MLX needs macOS {oldest} or later.")
+    return Finding("system", found)
+
+
+def _backend() -> Finding:
+    import mlx.core as mx
+
+    from phimlx.machine.device import on_gpu
+
+    if on_gpu():
+        info = mx.device_info()
+        name = "Metal" if mx.metal.is_available() else "CUDA"
+        return Finding("backend", f"{name}, {info.get('device_name', 'unnamed device')}")
+    if sys.platform == "darwin":
+        hint = "This macOS offers MLX no Metal device; a virtual machine may hide it."
+    elif _is_installed(CUDA_PACKAGE):
+        hint = f"MLX's CPU and CUDA packages hold the same file, and the CPU's is there: {USE_CUDA}"
+    else:
+        hint = f"For an NVIDIA GPU: pip install {CUDA_PACKAGE}, then {USE_CUDA}"
+    return Finding("backend", "CPU, which is slow", "warning", hint)
+
+
+def _memory() -> Finding:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    found = f"{size_text(memory.total)}, {size_text(memory.available)} of it free"
+    needed = catalog.DEFAULT.quantized_nbytes
+    if memory.total < 2 * needed:
+        return Finding(
+            "memory",
+            found,
+            "warning",
+            f"{catalog.DEFAULT.alias} at 4 bits takes {size_text(needed)}; try --model nano.",
+        )
+    return Finding("memory", found)
+
+
+def _store() -> Finding:
+    from huggingface_hub import constants
+
+    store = Path(constants.HF_HUB_CACHE)
+    there = next(folder for folder in (store, *store.parents) if folder.is_dir())
+    free = shutil.disk_usage(there).free
+    found = f"{store}, {size_text(free)} free"
+    if not os.access(there, os.W_OK):
+        return Finding(
+            "model store", found, "problem", "It cannot be written; set HF_HOME to another folder."
+        )
+    needed = catalog.DEFAULT.quantized_nbytes
+    if free < 1.05 * needed:
+        hint = f"{catalog.DEFAULT.alias} at 4 bits takes {size_text(needed)}; set HF_HOME to a "
+        return Finding("model store", found, "warning", hint + "folder with more room.")
+    return Finding("model store", found)
+
+
+def _hub() -> Finding:
+    from huggingface_hub import constants, get_session, get_token
+
+    if constants.HF_HUB_OFFLINE:
+        return Finding("Hub", "offline mode", "warning", "Unset HF_HUB_OFFLINE to download models.")
+    try:
+        get_session().head(constants.ENDPOINT, timeout=HUB_SECONDS)
+    except Exception as error:  # whatever the transport raises means the same to a person
+        return Finding(
+            "Hub",
+            f"{constants.ENDPOINT} does not answer ({type(error).__name__})",
+            "warning",
+            "Models on this machine still run; for others check the network and HF_ENDPOINT.",
+        )
+    token = "with a token" if get_token() else "without a token, which public models do not need"
+    return Finding("Hub", f"{constants.ENDPOINT} answers, {token}")
+
+
+def _is_installed(package: str) -> bool:
+    try:
+        version(package)
+    except PackageNotFoundError:
+        return False
+    return True
+
+
+CHECKS: tuple[Callable[[], Finding], ...] = (_versions, _system, _backend, _memory, _store, _hub)

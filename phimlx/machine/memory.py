@@ -1,0 +1,107 @@
+"""How much memory a model takes at a given context, and how much this machine has.
+
+Knows shapes and bytes; knows nothing of files, and allocates nothing.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Protocol
+
+from phimlx.generation.engine import PREFILL_TOKENS
+from phimlx.models.phi4mm.config import VisionConfig
+from phimlx.models.phi4mm.vision import CROPS_AT_ONCE
+
+
+class Shape(Protocol):
+    """What of a configuration decides about memory; the catalogue's models have it too."""
+
+    @property
+    def num_hidden_layers(self) -> int: ...
+    @property
+    def num_key_value_heads(self) -> int: ...
+    @property
+    def head_dim(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+@dataclass(frozen=True)
+class Footprint:
+    """Bytes that generation takes with `context` tokens of prompt and reply together.
+
+    Attributes:
+        weights: read once, and held.
+        cache: keys and values of every token in every layer.
+        working: activations of one piece of the prompt; an estimate.
+    """
+
+    context: int
+    weights: int
+    cache: int
+    working: int
+
+    @property
+    def total(self) -> int:
+        return self.weights + self.cache + self.working
+
+
+def footprint(shape: Shape, weights: int, context: int, itemsize: int = 2) -> Footprint:
+    """The memory that a model needs.
+
+    Args:
+        weights: bytes of them.
+        itemsize: bytes of one number in the computation: 2 for bfloat16 and float16.
+    """
+    return Footprint(
+        context=context,
+        weights=weights,
+        cache=context * cache_bytes_per_token(shape, itemsize),
+        working=min(context, PREFILL_TOKENS) * _activations(shape) * itemsize,
+    )
+
+
+def longest_context(shape: Shape, weights: int, memory: int, itemsize: int = 2) -> int:
+    """How many tokens fit into `memory` bytes beside the weights; 0 where none do."""
+    left = memory - weights - PREFILL_TOKENS * _activations(shape) * itemsize
+    return max(0, left // cache_bytes_per_token(shape, itemsize))
+
+
+def cache_bytes_per_token(shape: Shape, itemsize: int = 2) -> int:
+    """Keys and values of one token in all layers."""
+    heads = 2 * shape.num_hidden_layers * shape.num_key_value_heads
+    return heads * shape.head_dim * itemsize
+
+
+def picture_bytes(vision: VisionConfig, crops: int, itemsize: int = 2) -> int:
+    """What seeing a picture takes beside the weights, before its tokens are read; an estimate.
+
+    That is its pixels and those of the whole view in float32, and the activations of the crops that
+    are seen at once, attention's scores in float32 among them (fused attention does without).
+
+    Args:
+        crops: of the picture; 36 at most as published.
+    """
+    patches = vision.side**2
+    pixels = (1 + crops) * 3 * vision.image_size**2 * 4
+    scores = 2 * vision.num_attention_heads * patches**2 * 4
+    rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
+    return pixels + min(1 + crops, CROPS_AT_ONCE) * (scores + rows)
+
+
+def machine_memory() -> int:
+    """Bytes that a model may take here: what Metal recommends, else all of the memory."""
+    import mlx.core as mx
+
+    if mx.metal.is_available():
+        return int(mx.device_info()["max_recommended_working_set_size"])
+    import psutil
+
+    return psutil.virtual_memory().total
+
+
+def _activations(shape: Shape) -> int:
+    """Numbers that a token holds in the widest layer while it is computed, as measured."""
+    return 6 * shape.intermediate_size + 12 * shape.hidden_size

@@ -1,0 +1,306 @@
+"""Sound files to blocks of mono samples at the model's rate: read, mixed, resampled as they go.
+
+Knows soundfile, soxr and PyAV, and refuses what passes the limits; knows nothing of features.
+"""
+
+from __future__ import annotations
+
+import io
+import itertools
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from numpy.typing import NDArray
+
+from phimlx.errors import MediaError
+from phimlx.media.container import (
+    Kind,
+    container_kind,
+    declared_seconds,
+    open_container,
+    too_long,
+)
+from phimlx.media.limits import Limits
+from phimlx.media.log_mel import Clip, Samples
+from phimlx.media.mp3 import mp3_opening
+from phimlx.media.source import Bytes, read_bytes, source_name
+
+# Samples `[samples]` or `[samples, channels]`, floats from -1 to 1 or integers, and their rate.
+Recording = tuple[NDArray[Any], int]
+Source = str | Path | Bytes | BinaryIO | Recording | Clip
+
+BLOCK = 65536  # samples of each channel read at once
+RATES = (1000, 768_000)  # Hz: below is no speech, above no recorder
+MAX_CHANNELS = 64
+# 36 dB over full scale: no float recording is that hot, but integers left unscaled are.
+LOUDEST = 64.0
+# Decoders and headers differ by less than these; a file that ends earlier was cut short.
+SLACK_SHARE = 0.01
+SLACK_SECONDS = 0.5
+
+_UNKNOWN_LENGTH = 1 << 62  # what libsndfile counts in a file that does not say
+_CUT_SHORT = "It may have been cut short: copy or download it again."
+
+
+@dataclass(frozen=True)
+class Sound:
+    """A sound being read: blocks of mono samples `[samples]` at 8 or 16 kHz.
+
+    Attributes:
+        seconds: how long it says that it is; None where it does not say.
+    """
+
+    rate: int
+    blocks: Iterator[Samples]
+    seconds: float | None
+
+
+@dataclass(frozen=True)
+class _Native:
+    """A sound as it was recorded; blocks `[samples, channels]` from -1 to 1."""
+
+    name: str
+    rate: int
+    blocks: Iterator[NDArray[np.float32]]
+    seconds: float | None
+
+
+def model_rate(rate: int) -> int:
+    """The rate at which the features of a sound are taken.
+
+    8 kHz stays, on the path that the model was trained with. Everything above goes to 16 kHz:
+    the original means 8 kHz for rates in between, though it leaves the samples as they are, and
+    that would drop what they hold above 4 kHz. What is slower, which the original refuses, goes
+    to 8 kHz.
+    """
+    return 8000 if rate <= 8000 else 16000
+
+
+@contextmanager
+def open_sound(source: Source, limits: Limits | None = None) -> Iterator[Sound]:
+    """A sound to read block by block, mixed to one channel (their mean) and resampled (soxr HQ).
+
+    What a file declares is checked before anything is decoded; decoding stops at the limits too.
+
+    Raises:
+        MediaError: the source cannot be had or read, is no sound, is damaged, cut short, or
+            larger than the limits allow; some of it only when the block is asked for.
+    """
+    limits = limits or Limits()
+    if isinstance(source, Clip):
+        yield Sound(source.rate, iter([source.samples]), len(source.samples) / source.rate)
+        return
+    with _open_native(source, limits) as native:
+        rate = model_rate(native.rate)
+        blocks = _resampled(_mixed(native, limits), native.rate, rate)
+        yield Sound(rate, blocks, native.seconds)
+
+
+@contextmanager
+def _open_native(source: Any, limits: Limits) -> Iterator[_Native]:
+    name = source_name(source)
+    if isinstance(source, tuple):
+        yield _given(source, limits)
+        return
+    data = read_bytes(source, limits)
+    kind = container_kind(data)
+    opened = _open_file(data, name, limits) if kind is None else _open_av(data, kind, name, limits)
+    with opened as native:
+        yield native
+
+
+def _given(source: tuple[Any, Any], limits: Limits) -> _Native:
+    """Samples in memory: floats as they are, integers scaled as a file of that depth would be."""
+    name = "The sound"
+    if len(source) != 2 or not isinstance(source[1], int | np.integer):
+        raise MediaError(
+            "A sound in memory is samples and their rate.", hint="Give (samples, 16000)."
+        )
+    samples, rate = np.asarray(source[0]), int(source[1])
+    if samples.ndim not in (1, 2) or samples.dtype.kind not in "fiu":
+        raise MediaError(
+            f"Samples are numbers [samples] or [samples, channels], "
+            f"not {samples.dtype} {list(samples.shape)}.",
+            hint="Give one array of floats from -1 to 1.",
+        )
+    if samples.ndim == 1:
+        samples = samples[:, None]
+    _check_format(name, rate, samples.shape[1])
+    _check_length(name, len(samples), rate, limits)
+
+    def blocks() -> Iterator[NDArray[np.float32]]:
+        for start in range(0, len(samples), BLOCK):
+            yield _scaled(samples[start : start + BLOCK])
+
+    return _Native(name, rate, blocks(), len(samples) / rate)
+
+
+def _scaled(samples: NDArray[Any]) -> NDArray[np.float32]:
+    if samples.dtype.kind == "f":
+        # A double past the range of a single becomes infinite, and is refused as such.
+        with np.errstate(over="ignore"):
+            return samples.astype(np.float32)
+    half = 2.0 ** (8 * samples.dtype.itemsize - 1)
+    zero = half if samples.dtype.kind == "u" else 0.0
+    return ((samples.astype(np.float64) - zero) / half).astype(np.float32)
+
+
+class _Data(io.BytesIO):
+    """Bytes that libsndfile may seek in; damaged ones send it before the first."""
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        return super().seek(offset if whence else max(offset, 0), whence)
+
+
+@contextmanager
+def _open_file(data: bytes, name: str, limits: Limits) -> Iterator[_Native]:
+    """What libsndfile reads. The format follows from the bytes alone, never from a name."""
+    import soundfile  # type: ignore[import-untyped]
+
+    class Forward(soundfile.SoundFile):  # type: ignore[misc]
+        """Never seeks: after each block it otherwise would, and fails where no length is known."""
+
+        def seekable(self) -> bool:
+            return False
+
+    opening = mp3_opening(data)
+    try:
+        file = Forward(_Data(opening + data if opening else data))
+    except soundfile.SoundFileError as error:
+        raise MediaError(
+            f"{name} is not a sound that can be read.",
+            hint="wav, flac, mp3, ogg and aiff are; m4a and webm with the extra phimlx[video].",
+        ) from error
+    with file:
+        _check_format(name, file.samplerate, file.channels)
+        declared = None if opening or file.frames >= _UNKNOWN_LENGTH else file.frames
+        if declared is not None:
+            _check_length(name, declared, file.samplerate, limits)
+        seconds = None if declared is None else declared / file.samplerate
+        yield _Native(name, file.samplerate, _file_blocks(file, name, declared), seconds)
+
+
+def _file_blocks(file: Any, name: str, declared: int | None) -> Iterator[NDArray[np.float32]]:
+    import soundfile  # type: ignore[import-untyped]
+
+    heard = 0
+    while True:
+        try:
+            block = file.read(BLOCK, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError as error:
+            raise MediaError(
+                f"{name} is damaged somewhere after {heard / file.samplerate:.1f} s.",
+                hint=_CUT_SHORT,
+            ) from error
+        if not len(block):
+            break
+        heard += len(block)
+        yield block
+    if declared is not None:
+        slack = max(SLACK_SECONDS * file.samplerate, SLACK_SHARE * declared)
+        if declared - heard > slack:
+            raise MediaError(
+                f"{name} ends after {heard / file.samplerate:.1f} s "
+                f"of {declared / file.samplerate:.1f} s.",
+                hint=_CUT_SHORT,
+            )
+
+
+@contextmanager
+def _open_av(data: bytes, kind: Kind, name: str, limits: Limits) -> Iterator[_Native]:
+    with open_container(data, kind, name) as container:
+        if not container.streams.audio:
+            raise MediaError(f"{name} holds no sound.", hint="Give a file with an audio track.")
+        stream = container.streams.audio[0]
+        declared = declared_seconds(container, stream)
+        if declared is not None and declared > limits.max_seconds:
+            raise too_long(name, limits)
+        blocks = _av_blocks(container, stream, name)
+        # The decoder alone knows the rate: AAC may declare half of it.
+        first = next(blocks, None)
+        if first is None:
+            raise _no_sound(name)
+        every = (block for _, block in itertools.chain([first], blocks))
+        yield _Native(name, first[0], every, declared)
+
+
+def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    import av
+
+    resampler = av.AudioResampler(format="fltp")
+    shape: tuple[int, int] | None = None
+    for frame in container.decode(stream):
+        if shape is None:
+            shape = frame.sample_rate, frame.layout.nb_channels
+            _check_format(name, *shape)
+        elif shape != (frame.sample_rate, frame.layout.nb_channels):
+            raise MediaError(
+                f"{name} changes its rate or channels in the middle.",
+                hint="Convert it to wav or flac first.",
+            )
+        for plane in resampler.resample(frame):
+            yield shape[0], plane.to_ndarray().T.astype(np.float32)  # [samples, channels]
+
+
+def _check_format(name: str, rate: int, channels: int) -> None:
+    if not RATES[0] <= rate <= RATES[1]:
+        raise MediaError(
+            f"{name} has {rate} samples a second; {RATES[0]} to {RATES[1]} can be read.",
+            hint="Check its sampling rate.",
+        )
+    if not 1 <= channels <= MAX_CHANNELS:
+        raise MediaError(
+            f"{name} has {channels} channels; 1 to {MAX_CHANNELS} can be read.",
+            hint="Mix it down to one channel.",
+        )
+
+
+def _check_length(name: str, samples: int, rate: int, limits: Limits) -> None:
+    if samples > limits.max_seconds * rate:
+        raise too_long(name, limits)
+
+
+def _no_sound(name: str) -> MediaError:
+    return MediaError(f"{name} holds no sound.", hint="It has a header, and nothing after it.")
+
+
+def _mixed(native: _Native, limits: Limits) -> Iterator[Samples]:
+    """The mean of the channels, of samples that are sound, as long as the limits allow."""
+    heard = 0
+    for block in native.blocks:
+        heard += len(block)
+        _check_length(native.name, heard, native.rate, limits)
+        peak = float(np.abs(block).max(initial=0.0))
+        if not peak <= LOUDEST:
+            if not np.isfinite(peak):
+                raise MediaError(
+                    f"{native.name} holds samples that are not finite numbers.",
+                    hint="It was written by a faulty program: export it again.",
+                )
+            raise MediaError(
+                f"{native.name} reaches {peak:.3g}; sound runs from -1 to 1.",
+                hint="Divide 16-bit samples by 32768, or give them as integers.",
+            )
+        if block.shape[1] == 1:
+            yield np.ascontiguousarray(block[:, 0])
+        else:
+            yield block.mean(axis=1, dtype=np.float64).astype(np.float32)
+    if not heard:
+        raise _no_sound(native.name)
+
+
+def _resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:
+    """The same numbers as resampling all at once."""
+    if rate == target:
+        yield from blocks
+        return
+    import soxr  # type: ignore[import-untyped]
+
+    stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
+    for block in blocks:
+        yield stream.resample_chunk(block)
+    yield stream.resample_chunk(np.empty(0, np.float32), last=True)

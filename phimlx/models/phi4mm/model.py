@@ -1,0 +1,294 @@
+"""Phi-4-multimodal: the phi3 architecture with an eye, an ear and one adapter for each.
+
+Fields carry the published checkpoint's names. Knows logits; knows nothing of files, text or pixels.
+Source: the checkpoint's own `modeling_phi4mm.py`; arXiv 2503.01743, section 2.2.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+
+from phimlx.errors import ConfigError, PromptError, shortened
+from phimlx.models.adapters import AdapterLinear, LoRA, Routing
+from phimlx.models.cache.kv import Cache, with_past
+from phimlx.models.config import Phi3Config
+from phimlx.models.phi3 import Phi3ForCausalLM, Phi3Model
+from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding
+from phimlx.models.phi4mm.features import Features, MediaCache, Slots
+from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig
+
+# What the checkpoint's code hard-codes, for configs that do not say it.
+PUBLISHED_IDS = {"image_token_id": 200010, "audio_token_id": 200011}
+
+
+@dataclass(frozen=True)
+class Phi4MMConfig(Phi3Config):
+    """A phi3 shape, and the shapes of what sees, hears and adapts."""
+
+    vision: VisionConfig
+    audio: AudioConfig
+    vision_lora: LoRA
+    speech_lora: LoRA
+    image_token_id: int
+    audio_token_id: int
+
+    @classmethod
+    def from_dict(cls, config: Mapping[str, Any]) -> Phi4MMConfig:
+        """Read a config in the published layout.
+
+        Raises:
+            ConfigError: naming the key, where a value is missing, unknown or contradicts another.
+        """
+        text = Phi3Config.from_dict(config)
+        slots = _slots(config, text.vocab_size)
+        return cls(
+            **{field.name: getattr(text, field.name) for field in fields(Phi3Config)},
+            vision=VisionConfig.from_dict(config),
+            audio=AudioConfig.from_dict(config),
+            vision_lora=LoRA.from_dict("vision_lora", config.get("vision_lora")),
+            speech_lora=LoRA.from_dict("speech_lora", config.get("speech_lora")),
+            image_token_id=slots.image,
+            audio_token_id=slots.audio,
+        )
+
+    @property
+    def text(self) -> Phi3Config:
+        """The language model's part."""
+        return self
+
+    @property
+    def slots(self) -> Slots:
+        """The tokens that pictures and sounds stand at."""
+        return Slots(self.image_token_id, self.audio_token_id)
+
+    @property
+    def adapters(self) -> dict[str, LoRA]:
+        return {"vision": self.vision_lora, "speech": self.speech_lora}
+
+
+def _slots(config: Mapping[str, Any], vocabulary: int) -> Slots:
+    tokens = []
+    for key, published in PUBLISHED_IDS.items():
+        value = config.get(key)
+        value = published if value is None else value
+        if type(value) is not int or not 0 <= value < vocabulary:
+            raise ConfigError(
+                f"config.json: {key} is {shortened(value)}, no token of a vocabulary of "
+                f"{vocabulary}."
+            )
+        tokens.append(value)
+    slots = Slots(*tokens)
+    if slots.image == slots.audio:
+        raise ConfigError(f"config.json: image_token_id and audio_token_id are both {value}.")
+    return slots
+
+
+class ImageAudioEmbedding(nn.Module):
+    """Everything that is not text, to rows of the language model."""
+
+    def __init__(self, config: Phi4MMConfig) -> None:
+        super().__init__()
+        self.image_embed = ImageEmbedding(config.vision, config.hidden_size)
+        self.audio_embed = AudioEmbedding(config.audio, config.hidden_size)
+
+
+class Phi4MMModel(Phi3Model):
+    """Embeddings and decoder layers whose projections have adapters."""
+
+    def __init__(self, config: Phi4MMConfig) -> None:
+        def linear(input_dims: int, output_dims: int) -> nn.Module:
+            return AdapterLinear(input_dims, output_dims, config.adapters)
+
+        super().__init__(config, linear)
+        self.embed_tokens_extend = ImageAudioEmbedding(config)
+
+
+class Phi4MMForCausalLM(Phi3ForCausalLM):
+    """A multimodal model. Parameters carry the names and shapes of the published checkpoint.
+
+    Each row's adapter follows from the whole of that row, cached part included: `vision` where it
+    holds a picture, else `speech` where it holds sound, else none. Nothing of a call is left
+    behind but what its cache holds.
+    """
+
+    config: Phi4MMConfig
+    slots: Slots
+
+    def __init__(self, config: Phi4MMConfig) -> None:
+        nn.Module.__init__(self)
+        self.config = config
+        self.slots = config.slots
+        self.model = Phi4MMModel(config)
+        if not config.tie_word_embeddings:
+            self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    def __call__(
+        self,
+        input_ids: mx.array,
+        cache: Cache | None = None,
+        attention_mask: mx.array | None = None,
+        *,
+        input_image_embeds: mx.array | None = None,
+        image_sizes: mx.array | None = None,
+        image_attention_mask: mx.array | None = None,
+        input_audio_embeds: mx.array | None = None,
+        audio_embed_sizes: mx.array | None = None,
+        audio_attention_mask: mx.array | None = None,
+    ) -> mx.array:
+        """Logits of every given token, `[batch, length, vocab]`.
+
+        `input_ids`, `cache` and `attention_mask` are as in `Phi3ForCausalLM`, the others as in
+        `see`: what they show fills the slots of this call, row after row.
+
+        Raises:
+            PromptError: where slots and what is to fill them differ in number.
+            MediaError: for arrays that no picture or sound has.
+        """
+        features = self.see(
+            input_image_embeds=input_image_embeds,
+            image_sizes=image_sizes,
+            image_attention_mask=image_attention_mask,
+            input_audio_embeds=input_audio_embeds,
+            audio_embed_sizes=audio_embed_sizes,
+            audio_attention_mask=audio_attention_mask,
+        )
+        return self.head(self.hidden_states(input_ids, cache, attention_mask, features))
+
+    def see(
+        self,
+        *,
+        input_image_embeds: mx.array | None = None,
+        image_sizes: mx.array | None = None,
+        image_attention_mask: mx.array | None = None,
+        input_audio_embeds: mx.array | None = None,
+        audio_embed_sizes: mx.array | None = None,
+        audio_attention_mask: mx.array | None = None,
+    ) -> Features:
+        """Run the encoders, once, over what the checkpoint's processor makes of media.
+
+        Args:
+            input_image_embeds: `[images, crops, 3, 448, 448]`; None or empty where there are none.
+            image_sizes: `[images, 2]`, height and width of each one's grid of crops in pixels.
+            image_attention_mask: `[images, crops, 32, 32]`, 0 at padding; None where none is.
+            input_audio_embeds: `[clips, frames, 80]`; None or empty where there are none.
+            audio_embed_sizes: `[clips]`, tokens of each.
+            audio_attention_mask: `[clips, frames]`, 0 at padding; None where none is.
+        """
+        extend = self.model.embed_tokens_extend
+        images = audio = None
+        pixels = _given(input_image_embeds)
+        if pixels is not None:
+            sizes = _needed(image_sizes, "image_sizes", "input_image_embeds")
+            mask = _given(image_attention_mask)
+            if mask is None:
+                side = self.config.vision.side
+                mask = mx.ones((*pixels.shape[:2], side, side))
+            images = mx.concatenate(extend.image_embed(pixels, mask, sizes))  # [tokens, hidden]
+        frames = _given(input_audio_embeds)
+        if frames is not None:
+            sizes = _needed(audio_embed_sizes, "audio_embed_sizes", "input_audio_embeds")
+            clips = extend.audio_embed.encode(frames, sizes, _given(audio_attention_mask))
+            audio = mx.concatenate(clips)  # [tokens, attention_dim]
+        return Features(images, audio)
+
+    def hidden_states(
+        self,
+        input_ids: mx.array,
+        cache: Cache | None = None,
+        attention_mask: mx.array | None = None,
+        features: Features | None = None,
+    ) -> mx.array:
+        """What the output head sees, `[batch, length, hidden]`.
+
+        Args:
+            features: from `see`, for the slots of these `input_ids`, row after row; `TEXT` where
+                these are known to hold none.
+        """
+        batch, length = input_ids.shape
+        # Without a cache, one without layers still says where the tokens stand.
+        kept = self._media_cache(cache) or MediaCache(0, self.config.rope, self.slots)
+        rows = self.slots.by_row(input_ids, features)
+        held = kept.features_with(rows)
+        adapters = kept.adapters_of(held)
+        stale = kept.stale_tokens((batch, length), attention_mask, adapters)
+        if stale is not None:
+            input_ids, attention_mask = with_past(stale, input_ids, attention_mask)
+            rows = held
+        span = kept.extend(input_ids, attention_mask, adapters, held)
+        cos, sin = self.config.rope(span.positions, span.long)
+        x = self._embed(input_ids, rows, adapters)
+        routing = Routing(adapters) if any(adapters) else None
+        x = self.model(x, cos, sin, span, cache, routing)
+        if cache is not None:
+            kept.commit()
+        return x[:, -length:]
+
+    def make_cache(
+        self, expected_length: int = 0, expected_adapters: tuple[str | None, ...] = ()
+    ) -> MediaCache:
+        """An empty cache.
+
+        Args:
+            expected_length: a length that the sequence is known to reach.
+            expected_adapters: for each row the adapter that it is known to need.
+        """
+        return MediaCache(
+            self.config.num_hidden_layers,
+            self.config.rope,
+            self.slots,
+            expected_length,
+            expected_adapters,
+        )
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        tower = "model.embed_tokens_extend.image_embed.img_processor."
+        last = f"encoder.layers.{self.config.vision.num_hidden_layers - 1}."
+        return (*super().unused, *(tower + part for part in (last, "post_layernorm.", "head.")))
+
+    @staticmethod
+    def _media_cache(cache: Cache | None) -> MediaCache | None:
+        if cache is not None and not isinstance(cache, MediaCache):
+            raise TypeError("a multimodal model's cache comes from its own make_cache")
+        return cache
+
+    def _embed(
+        self, input_ids: mx.array, rows: tuple[Features, ...], adapters: tuple[str | None, ...]
+    ) -> mx.array:
+        """Embeddings `[batch, length, hidden]`, with each row's features at its slots."""
+        x = self.model.embed_tokens(input_ids)
+        if not any(any(row.counts) for row in rows):
+            return x
+        project = self.model.embed_tokens_extend.audio_embed.project
+        values = (
+            [row.images for row in rows if row.images is not None],
+            [
+                project(row.audio, adapter)
+                for row, adapter in zip(rows, adapters, strict=True)
+                if row.audio is not None
+            ],
+        )
+        flat = x.reshape(-1, x.shape[-1])
+        places = self.slots.places(np.array(input_ids))
+        for indices, given in zip(places, values, strict=True):
+            if given:
+                flat[mx.array(indices)] = mx.concatenate(given).astype(x.dtype)
+        return flat.reshape(x.shape)
+
+
+def _given(array: Any) -> mx.array | None:
+    """An array; None for one without numbers, as the reference's processor makes for no media."""
+    return None if array is None or array.size == 0 else mx.array(array)
+
+
+def _needed(array: Any, name: str, beside: str) -> mx.array:
+    given = _given(array)
+    if given is None:
+        raise PromptError(f"{beside} comes without {name}.")
+    return given

@@ -1,0 +1,318 @@
+"""Phi-4-multimodal's eye: the SigLIP tower over crops, and their assembly into a prompt's rows.
+
+Knows pixels, patch masks and crop grids; knows nothing of files, prompts or the language model.
+Source: the checkpoint's own `vision_siglip_navit.py` and `modeling_phi4mm.py`; transformers
+`models/phi4_multimodal/modeling_phi4_multimodal.py`.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import lru_cache
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+from numpy.typing import NDArray
+
+from phimlx.errors import MediaError
+from phimlx.machine.device import on_gpu, suited
+from phimlx.models.phi4mm.config import VisionConfig as VisionConfig
+from phimlx.models.rope import fuse
+
+# The attention scores of one crop are heads · 1024² numbers: more crops at once fill the memory
+# without filling a GPU any better, and two already leave a CPU's cache.
+CROPS_AT_ONCE = suited(gpu=4, cpu=1)
+
+# Metal's fused attention has these head sizes; SigLIP's 72 becomes 80 by zeros.
+FUSED_HEAD_DIMS = (64, 80, 128)
+
+GELU_LINEAR = 2 * math.sqrt(2 / math.pi)
+GELU_CUBIC = 0.044715 * GELU_LINEAR
+
+
+@fuse
+def gelu(x: mx.array) -> mx.array:
+    """The exact GELU, which both encoders' projections use."""
+    wide = x.astype(mx.float32)
+    return (0.5 * wide * (1 + mx.erf(wide * math.sqrt(0.5)))).astype(x.dtype)
+
+
+@fuse
+def _gelu_tanh(x: mx.array) -> mx.array:
+    wide = x.astype(mx.float32)
+    # ½ (1 + tanh z) = sigmoid(2 z)
+    inner = wide * (GELU_LINEAR + GELU_CUBIC * (wide * wide))
+    return (wide * mx.sigmoid(inner)).astype(x.dtype)
+
+
+class Attention(nn.Module):
+    """Attention of every patch to every unmasked patch of its crop."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.heads = config.num_attention_heads
+        self.scale = (config.hidden_size // config.num_attention_heads) ** -0.5
+        for name in ("q_proj", "k_proj", "v_proj", "out_proj"):
+            self[name] = nn.Linear(config.hidden_size, config.hidden_size)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        batch, length, width = x.shape
+        head_dim = width // self.heads
+        padding = _fused_head_dim(head_dim) - head_dim
+
+        def heads(rows: mx.array) -> mx.array:
+            split = rows.reshape(batch, length, self.heads, head_dim)
+            if padding:
+                split = mx.pad(split, [(0, 0), (0, 0), (0, 0), (0, padding)])
+            return split.transpose(0, 2, 1, 3)  # [batch, heads, length, head_dim]
+
+        out = mx.fast.scaled_dot_product_attention(
+            heads(self.q_proj(x)),
+            heads(self.k_proj(x)),
+            heads(self.v_proj(x)),
+            scale=self.scale,
+            mask=mask,
+        )
+        out = out[..., :head_dim].transpose(0, 2, 1, 3)
+        return self.out_proj(out.reshape(batch, length, width))
+
+
+def _fused_head_dim(head_dim: int) -> int:
+    if not mx.metal.is_available() or not on_gpu():
+        return head_dim
+    return min((size for size in FUSED_HEAD_DIMS if size >= head_dim), default=head_dim)
+
+
+class MLP(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.fc1 = nn.Linear(config.hidden_size, config.intermediate_size)
+        self.fc2 = nn.Linear(config.intermediate_size, config.hidden_size)
+
+    def __call__(self, x: mx.array) -> mx.array:
+        return self.fc2(_gelu_tanh(self.fc1(x)))
+
+
+class EncoderLayer(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layer_norm1 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.self_attn = Attention(config)
+        self.layer_norm2 = nn.LayerNorm(config.hidden_size, eps=1e-6)
+        self.mlp = MLP(config)
+
+    def __call__(self, x: mx.array, mask: mx.array | None) -> mx.array:
+        x = x + self.self_attn(self.layer_norm1(x), mask)
+        return x + self.mlp(self.layer_norm2(x))
+
+
+class PatchConv(nn.Module):
+    """A convolution whose stride is its size, so one matrix product; torch's weight layout."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.size = config.patch_size
+        self.weight = mx.zeros((config.hidden_size, 3, self.size, self.size))
+        self.bias = mx.zeros((config.hidden_size,))
+
+    def __call__(self, pixels: mx.array) -> mx.array:
+        """`[crops, 3, height, width]` to `[crops, patches, hidden]`, row by row."""
+        crops, channels, height, width = pixels.shape
+        size = self.size
+        patches = (
+            pixels.reshape(crops, channels, height // size, size, width // size, size)
+            .transpose(0, 2, 4, 1, 3, 5)
+            .reshape(crops, -1, channels * size * size)
+            .astype(self.weight.dtype)
+        )
+        return mx.addmm(self.bias, patches, self.weight.reshape(len(self.weight), -1).T)
+
+
+class Embeddings(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.side = config.side
+        self.patch_embedding = PatchConv(config)
+        self.position_embedding = nn.Embedding(config.side**2, config.hidden_size)
+
+    def __call__(self, pixels: mx.array, rows: int, columns: int) -> mx.array:
+        """Patches of crops whose first `rows` × `columns` patches are picture."""
+        size = self.patch_embedding.size
+        height, width = pixels.shape[2] // size, pixels.shape[3] // size
+        ids = np.zeros((height, width), dtype=np.int32)
+        ids[:rows, :columns] = buckets(rows, self.side)[:, None] * self.side + buckets(
+            columns, self.side
+        )
+        return self.patch_embedding(pixels) + self.position_embedding(mx.array(ids.reshape(-1)))
+
+
+@lru_cache(maxsize=256)
+def buckets(count: int, side: int) -> NDArray[np.intp]:
+    """The position, of `side` ones, of each of `count` patches spread over a crop's whole side.
+
+    NaViT's fractional coordinates. Every step is rounded to float32 as the reference rounds it: at
+    a bucket's edge one unit in the last place chooses another position.
+    """
+    step = np.float32(1) / np.float32(count)
+    places = np.minimum(np.arange(count, dtype=np.float32) * step, np.float32(1 - 1e-6))
+    edges = (np.arange(1, side) / side).astype(np.float32)
+    return np.searchsorted(edges, places, side="right")
+
+
+class Encoder(nn.Module):
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.layers = [EncoderLayer(config) for _ in range(config.num_hidden_layers - 1)]
+
+
+class Tower(nn.Module):
+    """SigLIP up to the hidden layer before its last, pooled two by two."""
+
+    def __init__(self, config: VisionConfig) -> None:
+        super().__init__()
+        self.embeddings = Embeddings(config)
+        self.encoder = Encoder(config)
+
+    def __call__(self, pixels: mx.array, rows: int, columns: int) -> mx.array:
+        """`[crops, 3, size, size]`, of whose patches the first `rows` × `columns` are picture, to
+        `[crops, ⌈rows / 2⌉, ⌈columns / 2⌉, hidden]`.
+
+        Padding patches are neither attended to nor seen afterwards, so they are cut off; where an
+        odd row or column is pooled with a padding one, that one is computed, and masked as a key.
+        """
+        size = self.embeddings.patch_embedding.size
+        height, width = rows + rows % 2, columns + columns % 2
+        x = self.embeddings(pixels[:, :, : height * size, : width * size], rows, columns)
+        mask = None
+        if (height, width) != (rows, columns):
+            inside = (mx.arange(height) < rows)[:, None] & (mx.arange(width) < columns)
+            mask = inside.reshape(1, 1, 1, -1)
+        for layer in self.encoder.layers:
+            x = layer(x, mask)
+        return x.reshape(len(x), height // 2, 2, width // 2, 2, -1).mean(axis=(2, 4))
+
+
+@dataclass(frozen=True)
+class Picture:
+    """Where one picture lies in its crops: a grid of `rows` × `columns` crops, of whose patches
+    the first `height` × `width` are picture."""
+
+    rows: int
+    columns: int
+    height: int
+    width: int
+
+
+class ImageEmbedding(nn.Module):
+    """Pictures to rows of the language model."""
+
+    def __init__(self, config: VisionConfig, hidden_size: int) -> None:
+        super().__init__()
+        self.config = config
+        self.img_processor = Tower(config)
+        self.glb_GN = mx.zeros((1, 1, config.hidden_size))
+        self.sub_GN = mx.zeros((1, 1, 1, config.hidden_size))
+        self.img_projection = [
+            nn.Linear(config.hidden_size, hidden_size),
+            nn.Identity(),  # the activation's place
+            nn.Linear(hidden_size, hidden_size),
+        ]
+
+    def __call__(
+        self, input_image_embeds: mx.array, image_attention_mask: mx.array, image_sizes: mx.array
+    ) -> list[mx.array]:
+        """Rows of each picture, in the order of its prompt slots.
+
+        Args:
+            input_image_embeds: `[images, crops, 3, 448, 448]`: the global view, then the grid's
+                crops row by row, then padding up to the batch's largest.
+            image_attention_mask: `[images, crops, 32, 32]`, 0 at patches of padding.
+            image_sizes: `[images, 2]`, height and width of the grid in pixels.
+
+        Returns:
+            For each picture `[tokens, hidden]`: the grid's rows, each ended by `sub_GN`; `glb_GN`;
+            the global view's rows, each ended by `sub_GN`. A crop's 32 × 32 patches become
+            16 × 16 rows, of which only those on the picture are kept.
+
+        Raises:
+            MediaError: for arrays that no picture has.
+        """
+        side = self.config.side
+        masks = np.array(image_attention_mask) != 0
+        pictures = [
+            _locate(masks[i], size, self.config, i) for i, size in enumerate(np.array(image_sizes))
+        ]
+        # Crops that show equally much need no padding among each other.
+        alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
+        for i, picture in enumerate(pictures):
+            alike.setdefault((side, side), []).append((i, 0))
+            for k in range(picture.rows * picture.columns):
+                row, column = divmod(k, picture.columns)
+                seen = (
+                    min(picture.height - row * side, side),
+                    min(picture.width - column * side, side),
+                )
+                if min(seen) > 0:
+                    alike.setdefault(seen, []).append((i, 1 + k))
+        features: dict[tuple[int, int], mx.array] = {}  # by (picture, crop)
+        for seen, places in alike.items():
+            for start in range(0, len(places), CROPS_AT_ONCE):
+                chosen = places[start : start + CROPS_AT_ONCE]
+                pixels = mx.stack([input_image_embeds[place] for place in chosen])
+                pooled = self.img_processor(pixels, *seen)
+                mx.eval(pooled)
+                features.update(zip(chosen, pooled, strict=True))
+        return [self._assemble(i, picture, features) for i, picture in enumerate(pictures)]
+
+    def _assemble(
+        self, index: int, picture: Picture, features: Mapping[tuple[int, int], mx.array]
+    ) -> mx.array:
+        def grid_row(row: int) -> mx.array:
+            crops = [1 + row * picture.columns + column for column in range(picture.columns)]
+            seen = [features[index, crop] for crop in crops if (index, crop) in features]
+            return mx.concatenate(seen, axis=1)
+
+        used = math.ceil(picture.height / self.config.side)
+        grid = mx.concatenate([grid_row(row) for row in range(used)], axis=0)
+        rows = mx.concatenate(
+            [self._end_rows(grid), self.glb_GN[0], self._end_rows(features[index, 0])]
+        )  # [tokens, tower's hidden]
+        up, _, down = self.img_projection
+        return down(gelu(up(rows)))
+
+    def _end_rows(self, grid: mx.array) -> mx.array:
+        """`[rows, columns, hidden]`, each row ended by `sub_GN`, as `[tokens, hidden]`."""
+        ends = mx.broadcast_to(self.sub_GN[0], (len(grid), 1, grid.shape[-1]))
+        return mx.concatenate([grid, ends], axis=1).reshape(-1, grid.shape[-1])
+
+
+def _locate(
+    mask: NDArray[np.bool_], size: NDArray[np.int64], config: VisionConfig, index: int
+) -> Picture:
+    """A picture's place, from its crops' masks `[crops, side, side]` and its grid's pixels."""
+    side = config.side
+    rows, columns = (int(pixels) // config.image_size for pixels in size)
+    if rows < 1 or columns < 1 or rows * columns >= len(mask):
+        raise MediaError(
+            f"Picture {index + 1} is {size[0]} × {size[1]} pixels by image_sizes, which does not "
+            f"fit its {len(mask)} crops.",
+            hint="The arrays must come from one call of the processor.",
+        )
+    crops = mask[1 : 1 + rows * columns].reshape(rows, columns, side, side)
+    grid = crops.transpose(0, 2, 1, 3).reshape(rows * side, columns * side)
+    height, width = int(grid[:, 0].sum()), int(grid[0].sum())
+    if (
+        not mask[0].all()
+        or not height
+        or not grid[:height, :width].all()
+        or (int(grid.sum()) != height * width)
+    ):
+        raise MediaError(
+            f"The attention mask of picture {index + 1} is not a whole global view and a picture "
+            "with padding to its right and below.",
+            hint="The arrays must come from one call of the processor.",
+        )
+    return Picture(rows, columns, height, width)

@@ -1,0 +1,172 @@
+"""Text to token ids and back, with control tokens only where the caller asks for them.
+
+Knows nothing of messages or templates, nor of which library does the byte-pair encoding.
+"""
+
+from __future__ import annotations
+
+import codecs
+import json
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from phimlx.errors import TokenizerError
+from phimlx.prompt.tokenizer.added_tokens import AddedToken, AddedTokens
+from phimlx.prompt.tokenizer.bpe import Vocabulary
+from phimlx.prompt.tokenizer.compiled_bpe import load_vocabulary
+
+
+class Detokenizer:
+    """Renders a stream of token ids as text, piece by piece.
+
+    Characters whose bytes are spread over several tokens appear when they are complete; bytes
+    that are no UTF-8 become U+FFFD, as in `bytes.decode(errors="replace")`.
+    """
+
+    def __init__(self, token_bytes: Callable[[int], bytes], skip: Collection[int] = ()) -> None:
+        self._token_bytes = token_bytes
+        self._skip = frozenset(skip)
+        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+
+    def add(self, token: int) -> str:
+        """The text that `token` completes."""
+        if token in self._skip:
+            return ""
+        return self._decoder.decode(self._token_bytes(token))
+
+    def finish(self) -> str:
+        """What is left of a character that was never completed."""
+        return self._decoder.decode(b"", final=True)
+
+
+class Tokenizer:
+    """A byte-level BPE vocabulary with the tokens added to it."""
+
+    def __init__(self, vocabulary: Vocabulary, added: Iterable[AddedToken]) -> None:
+        by_id = {token.id: token for token in added}
+        control = [token for token in by_id.values() if not token.is_blank]
+        self._vocabulary = vocabulary
+        self._control = AddedTokens(control)
+        self._blank = AddedTokens(token for token in by_id.values() if token.is_blank)
+        self._bytes = {token.id: token.content.encode() for token in by_id.values()}
+        self.vocab_size: int = max(vocabulary.size, *(token_id + 1 for token_id in by_id), 0)
+        self.control_tokens: Mapping[str, int] = MappingProxyType(
+            {token.content: token.id for token in sorted(control, key=lambda token: token.id)}
+        )
+
+    @classmethod
+    def load(cls, folder: Path) -> Tokenizer:
+        """The tokenizer of a model folder: `tokenizer.json`, amended by `tokenizer_config.json`.
+
+        An `added_tokens_decoder` in the second overrides the added tokens of the first, id by id.
+        Raises TokenizerError where a file is missing or damaged.
+        """
+        path = folder / "tokenizer.json"
+        if not path.is_file():
+            raise TokenizerError(
+                f"There is no tokenizer.json in {folder}.",
+                hint="Text needs a tokenizer: get the model's tokenizer files into that folder.",
+            )
+        overrides = _configured_tokens(folder / "tokenizer_config.json")
+        vocabulary, added = load_vocabulary(path)
+        return cls(vocabulary, [*added, *overrides])
+
+    def encode(self, text: str, control: bool = False) -> list[int]:
+        """Token ids of `text`.
+
+        With `control` false every character is ordinary text: no control token comes out, whatever
+        the text spells. With `control` true control tokens are recognised, and swallow the white
+        space around them, as in the reference. Lone surrogates are read as U+FFFD.
+        """
+        if not control:
+            return self._encode_plain(_well_formed(text))
+        ids: list[int] = []
+        for piece in self.split(_well_formed(text)):
+            ids += [piece] if isinstance(piece, int) else self._encode_plain(piece)
+        return ids
+
+    def split(self, text: str) -> Iterator[int | str]:
+        """The control tokens that `text` spells, as ids, and the stretches of text between them."""
+        return self._control.split(text)
+
+    def decode(self, ids: Iterable[int], skip: Collection[int] = ()) -> str:
+        """The text of `ids`, control tokens as their names, without those in `skip`.
+
+        Ids beyond the vocabulary (padding rows of the embedding) render as nothing.
+        """
+        unwanted = frozenset(skip)
+        return b"".join(self.token_bytes(token) for token in ids if token not in unwanted).decode(
+            errors="replace"
+        )
+
+    def detokenizer(self, skip: Collection[int] = ()) -> Detokenizer:
+        """A decoder for ids that arrive one at a time."""
+        return Detokenizer(self.token_bytes, skip)
+
+    def token_bytes(self, token: int) -> bytes:
+        """The bytes that `token` stands for; empty for an id that has none."""
+        known = self._bytes.get(token)
+        if known is None:
+            inside = 0 <= token < self._vocabulary.size
+            known = self._bytes[token] = self._vocabulary.token_bytes(token) if inside else b""
+        return known
+
+    def _encode_plain(self, text: str) -> list[int]:
+        ids: list[int] = []
+        for piece in self._blank.split(text):
+            if isinstance(piece, int):
+                ids.append(piece)
+            elif piece:
+                ids += self._vocabulary.encode(piece)
+        return ids
+
+
+def _well_formed(text: str) -> str:
+    """`text` with U+FFFD for surrogates, which UTF-8, and so a byte-level vocabulary, lacks."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+    return text
+
+
+def read_json(path: Path) -> dict[str, Any]:
+    """A JSON object from a tokenizer file, empty where the file is absent.
+
+    Raises TokenizerError where the file is not a JSON object.
+    """
+    if not path.is_file():
+        return {}
+    try:
+        value = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
+        raise TokenizerError(
+            f"{path} is damaged: {reason}.", hint="Download the model again."
+        ) from error
+    if not isinstance(value, dict):
+        raise TokenizerError(f"{path} is not a JSON object.", hint="Download the model again.")
+    return value
+
+
+def _configured_tokens(path: Path) -> list[AddedToken]:
+    listed = read_json(path).get("added_tokens_decoder", {})
+    try:
+        return [
+            AddedToken(
+                id=int(token_id),
+                content=str(entry["content"]),
+                **{
+                    flag: bool(entry.get(flag, False))
+                    for flag in ("lstrip", "rstrip", "single_word", "normalized")
+                },
+            )
+            for token_id, entry in listed.items()
+        ]
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise TokenizerError(
+            f"{path} has an added_tokens_decoder that is not a table of tokens.",
+            hint="Download the model again.",
+        ) from error

@@ -1,0 +1,362 @@
+"""Rows -> examples to learn from, with what is wrong, left out, cut and split told row by row.
+
+Knows lengths, masks and counts; reading files, rows and templates is its neighbours' work.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+
+from phimlx.errors import TrainingError
+from phimlx.hub.client import Remote
+from phimlx.hub.resolve import Watch, unwatched
+from phimlx.training.data.batches import Example
+from phimlx.training.data.lengths import Tokens, exchanges, windows
+from phimlx.training.data.loss_mask import Codec, LossOn, learned_length
+from phimlx.training.data.row_types import (
+    ROW_FAULTS,
+    Conversation,
+    Pair,
+    RowError,
+    Shape,
+    Text,
+    check_mapping,
+    read_shape,
+)
+from phimlx.training.data.rows import Problem, Progress, Row, read_rows
+from phimlx.training.data.sources import find_splits
+
+Overlong = Literal["refuse", "cut", "split"]
+
+SHOWN = 20  # problems that are kept and told; the others are counted
+
+NO_REPLY = "no reply to learn"
+CUT_AWAY = "nothing to learn is left after cutting"
+
+
+class Preference(NamedTuple):
+    """Two examples with the same beginning, of which the first ends better."""
+
+    chosen: Example
+    rejected: Example
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How rows become examples.
+
+    Attributes:
+        loss_on: what is learned of a conversation: every reply of the assistant, the last one, or
+            all of it. Of a text all is learned in any case, of a preference the two answers.
+        max_length: tokens that an example may have; None for as many as there are.
+        overlong: what happens to a row with more: it is refused; its first `max_length` tokens are
+            taken; or it is split. A text is split into windows of `max_length` tokens, each
+            beginning with the token that ends the one before it, so that every token is learned
+            once. A conversation is split before messages of the user that follow a reply, each part
+            as long as fits and beginning with the system message; one question with its answer is
+            never split, and refused where it is too long.
+        mapping: what rows call the things in `phimlx.training.data.row_types.FIELDS`.
+        preferences: rows are pairs, a better and a worse answer.
+
+    Raises:
+        TrainingError: where a value is none of these, or two do not go together.
+    """
+
+    loss_on: LossOn = "assistant"
+    max_length: int | None = 2048
+    overlong: Overlong = "refuse"
+    mapping: Mapping[str, str] = field(default_factory=dict)
+    preferences: bool = False
+
+    def __post_init__(self) -> None:
+        for name, value, known in (
+            ("loss_on", self.loss_on, get_args(LossOn)),
+            ("overlong", self.overlong, get_args(Overlong)),
+        ):
+            if value not in known:
+                raise TrainingError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
+        length = self.max_length
+        if length is not None and (type(length) is not int or length < 2):
+            raise TrainingError(f"max_length is {length!r}; it must be a whole number, 2 or more.")
+        if self.overlong == "split" and (self.preferences or self.loss_on == "last"):
+            what = "a preference" if self.preferences else "a row of which the last reply counts"
+            raise TrainingError(
+                f"Splitting would leave {what} without what it is about.",
+                hint="Have rows that are too long cut or refused.",
+            )
+        check_mapping(self.mapping)
+
+
+class DataError(TrainingError):
+    """Rows that cannot be learned from.
+
+    Attributes:
+        problems: the first of them, at most `SHOWN`.
+        count: how many there are.
+    """
+
+    def __init__(self, problems: list[Problem], count: int) -> None:
+        self.problems, self.count = problems, count
+        message = str(problems[0])
+        if count > 1:
+            lines = [f"The data has {count:,} faults:", *map(str, problems)]
+            if count > len(problems):
+                lines.append(f"… and {count - len(problems):,} more.")
+            message = "\n  ".join(lines)
+        hints = {problem.hint for problem in problems}
+        usual = "Mend what is named, or leave it out of the data."
+        super().__init__(message, (hints.pop() if len(hints) == 1 else None) or usual)
+
+
+@dataclass
+class Dataset:
+    """What some rows have become.
+
+    Attributes:
+        examples: in the order of their rows; of preferences chosen and rejected in turn.
+        rows: for each example the number of the row that it came from, int `[examples]`.
+        kinds: for each example what its row was: a conversation, a text or a preference.
+        skipped: how many had nothing to learn in them, by reason.
+        cut, split: how many were too long, and what became of them.
+        problems: the first rows that are at fault, at most `SHOWN`; `faults` counts all.
+    """
+
+    examples: list[Example] = field(default_factory=list)
+    rows: list[int] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+    cut: int = 0
+    split: int = 0
+    problems: list[Problem] = field(default_factory=list)
+    faults: int = 0
+
+    @property
+    def preferences(self) -> list[Preference]:
+        """The examples in pairs."""
+        pairs = zip(self.examples[::2], self.examples[1::2], strict=True)
+        return [Preference(chosen, rejected) for chosen, rejected in pairs]
+
+    @property
+    def fingerprint(self) -> str:
+        """SHA-256 over tokens and masks in their order, in hexadecimal."""
+        digest = hashlib.sha256()
+        for example in self.examples:
+            digest.update(len(example.tokens).to_bytes(8, "little"))
+            digest.update(example.tokens.astype("<i4").tobytes())
+            digest.update(np.packbits(example.supervised).tobytes())
+        return digest.hexdigest()
+
+    def hold_out(self, amount: float, seed: int = 0) -> tuple[Dataset, Dataset]:
+        """What to learn from and what to validate on: some rows drawn by the seed alone.
+
+        What is counted of rows that were skipped, cut or split stays with the former.
+
+        Args:
+            amount: of rows, below 1 a part of them (one at least), else their number.
+
+        Raises:
+            TrainingError: where either would be empty.
+        """
+        rows = sorted(set(self.rows))
+        count = max(1, round(amount * len(rows))) if 0 < amount < 1 else int(amount)
+        if not 0 < count < len(rows) or (amount >= 1 and count != amount):
+            raise TrainingError(
+                f"Of {len(rows):,} rows, {amount:g} cannot be held out for validation.",
+                hint="Give a part between 0 and 1, or a number of rows smaller than all.",
+            )
+        order = np.random.Generator(np.random.PCG64([seed])).permutation(len(rows))
+        drawn = {rows[i] for i in order[:count]}
+        held = replace(self._part(drawn), skipped=Counter(), cut=0, split=0)
+        return self._part(set(rows) - drawn), held
+
+    def _part(self, rows: set[int]) -> Dataset:
+        kept = [i for i, row in enumerate(self.rows) if row in rows]
+        return replace(
+            self,
+            examples=[self.examples[i] for i in kept],
+            rows=[self.rows[i] for i in kept],
+            kinds=[self.kinds[i] for i in kept],
+        )
+
+    def note(self, problem: Problem) -> None:
+        """Count a problem, and keep it where there are few."""
+        self.faults += 1
+        if len(self.problems) < SHOWN:
+            self.problems.append(problem)
+
+
+def load_data(
+    source: str | Path,
+    codec: Codec,
+    settings: Settings = Settings(),
+    *,
+    valid: str | Path | None = None,
+    held_out: float | None = None,
+    seed: int = 0,
+    on_progress: Progress = lambda done, total: None,
+    remote: Remote | None = None,
+    watch: Watch = unwatched,
+) -> dict[str, Dataset]:
+    """The data sets that `source` means: "train", and "valid" and "test" where there are some.
+
+    Every row of every file is checked before anything is raised.
+
+    Args:
+        source: as for `find_splits`.
+        valid: another source, whose training data is to validate on.
+        held_out: rows to take out of the training data for that, as for `Dataset.hold_out`, where
+            it comes without validation data.
+        seed: draws them.
+        on_progress: takes the bytes that have been read, and how many there are.
+        remote, watch: for what comes from the Hub, as for `find_splits`.
+
+    Raises:
+        DataError: naming file, line and reason of what cannot be learned from.
+        TrainingError: where there is no data, or nothing in it to learn.
+        DownloadError: where it cannot come from the Hub.
+    """
+    splits = find_splits(source, remote, watch)
+    if valid is not None:
+        splits["valid"] = find_splits(valid, remote, watch)["train"]
+    total = sum(file.path.stat().st_size for files in splits.values() for file in files)
+    found, before = {}, 0
+    for split, files in splits.items():
+
+        def report(done: int, size: int, before: int = before) -> None:
+            on_progress(before + done, total)
+
+        found[split] = tokenize(read_rows(files, report), codec, settings)
+        before += sum(file.path.stat().st_size for file in files)
+    faults = sum(data.faults for data in found.values())
+    if faults:
+        problems = [problem for data in found.values() for problem in data.problems]
+        raise DataError(problems[:SHOWN], faults)
+    for split, data in found.items():
+        if not data.examples:
+            raise _nothing(splits[split][0].name, data)
+    if held_out is not None and "valid" not in found:
+        found["train"], held = found["train"].hold_out(held_out, seed)
+        found = {"train": found["train"], "valid": held, **found}
+    return found
+
+
+def tokenize(
+    rows: Iterable[Row | Problem],
+    codec: Codec,
+    settings: Settings = Settings(),
+) -> Dataset:
+    """The examples that rows make, and what is wrong with those that make none.
+
+    Raises:
+        PromptError, TokenizerError: where the model has no template, or no token that ends a text.
+    """
+    data = Dataset()
+    for number, row in enumerate(rows):
+        if isinstance(row, Problem):
+            data.note(row)
+            continue
+        try:
+            shape = read_shape(row.values, settings.mapping, settings.preferences)
+        except ROW_FAULTS as error:
+            data.note(Problem(row.place, str(error), error.hint))
+            continue
+        if not isinstance(shape, Text):
+            _ = codec.template  # its absence is no row's fault
+        try:
+            made = list(_examples(shape, row.place, codec, settings))
+        except ROW_FAULTS as error:
+            data.note(Problem(row.place, str(error), error.hint))
+            continue
+        _add(data, number, made, shape)
+    return data
+
+
+KINDS: dict[type[Shape], str] = {
+    Conversation: "conversations",
+    Text: "texts",
+    Pair: "preferences",
+}
+
+
+class _Made(NamedTuple):
+    """An example, and whether tokens were cut off it."""
+
+    example: Example
+    is_cut: bool = False
+
+    @property
+    def is_empty(self) -> bool:
+        return not self.example.supervised.any()
+
+
+def _add(data: Dataset, number: int, made: list[_Made], shape: Shape) -> None:
+    """Put in what a row has made; of a preference both or none."""
+    is_cut = any(each.is_cut for each in made)
+    empty = [each for each in made if each.is_empty]
+    if len(empty) == len(made) or (empty and isinstance(shape, Pair)):
+        data.skipped[CUT_AWAY if any(each.is_cut for each in empty) else NO_REPLY] += 1
+        return
+    data.cut += is_cut
+    data.split += len(made) > 1 and not isinstance(shape, Pair)
+    for each in made:
+        if not each.is_empty:
+            data.examples.append(each.example)
+            data.rows.append(number)
+            data.kinds.append(KINDS[type(shape)])
+
+
+def _examples(shape: Shape, place: str, codec: Codec, settings: Settings) -> Iterator[_Made]:
+    if isinstance(shape, Pair):
+        for which, said in (("chosen", shape.chosen), ("rejected", shape.rejected)):
+            tokens, supervised = codec.conversation(said)
+            yield _fit(Example(tokens, supervised, f"{place}, {which}"), settings)
+        return
+    parts = _parts(shape, codec, settings)
+    for part, (tokens, supervised) in enumerate(parts, 1):
+        name = place if len(parts) == 1 else f"{place}, part {part}"
+        yield _fit(Example(tokens, supervised, name), settings)
+
+
+def _parts(shape: Conversation | Text, codec: Codec, settings: Settings) -> list[Tokens]:
+    """A row's tokens and masks, in pieces where it is too long and is to be split."""
+    whole = (
+        codec.text(shape.text)
+        if isinstance(shape, Text)
+        else codec.conversation(shape, settings.loss_on)
+    )
+    longest = settings.max_length
+    if longest is None or len(whole[0]) <= longest or settings.overlong != "split":
+        return [whole]
+    if isinstance(shape, Text):
+        return list(windows(*whole, longest))
+    return exchanges(shape, lambda part: codec.conversation(part, settings.loss_on), longest)
+
+
+def _fit(example: Example, settings: Settings) -> _Made:
+    length, longest = len(example.tokens), settings.max_length
+    if longest is None or length <= longest or not example.supervised.any():
+        return _Made(example)
+    if settings.overlong == "cut":
+        length = learned_length(example.supervised[:longest])
+        short = Example(example.tokens[:length], example.supervised[:length], example.source)
+        return _Made(short, is_cut=True)
+    what = "A question with its answer" if settings.overlong == "split" else "It"
+    raise RowError(
+        f"{what} has {length:,} tokens, but {longest:,} are allowed.",
+        hint="Raise --max-seq-length, or have such rows cut or split with --overlong.",
+    )
+
+
+def _nothing(name: str, data: Dataset) -> TrainingError:
+    reasons = "; ".join(f"{count:,}: {reason}" for reason, count in data.skipped.items())
+    return TrainingError(
+        f"{name} holds nothing to learn from: every row is skipped ({reasons}).",
+        hint="Learning needs replies of the assistant, within the length that is allowed.",
+    )

@@ -1,0 +1,154 @@
+"""Conversations and texts -> token ids and which of them are to be learned.
+
+Knows a tokenizer and its chat template; knows nothing of files, lengths or batches.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+import numpy as np
+
+from phimlx.api import ENDS
+from phimlx.errors import PromptError, TokenizerError
+from phimlx.prompt.messages import Message
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+from phimlx.training.data.row_types import Conversation, RowError
+
+if TYPE_CHECKING:
+    from phimlx.api import Phi
+    from phimlx.prompt.chat_template import ChatTemplate
+
+LossOn = Literal["assistant", "last", "all"]
+
+END_OF_TEXT = "<|endoftext|>"
+
+
+class Codec:
+    """What makes training text of rows, exactly as inference makes prompts.
+
+    A conversation is trained on as `ChatTemplate.encode` encodes it, up to the token that ends its
+    last reply (`<|end|>`, `<|im_end|>`), at which generation stops. What a template puts after
+    that, such as Phi-4-mini's `<|endoftext|>`, inference never sees, and neither does training.
+    A text gets `<|endoftext|>` after it.
+    """
+
+    def __init__(self, tokenizer: Tokenizer, template: Callable[[], ChatTemplate]) -> None:
+        """`template` is called when there is a first conversation: texts need none."""
+        self.tokenizer = tokenizer
+        self._make_template = template
+        control = tokenizer.control_tokens
+        self.ends = frozenset(control[name] for name in ENDS if name in control)
+
+    @classmethod
+    def of(cls, phi: Phi) -> Codec:
+        """Raises TokenizerError where the model has no tokenizer."""
+        if phi.tokenizer is None:
+            return cls.load(phi.path, phi.name)
+        return cls(phi.tokenizer, lambda: phi.template)
+
+    @classmethod
+    def load(cls, folder: Path, name: str | None = None) -> Codec:
+        """From a model's folder, without its weights; `name` as in `ChatTemplate.load`.
+
+        Raises:
+            TokenizerError: where it has no tokenizer.
+        """
+        from phimlx.prompt.chat_template import ChatTemplate
+
+        tokenizer = Tokenizer.load(folder)
+        return cls(tokenizer, lambda: ChatTemplate.load(folder, tokenizer, name))
+
+    @cached_property
+    def template(self) -> ChatTemplate:
+        return self._make_template()
+
+    def conversation(
+        self, said: Conversation, loss_on: LossOn = "assistant"
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 `[length]` and which are learned, bool `[length]`.
+
+        Of a reply its text, its calls and the token that ends it are learned: what stands after
+        the prompt that inference would give for it, found by encoding that prompt. What follows the
+        last token that is learned is left out. With "all" every token is learned but the first.
+
+        Raises:
+            PromptError: where the template has no place for a message.
+            RowError: where a reply does not follow its prompt, or is not ended.
+        """
+        messages = said.messages
+        ids = self.template.encode(messages, said.tools, add_generation_prompt=False)
+        while len(ids) > 1 and ids[-1] in self.ends and ids[-2] in self.ends:
+            ids.pop()
+        tokens = np.array(ids, np.int32)
+        supervised = np.zeros(len(ids), bool)
+        if loss_on == "all":
+            supervised[1:] = True
+            return tokens, supervised
+        replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
+        if loss_on == "last":
+            replies = replies[-1:]
+        for index in replies:
+            if index >= said.given:
+                supervised[self._span(ids, messages, index, said.tools)] = True
+        length = learned_length(supervised)
+        return tokens[:length], supervised[:length]
+
+    def text(self, text: str) -> tuple[np.ndarray, np.ndarray]:
+        """Tokens int32 `[length]` and which are learned: all but the first.
+
+        Control tokens are recognised, so that text which a template has rendered elsewhere means
+        what it meant there; `<|endoftext|>` follows unless a token that ends a turn is last.
+
+        Raises:
+            TokenizerError: where the tokenizer has no end of text.
+        """
+        control = self.tokenizer.control_tokens
+        if END_OF_TEXT not in control:
+            raise TokenizerError(
+                f"The tokenizer has no {END_OF_TEXT}, so that nothing can end a text.",
+                hint="Get the tokenizer files that belong to the model into its folder.",
+            )
+        ids = self.tokenizer.encode(text, control=True)
+        if not ids or ids[-1] not in self.ends:
+            ids.append(control[END_OF_TEXT])
+        supervised = np.ones(len(ids), bool)
+        supervised[0] = False
+        return np.array(ids, np.int32), supervised
+
+    def _span(
+        self,
+        ids: list[int],
+        messages: Sequence[Message],
+        index: int,
+        tools: Sequence[Mapping[str, Any]] | None,
+    ) -> slice:
+        """Where a reply and the token that ends it stand in a whole conversation."""
+        place = f"messages[{index}]"
+        if not index:
+            raise RowError(f"{place} is a reply to nothing.", hint="Put a user's message first.")
+        prompt = self.template.encode(messages[:index], tools)
+        start = len(prompt)
+        if ids[:start] != prompt:
+            raise RowError(
+                f"{place} does not follow the prompt that the chat template makes of the messages "
+                "before it, so that training would teach what inference never asks.",
+                hint="Where replies begin with reasoning, write it as the model does; or learn the "
+                "last reply only.",
+            )
+        end = next((i for i in range(start, len(ids)) if ids[i] in self.ends), None)
+        if end is None:
+            raise PromptError(
+                f"The chat template does not end {place} with a token at which generation stops.",
+                hint="Use the chat template that the model's publisher ships.",
+            )
+        return slice(start, end + 1)
+
+
+def learned_length(supervised: np.ndarray) -> int:
+    """How many tokens there are up to the last that is learned; all where none is."""
+    places = np.flatnonzero(supervised)
+    return int(places[-1]) + 1 if len(places) else len(supervised)

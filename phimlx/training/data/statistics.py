@@ -1,0 +1,137 @@
+"""What a data set is like, before a night is spent on it: counts, lengths, shares, examples.
+
+Knows numbers and text; knows nothing of where they are shown.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+from phimlx.training.data.batches import Batches, Example
+from phimlx.training.data.examples import Dataset
+
+PERCENTILES = (5, 50, 95, 100)
+
+Span = tuple[str, bool]
+"""A stretch of text, and whether it is learned."""
+
+
+@dataclass(frozen=True)
+class Summary:
+    """A data set in numbers.
+
+    Attributes:
+        examples: of preferences, two a row.
+        rows: those that became examples.
+        kinds: rows by what they are.
+        skipped: rows left out, by reason.
+        lengths: tokens of an example, by percentile; 100 is the longest.
+        tokens: of all examples, which is what an epoch feeds.
+        supervised_share: part of them that is learned.
+        padding_share: part of what an epoch computes that is filling.
+        batches: in an epoch.
+        fingerprint: see `Dataset.fingerprint`.
+    """
+
+    examples: int
+    rows: int
+    kinds: dict[str, int]
+    skipped: dict[str, int]
+    cut: int
+    split: int
+    lengths: dict[int, int]
+    tokens: int
+    supervised_share: float
+    padding_share: float
+    batches: int
+    fingerprint: str
+
+
+def summarize(data: Dataset, batch_size: int, row_length: int | None = None) -> Summary:
+    """The numbers of a data set that is not empty; `row_length` as for `Batches`."""
+    lengths = np.array([len(example.tokens) for example in data.examples])
+    learned = sum(int(example.supervised.sum()) for example in data.examples)
+    batches = Batches(data.examples, batch_size, row_length=row_length)
+    found = np.percentile(lengths, PERCENTILES, method="higher")
+    return Summary(
+        examples=len(data.examples),
+        rows=len(set(data.rows)),
+        kinds=dict(Counter(dict(zip(data.rows, data.kinds, strict=True)).values())),
+        skipped=dict(data.skipped),
+        cut=data.cut,
+        split=data.split,
+        lengths=dict(zip(PERCENTILES, found.tolist(), strict=True)),
+        tokens=int(lengths.sum()),
+        supervised_share=learned / int(lengths.sum()),
+        padding_share=1 - batches.real_share,
+        batches=len(batches),
+        fingerprint=data.fingerprint,
+    )
+
+
+def describe(summaries: Mapping[str, Summary]) -> list[list[str]]:
+    """A table of some data sets by name: a row of headings, then one for each number."""
+    each = list(summaries.values())
+    rows = [
+        ["", *summaries],
+        ["rows", *(f"{s.rows:,}" for s in each)],
+        ["examples", *(f"{s.examples:,}" for s in each)],
+    ]
+    for name in sorted({reason for s in each for reason in s.skipped}):
+        rows.append([f"skipped: {name}", *(f"{s.skipped.get(name, 0):,}" for s in each)])
+    for name in ("cut", "split"):
+        if any(getattr(s, name) for s in each):
+            rows.append([name, *(f"{getattr(s, name):,}" for s in each)])
+    for percentile in PERCENTILES:
+        name = "longest" if percentile == 100 else f"length, {percentile} %"
+        rows.append([name, *(f"{s.lengths[percentile]:,}" for s in each)])
+    return [
+        *rows,
+        ["tokens an epoch", *(f"{s.tokens:,}" for s in each)],
+        ["batches an epoch", *(f"{s.batches:,}" for s in each)],
+        ["learned", *(f"{s.supervised_share:.1%}" for s in each)],
+        ["padding", *(f"{s.padding_share:.1%}" for s in each)],
+    ]
+
+
+def samples(data: Dataset, count: int = 3) -> list[Example]:
+    """Some examples from all over a data set, its first and last among them."""
+    last = len(data.examples) - 1
+    places = sorted({round(last * i / max(count - 1, 1)) for i in range(count)})
+    return [data.examples[place] for place in places]
+
+
+def rendered_samples(
+    data: Dataset, tokenizer: Tokenizer, count: int = 3
+) -> list[tuple[str, list[Span]]]:
+    """Where each of some examples comes from, and its text."""
+    return [(each.source, rendered(each, tokenizer)) for each in samples(data, count)]
+
+
+def rendered(example: Example, tokenizer: Tokenizer) -> list[Span]:
+    """The text of an example, control tokens by their names, cut where learning begins or ends."""
+    borders = np.flatnonzero(np.diff(example.supervised)) + 1
+    starts = [0, *borders.tolist()]
+    return [
+        (tokenizer.decode(tokens.tolist()), bool(example.supervised[start]))
+        for start, tokens in zip(starts, np.split(example.tokens, borders), strict=True)
+    ]
+
+
+def abridged(spans: Sequence[Span], longest: int = 600) -> list[Span]:
+    """The same with the middle left out of every span that has more characters."""
+    return [
+        (
+            text
+            if len(text) <= longest
+            else f"{text[: longest // 2]} […{len(text) - longest:,} characters…] "
+            f"{text[-(longest // 2) :]}",
+            learned,
+        )
+        for text, learned in spans
+    ]

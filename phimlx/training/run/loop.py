@@ -1,0 +1,335 @@
+"""A training run: steps, validations, sample answers and checkpoints, in an order that can resume.
+
+Knows when what happens; how a step is taken, a file written or a report shown is told elsewhere.
+"""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from itertools import count, islice
+from typing import Any
+
+import mlx.core as mx
+import mlx.optimizers as optim
+
+from phimlx.errors import TrainingError
+from phimlx.generation.engine import wired_memory
+from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.training.data.batches import Batch, Batches, Example
+from phimlx.training.distributed import MachineLostError, Machines
+from phimlx.training.run.checkpoints import Saved, Store
+from phimlx.training.run.events import Advanced, Event, Kept, Report, Sample, Validation
+from phimlx.training.settings import TrainSettings
+from phimlx.training.step import Step, StepResult
+
+EVALUATIONS = 10  # of a run, where nothing is said
+CACHE_SHARE = 8  # freed buffers that MLX keeps for the next batch: at most 1/8 of the memory
+
+
+@dataclass(frozen=True)
+class Plan:
+    """How long a run is and how often it looks up. All counts are steps."""
+
+    steps: int
+    per_epoch: int
+    eval_every: int
+    save_every: int
+
+    @classmethod
+    def of(cls, settings: TrainSettings, batches: int) -> Plan:
+        """Of a run whose epochs have so many batches."""
+        per_epoch = -(-batches // settings.grad_accumulation_steps)
+        steps = settings.iters or max(1, round(settings.epochs * per_epoch))
+        eval_every = settings.steps_per_eval or -(-steps // EVALUATIONS)
+        return cls(steps, per_epoch, eval_every, settings.save_every or eval_every)
+
+
+COMPLETE, STOPPED_EARLY, INTERRUPTED = "complete", "stopped early", "interrupted"
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """How a run ended, and what it came to."""
+
+    ending: str
+    step: int
+    best_step: int | None
+    best_loss: float | None
+
+
+@dataclass
+class _Window:
+    """Sums over the steps since the last report."""
+
+    steps: int = 0
+    weighted: float = 0.0
+    weight: int = 0
+    tokens: int = 0
+    norm: float = 0.0
+    seconds: float = 0.0
+    metrics: dict[str, float] = field(default_factory=dict)
+
+    def add(self, result: StepResult, seconds: float) -> None:
+        self.steps += 1
+        self.weighted += result.loss * result.supervised_tokens
+        self.weight += result.supervised_tokens
+        self.tokens += result.real_tokens
+        self.norm = max(self.norm, result.gradient_norm)
+        self.seconds += seconds
+        for name, value in result.metrics.items():
+            summed = self.metrics.get(name, 0.0) + value * result.supervised_tokens
+            self.metrics[name] = summed
+
+
+@dataclass
+class _State:
+    """What a checkpoint holds beside the arrays; the place in the data follows from the step.
+
+    Attributes:
+        stale: validations since the best one.
+        ending: how the run ended; None while it can go on.
+    """
+
+    step: int = 0
+    best_step: int | None = None
+    best_loss: float | None = None
+    stale: int = 0
+    seconds: float = 0.0
+    ending: str | None = None
+    window: _Window = field(default_factory=_Window)
+
+    @classmethod
+    def of(cls, saved: Mapping[str, Any]) -> _State:
+        return cls(**{**saved, "window": _Window(**saved["window"])})
+
+
+class Run:
+    """Trains a model that `attach` has prepared, from wherever its folder says it has come to.
+
+    Two runs of the same settings, data and model take the same steps, to the last bit on one
+    device, however often one of them was stopped and taken up again.
+
+    Args:
+        train, valid: batches; no validation where the latter is None.
+        store: the run's folder, which the first machine alone writes.
+        answer: the model's answers after a validation, where some are wanted.
+    """
+
+    def __init__(
+        self,
+        step: Step,
+        train: Batches,
+        valid: Batches | None,
+        settings: TrainSettings,
+        store: Store,
+        machines: Machines,
+        answer: Callable[[int], Iterator[Sample]] | None = None,
+    ) -> None:
+        self.step = step
+        self.train, self.valid = train, valid
+        self.settings = settings
+        self.store = store
+        self.machines = machines
+        self.answer = answer
+        self.plan = Plan.of(settings, len(train))
+        self.state = _State()
+
+    def restore(self, saved: Saved) -> None:
+        """Go on from a checkpoint."""
+        weights, optimizer = self.store.load(saved, self.machines)
+        self.step.model.load_weights(list(weights.items()), strict=False)
+        self.step.optimizer.state = optimizer
+        mx.eval(self.step.model.trainable_parameters(), self.step.optimizer.state)
+        self.state = _State.of(saved.state)
+
+    def go(
+        self, tell: Callable[[Event], object], interrupted: Callable[[], bool] = lambda: False
+    ) -> Outcome:
+        """Run to the end, or to the end of a step at which it was interrupted.
+
+        Args:
+            tell: takes what happens, on the first machine alone.
+            interrupted: asked after each step; the run then writes a checkpoint and ends.
+
+        Raises:
+            NonFiniteError: naming the row; weights and checkpoints are those from before.
+            TrainingError: where a checkpoint cannot be written, or validation makes no number.
+            MachineLostError: where another machine is gone.
+        """
+        say = tell if self.machines.is_first else lambda event: None
+        try:
+            with self.machines.watched(), _memory():
+                self.step.model.train()
+                mx.reset_peak_memory()
+                if self.state.step == 0:
+                    self._validate(say)
+                for batches in self._batches():
+                    if self.state.ending is not None:
+                        break
+                    self._advance(batches, say, interrupted)
+        except MachineLostError:
+            self._save(say)  # a step that the others did not finish has changed nothing
+            raise
+        state = self.state
+        return Outcome(state.ending or COMPLETE, state.step, state.best_step, state.best_loss)
+
+    def _advance(
+        self,
+        batches: Sequence[Batch],
+        say: Callable[[Event], object],
+        interrupted: Callable[[], bool],
+    ) -> None:
+        """One step, and what follows it."""
+        state, plan = self.state, self.plan
+        started = time.perf_counter()
+        result = self.step(state.step + 1, batches)
+        seconds = time.perf_counter() - started
+        state.step += 1
+        state.seconds += seconds
+        state.window.add(result, seconds)
+        say(Advanced(state.step, result))
+        last = state.step == plan.steps
+        if last or state.step % self.settings.steps_per_report == 0:
+            say(self._report())
+            state.window = _Window()
+        is_best = False
+        if last or state.step % plan.eval_every == 0:
+            is_best = self._validate(say)
+        patience = self.settings.early_stop
+        stop = self.machines.any(interrupted())
+        if last:
+            state.ending = COMPLETE
+        elif patience and state.stale >= patience:
+            state.ending = STOPPED_EARLY
+        if state.ending or stop or is_best or state.step % plan.save_every == 0:
+            self._save(say)
+        if stop and state.ending is None:
+            state.ending = INTERRUPTED
+
+    def _batches(self) -> Iterator[Sequence[Batch]]:
+        """The micro-batches of each step that is left."""
+        size = self.settings.grad_accumulation_steps
+        done, left = divmod(self.state.step, self.plan.per_epoch)
+        start = self.state.step
+        steps = (
+            step
+            for epoch in count(done)
+            for step in _grouped(self.train.epoch(epoch, left * size if epoch == done else 0), size)
+        )
+        return islice(steps, self.plan.steps - start)
+
+    def _report(self) -> Report:
+        state, window = self.state, self.state.window
+        return Report(
+            step=state.step,
+            epoch=state.step / self.plan.per_epoch,
+            loss=window.weighted / window.weight,
+            metrics={name: value / window.weight for name, value in window.metrics.items()},
+            gradient_norm=window.norm,
+            learning_rate=float(self.step.optimizer.learning_rate.item()),
+            tokens=window.tokens,
+            tokens_per_second=window.tokens / window.seconds,
+            peak_memory=mx.get_peak_memory(),
+            seconds=state.seconds,
+            left=(self.plan.steps - state.step) * window.seconds / window.steps,
+        )
+
+    def _validate(self, say: Callable[[Event], object]) -> bool:
+        """Whether the loss on the validation data is the lowest since training began."""
+        if self.valid is None:
+            return False
+        state, batches = self.state, self.settings.val_batches
+        started = time.perf_counter()
+        feed = self.valid.epoch(0)
+        result = self.step.evaluate(feed if batches < 0 else islice(feed, batches))
+        seconds = time.perf_counter() - started
+        state.seconds += seconds
+        if not math.isfinite(result.loss):
+            raise TrainingError(
+                f"Step {state.step}: the validation loss is {result.loss}.",
+                hint="Go on from the last checkpoint with a lower learning rate.",
+            )
+        best = state.step > 0 and (state.best_loss is None or result.loss < state.best_loss)
+        if best:
+            state.best_step, state.best_loss, state.stale = state.step, result.loss, 0
+        elif state.step > 0:
+            state.stale += 1
+        say(
+            Validation(
+                state.step, result.loss, result.metrics, result.supervised_tokens, best, seconds
+            )
+        )
+        if self.answer is not None and self.machines.is_first:
+            for sample in self.answer(state.step):
+                say(sample)
+        return best
+
+    def _save(self, say: Callable[[Event], object]) -> None:
+        if not self.machines.is_first:
+            return
+        state, step = self.state, self.step
+        weights, optimizer = step.model.trainable_parameters(), step.optimizer.state
+        self.store.save(state.step, weights, optimizer, asdict(state), state.best_step)
+        say(Kept(state.step, state.step == state.best_step))
+
+
+def make_step(
+    model: Phi3ForCausalLM,
+    optimizer: optim.Optimizer,
+    settings: TrainSettings,
+    machines: Machines,
+) -> Step:
+    """What takes the steps: of plain examples, or of preferences."""
+    options: dict[str, Any] = {
+        "clip": settings.clip or None,
+        "checkpointing": settings.grad_checkpoint,
+        "seed": settings.seed,
+        "group": machines.group,
+    }
+    if not settings.dpo:
+        return Step(model, optimizer, **options)
+    from phimlx.training.preference import PreferenceStep
+
+    return PreferenceStep(model, optimizer, beta=settings.beta, **options)
+
+
+def make_batches(
+    examples: Sequence[Example], settings: TrainSettings, machines: Machines, shuffled: bool = True
+) -> Batches:
+    """The batches of some examples, in an order that the seed decides where it is `shuffled`."""
+    kind = Batches
+    if settings.dpo:
+        from phimlx.training.preference import PairBatches
+
+        kind = PairBatches
+    return kind(
+        examples,
+        settings.batch_size,
+        row_length=settings.max_seq_length if settings.pack else None,
+        seed=settings.seed if shuffled else None,
+        rank=machines.rank,
+        ranks=machines.count,
+    )
+
+
+def _grouped(batches: Iterator[Batch], size: int) -> Iterator[Sequence[Batch]]:
+    while group := list(islice(batches, size)):
+        yield group
+
+
+@contextmanager
+def _memory() -> Iterator[None]:
+    """Keep weights resident where the system can, and of freed buffers no more than a part."""
+    from phimlx.machine.memory import machine_memory
+
+    before = mx.set_cache_limit(machine_memory() // CACHE_SHARE)
+    try:
+        with wired_memory():
+            yield
+    finally:
+        mx.set_cache_limit(before)
+        mx.clear_cache()

@@ -1,0 +1,66 @@
+"""Sample answers of a model in training, to prompts that stand in its validation data.
+
+Knows examples and tokens; knows nothing of steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+from phimlx.training.data.batches import Example
+from phimlx.training.run.events import Sample
+
+MAX_TOKENS = 64
+
+
+class Answers:
+    """Answers the first examples, each up to where learning begins in it, with likeliest tokens.
+
+    Args:
+        ends: tokens that end an answer.
+    """
+
+    def __init__(
+        self,
+        model: Phi3ForCausalLM,
+        tokenizer: Tokenizer,
+        ends: frozenset[int],
+        examples: Sequence[Example],
+    ) -> None:
+        self.model = model
+        self.tokenizer = tokenizer
+        self.ends = ends
+        self.examples = examples
+
+    def __call__(self, step: int) -> Iterator[Sample]:
+        """Adapters drop nothing meanwhile."""
+        self.model.eval()
+        try:
+            for example in self.examples:
+                yield self._answer(step, example)
+        finally:
+            self.model.train()
+
+    def _answer(self, step: int, example: Example) -> Sample:
+        learned = np.flatnonzero(example.supervised)
+        begin = max(1, int(learned[0]))
+        gaps = np.flatnonzero(~example.supervised[begin:])
+        end = begin + int(gaps[0]) if len(gaps) else len(example.tokens)
+        prompt = example.tokens[:begin].tolist()
+        answer = []
+        sampler = Sampler(Sampling(), 0, prompt)
+        tokens = generate_tokens(self.model, prompt, sampler, MAX_TOKENS, PromptCache(self.model))
+        for token in tokens:
+            if token in self.ends:
+                break
+            answer.append(token)
+        tokens.close()
+        expected = [t for t in example.tokens[begin:end].tolist() if t not in self.ends]
+        texts = (prompt, expected[:MAX_TOKENS], answer)
+        return Sample(step, example.source, *(self.tokenizer.decode(text) for text in texts))

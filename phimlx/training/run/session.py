@@ -1,0 +1,316 @@
+"""Settings -> a run that is ready to go: its data, what it will need, its model and its folder.
+
+Knows in which order things are found and checked: what costs nothing comes first.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import phimlx
+from phimlx import catalog
+from phimlx.checkpoint.folder import Checkpoint, TensorInfo, build_model
+from phimlx.errors import TrainingError
+from phimlx.models.config import Phi3Config
+from phimlx.training.data.batches import Batches
+from phimlx.training.data.examples import Dataset, Settings, load_data
+from phimlx.training.data.loss_mask import Codec
+from phimlx.training.data.rows import Progress
+from phimlx.training.distributed import Machines
+from phimlx.training.memory_estimate import Forecast, Load, forecast, remedies
+from phimlx.training.run.checkpoints import Saved, Store
+from phimlx.training.run.loop import Plan, Run, make_batches, make_step
+from phimlx.training.settings import TrainSettings, read_settings
+
+if TYPE_CHECKING:
+    from phimlx.api import Phi
+    from phimlx.training.trainable import AdapterSettings
+
+MAX_TOKENS = 2048  # of a row, where nothing is said and the model holds as many
+VALID_FRACTION = 0.05  # of the rows, where nothing is said and the data has no valid file
+SAMPLED = 1 << 20  # bytes of a weight file's beginning and end that tell it from another
+ROOMY = 0.85  # part of the memory below which a forecast is no matter for a warning
+
+
+@dataclass
+class Session:
+    """One run, from its settings on.
+
+    Attributes:
+        folder: the model's.
+        resumed: what the folder of a run to go on with says of it; None for a new run.
+    """
+
+    settings: TrainSettings
+    folder: Path
+    machines: Machines
+    resumed: Mapping[str, Any] | None = None
+
+    def __post_init__(self) -> None:
+        if self.settings.max_seq_length is None:
+            longest = min(MAX_TOKENS, self.config.max_position_embeddings)
+            self.settings = replace(self.settings, max_seq_length=longest)
+
+    @cached_property
+    def checkpoint(self) -> Checkpoint:
+        return Checkpoint(self.folder)
+
+    @cached_property
+    def config(self) -> Phi3Config:
+        return build_model(self.checkpoint.config).config
+
+    @cached_property
+    def codec(self) -> Codec:
+        known = catalog.by_config(self.checkpoint.config, self.folder)
+        return Codec.load(self.folder, known.alias if known else self.folder.resolve().name)
+
+    @cached_property
+    def store(self) -> Store:
+        return Store(Path(self.settings.adapter_path), self.settings.keep)
+
+    def check(self) -> None:
+        """Raise TrainingError where settings do not fit each other, the model or the folder."""
+        settings, longest = self.settings, self.config.max_position_embeddings
+        if settings.data is None:
+            raise TrainingError(
+                "There is no data to learn from.", hint="Name it: --data FILE, folder or Hub id."
+            )
+        if (settings.max_seq_length or 0) > longest:
+            raise TrainingError(
+                f"max_seq_length is {settings.max_seq_length:,}, but the model holds {longest:,} "
+                "tokens."
+            )
+        for name, conflict in (("pack", settings.pack), ("full", _is_full(settings))):
+            if settings.dpo and conflict:
+                raise TrainingError(
+                    f"dpo does not go with {name}.",
+                    hint="Pairs stay together, and are measured against the model without its "
+                    "adapter.",
+                )
+        self.adapter_settings  # noqa: B018 (raises)
+        if self.resumed is None and self.machines.is_first:
+            self.store.refuse_existing()
+
+    def load_data(self, on_progress: Progress = lambda done, total: None) -> dict[str, Dataset]:
+        """Read and check all data; see `phimlx.training.data.examples.load_data`."""
+        settings = self.settings
+        form = Settings(
+            loss_on=cast(Any, settings.loss_on),
+            max_length=settings.max_seq_length,
+            overlong=cast(Any, settings.overlong),
+            mapping=dict(settings.mapping),
+            preferences=settings.dpo,
+        )
+        found = load_data(
+            settings.data or "",
+            self.codec,
+            form,
+            held_out=settings.valid_fraction or None,
+            seed=settings.seed,
+            on_progress=on_progress,
+        )
+        several = len(set(found["train"].rows)) > 1
+        if "valid" not in found and settings.valid_fraction is None and several:
+            found["train"], found["valid"] = found["train"].hold_out(VALID_FRACTION, settings.seed)
+        return found
+
+    def batches(self, data: Mapping[str, Dataset]) -> tuple[Batches, Batches | None]:
+        """What to learn from, in shuffled order, and what to validate on, in a fixed one."""
+        train = make_batches(data["train"].examples, self.settings, self.machines)
+        if "valid" not in data:
+            return train, None
+        examples = data["valid"].examples
+        return train, make_batches(examples, self.settings, self.machines, shuffled=False)
+
+    def load(self, data: Mapping[str, Dataset]) -> Load:
+        """The largest batch: the longest rows come first in the order that is not shuffled."""
+        examples = [example for name in ("train", "valid") if name in data
+                    for example in data[name].examples]  # fmt: skip
+        batches = make_batches(examples, self.settings, self.machines, shuffled=False)
+        return Load.of(next(batches.epoch(0)))
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of a number in the model's computation, which its norms are stored in."""
+        return 4 if self._tensors["model.norm.weight"].dtype == "F32" else 2
+
+    @property
+    def weights(self) -> int:
+        """Bytes of the model's weights."""
+        return sum(info.nbytes for info in self._tensors.values())
+
+    def forecast(self, data: Mapping[str, Dataset]) -> Forecast:
+        """The memory that the run will need."""
+        load = self.load(data)
+        return forecast(self.config, self.weights, self.settings, load, self.itemsize)
+
+    def check_memory(self, data: Mapping[str, Dataset], memory: int) -> str | None:
+        """A warning where the run will hardly fit into so many bytes; None where it will.
+
+        Raises:
+            TrainingError: where it will not, with what to change.
+        """
+        from phimlx.sizes import size_text
+
+        needed = self.forecast(data).total
+        if needed <= ROOMY * memory:
+            return None
+        said = (
+            f"The run is expected to need {size_text(needed)} of memory; this machine has "
+            f"{size_text(memory)} for it"
+        )
+        arguments = (self.config, self.weights, self.settings, self.load(data), self.itemsize)
+        found = next(remedies(*arguments, round(ROOMY * memory)), None)
+        hint = "Take a model at 4 bits (phimlx convert -q), or a smaller one."
+        if found is not None:
+            hint = f"With {found[0]} it would need {size_text(found[1])}."
+        if needed <= memory:
+            return f"{said}. {hint}"
+        raise TrainingError(f"{said}.", hint=f"{hint} To try all the same: --ignore-memory.")
+
+    @cached_property
+    def adapter_settings(self) -> AdapterSettings:
+        from phimlx.training.trainable import AdapterSettings
+
+        settings = self.settings
+        return AdapterSettings(
+            kind=settings.fine_tune_type,
+            rank=settings.rank,
+            alpha=settings.scaled_by,
+            dropout=settings.dropout,
+            rslora=settings.rslora,
+            targets=settings.targets,
+            num_layers=None if settings.num_layers < 0 else settings.num_layers,
+            layers=settings.layers,
+            seed=settings.seed,
+        )
+
+    def about(self, data: Mapping[str, Dataset]) -> dict[str, Any]:
+        """What the run is, as its folder keeps it."""
+        return {
+            "phimlx": phimlx.__version__,
+            "settings": self.settings.as_object(),
+            "model": fingerprint(self.folder),
+            "data": {name: each.fingerprint for name, each in data.items() if name != "test"},
+            "machines": self.machines.count,
+        }
+
+    def run(self, phi: Phi, data: Mapping[str, Dataset]) -> Run:
+        """Prepare the model and its folder, which is to be held from here on.
+
+        Raises:
+            TrainingError: where model, data or settings are not those of the run to go on with, or
+                that run is complete.
+        """
+        from phimlx.adapters.adapter import Base, adapter_config
+        from phimlx.training.run.sample_replies import Answers
+        from phimlx.training.schedule import make_optimizer
+        from phimlx.training.trainable import adapter_of, attach
+
+        about = self.about(data)
+        saved = None
+        if self.resumed is not None:
+            _same_run(self.resumed, about)
+            saved = self._last()
+        attach(phi.model, self.adapter_settings)
+        train, valid = self.batches(data)
+        steps = Plan.of(self.settings, len(train)).steps
+        step = make_step(
+            phi.model, make_optimizer(self.settings, steps), self.settings, self.machines
+        )
+        answer = None
+        if self.settings.sample_prompts and "valid" in data:
+            assert phi.tokenizer is not None  # the codec has found one
+            examples = data["valid"].examples[: self.settings.sample_prompts]
+            answer = Answers(phi.model, phi.tokenizer, phi.eos, examples)
+        run = Run(step, train, valid, self.settings, self.store, self.machines, answer)
+        if saved is not None:
+            run.restore(saved)
+        elif self.machines.is_first:
+            base = Base.of(self.folder, self.checkpoint.config)
+            adapter = adapter_of(phi.model, self.adapter_settings, base)
+            self.store.begin(about, adapter_config(adapter))
+        return run
+
+    def _last(self) -> Saved | None:
+        """The newest whole checkpoint."""
+        last = self.store.saved()[-1:]
+        # The first machine's folder counts; the others need none.
+        told = self.machines.share_json([(each.step, each.state) for each in last])
+        if not told:
+            return None
+        step, state = told[0]
+        if state["ending"] is not None:
+            raise TrainingError(
+                f"The run in {self.store.folder} is {state['ending']}: it took {step:,} steps.",
+                hint="Its adapter is there. Choose another --adapter-path for another run.",
+            )
+        return last[0] if last else Saved(self.store.folder, step, state)
+
+    @cached_property
+    def _tensors(self) -> dict[str, TensorInfo]:
+        unused = build_model(self.checkpoint.config).unused
+        return {
+            name: info
+            for name, info in self.checkpoint.tensors.items()
+            if not name.startswith(unused)
+        }
+
+
+def resumed_settings(about: Mapping[str, Any], given: Mapping[str, Any]) -> TrainSettings:
+    """The settings of a run to go on with, and what was given now in their place.
+
+    Raises:
+        TrainingError: where something else was given that decides about losses.
+    """
+    known = {each.name for each in fields(TrainSettings)}
+    before = {name: value for name, value in about["settings"].items() if name in known}
+    # One of the two stands for nothing where the other is set.
+    idle = "epochs" if before.get("iters") is not None else "iters"
+    values = {name: value for name, value in before.items() if name != idle} | dict(given)
+    settings = read_settings(values)
+    differences = settings.differences(before)
+    if differences:
+        raise TrainingError(
+            f"This is another run than the one to go on with: {'; '.join(differences)}.",
+            hint="Leave out what differs, or choose another --adapter-path for a new run.",
+        )
+    return settings
+
+
+def fingerprint(folder: Path) -> str:
+    """SHA-256 that tells a model from another: its config, its tokenizer, and of each file with
+    weights the name, the size, the beginning and the end."""
+    digest = hashlib.sha256()
+    for name in ("config.json", "tokenizer.json"):
+        path = folder / name
+        digest.update(path.read_bytes() if path.is_file() else b"")
+    for path in Checkpoint(folder).files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(SAMPLED))
+            file.seek(max(0, size - SAMPLED))
+            digest.update(file.read())
+    return digest.hexdigest()
+
+
+def _same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    hint = "Take what the run began with, or choose another --adapter-path for a new run."
+    if before["model"] != now["model"]:
+        raise TrainingError("The model is not the one that the run began with.", hint=hint)
+    for name, what in (("train", "training"), ("valid", "validation")):
+        if before["data"].get(name) != now["data"].get(name):
+            raise TrainingError(
+                f"The {what} data is not what the run began with.",
+                hint=hint,
+            )
+
+
+def _is_full(settings: TrainSettings) -> bool:
+    return settings.fine_tune_type == "full"

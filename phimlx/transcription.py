@@ -1,0 +1,143 @@
+"""Speech of any length to text with times, piece by piece, each as soon as it is understood.
+
+Knows what to ask and what an answer may cost; knows nothing of where a transcript goes.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import TYPE_CHECKING
+
+from phimlx.errors import PromptError
+from phimlx.media.limits import Limits
+from phimlx.media.log_mel import frame_count, token_count
+from phimlx.media.segments import segments_of
+from phimlx.media.subtitles import Cue
+from phimlx.prompt.media_parts import no_media
+
+if TYPE_CHECKING:
+    from phimlx.api import Phi
+    from phimlx.generation.stream import Stream
+    from phimlx.media.audio_file import Source
+    from phimlx.media.segments import Segment
+
+# What the model was trained on; source: the model card of microsoft/Phi-4-multimodal-instruct.
+TRANSCRIBE = "Transcribe the audio clip into text."
+TRANSLATE = "Translate the audio to {language}."
+
+PIECE_SECONDS = 30.0
+# Nobody says more in a second: the fastest speakers say seven words, and a word in a script that
+# the vocabulary knows badly takes several tokens.
+TOKENS_PER_SECOND = 20
+SPARE_TOKENS = 32
+
+# A phrase said so many times on end, over so many tokens, will be said for ever.
+ROUNDS = 8
+LOOP_TOKENS = 32
+LONGEST_PHRASE = 48
+
+
+@dataclass(frozen=True)
+class Piece(Cue):
+    """What was said from `start` to `end`, in seconds from the beginning.
+
+    `finish_reason` is "stop"; "length" where the answer was cut for its length; "loop" where it
+    was cut because it repeated itself, the repetitions left out.
+    """
+
+    finish_reason: str = "stop"
+
+
+def question(prompt: str | None = None, translate_to: str | None = None) -> str:
+    """What the model is asked about each piece.
+
+    Raises:
+        PromptError: where both are given, or one is blank.
+    """
+    if prompt is not None and translate_to is not None:
+        raise PromptError(
+            "A prompt and a language to translate to were given; one of them says what to do.",
+            hint='Name the language in the prompt: "Translate the audio to French."',
+        )
+    for name, text in (("prompt", prompt), ("language", translate_to)):
+        if text is not None and not text.strip():
+            raise PromptError(f"The {name} is empty.")
+    if translate_to is not None:
+        return TRANSLATE.format(language=translate_to.strip())
+    return TRANSCRIBE if prompt is None else prompt
+
+
+def transcribe(
+    phi: Phi,
+    source: Source,
+    *,
+    prompt: str | None = None,
+    translate_to: str | None = None,
+    max_seconds: float = PIECE_SECONDS,
+    limits: Limits | None = None,
+    on_open: Callable[[float | None], None] | None = None,
+) -> Iterator[Piece]:
+    """The speech in a recording as text, cut at silences; pieces come as they are understood.
+
+    The likeliest token is always taken, so that a recording always has the same transcript.
+
+    Args:
+        source: path, https URL, bytes, file object or (samples, rate), of any length.
+        prompt: what to ask about each piece; to transcribe it where None.
+        translate_to: the language of the text, such as "French", where it is not that of the
+            speech.
+        max_seconds: the longest piece, from 1 to 40.
+        limits: how large the source may be; of any length where None.
+        on_open: called with the recording's length in seconds, None where it does not say.
+
+    Raises:
+        MediaError: where the source is no sound; for damage further on, when it is reached.
+        PromptError: where the model does not hear, or there is nothing to ask.
+    """
+    asked = question(prompt, translate_to)
+    if not phi.takes_media:
+        raise no_media(phi.name)
+    limits = limits or Limits(max_seconds=math.inf)
+    return _pieces(phi, segments_of(source, limits, max_seconds, on_open), asked)
+
+
+def _pieces(phi: Phi, segments: Iterator[Segment], asked: str) -> Iterator[Piece]:
+    words = len(phi.encode(asked))
+    cache = phi.new_cache()
+    for segment in segments:
+        slots = token_count(frame_count(len(segment.samples), segment.rate))
+        room = phi.context_length - words - slots - 2  # a line break may be two tokens
+        wanted = SPARE_TOKENS + math.ceil(TOKENS_PER_SECOND * (segment.end - segment.start))
+        with phi.stream(
+            asked,
+            audio=segment.clip,
+            max_tokens=max(1, min(wanted, room)),
+            temperature=0,
+            cache=cache,
+        ) as stream:
+            yield _piece(phi, segment, stream)
+
+
+def _piece(phi: Phi, segment: Segment, stream: Stream) -> Piece:
+    """An answer with its times; a loop is cut after its first round."""
+    reply = stream.reply
+    for _ in stream:
+        repeated = looping(reply.tokens)
+        if repeated and phi.tokenizer is not None:
+            control = phi.tokenizer.control_tokens.values()
+            text = phi.tokenizer.decode(reply.tokens[:-repeated], skip=set(control))
+            return Piece(segment.start, segment.end, text.strip(), "loop")
+    return Piece(segment.start, segment.end, reply.text.strip(), reply.finish_reason)
+
+
+def looping(tokens: Sequence[int]) -> int:
+    """How many tokens at the end only repeat a phrase before them; 0 where it may be speech."""
+    for period in range(1, min(LONGEST_PHRASE, len(tokens) // ROUNDS) + 1):
+        pairs = zip(reversed(tokens), reversed(tokens[:-period]), strict=False)
+        repeated = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        if repeated + period >= max(LOOP_TOKENS, ROUNDS * period):
+            return repeated
+    return 0

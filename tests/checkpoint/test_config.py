@@ -1,0 +1,258 @@
+"""config.json, in every form that is not a Phi-4 model's: what is said of it."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.errors import ConfigError, PhimlxError
+from tests.convert.tiny import MINI, PHI_4, write_config, write_model
+
+FACTORS = MINI["rope_scaling"]
+
+
+def loading(folder: Path) -> PhimlxError:
+    """The error that loading a folder ends with."""
+    with pytest.raises(PhimlxError) as caught:
+        load_model(Checkpoint(folder))
+    return caught.value
+
+
+# The folder and its config.json
+
+
+def test_not_a_folder(tmp_path: Path) -> None:
+    assert str(loading(tmp_path / "none")) == f"{tmp_path}/none is not a folder."
+
+
+def test_no_config(tmp_path: Path) -> None:
+    error = loading(tmp_path)
+    assert isinstance(error, ConfigError)
+    assert str(error) == f"{tmp_path} holds no config.json, so it is not a model folder."
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        (b"", "config.json is not valid JSON (Expecting value: line 1 column 1 (char 0))."),
+        (
+            b'{"a": "\xff"}',
+            "config.json is not valid JSON ('utf-8' codec can't decode byte 0xff in position 7: "
+            "invalid start byte).",
+        ),
+        (b"[]", "config.json is not a JSON object."),
+        (b"null", "config.json is not a JSON object."),
+        (b"[" * 100_000, "config.json is nested too deeply."),
+        (b'{"a":' * 100_000, "config.json is nested too deeply."),
+    ],
+)
+def test_config_that_is_no_object(tmp_path: Path, content: bytes, message: str) -> None:
+    (tmp_path / "config.json").write_bytes(content)
+    assert str(loading(tmp_path)) == message
+
+
+def test_a_config_without_end(tmp_path: Path) -> None:
+    write_config(tmp_path, PHI_4)
+    os.truncate(tmp_path / "config.json", (64 << 20) + 1)
+    assert str(loading(tmp_path)) == "config.json is larger than 64 MB."
+
+
+def test_a_config_that_links_to_itself(tmp_path: Path) -> None:
+    (tmp_path / "config.json").symlink_to("config.json")
+    error = loading(tmp_path)
+    assert str(error) == f"{tmp_path} holds no config.json, so it is not a model folder."
+
+
+LIMIT = "not a whole number from 1 to"
+FAMILY = "but phimlx runs the Phi-4 family: phi3, phi4_multimodal, phi4mm."
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"model_type": "llama"},
+            f"model_type is 'llama', {FAMILY}",
+        ),
+        ({"model_type": None}, f"model_type is None, {FAMILY}"),
+        (
+            {"model_type": ["phi3"]},
+            f"model_type is ['phi3'], {FAMILY}",
+        ),
+        (
+            {"model_type": "x" * 100_000},
+            f"model_type is '{'x' * 56}..., {FAMILY}",
+        ),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but Phi-4 models have 'silu'."),
+        ({"attention_bias": True}, "attention_bias is True, but Phi-4 models have False."),
+        ({"hidden_size": None}, "hidden_size is missing."),
+        ({"hidden_size": 0}, f"hidden_size is 0, {LIMIT} 1048576."),
+        ({"hidden_size": -64}, f"hidden_size is -64, {LIMIT} 1048576."),
+        ({"hidden_size": "64"}, f"hidden_size is '64', {LIMIT} 1048576."),
+        ({"hidden_size": True}, f"hidden_size is True, {LIMIT} 1048576."),
+        ({"hidden_size": 64.0}, f"hidden_size is 64.0, {LIMIT} 1048576."),
+        ({"hidden_size": [64]}, f"hidden_size is [64], {LIMIT} 1048576."),
+        ({"hidden_size": 1 << 40}, f"hidden_size is 1099511627776, {LIMIT} 1048576."),
+        ({"num_hidden_layers": 10**9}, f"num_hidden_layers is 1000000000, {LIMIT} 1024."),
+        ({"vocab_size": 1 << 60}, f"vocab_size is {1 << 60}, {LIMIT} 16777216."),
+        ({"head_dim": 0}, f"head_dim is 0, {LIMIT} 16384."),
+        (
+            {"num_key_value_heads": 3},
+            "num_attention_heads (4) is not a multiple of num_key_value_heads (3).",
+        ),
+        ({"hidden_size": 66}, "hidden_size (66) is not a multiple of num_attention_heads (4)."),
+        (
+            {"sliding_window": 128},
+            "sliding_window (128) is below max_position_embeddings (256), but Phi-4 models attend "
+            "to every position.",
+        ),
+        ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', not true or false."),
+        ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number above 0."),
+        ({"rms_norm_eps": 0}, "rms_norm_eps is 0, not a number above 0."),
+        ({"rope_theta": float("inf")}, "rope_theta is inf, not a number above 0."),
+        ({"rope_scaling": [1]}, "rope_scaling is [1], not a table of values."),
+        (
+            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
+            "rope_scaling.type is 'yarn', but Phi-4 models have 'default' or 'longrope'.",
+        ),
+        (
+            {"rope_scaling": {**FACTORS, "rope_type": "default"}},
+            "rope_scaling.rope_type is 'default', but rope_scaling.type is 'longrope'.",
+        ),
+        (
+            {"rope_scaling": {**FACTORS, "beta_fast": 32}},
+            "rope_scaling.beta_fast is not a setting that Phi-4 models use.",
+        ),
+        (
+            {"rope_scaling": {"long_factor": [1.0] * 6, "short_factor": [1.0] * 6}},
+            "long and short factors are given, but no rope type.",
+        ),
+        (
+            {"rope_scaling": {**FACTORS, "long_factor": [1.0] * 5}},
+            "long_factor needs 6 numbers, one a frequency; it has 5.",
+        ),
+        (
+            {"rope_scaling": {**FACTORS, "short_factor": [1.0] * 7}},
+            "short_factor needs 6 numbers, one a frequency; it has 7.",
+        ),
+        (
+            {"rope_scaling": {"type": "longrope", "long_factor": [1.0] * 6}},
+            "short_factor needs 6 numbers, one a frequency; it has none.",
+        ),
+        (
+            {"rope_scaling": {**FACTORS, "long_factor": [1.0] * 5 + ["2"]}},
+            "long_factor is '2', not a number above 0.",
+        ),
+        (
+            {"rope_scaling": {**FACTORS, "long_factor": [1.0] * 5 + [0.0]}},
+            "long_factor is 0.0, not a number above 0.",
+        ),
+        (
+            {"partial_rotary_factor": 0.01},
+            "partial_rotary_factor (0.01) turns 0 of 16 channels; it must be an even number of "
+            "them, and not none.",
+        ),
+        (
+            {"partial_rotary_factor": 1.5},
+            "partial_rotary_factor (1.5) turns 24 of 16 channels; it must be an even number of "
+            "them, and not none.",
+        ),
+        (
+            {"original_max_position_embeddings": 512},
+            "original_max_position_embeddings (512) is above max_position_embeddings (256).",
+        ),
+        (
+            {"original_max_position_embeddings": None},
+            "original_max_position_embeddings is missing.",
+        ),
+        (
+            {"rope_parameters": {"rope_theta": 500000.0}},
+            "rope_theta is 10000.0, but rope_parameters.rope_theta is 500000.0.",
+        ),
+        (
+            {"rope_parameters": {**FACTORS, "long_factor": [1.0] * 6}},
+            "rope_parameters.long_factor is [1.0, 1.0, 1.0, 1.0, 1.0, 1.0], but "
+            "rope_scaling.long_factor is [1.0, 2.0, 4.0, 8.0, 16.0, 32.0].",
+        ),
+        (
+            {"rope_parameters": {**FACTORS, "original_max_position_embeddings": 64}},
+            "original_max_position_embeddings is 32, but "
+            "rope_parameters.original_max_position_embeddings is 64.",
+        ),
+        (
+            {"rope_parameters": {"rope_type": "default"}},
+            "rope_parameters.rope_type is 'default', but rope_scaling.type is 'longrope'.",
+        ),
+        (
+            {"rope_scaling": {**FACTORS, "max_position_embeddings": 512}},
+            "max_position_embeddings is 256, but rope_scaling.max_position_embeddings is 512.",
+        ),
+    ],
+)
+def test_config_values(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
+    write_config(tmp_path, {**MINI, **changes})
+    error = loading(tmp_path)
+    assert isinstance(error, ConfigError)
+    assert str(error) == f"config.json: {message}"
+
+
+# Quantization tables
+
+
+@pytest.mark.parametrize(
+    ("table", "message"),
+    [
+        ([4], "quantization is [4], not a table of values."),
+        ({"bits": 4}, "quantization.group_size is None, but affine has 32 or 64 or 128."),
+        (
+            {"group_size": 16, "bits": 4},
+            "quantization.group_size is 16, but affine has 32 or 64 or 128.",
+        ),
+        (
+            {"group_size": 32, "bits": 7},
+            "quantization.bits is 7, but affine has 2 or 3 or 4 or 5 or 6 or 8.",
+        ),
+        (
+            {"group_size": 32, "bits": 4.0},
+            "quantization.bits is 4.0, but affine has 2 or 3 or 4 or 5 or 6 or 8.",
+        ),
+        (
+            {"group_size": 64, "bits": 4, "mode": "mxfp4"},
+            "quantization.group_size is 64, but mxfp4 has 32.",
+        ),
+        (
+            {"group_size": 32, "bits": 8, "mode": "mxfp4"},
+            "quantization.bits is 8, but mxfp4 has 4.",
+        ),
+        (
+            {"group_size": 32, "bits": 4, "mode": "int4"},
+            "quantization.mode is 'int4', not one of affine, mxfp4, mxfp8, nvfp4.",
+        ),
+        (
+            {"group_size": 32, "bits": 4, "mode": {}},
+            "quantization.mode is {}, not one of affine, mxfp4, mxfp8, nvfp4.",
+        ),
+        (
+            {"group_size": 32, "bits": 4, "lm_head": {"bits": 1}},
+            "quantization.lm_head.bits is 1, but affine has 2 or 3 or 4 or 5 or 6 or 8.",
+        ),
+    ],
+)
+def test_quantization_tables(tmp_path: Path, table: Any, message: str) -> None:
+    error = loading(write_model(tmp_path, {**PHI_4, "quantization": table}))
+    assert isinstance(error, ConfigError)
+    assert str(error) == f"config.json: {message}"
+
+
+def test_another_frameworks_quantization(tmp_path: Path) -> None:
+    error = loading(
+        write_model(tmp_path, {**PHI_4, "quantization_config": {"quant_method": "awq"}})
+    )
+    assert str(error) == (
+        "config.json: quantization_config is another framework's; phimlx reads MLX's quantization."
+    )
+    assert error.hint == "Convert the original model: phimlx convert MODEL --mlx-path OUT -q"

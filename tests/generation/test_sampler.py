@@ -1,0 +1,126 @@
+"""Sampling against distributions written out by hand."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+
+import mlx.core as mx
+import pytest
+
+from phimlx.errors import GenerationError
+from phimlx.generation.sampler import Sampler, Sampling, restrict
+
+# Five tokens with probabilities 0.5, 0.25, 0.125, 0.1, 0.025.
+PROBABILITIES = [0.1, 0.5, 0.025, 0.25, 0.125]
+LOGITS = mx.log(mx.array([PROBABILITIES]))
+
+
+def kept(**settings: float) -> list[int]:
+    """Tokens that sampling may still choose."""
+    logits = restrict(LOGITS, Sampling(**{"temperature": 1.0, **settings}))
+    return [i for i, logit in enumerate(logits[0].tolist()) if logit > -math.inf]
+
+
+@pytest.mark.parametrize(
+    ("settings", "expected"),
+    [
+        ({}, [0, 1, 2, 3, 4]),
+        ({"top_k": 1}, [1]),
+        ({"top_k": 3}, [1, 3, 4]),
+        ({"top_k": 99}, [0, 1, 2, 3, 4]),
+        ({"top_p": 0.4}, [1]),
+        ({"top_p": 0.6}, [1, 3]),
+        ({"top_p": 0.9}, [0, 1, 3, 4]),
+        ({"top_p": 1e-9}, [1]),
+        ({"min_p": 0.3}, [1, 3]),
+        ({"min_p": 1.0}, [1]),
+        # Top-k first: among three tokens 0.5 is 4/7 of what is left, so 0.6 needs two.
+        ({"top_k": 3, "top_p": 0.6}, [1, 3]),
+        ({"top_k": 3, "top_p": 0.57}, [1]),
+        # The temperature comes first: at 2 the likeliest of all holds only a third.
+        ({"temperature": 2.0, "top_p": 0.4}, [1, 3]),
+    ],
+)
+def test_what_is_kept(settings: dict[str, float], expected: list[int]) -> None:
+    assert kept(**settings) == expected
+
+
+def test_frequencies_follow_the_distribution() -> None:
+    sampler = Sampler(Sampling(temperature=1.0), seed=3)
+    drawn = Counter(int(sampler(LOGITS).item()) for _ in range(4000))
+    for token, probability in enumerate(PROBABILITIES):
+        spread = math.sqrt(probability * (1 - probability) / 4000)
+        assert abs(drawn[token] / 4000 - probability) < 4.5 * spread
+
+
+def test_a_seed_fixes_the_tokens_and_leaves_the_process_stream_alone() -> None:
+    def draw(seed: int) -> list[int]:
+        sampler = Sampler(Sampling(temperature=1.0), seed)
+        return [int(sampler(LOGITS).item()) for _ in range(30)]
+
+    mx.random.seed(1)
+    first = draw(7)
+    mx.random.seed(2)
+    assert draw(7) == first
+    assert draw(8) != first
+
+
+def test_penalties() -> None:
+    """Worked by hand: CTRL's division and multiplication, then the two subtractions."""
+    logits = mx.array([[2.0, -2.0, 1.0, 0.0]])
+    repetition = Sampler(Sampling(repetition_penalty=2.0), 0, prompt=[0, 1])
+    assert repetition._penalize(logits).tolist() == [[1.0, -4.0, 1.0, 0.0]]
+    counted = Sampler(Sampling(presence_penalty=0.5, frequency_penalty=0.25), 0, prompt=[0, 1])
+    assert int(counted(logits).item()) == 0  # the prompt does not count here
+    assert int(counted(logits).item()) == 0
+    assert counted._penalize(logits).tolist() == [[1.0, -2.0, 1.0, 0.0]]
+
+
+def test_greedy_with_repetition_penalty_moves_on() -> None:
+    sampler = Sampler(Sampling(repetition_penalty=10.0), 0)
+    logits = mx.array([[3.0, 2.0, 1.0]])
+    assert [int(sampler(logits).item()) for _ in range(3)] == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"temperature": -1}, "temperature is -1; it must be 0 or more."),
+        ({"temperature": math.nan}, "temperature is nan; it must be 0 or more."),
+        ({"top_p": 0}, "top_p is 0; it must be above 0 and at most 1."),
+        ({"top_p": 1.5}, "top_p is 1.5; it must be above 0 and at most 1."),
+        ({"top_k": -1}, "top_k is -1; it must be a whole number, 0 for no limit."),
+        ({"top_k": 2.5}, "top_k is 2.5; it must be a whole number, 0 for no limit."),
+        ({"min_p": 2}, "min_p is 2; it must be from 0 to 1."),
+        ({"min_p": "a"}, "min_p is 'a'; it must be from 0 to 1."),
+        ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0."),
+        ({"presence_penalty": 3}, "presence_penalty is 3; it must be from -2 to 2."),
+        ({"frequency_penalty": -3}, "frequency_penalty is -3; it must be from -2 to 2."),
+    ],
+)
+def test_values_out_of_range(settings: dict[str, float], message: str) -> None:
+    with pytest.raises(GenerationError) as error:
+        Sampling(**settings)
+    assert str(error.value) == message
+
+
+@pytest.mark.parametrize(
+    ("file", "usual", "expected"),
+    [
+        ({}, {}, Sampling()),
+        ({}, {"temperature": 0.8, "top_p": 0.95}, Sampling(temperature=0.8, top_p=0.95)),
+        (
+            {"do_sample": True, "temperature": 0.8, "top_k": 50, "top_p": 0.95},
+            {},
+            Sampling(temperature=0.8, top_k=50, top_p=0.95),
+        ),
+        ({"do_sample": True}, {}, Sampling(temperature=1.0)),
+        ({"do_sample": False, "temperature": 0.8}, {"temperature": 0.8}, Sampling()),
+        ({"temperature": 0.6}, {"temperature": 0.8, "top_p": 0.95}, Sampling(0.6, top_p=0.95)),
+    ],
+)
+def test_defaults_of_a_model(
+    file: dict[str, float], usual: dict[str, float], expected: Sampling
+) -> None:
+    assert Sampling.defaults(file, usual) == expected

@@ -1,0 +1,99 @@
+"""Two processes under `mlx.launch` train as one does, and one's death ends the run in order."""
+
+from __future__ import annotations
+
+import json
+import socket
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.training.folder import write_rows, write_tiny
+
+ROOT = Path(__file__).parents[2]
+LAUNCH = Path(sys.executable).parent / "mlx.launch"
+OPTIONS = (
+    *("--iters", "6", "--batch-size", "4", "--grad-accumulation-steps", "2", "--rank", "4"),
+    *("--learning-rate", "0.01", "--steps-per-report", "1", "--steps-per-eval", "3"),
+)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("machines")
+    write_tiny(folder / "model")
+    write_rows(folder / "rows.jsonl", 26)
+    pairs = [
+        {"prompt": f"Say {i}.", "chosen": f"{i} is it", "rejected": "so " * (1 + i % 5)}
+        for i in range(13)
+    ]
+    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder
+
+
+def arguments(place: Path, name: str, data: str, *more: str) -> list[str]:
+    begin = ["train", "--model", str(place / "model"), "--data", str(place / data)]
+    return [*begin, "--adapter-path", str(place / name), *OPTIONS, *more]
+
+
+def alone(arguments: list[str]) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "tests.training.run.killed", "never", "0", *arguments]
+    return subprocess.run(command, cwd=ROOT, capture_output=True, text=True, timeout=300)
+
+
+def together(arguments: list[str], *how: str) -> subprocess.CompletedProcess[str]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    launch = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", str(port), "--cwd"]
+    run = [sys.executable, "-m", "tests.training.run.killed", *(how or ("never", "0")), *arguments]
+    return subprocess.run(
+        [*launch, str(ROOT), "--", *run], cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def log(folder: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text().splitlines()]
+
+
+def losses(folder: Path) -> list[tuple[tuple[str, int], float]]:
+    """What was reported at which step, and its loss."""
+    return [((row["kind"], row["step"]), row["loss"]) for row in log(folder) if "loss" in row]
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "more"),
+    [
+        ("plain", "rows.jsonl", ()),
+        ("packed", "rows.jsonl", ("--pack", "--max-seq-length", "64")),
+        ("preferences", "pairs.jsonl", ("--dpo",)),
+    ],
+)
+def test_losses_are_those_of_one_process(
+    place: Path, name: str, data: str, more: tuple[str, ...]
+) -> None:
+    one = alone(arguments(place, f"{name}-1", data, *more))
+    assert one.returncode == 0, one.stderr
+    two = together(arguments(place, f"{name}-2", data, *more))
+    assert two.returncode == 0, two.stderr
+    expected, found = losses(place / f"{name}-1"), losses(place / f"{name}-2")
+    assert len(expected) >= 8  # six steps, two validations or more
+    assert [step for step, _ in found] == [step for step, _ in expected]
+    for (_, loss), (_, wanted) in zip(found, expected, strict=True):
+        assert loss == pytest.approx(wanted, rel=1e-5)
+    # The first alone writes and prints.
+    names = sorted(path.name for path in (place / f"{name}-2").iterdir())
+    assert names == sorted(path.name for path in (place / f"{name}-1").iterdir())
+
+
+def test_a_lost_machine_ends_the_run_with_what_was_learned(place: Path) -> None:
+    lost = together(arguments(place, "lost", "rows.jsonl"), "SIGKILL@1", "5")
+    assert "Another of the 2 machines is lost, so the run ends here" in lost.stderr + lost.stdout
+    # Weights and optimizer are those of the last step that was whole, and go on from there.
+    kept = sorted(path.name for path in (place / "lost" / "checkpoints").iterdir())
+    assert kept[-1] == "step-0000004"
+    together(["train", "--resume", "--adapter-path", str(place / "lost")])
+    assert dict(losses(place / "lost")) == dict(losses(place / "plain-2"))

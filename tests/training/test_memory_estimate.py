@@ -1,0 +1,111 @@
+"""The forecast against what MLX says that a step took, and what is advised where it is too much."""
+
+from __future__ import annotations
+
+import gc
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
+import pytest
+from mlx.utils import tree_flatten
+
+from phimlx.models.config import Phi3Config
+from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.training.data.batches import Batches, Example
+from phimlx.training.memory_estimate import Load, forecast, remedies
+from phimlx.training.schedule import make_optimizer
+from phimlx.training.settings import TrainSettings
+from phimlx.training.step import Step
+from phimlx.training.trainable import AdapterSettings, attach
+
+CONFIG = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 8000,
+    "max_position_embeddings": 8192,
+    "original_max_position_embeddings": 8192,
+    "rms_norm_eps": 1e-5,
+    "tie_word_embeddings": True,
+    "rope_theta": 10000.0,
+}
+MINI = {
+    **CONFIG,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 24,
+    "num_key_value_heads": 8,
+    "vocab_size": 200064,
+}
+GB = 1_000_000_000
+
+# Changes of the configuration, of the settings, bits of the weights, length of the rows.
+RUNS: dict[str, tuple[dict[str, Any], dict[str, Any], int | None, int]] = {
+    "lora": ({}, {}, None, 128),
+    "lora, checkpointed, long rows": ({"vocab_size": 500}, {"grad_checkpoint": True}, None, 256),
+    "lora at 4 bits": ({"vocab_size": 500, "num_hidden_layers": 4}, {}, 4, 96),
+    "all weights": ({"vocab_size": 2000}, {"fine_tune_type": "full"}, None, 64),
+}
+
+
+def weights_of(model: nn.Module) -> int:
+    return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
+
+
+@pytest.mark.parametrize("name", RUNS)
+def test_within_15_percent_of_the_measured_peak(name: str) -> None:
+    changes, options, bits, length = RUNS[name]
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    config = Phi3Config.from_dict({**CONFIG, **changes})
+    settings = TrainSettings(**options)
+    mx.random.seed(0)
+    model = Phi3ForCausalLM(config)
+    if bits:
+        nn.quantize(model, 64, bits)
+    mx.eval(model.parameters())
+    random = np.random.default_rng(0)
+    examples = [
+        Example(
+            random.integers(0, config.vocab_size, length + 1).astype(np.int32),
+            np.ones(length + 1, bool),
+        )
+        for _ in range(4)
+    ]
+    (batch,) = Batches(examples, 4).epoch(0)
+    expected = forecast(config, weights_of(model), settings, Load.of(batch), 4).total
+
+    attach(model, AdapterSettings(settings.fine_tune_type, settings.rank, alpha=32.0))
+    step = Step(
+        model, make_optimizer(settings, 3), clip=1.0, checkpointing=settings.grad_checkpoint
+    )
+    mx.reset_peak_memory()
+    for number in range(1, 4):
+        step(number, [batch])
+    measured = mx.get_peak_memory() - others
+    assert expected == pytest.approx(measured, rel=0.15)
+
+
+def test_the_mildest_remedy_that_fits_is_named() -> None:
+    config, settings = Phi3Config.from_dict(MINI), TrainSettings()
+    load = Load(4, 2048, 8192)
+
+    def first(memory: int) -> str | None:
+        found = next(remedies(config, 2 * GB, settings, load, 2, memory), None)
+        return None if found is None else found[0]
+
+    needed = [
+        forecast(config, 2 * GB, TrainSettings(grad_checkpoint=True), each).total
+        for each in (load, load.shrunk(2, 2048), load.shrunk(1, 1024))
+    ]
+    assert needed == sorted(needed, reverse=True)
+    assert first(needed[0]) == "--grad-checkpoint"
+    assert first(needed[1]) == "--grad-checkpoint --batch-size 2"
+    assert first(needed[2]) == "--grad-checkpoint --batch-size 1 --max-seq-length 1024"
+    assert first(2 * GB) is None
