@@ -36,7 +36,6 @@ phimlx chat --model {title}
 """
 TARGETS = {"mlx": "MLX", "pt": "Hub layout"}
 LIBRARIES = {"mlx": "mlx", "pt": "transformers"}
-TASKS = {"phi3": "text-generation", "phi4mm": "image-text-to-text"}  # by model_type
 
 
 def model_config(
@@ -77,7 +76,7 @@ def model_card(
     recipe: Recipe | None,
     format: str,
     layers: Mapping[str, Quantization | None] = MappingProxyType({}),
-    model_type: str = "phi3",
+    task: str = "text-generation",
 ) -> str:
     """`README.md`: what it was made from, and how.
 
@@ -85,7 +84,7 @@ def model_card(
         source: the folder that it was made from, which may tell repository and revision.
         format: of the weight files, "mlx" or "pt".
         layers: what became of each layer that can be quantized.
-        model_type: as in config.json.
+        task: of the model, in the Hub's terms.
     """
     form = f"weights in {dtype or 'their own types'}"
     if recipe is not None:
@@ -94,7 +93,7 @@ def model_card(
             form += f", others by the recipe {recipe.name}"
     about: dict[str, object] = {
         "library_name": LIBRARIES[format],
-        "pipeline_tag": TASKS[model_type],
+        "pipeline_tag": task,
         "tags": ["mlx", "phimlx"] if format == "mlx" else ["phimlx"],
     }
     repository, revision = published_as(source)

@@ -18,7 +18,8 @@ from convert.quantize.recipe import Quantization, Recipe, Rule
 from convert.quantize.tensor import Block, Change
 from convert.steps import Step, Steps, stored_quantizations
 from phimlx.adapters.adapter import Adapter, check_fit, read_adapter
-from phimlx.checkpoint.folder import Checkpoint, build_model, stored_parameters
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, stored_parameters
 from phimlx.models.lora import LowRank
 
 

@@ -34,8 +34,10 @@ from convert.read import WeightFiles, read_blocks
 from convert.steps import Steps
 from convert.write import Layout, ShardWriter, write_index
 from phimlx import catalog
-from phimlx.checkpoint.folder import DTYPES, Checkpoint, build_model
+from phimlx.checkpoint.folder import DTYPES, Checkpoint
+from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
+from phimlx.models import registry
 
 SHARD_BYTES = 5 << 30  # as mlx-lm's
 BATCH_BYTES = 16 << 20  # computed at once, as plain numbers
@@ -222,7 +224,7 @@ class Plan:
             self.recipe,
             self.layout.format,
             self.steps.layers,
-            self.checkpoint.config["model_type"],
+            registry.of_config(self.checkpoint.config).task,
         )
         card += "" if self.lesson is None else self.lesson.markdown()
         card += "" if self.fusion is None else self.fusion.markdown()
@@ -283,8 +285,7 @@ def plan(
     refuse_existing(out)
     checkpoint = Checkpoint(source)
     if isinstance(recipe, str):
-        build_model(checkpoint.config)  # an architecture that there are recipes for
-        recipe = named(recipe, checkpoint.config["model_type"])
+        recipe = named(recipe, registry.of_config(checkpoint.config))
     elif isinstance(recipe, Quantization):
         recipe = Recipe(UNIFORM, recipe)
     if recipe is not None and group_size is not None:
@@ -383,7 +384,7 @@ def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: boo
 def check_parts(checkpoint: Checkpoint, parts: Collection[str]) -> None:
     """Refuse to quantize what a model does not have."""
     model = build_model(checkpoint.config)
-    if model.slots is None:
+    if model.placeholders is None:
         raise ConversionError(
             f"{checkpoint.folder} takes text only, so it has no {' and no '.join(parts)}.",
             hint=f"Leave {' and '.join(f'--q-{part}' for part in parts)} out.",

@@ -16,14 +16,8 @@ import mlx.nn as nn
 from convert.quantize.recipe import Quantization, Recipe, part_of
 from convert.quantize.tensor import Change
 from convert.read import Place, Rows, locate
-from phimlx.checkpoint.folder import (
-    DTYPES,
-    FLOATING_DTYPES,
-    STORED_DTYPES,
-    Checkpoint,
-    build_model,
-    stored_parameters,
-)
+from phimlx.checkpoint.folder import DTYPES, FLOATING_DTYPES, STORED_DTYPES, Checkpoint
+from phimlx.checkpoint.load import build_model, stored_parameters
 from phimlx.errors import ConversionError
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from phimlx import catalog
-from phimlx.checkpoint.folder import DTYPES, Checkpoint, load_model, read_json
+from phimlx.checkpoint.folder import DTYPES, Checkpoint, read_json
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import ConfigError, GenerationError, PromptError, TokenizerError, shortened
 from phimlx.generation.engine import PromptCache, generate_tokens
 from phimlx.generation.media_inputs import Beside, fill, name_slots, sources_in
@@ -22,7 +23,7 @@ from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.generation.stop import StopStrings
 from phimlx.generation.stream import Reply, Stream
 from phimlx.hub import resolve as hub
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 from phimlx.prompt.media_parts import FRAMES
 
 if TYPE_CHECKING:
@@ -88,7 +89,7 @@ class Phi:
         checkpoint = Checkpoint(folder)
         self.path = checkpoint.folder
         self.config = checkpoint.config
-        self.model: Phi3ForCausalLM = load_model(checkpoint, dtype)
+        self.model: CausalLM = load_model(checkpoint, dtype)
         if adapter is not None:
             from phimlx.adapters.adapter import load_adapter
 
@@ -96,8 +97,8 @@ class Phi:
         known = catalog.by_config(self.config, self.path)
         self.name = known.alias if known else self.path.resolve().name
         self.context_length = self.model.config.max_position_embeddings
-        slots = self.model.slots
-        self.slots = None if slots is None else {"image": slots.image, "audio": slots.audio}
+        slots = self.model.placeholders
+        self.placeholders = None if slots is None else {"image": slots.image, "audio": slots.audio}
         self.tokenizer: Tokenizer | None = None
         if (self.path / "tokenizer.json").is_file():
             from phimlx.prompt.tokenizer.tokenizer import Tokenizer
@@ -121,14 +122,14 @@ class Phi:
             from phimlx.prompt.chat_template import ChatTemplate
 
             self._template = ChatTemplate.load(
-                self.path, self._text_tokenizer(), self.name, self.slots
+                self.path, self._text_tokenizer(), self.name, self.placeholders
             )
         return self._template
 
     @property
     def takes_media(self) -> bool:
         """Whether the model sees pictures and hears sounds."""
-        return self.slots is not None
+        return self.placeholders is not None
 
     def generate(self, prompt: Prompt = "", **options: Any) -> Reply:
         """The whole reply at once; arguments as for `stream`."""
@@ -282,7 +283,7 @@ class Phi:
         from phimlx.prompt.media_parts import attach, no_media
         from phimlx.prompt.messages import read_messages
 
-        if beside and self.slots is None:
+        if beside and self.placeholders is None:
             raise no_media(self.name)
         sources = beside.sources()
         if isinstance(prompt, str) and not raw:
@@ -293,20 +294,21 @@ class Phi:
             raise PromptError("The prompt is empty.")
         if isinstance(prompt, str):
             names = self._text_tokenizer().control_tokens
-            text = name_slots(prompt, self.slots, names) if beside and self.slots else prompt
+            slots = self.placeholders
+            text = name_slots(prompt, slots, names) if beside and slots else prompt
             ids = self._text_tokenizer().encode(text, control=True)
         elif all(isinstance(item, Mapping) for item in prompt):
             said = cast("Sequence[Mapping[str, Any]]", prompt)
             messages = read_messages(attach(said, sources["image"], sources["audio"]))
             sources = sources_in(messages)
-            if self.slots is None and any(sources.values()):
+            if self.placeholders is None and any(sources.values()):
                 raise no_media(self.name)
             ids = self.template.encode(messages, tools)
         else:
             ids = self._checked(prompt)
-        if self.slots is None or not any(sources.values()):
+        if self.placeholders is None or not any(sources.values()):
             return ids, None
-        return fill(ids, self.slots, sources, beside.limits, self._picture_settings)
+        return fill(ids, self.placeholders, sources, beside.limits, self._picture_settings)
 
     @cached_property
     def _picture_settings(self) -> dict[str, int]:

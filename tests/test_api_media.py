@@ -42,14 +42,14 @@ def seen(phi: phimlx.Phi, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     """How many pictures and sounds each run of the encoders was given."""
     calls: list[list[int]] = []
     model = type(phi.model)
-    see = model.see  # type: ignore[attr-defined]
+    see = model.encode_media  # type: ignore[attr-defined]
 
     def counting(self: Any, **arrays: mx.array) -> Any:
         names = ("input_image_embeds", "input_audio_embeds")
         calls.append([len(arrays[name]) if name in arrays else 0 for name in names])
         return see(self, **arrays)
 
-    monkeypatch.setattr(model, "see", counting)
+    monkeypatch.setattr(model, "encode_media", counting)
     return calls
 
 

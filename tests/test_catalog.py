@@ -11,9 +11,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phimlx import catalog
-from phimlx.checkpoint.folder import build_model
+from phimlx.checkpoint.load import build_model
 from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
-from phimlx.models.config import Phi3Config
+from phimlx.models.phi3 import Phi3Config
 
 PUBLISHED = {
     "phi-4": "phi-4",

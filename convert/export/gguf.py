@@ -1,7 +1,7 @@
 """A model folder -> one GGUF file, as llama.cpp reads it, one block of rows at a time.
 
-Knows GGUF's names for the phi3 architecture; the format itself is the `gguf` package's.
-Source: llama.cpp, convert_hf_to_gguf.py, Phi3MiniModel.
+An architecture's names in that format are in its record; the format itself is the `gguf` package's.
+Source: llama.cpp, convert_hf_to_gguf.py, Phi3MiniModel and Phi2Model.
 """
 
 from __future__ import annotations
@@ -23,27 +23,16 @@ from convert.pipeline import BATCHES_AHEAD, JOURNAL_BYTES, Conversion, check_pur
 from convert.read import WeightFiles, read_blocks
 from convert.steps import Step, Steps
 from phimlx import catalog
-from phimlx.checkpoint.folder import Checkpoint, build_model, read_json
+from phimlx.checkpoint.folder import Checkpoint, read_json
 from phimlx.errors import ConversionError, shortened
 from phimlx.extras import optional
-from phimlx.models.config import Phi3Config
+from phimlx.models import registry
+from phimlx.models.base import ModelConfig
+from phimlx.models.registry import GGUF
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
     from numpy.typing import NDArray
-
-# What of a name comes between `blk.N.` or nothing and `.weight`.
-NAMES = {
-    "model.embed_tokens": "token_embd",
-    "model.norm": "output_norm",
-    "lm_head": "output",
-    "input_layernorm": "attn_norm",
-    "self_attn.qkv_proj": "attn_qkv",
-    "self_attn.o_proj": "attn_output",
-    "post_attention_layernorm": "ffn_norm",
-    "mlp.gate_up_proj": "ffn_up",
-    "mlp.down_proj": "ffn_down",
-}
 
 # How text is split before it is encoded: the beginning of the expression, and llama.cpp's name.
 SPLITTERS = {
@@ -61,7 +50,7 @@ class GgufPlan:
     """A GGUF file, checked and laid out, not yet begun; see `convert.pipeline.Plan`."""
 
     checkpoint: Checkpoint
-    config: Phi3Config
+    config: ModelConfig
     out: Path
     steps: Steps
     kind: str
@@ -120,14 +109,15 @@ class GgufPlan:
         import numpy as np
 
         path = folder / "header"
-        writer = gguf.GGUFWriter(path, "phi3")
-        _add_settings(writer, self.checkpoint, self.config, self.kind)
+        form = self._form
+        writer = gguf.GGUFWriter(path, form.architecture)
+        _add_settings(writer, self.checkpoint, self.config, form, self.kind)
         _add_tokenizer(writer, self.checkpoint.folder, self.config.vocab_size)
         for name, factors in self._rope_factors.items():
             writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
         dtype = np.dtype(np.float32)  # of a shape that counts numbers, not bytes
         for step in self.steps.steps:
-            name, nbytes = gguf_name(step.change.name), self._nbytes(step)
+            name, nbytes = gguf_name(step.change.name, form), self._nbytes(step)
             writer.add_tensor_info(name, step.shape, dtype, nbytes, self._kind_of(step))
         writer.open_output_file()
         writer.write_header_to_file()
@@ -185,6 +175,12 @@ class GgufPlan:
         return file.tell() - start
 
     @property
+    def _form(self) -> GGUF:
+        form = registry.of_config(self.checkpoint.config).gguf
+        assert form is not None  # as `plan_gguf` has checked
+        return form
+
+    @property
     def _rope_factors(self) -> dict[str, NDArray[Any]]:
         import numpy as np
 
@@ -239,7 +235,8 @@ def plan_gguf(
     out = Path(out).absolute()
     refuse_existing(out)
     checkpoint = Checkpoint(source)
-    if build_model(checkpoint.config).slots is not None:
+    architecture = registry.of_config(checkpoint.config)
+    if architecture.gguf is None:
         raise ConversionError(
             f"{checkpoint.folder} sees and hears, with an adapter for each, which llama.cpp does "
             "not run: there is no GGUF file of such a model.",
@@ -247,7 +244,7 @@ def plan_gguf(
         )
     check_purpose(checkpoint, None, dequantize)
     steps = Steps.of(checkpoint, None, None)
-    config = Phi3Config.from_dict(checkpoint.config)
+    config = architecture.read_config(checkpoint.config)
     half = {"F16": mx.float16}.get(kind, mx.float32)
     typed = tuple(
         replace(
@@ -264,13 +261,13 @@ def plan_gguf(
     return planned
 
 
-def gguf_name(name: str) -> str:
-    """GGUF's name of one of our tensors."""
-    path = name.removesuffix(".weight")
-    if path in NAMES:
-        return f"{NAMES[path]}.weight"
+def gguf_name(name: str, form: GGUF) -> str:
+    """Name one of our tensors as GGUF does."""
+    path, _, kind = name.rpartition(".")
+    if path in form.tensors:
+        return f"{form.tensors[path]}.{kind}"
     _, _, block, part = path.split(".", 3)
-    return f"blk.{block}.{NAMES[part]}.weight"
+    return f"blk.{block}.{form.tensors[part]}.{kind}"
 
 
 def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]:
@@ -311,7 +308,7 @@ def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]
 
 
 def _add_settings(
-    writer: GGUFWriter, checkpoint: Checkpoint, config: Phi3Config, kind: str
+    writer: GGUFWriter, checkpoint: Checkpoint, config: ModelConfig, form: GGUF, kind: str
 ) -> None:
     import gguf
 
@@ -330,12 +327,14 @@ def _add_settings(
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_key_length(config.head_dim)
     writer.add_value_length(config.head_dim)
-    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    add_epsilon = {"rms": writer.add_layer_norm_rms_eps, "layer": writer.add_layer_norm_eps}
+    add_epsilon[form.norm](config.norm_eps)
     writer.add_rope_dimension_count(rope.dims)
     writer.add_rope_freq_base(rope.theta)
     if rope.long_factor:
         writer.add_rope_scaling_attn_factors(rope.attention_factor)
-    writer.add_sliding_window(0)  # which tells Phi-4 from Phi-3
+    if form.sliding_window:
+        writer.add_sliding_window(config.sliding_window or 0)  # 0 tells Phi-4 from Phi-3
     writer.add_file_type(int(gguf.LlamaFileType[f"MOSTLY_{kind}"]))
     writer.add_quantization_version(gguf.GGML_QUANT_VERSION)
 

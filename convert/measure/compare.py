@@ -17,11 +17,10 @@ from mlx.utils import tree_flatten
 from convert.quantize.recipe import part_of
 from convert.read import Rows, read_blocks
 from convert.steps import Step, Steps
-from phimlx.checkpoint.folder import Checkpoint, build_model, stored_parameters
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, stored_parameters
 from phimlx.errors import PhimlxError
-from phimlx.models.cache.kv import Cache
-from phimlx.models.config import Phi3Config
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM, ModelConfig
 
 WINDOW = 512  # tokens; a window past the LongRoPE step has up to as many more than the step
 HEAD_ROWS = 128  # positions whose logits are held at once: 100 MB of a vocabulary of 200,000
@@ -81,7 +80,7 @@ class Windows:
     starts: tuple[int, ...]
 
 
-def choose_windows(tokens: int, config: Phi3Config, max_tokens: int) -> list[Windows]:
+def choose_windows(tokens: int, config: ModelConfig, max_tokens: int) -> list[Windows]:
     """What of a text to read: windows spread evenly over it, and one past the LongRoPE step.
 
     Args:
@@ -100,7 +99,7 @@ def choose_windows(tokens: int, config: Phi3Config, max_tokens: int) -> list[Win
     return [spread, *(Windows(length, True, (0,)) for length in past)]
 
 
-def longrope_step(config: Phi3Config) -> int | None:
+def longrope_step(config: ModelConfig) -> int | None:
     """Tokens above which a model rotates otherwise; None where none of its contexts does."""
     step = config.rope.original_max_position_embeddings
     return step if config.rope.is_long(config.max_position_embeddings) else None
@@ -137,10 +136,10 @@ def agreements(
 
 def hidden_states(
     checkpoint: Checkpoint, inputs: Sequence[mx.array], advance: Callable[[float], object]
-) -> tuple[Phi3ForCausalLM, list[mx.array]]:
+) -> tuple[CausalLM, list[mx.array]]:
     """What the output head sees of each input, and a model of which only the head is left.
 
-    Computes what `Phi3ForCausalLM.hidden_states` does, but reads each decoder layer when its turn
+    Computes what `CausalLM.hidden_states` does, but reads each decoder layer when its turn
     comes and forgets it before the next.
 
     Args:
@@ -157,30 +156,29 @@ def hidden_states(
     del weights
     model.eval()
     model.set_dtype(mx.float32)
-    states = [model.model.embed_tokens(input_ids) for input_ids in inputs]
-    spans = [Cache(0, model.config.rope).extend(input_ids) for input_ids in inputs]
+    states = [model.embed(input_ids) for input_ids in inputs]
+    passes = [model.forward_pass(input_ids) for input_ids in inputs]
     mx.eval(states)
     if not model.config.tie_word_embeddings:
         del model.model.embed_tokens
     count = len(model.layers)
     while model.layers:
         layer = model.layers.pop(0)
-        for index, (x, span) in enumerate(zip(states, spans, strict=True)):
-            cos, sin = model.config.rope(span.positions, span.long)
-            states[index] = layer(x, cos, sin, span.mask, None)
-            mx.eval(states[index])
+        for index, (x, forward) in enumerate(zip(states, passes, strict=True)):
+            states[index] = layer(x, forward)
+            mx.eval(states[index], forward.shared)
         del layer
         mx.clear_cache()
         advance(1 / count)
-    states = [model.model.norm(x)[0] for x in states]
+    states = [model.norm(x)[0] for x in states]
     mx.eval(states)
     return model, states
 
 
 def _sums(
     inputs: Sequence[mx.array],
-    before: tuple[Phi3ForCausalLM, list[mx.array]],
-    after: tuple[Phi3ForCausalLM, list[mx.array]],
+    before: tuple[CausalLM, list[mx.array]],
+    after: tuple[CausalLM, list[mx.array]],
     advance: Callable[[float], object],
 ) -> list[list[float]]:
     """For each input, sums over its predictions: two negative log-likelihoods, KL, same top-1."""

@@ -24,7 +24,8 @@ from convert.measure.compare import (
     paired_steps,
 )
 from convert.quantize.recipe import PARTS
-from phimlx.checkpoint.folder import Checkpoint, build_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model
 from phimlx.errors import PhimlxError
 from phimlx.extras import optional
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer

@@ -20,9 +20,11 @@ from convert.quantize import gptq
 from convert.quantize.calibration import Calibration
 from convert.quantize.recipe import Recipe, Rule
 from convert.steps import Steps
-from phimlx.checkpoint.folder import DTYPES, Checkpoint, build_model
+from phimlx.checkpoint.folder import DTYPES, Checkpoint
+from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
 from phimlx.machine.memory import machine_memory
+from phimlx.models import registry
 from phimlx.sizes import size_text
 
 Advance = Callable[[float], object]
@@ -114,10 +116,11 @@ class Lesson:
                 or recipe, or does not fit into this machine's memory.
         """
         name = NAMES[learning.method]
-        if checkpoint.config["model_type"] != "phi3":
+        architecture = registry.of_config(checkpoint.config)
+        if architecture.takes_media:
             raise ConversionError(
                 f"{name} learns from text alone, and {checkpoint.folder} is a "
-                f"{checkpoint.config['model_type']} model, which sees and hears as well.",
+                f"{architecture.model_type} model, which sees and hears as well.",
                 hint="Convert it with -q alone.",
             )
         if checkpoint.quantization is not None:

@@ -12,9 +12,10 @@ from functools import cached_property
 
 from convert.measure.compare import length_past, longrope_step
 from convert.measure.report import BUNDLED_TEXT
-from phimlx.checkpoint.folder import Checkpoint, build_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
-from phimlx.models.config import Phi3Config
+from phimlx.models.base import ModelConfig
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 LEAST_TOKENS = 2048
@@ -93,7 +94,7 @@ def spread(tokens: Sequence[int], length: int, count: int) -> list[tuple[int, ..
     return [tuple(tokens[start : start + length]) for start in starts]
 
 
-def _tokens(checkpoint: Checkpoint, text: str, config: Phi3Config) -> list[int]:
+def _tokens(checkpoint: Checkpoint, text: str, config: ModelConfig) -> list[int]:
     if not text.strip():
         raise ConversionError(
             "The calibration text is empty.",

@@ -19,9 +19,11 @@ from mlx.utils import tree_flatten, tree_map, tree_unflatten
 from convert.measure.compare import hidden_states
 from convert.quantize.recipe import Quantization
 from convert.quantize.tensor import is_finite
-from phimlx.checkpoint.folder import Checkpoint, build_model, load_model, stored_parameters
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, load_model, stored_parameters
 from phimlx.errors import ConversionError
-from phimlx.models.phi3 import DecoderLayer, Phi3ForCausalLM
+from phimlx.models.base import CausalLM
+from phimlx.models.phi3 import DecoderLayer
 
 Advance = Callable[[float], object]
 Layers = Mapping[str, Quantization | None]
@@ -76,7 +78,7 @@ def unpacked(layer: nn.Module) -> mx.array:
 class Student(nn.Module):
     """A quantized model that computes in float32 with the scales that it is given, of any type."""
 
-    def __init__(self, model: Phi3ForCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__()
         self.model = model
 
@@ -86,7 +88,7 @@ class Student(nn.Module):
         return self.model(input_ids)
 
     @property
-    def layers(self) -> list[DecoderLayer]:
+    def layers(self) -> list[nn.Module]:
         return self.model.layers
 
 
@@ -196,7 +198,7 @@ def dwq(
     return learned, before, after
 
 
-def quantized_model(checkpoint: Checkpoint, layers: Layers, dtype: mx.Dtype) -> Phi3ForCausalLM:
+def quantized_model(checkpoint: Checkpoint, layers: Layers, dtype: mx.Dtype) -> CausalLM:
     """The model as it would be stored without learning; nothing of it is to be trained."""
     model = build_model(checkpoint.config)
     weights = checkpoint.weights()

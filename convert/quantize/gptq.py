@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten
 from convert.folder import Journal
 from convert.quantize.dwq import Advance, Aside, Layers, Windows, check_finite, put, unpacked
 from convert.quantize.recipe import Quantization
-from phimlx.checkpoint.folder import Checkpoint, build_model, stored_parameters
-from phimlx.models.cache.kv import Cache
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, stored_parameters
+from phimlx.models.base import CausalLM, ForwardPass
 
 GPTQ_BITS = (2, 4, 8)
 STACK_TOKENS = 4096  # whose activations GPTQ holds at once
@@ -31,8 +31,7 @@ class Stack:
     """Windows of one length on their way through the layers."""
 
     x: mx.array  # [windows, length, hidden]
-    cos: mx.array
-    sin: mx.array
+    forward: ForwardPass
 
 
 class Stage(nn.Module):
@@ -43,19 +42,19 @@ class Stage(nn.Module):
         self.layer = layer
 
     def __call__(self, stacks: Sequence[Stack]) -> list[mx.array]:
-        return [self.layer(stack.x, stack.cos, stack.sin, "causal", None) for stack in stacks]
+        return [self.layer(stack.x, stack.forward) for stack in stacks]
 
 
 class Head(nn.Module):
     """The final norm and an output head of its own, called as a decoder layer is."""
 
-    def __init__(self, model: Phi3ForCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         super().__init__()
-        self.norm = model.model.norm
-        self.lm_head = model.lm_head
+        self._norm = model.norm
+        self.lm_head = model.output_layer
 
-    def __call__(self, x: mx.array, *others: object) -> mx.array:
-        return self.lm_head(self.norm(x))
+    def __call__(self, x: mx.array, forward: ForwardPass) -> mx.array:
+        return self.lm_head(self._norm(x))
 
 
 def quantize(
@@ -116,7 +115,7 @@ def quantize(
             for index, stack in enumerate(stacks):
                 (x,) = stage([stack])
                 mx.eval(x)
-                stacks[index] = Stack(x, stack.cos, stack.sin)
+                stacks[index] = Stack(x, stack.forward)
         del stage, layer
         mx.clear_cache()
     found: dict[str, mx.array] = {}
@@ -127,13 +126,13 @@ def quantize(
     return found
 
 
-def stage_files(model: Phi3ForCausalLM) -> list[str]:
+def stage_files(model: CausalLM) -> list[str]:
     """Where GPTQ keeps what it has learned of each decoder layer, and of a head of its own."""
     count = model.config.num_hidden_layers + (not model.config.tie_word_embeddings)
     return [f"learned-{number:05d}.safetensors" for number in range(count)]
 
 
-def embedded(model: Phi3ForCausalLM, windows: Windows) -> list[Stack]:
+def embedded(model: CausalLM, windows: Windows) -> list[Stack]:
     """Windows as the first decoder layer sees them, each with the table for its own length."""
     stacks = []
     for length, members in groupby(windows, key=len):
@@ -141,11 +140,10 @@ def embedded(model: Phi3ForCausalLM, windows: Windows) -> list[Stack]:
         height = max(1, STACK_TOKENS // length)
         for top in range(0, len(rows), height):
             input_ids = mx.array(rows[top : top + height])
-            span = Cache(0, model.config.rope).extend(input_ids)
-            cos, sin = model.config.rope(span.positions, span.long[:1])
-            x = model.model.embed_tokens(input_ids).astype(mx.float32)
-            mx.eval(x, cos, sin)
-            stacks.append(Stack(x, cos, sin))
+            forward = model.forward_pass(input_ids)
+            x = model.embed(input_ids).astype(mx.float32)
+            mx.eval(x, forward.rope)
+            stacks.append(Stack(x, forward))
     return stacks
 
 

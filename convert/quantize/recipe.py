@@ -16,6 +16,7 @@ from typing import Any
 
 from phimlx.checkpoint.quantization import QUANTIZATION_MODES
 from phimlx.errors import ConversionError, shortened
+from phimlx.models.registry import Architecture
 
 # What mlx-lm takes where nothing is said.
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
@@ -157,40 +158,33 @@ def part_of(path: str) -> str | None:
     return next((part for part, mark in PARTS.items() if mark in path), None)
 
 
-def mixed(low: int, high: int) -> Recipe:
-    """`low` bits, and `high` where an error costs most.
-
-    That is the embedding and the output head, which in a tied model are one and which every
-    logit passes; the attention's input, where the values that a query picks go through; the first
-    block, on which all others build; and in the first and last eighth of the blocks the two layers
-    that write to the residual stream (these ends and the attention follow llama.cpp's Q4_K_M,
-    src/llama-quant.cpp).
-    """
+def mixed(low: int, high: int, architecture: Architecture) -> Recipe:
+    """Give `low` bits, and `high` where an error costs this architecture most."""
     more = Quantization(bits=high)
-    rules = (
-        Rule("model.embed_tokens", more),
-        Rule("lm_head", more),
-        Rule("*.qkv_proj", more),
-        Rule("model.layers.0.*", more),
-        Rule("*.down_proj", more, ends=0.125),
-        Rule("*.o_proj", more, ends=0.125),
-    )
+    rules = tuple(Rule(each.pattern, more, each.ends) for each in architecture.sensitive_layers)
     return Recipe(f"mixed-{low}-{high}", Quantization(bits=low), rules)
 
 
-# By config.json's model_type. Only pairs that beat a uniform quantization of their size on
-# phi-4-nano, which none does that is more than two bits apart.
-MIXED = {recipe.name: recipe for recipe in (mixed(3, 5), mixed(4, 5), mixed(4, 6), mixed(6, 8))}
-RECIPES: dict[str, dict[str, Recipe]] = {"phi3": MIXED, "phi4mm": MIXED}
+# Only pairs that beat a uniform quantization of their size on phi-4-nano, which none does that is
+# more than two bits apart.
+MIXED = ((3, 5), (4, 5), (4, 6), (6, 8))
 
 
-def named(name: str, model_type: str) -> Recipe:
+def recipes_of(architecture: Architecture) -> dict[str, Recipe]:
+    """Make an architecture's named recipes, beside the uniform one."""
+    if not architecture.sensitive_layers:
+        return {}
+    made = (mixed(low, high, architecture) for low, high in MIXED)
+    return {recipe.name: recipe for recipe in made}
+
+
+def named(name: str, architecture: Architecture) -> Recipe:
     """An architecture's recipe of that name."""
-    recipes = RECIPES.get(model_type, {})
+    recipes = recipes_of(architecture)
     if name not in recipes:
         known = f"there is {', '.join(recipes)}" if recipes else "there is none"
         raise ConversionError(
-            f"There is no recipe {shortened(name)} for {model_type} models; {known}.",
+            f"There is no recipe {shortened(name)} for {architecture.model_type} models; {known}.",
             hint="A recipe of your own is a file whose name ends in .toml.",
         )
     return recipes[name]

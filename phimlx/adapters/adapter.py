@@ -30,8 +30,8 @@ from phimlx.adapters.files import (
 from phimlx.checkpoint.folder import PACKED_DTYPES, read_json
 from phimlx.errors import CheckpointError, ConfigError, shortened
 from phimlx.hub.transfer import record_of
+from phimlx.models.base import CausalLM
 from phimlx.models.lora import AdaptedLinear, LowRank, input_dims
-from phimlx.models.phi3 import Phi3ForCausalLM
 
 WEIGHTS = "adapters.safetensors"
 PEFT_WEIGHTS = "adapter_model.safetensors"
@@ -183,7 +183,7 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def load_adapter(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     adapter: Adapter | str | Path,
     folder: Path | None = None,
     config: Mapping[str, Any] | None = None,
@@ -218,12 +218,12 @@ def load_adapter(
 
 def check_fit(
     adapter: Adapter,
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     folder: Path | None = None,
     config: Mapping[str, Any] | None = None,
 ) -> None:
     """Raise CheckpointError where an adapter was made for another model than this."""
-    if model.slots is not None:
+    if model.placeholders is not None:
         raise CheckpointError(
             "Adapters go beside models that take text only: one that sees and hears switches "
             "between adapters of its own."

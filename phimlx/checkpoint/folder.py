@@ -1,30 +1,23 @@
-"""A folder on disk <-> a model in memory.
-
-Knows config.json, safetensors shards and MLX's quantized layers; knows nothing of tokenizers, the
-Hub or conversion.
-"""
+"""A model folder: its config and the headers of its weights, read but not loaded."""
 
 from __future__ import annotations
 
 import json
 import re
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-import mlx.nn as nn
-from mlx.utils import tree_flatten
 from safetensors import SafetensorError, safe_open
 
 from phimlx.checkpoint.quantization import read_quantization
-from phimlx.errors import CheckpointError, ConfigError, shortened
-from phimlx.models.config import Phi3Config
-from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.models.phi4mm import names as phi4mm_names
-from phimlx.models.phi4mm.model import Phi4MMConfig, Phi4MMForCausalLM
+from phimlx.errors import CheckpointError, ConfigError
+from phimlx.models import registry
+from phimlx.models.names import adapter_tensor
 
 MAX_JSON_BYTES = 64 << 20  # an index of a sharded model is some 100 kB
 
@@ -48,13 +41,16 @@ class TensorInfo:
 
     Attributes:
         dtype: safetensors' name: BF16, F32, U32 …
-        name: under which it is stored, in a layout whose names are not the model's.
+        name: under which it is stored, in a dialect whose names are not the model's.
+        first_row: where it begins in the stored tensor, of which it is some rows in a dialect that
+            keeps several together.
     """
 
     file: Path
     shape: tuple[int, ...]
     dtype: str
     name: str
+    first_row: int = 0
 
     @property
     def nbytes(self) -> int:
@@ -68,11 +64,12 @@ class Checkpoint:
     """A model folder, read but not loaded: its config and the headers of its weights.
 
     Nothing is mapped into memory before safetensors' own parser has accepted every header.
-    A folder in transformers' own layout of Phi-4-multimodal appears as one in the published layout.
+    A folder in another dialect of its architecture appears as one in the architecture's own layout.
 
     Attributes:
-        config: of the published layout.
-        is_native: whether the files have transformers' own layout.
+        config: in the architecture's own terms.
+        dialect: that the files are in; None for the architecture's own layout, or where phimlx
+            does not run the architecture.
         adapter_files: adapters that lie in files of their own, by name.
 
     Raises:
@@ -87,24 +84,24 @@ class Checkpoint:
             raise ConfigError(f"{self.folder} holds no config.json, so it is not a model folder.")
         self.config = read_json(self.folder / "config.json")
         self.adapter_files: dict[str, Path] = {}
-        self.is_native = self.config.get("model_type") == phi4mm_names.NATIVE_TYPE
-        if self.is_native:
-            self._read_native()
+        self.dialect = registry.dialect_of(self.config)
+        if self.dialect is not None:
+            self._read_dialect(self.dialect)
 
     @cached_property
     def files(self) -> list[Path]:
         """All files with weights, in order."""
         return [*self._shards, *self.adapter_files.values()]
 
-    def _read_native(self) -> None:
+    def _read_dialect(self, dialect: registry.Dialect) -> None:
         configs = {}
-        for adapter, name in phi4mm_names.ADAPTER_FOLDERS.items():
+        for adapter, name in dialect.adapter_folders.items():
             folder = self.folder / name
             if (folder / "adapter_model.safetensors").is_file():
                 self.adapter_files[adapter] = folder / "adapter_model.safetensors"
                 if (folder / "adapter_config.json").is_file():
                     configs[adapter] = read_json(folder / "adapter_config.json")
-        self.config = phi4mm_names.published_config(self.config, configs)
+        self.config = dialect.own_config(self.config, configs)
 
     @cached_property
     def _shards(self) -> list[Path]:
@@ -114,7 +111,7 @@ class Checkpoint:
             missing = [name for name in names if not (self.folder / name).is_file()]
             if missing:
                 raise CheckpointError(
-                    f"{self.folder} lacks {_some(missing)}, which model.safetensors.index.json "
+                    f"{self.folder} lacks {some(missing)}, which model.safetensors.index.json "
                     "names.",
                     hint="Download or convert the model again.",
                 )
@@ -149,16 +146,17 @@ class Checkpoint:
                     )
             unnamed = [name for name in stored if name not in weight_map]
             if unnamed:
-                raise CheckpointError(f"{index.name} does not name {_some(unnamed)}.")
-        return self._renamed(stored) if self.is_native else stored
+                raise CheckpointError(f"{index.name} does not name {some(unnamed)}.")
+        return stored if self.dialect is None else self._renamed(self.dialect, stored)
 
-    def _renamed(self, stored: Mapping[str, TensorInfo]) -> dict[str, TensorInfo]:
-        """Native tensors and those of adapter files, under the published names."""
-        named = [(phi4mm_names.published_name(name), info) for name, info in stored.items()]
+    def _renamed(
+        self, dialect: registry.Dialect, stored: Mapping[str, TensorInfo]
+    ) -> dict[str, TensorInfo]:
+        """Tensors of a dialect and those of adapter files, under the architecture's names."""
+        renames = dialect.names(self.config)
+        named = [part for name, info in stored.items() for part in _parts(renames.ours(name), info)]
         for adapter, file in self.adapter_files.items():
-            named += [
-                (phi4mm_names.adapter_name(name, adapter), info) for name, info in read_header(file)
-            ]
+            named += [(adapter_tensor(name, adapter), info) for name, info in read_header(file)]
         found: dict[str, TensorInfo] = {}
         for name, info in named:
             if name in found:
@@ -182,7 +180,14 @@ class Checkpoint:
             mapped = mx.load(str(file))
             assert isinstance(mapped, dict)  # as it is for every safetensors file
             loaded[file] = mapped
-        return {name: loaded[info.file][info.name] for name, info in known.items()}
+        shared = Counter((info.file, info.name) for info in known.values())
+        weights = {}
+        for name, info in known.items():
+            array = loaded[info.file][info.name]
+            if shared[info.file, info.name] > 1:
+                array = array[info.first_row : info.first_row + info.shape[0]]
+            weights[name] = array
+        return weights
 
     def _weight_map(self, index: Path) -> Mapping[str, str]:
         weight_map = read_json(index).get("weight_map")
@@ -199,139 +204,19 @@ class Checkpoint:
         return weight_map
 
 
-def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> Phi3ForCausalLM:
-    """The model of a folder, with its weights read.
-
-    Args:
-        dtype: floating-point type to hold weights and compute in; as stored where None.
-
-    Raises:
-        ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.
-    """
-    model = build_model(checkpoint.config)
-    tensors = stored_parameters(checkpoint, model)
-    weights = checkpoint.weights()
-    model.load_weights([(name, weights[name]) for name in tensors])
-    if dtype is not None:
-        model.set_dtype(dtype)
-    model.eval()
-    mx.eval(model.parameters())
-    return model
-
-
-def stored_parameters(checkpoint: Checkpoint, model: Phi3ForCausalLM) -> dict[str, TensorInfo]:
-    """The stored tensors that are the model's parameters, all of them and in the right form.
-
-    The model's layers are quantized on the way where the stored ones are.
-
-    Raises:
-        ConfigError, CheckpointError: naming what is missing, unexpected or of another form.
-    """
-    tensors = {
-        name: info for name, info in checkpoint.tensors.items() if not name.startswith(model.unused)
-    }
-    _check_adapters(checkpoint, model, tensors)
-    quantize_layers(model, checkpoint.quantization, tensors)
-    check_parameters(dict(tree_flatten(model.parameters())), tensors)
-    return tensors
-
-
-def _check_adapters(
-    checkpoint: Checkpoint, model: Phi3ForCausalLM, tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Raise CheckpointError where a model that has adapters is stored without them."""
-    if model.slots is None or any(".lora_A." in name for name in tensors):
+def _parts(names: tuple[str, ...], info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
+    """Tensors of ours that one stored tensor holds, as many rows each, one below the other."""
+    if len(names) == 1:
+        yield names[0], info
         return
-    if checkpoint.is_native and checkpoint.config.get("quantization") is None:
-        folders = " and ".join(f"{name}/" for name in phi4mm_names.ADAPTER_FOLDERS.values())
+    if not info.shape or info.shape[0] % len(names):
         raise CheckpointError(
-            f"{checkpoint.folder} holds no adapters, without which this model neither sees nor "
-            f"hears: it lacks {folders}.",
-            hint="Download these folders too, each with adapter_model.safetensors.",
+            f"{info.name} has shape {list(info.shape)}, of which {len(names)} equal parts of rows "
+            "cannot be made."
         )
-    raise CheckpointError(
-        f"{checkpoint.folder} holds no adapters: they were merged into its base, where they change "
-        "every answer and can no longer be switched.",
-        hint="Make a conversion that keeps them: phimlx convert "
-        "microsoft/Phi-4-multimodal-instruct --mlx-path OUT -q",
-    )
-
-
-def build_model(config: Mapping[str, Any]) -> Phi3ForCausalLM:
-    """An empty model of the architecture that a config names."""
-    model_type = config.get("model_type")
-    if not isinstance(model_type, str) or model_type not in ARCHITECTURES:
-        known = ", ".join(sorted(ARCHITECTURES))
-        raise ConfigError(
-            f"config.json: model_type is {shortened(model_type)}, but phimlx runs the Phi-4 "
-            f"family: {known}."
-        )
-    return ARCHITECTURES[model_type](config)
-
-
-ARCHITECTURES: dict[str, Callable[[Mapping[str, Any]], Phi3ForCausalLM]] = {
-    "phi3": lambda config: Phi3ForCausalLM(Phi3Config.from_dict(config)),
-    "phi4mm": lambda config: Phi4MMForCausalLM(Phi4MMConfig.from_dict(config)),
-    "phi4_multimodal": lambda config: Phi4MMForCausalLM(
-        Phi4MMConfig.from_dict(phi4mm_names.published_config(config))
-    ),
-}
-
-
-def quantize_layers(
-    model: nn.Module, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
-) -> None:
-    """Give every layer that is stored quantized the form that its tensors need."""
-    if quantization is None:
-        return
-    default = {key: quantization[key] for key in ("group_size", "bits", "mode")}
-
-    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
-        if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
-            return False
-        chosen = quantization.get(path, default)
-        chosen = chosen if isinstance(chosen, dict) else default
-        if module.weight.shape[-1] % chosen["group_size"]:
-            raise CheckpointError(
-                f"{path} is {module.weight.shape[-1]} wide, which groups of "
-                f"{chosen['group_size']} do not divide."
-            )
-        return chosen
-
-    nn.quantize(
-        model,
-        group_size=default["group_size"],
-        bits=default["bits"],
-        mode=default["mode"],
-        class_predicate=settings,
-    )
-
-
-def check_parameters(parameters: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> None:
-    """The stored tensors are exactly the model's parameters.
-
-    Raises:
-        CheckpointError: naming the first few that are missing, unexpected or of another form.
-    """
-    missing = [name for name in parameters if name not in tensors]
-    if missing:
-        raise CheckpointError(f"The checkpoint lacks {_some(missing)}.")
-    unexpected = [name for name in tensors if name not in parameters]
-    if unexpected:
-        raise CheckpointError(
-            f"The checkpoint holds {_some(unexpected)}, which this architecture does not have."
-        )
-    for name, array in parameters.items():
-        stored = tensors[name]
-        if stored.shape != array.shape:
-            raise CheckpointError(
-                f"{name} has shape {list(stored.shape)}; config.json makes it {list(array.shape)}."
-            )
-        allowed = PACKED_DTYPES.get(array.dtype, FLOATING_DTYPES)
-        if stored.dtype not in allowed:
-            raise CheckpointError(
-                f"{name} is stored as {stored.dtype}; config.json makes it {' or '.join(allowed)}."
-            )
+    rows = info.shape[0] // len(names)
+    for index, name in enumerate(names):
+        yield name, replace(info, shape=(rows, *info.shape[1:]), first_row=index * rows)
 
 
 def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
@@ -370,7 +255,7 @@ def read_json(file: Path) -> dict[str, Any]:
     return value
 
 
-def _some(names: list[str]) -> str:
+def some(names: list[str]) -> str:
     """The first names of a list, and how many more there are."""
     shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:3])
     return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

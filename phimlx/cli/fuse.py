@@ -115,7 +115,8 @@ def _export(
     found = read_adapter(adapter)
     if model is not None:
         from phimlx.adapters.adapter import check_fit
-        from phimlx.checkpoint.folder import Checkpoint, build_model, stored_parameters
+        from phimlx.checkpoint.folder import Checkpoint
+        from phimlx.checkpoint.load import build_model, stored_parameters
         from phimlx.hub import resolve as hub
 
         checkpoint = Checkpoint(hub.resolve(model))

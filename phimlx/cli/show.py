@@ -73,13 +73,8 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
 
     from convert.quantize.recipe import part_of
     from phimlx import catalog
-    from phimlx.checkpoint.folder import (
-        FLOATING_DTYPES,
-        Checkpoint,
-        build_model,
-        read_json,
-        stored_parameters,
-    )
+    from phimlx.checkpoint.folder import FLOATING_DTYPES, Checkpoint, read_json
+    from phimlx.checkpoint.load import build_model, stored_parameters
     from phimlx.generation.sampler import Sampling
 
     checkpoint = Checkpoint(folder)

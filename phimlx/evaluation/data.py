@@ -18,14 +18,14 @@ import mlx.core as mx
 from phimlx.api import Phi
 from phimlx.errors import TrainingError
 from phimlx.generation.stream import Reply
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.data.examples import SHOWN, DataError, Dataset, Settings, tokenize
 from phimlx.training.data.loss_mask import Codec
 from phimlx.training.data.row_types import Conversation, read_shape
 from phimlx.training.data.rows import Problem, Row, read_rows
 from phimlx.training.data.sources import SPLITS, find_splits
-from phimlx.training.forward import head_of, inputs_of, supervised_states
+from phimlx.training.forward import inputs_of, supervised_states
 from phimlx.training.loss import measured_losses
 
 Advance = Callable[[int], object]
@@ -147,7 +147,7 @@ def examples_of(phi: Phi, rows: Iterable[Row | Problem], settings: Settings) -> 
 
 
 def measure_loss(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     examples: Sequence[Example],
     batch_size: int = 4,
     advance: Advance = lambda count: None,
@@ -162,7 +162,7 @@ def measure_loss(
     for batch in Batches(examples, batch_size).epoch(0):
         inputs = inputs_of(batch, model.config.rope)
         states = supervised_states(model, inputs, key)
-        losses = measured_losses(head_of(model), states, inputs["targets"])
+        losses = measured_losses(model.output_layer, states, inputs["targets"])
         total += float((losses * inputs["weights"]).sum())
         tokens += batch.supervised_tokens
         mx.clear_cache()

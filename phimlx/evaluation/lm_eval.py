@@ -17,8 +17,8 @@ from phimlx.api import Phi
 from phimlx.errors import PromptError, TokenizerError, TrainingError
 from phimlx.extras import optional
 from phimlx.generation.engine import PREFILL_TOKENS
+from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
-from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.loss import CHUNK_ROWS
 
 SEED = 123  # mlx-lm's
@@ -167,7 +167,7 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
 
 
 def _fed(
-    model: Phi3ForCausalLM, tokens: np.ndarray, mask: np.ndarray | None, cache: Cache | None
+    model: CausalLM, tokens: np.ndarray, mask: np.ndarray | None, cache: Cache | None
 ) -> mx.array:
     """Hidden states of `[rows, length]` tokens after what a cache holds, `mask` 0 at padding."""
     length = tokens.shape[1]
@@ -185,9 +185,7 @@ def _fed(
     return mx.concatenate(pieces, axis=1)
 
 
-def _scored(
-    model: Phi3ForCausalLM, hidden: mx.array, targets: mx.array
-) -> tuple[mx.array, mx.array]:
+def _scored(model: CausalLM, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
     """Log-probabilities of targets `[rows, length]`, and which are the likeliest tokens."""
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
     scores, likeliest = [], []

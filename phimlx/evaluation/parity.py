@@ -15,10 +15,11 @@ import mlx.core as mx
 import mlx.nn as nn
 from safetensors import safe_open
 
-from phimlx.checkpoint.folder import DTYPES, Checkpoint, load_model
+from phimlx.checkpoint.folder import DTYPES, Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.generation.engine import PromptCache, generate_tokens
 from phimlx.generation.sampler import Sampler, Sampling
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 
 
 @dataclass(frozen=True)
@@ -60,7 +61,7 @@ def repeat(
     folder: Path, cases: Iterable[dict[str, Any]], arrays: dict[str, mx.array]
 ) -> Iterator[Result]:
     """Repeat cases whose arrays are at hand; a case names them."""
-    models: dict[str, Phi3ForCausalLM] = {}
+    models: dict[str, CausalLM] = {}
     for case in cases:
         form = json.dumps([case["dtype"], case["bits"]])
         if form not in models:
@@ -68,14 +69,14 @@ def repeat(
         yield RUNS[case["run"]](models[form], case, arrays)
 
 
-def _model(folder: Path, dtype: str, bits: int | None) -> Phi3ForCausalLM:
+def _model(folder: Path, dtype: str, bits: int | None) -> CausalLM:
     model = load_model(Checkpoint(folder), DTYPES[dtype])
     if bits is not None:
         nn.quantize(model, group_size=64, bits=bits)
     return model
 
 
-def _pass(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+def _pass(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
     """All tokens at once, or in chunks of a known total."""
     ids = arrays[case["input_ids"]][None].astype(mx.int32)  # [1, length]
     length = ids.shape[1]
@@ -92,14 +93,14 @@ def _pass(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.arr
     return _compare(case, model.head(hidden[0, arrays[case["positions"]]]), arrays[case["logits"]])
 
 
-def _media(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+def _media(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
     """A prompt with what fills its slots, in one pass."""
     media: dict[str, Any] = {name: arrays[stored] for name, stored in case["media"].items()}
     logits = model(arrays[case["input_ids"]].astype(mx.int32), **media)[0]
     return _compare(case, logits, arrays[case["logits"]])
 
 
-def _batch(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+def _batch(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
     """Rows of different lengths in one pass, padded on the side that the case names."""
     rows = [arrays[name].astype(mx.int32) for name in case["rows"]]
     longest = max(row.size for row in rows)
@@ -115,7 +116,7 @@ def _batch(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.ar
     return _compare(case, mx.stack(found), arrays[case["logits"]])
 
 
-def _generate(model: Phi3ForCausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
+def _generate(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
     """Greedy decoding, through the engine that every command uses."""
     prompt = [int(token) for token in arrays[case["prompt"]]]
     expected = [int(token) for token in arrays[case["tokens"]]]

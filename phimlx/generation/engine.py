@@ -16,10 +16,10 @@ import numpy as np
 from phimlx.errors import GenerationError, PromptError
 from phimlx.generation.sampler import Sampler
 from phimlx.machine.device import suited
+from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
-from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.models.phi4mm.audio import MAX_TOKENS
-from phimlx.models.phi4mm.features import ADAPTERS, TEXT, Features, MediaCache, Slots
+from phimlx.models.phi4mm.features import ADAPTERS, TEXT, Features, MediaCache, Placeholders
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
 # Tokens of a prompt in one forward pass, which bounds working memory
@@ -42,7 +42,7 @@ class Media:
     """Pictures and sounds of one prompt.
 
     Attributes:
-        arrays: what `Phi4MMForCausalLM.see` takes, under its names, all of the prompt's items.
+        arrays: what `encode_media` takes, under its names, all of the prompt's items.
         digests: each item's digest and how many slots it fills, in the order of the prompt.
     """
 
@@ -78,7 +78,7 @@ class Inputs:
     arrays: Mapping[str, mx.array] = field(default_factory=dict)
 
     @classmethod
-    def of(cls, prompt: list[int], media: Media | None, slots: Slots | None) -> Inputs:
+    def of(cls, prompt: list[int], media: Media | None, slots: Placeholders | None) -> Inputs:
         """Find each item's place.
 
         Raises:
@@ -134,7 +134,9 @@ class Inputs:
             ends.append(sum(item.end - item.begin for item in rest))
         if not arrays:
             return TEXT
-        features = model.see(**arrays).between((skipped[0], skipped[1]), (ends[0], ends[1]))
+        features = model.encode_media(**arrays).between(
+            (skipped[0], skipped[1]), (ends[0], ends[1])
+        )
         mx.eval([rows for rows in features.parts if rows is not None])
         mx.clear_cache()
         return features
@@ -147,7 +149,7 @@ class PromptCache:
         tokens: what was fed, as keys: what stood at a slot, not the slot's token.
     """
 
-    def __init__(self, model: Phi3ForCausalLM) -> None:
+    def __init__(self, model: CausalLM) -> None:
         self.kv = model.make_cache()
         self.tokens: list[Key] = []
 
@@ -183,7 +185,7 @@ class PromptCache:
 
 
 def generate_tokens(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     prompt: list[int],
     sampler: Sampler,
     max_tokens: int,
@@ -206,7 +208,7 @@ def generate_tokens(
         GenerationError: for media given to a model that takes text only.
         PromptError: where the media do not fit the prompt's slots.
     """
-    inputs = Inputs.of(prompt, media, model.slots)
+    inputs = Inputs.of(prompt, media, model.placeholders)
     tokens = inputs.keys
     try:
         with wired_memory():
@@ -231,7 +233,7 @@ def generate_tokens(
 
 
 def _prefill(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     prompt: list[int],
     features: Features,
     kv: Cache,
@@ -242,8 +244,8 @@ def _prefill(
     for begin in range(0, length, PREFILL_TOKENS):
         piece = mx.array([prompt[begin : begin + PREFILL_TOKENS]])  # [1, length]
         filling = TEXT
-        if features is not TEXT and model.slots is not None:
-            images, audio = model.slots.count(np.array(piece))[0]
+        if features is not TEXT and model.placeholders is not None:
+            images, audio = model.placeholders.count(np.array(piece))[0]
             start, used = used, (used[0] + images, used[1] + audio)
             filling = features.between(start, used)
         hidden = _hidden_states(model, piece, kv, filling)
@@ -255,19 +257,17 @@ def _prefill(
     return hidden[:, -1]
 
 
-def _hidden_states(
-    model: Phi3ForCausalLM, input_ids: mx.array, kv: Cache, features: Features
-) -> mx.array:
+def _hidden_states(model: CausalLM, input_ids: mx.array, kv: Cache, features: Features) -> mx.array:
     if isinstance(model, Phi4MMForCausalLM):
         return model.hidden_states(input_ids, kv, features=features)
     return model.hidden_states(input_ids, kv)
 
 
-def _logits(model: Phi3ForCausalLM, hidden: mx.array) -> mx.array:
+def _logits(model: CausalLM, hidden: mx.array) -> mx.array:
     """Logits `[1, vocab]`; a slot has no chance, since a reply has nothing to fill it with."""
     logits = model.head(hidden)
-    if model.slots is not None:
-        logits[:, mx.array(model.slots.tokens)] = -mx.inf
+    if model.placeholders is not None:
+        logits[:, mx.array(model.placeholders.tokens)] = -mx.inf
     return logits
 
 

@@ -10,13 +10,13 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 import mlx.core as mx
 
 from phimlx.generation.engine import PREFILL_TOKENS
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 
 Advance = Callable[[int], object]
 
 
 def greedy(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     ends: Collection[int],
@@ -43,9 +43,7 @@ def greedy(
     return replies
 
 
-def _groups(
-    model: Phi3ForCausalLM, prompts: Sequence[Sequence[int]], size: int
-) -> Iterator[list[int]]:
+def _groups(model: CausalLM, prompts: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
     """Numbers of prompts of about equal length, longest first, on one side of the LongRoPE step."""
     is_long = model.config.rope.is_long
     order = sorted(range(len(prompts)), key=lambda i: -len(prompts[i]))
@@ -61,7 +59,7 @@ def _groups(
 
 
 def _reply(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     prompts: Sequence[Sequence[int]],
     max_tokens: int,
     ends: Collection[int],
@@ -92,9 +90,9 @@ def _reply(
     return replies
 
 
-def _logits(model: Phi3ForCausalLM, hidden: mx.array) -> mx.array:
+def _logits(model: CausalLM, hidden: mx.array) -> mx.array:
     """Logits `[batch, vocab]`; a slot for media has no chance."""
     logits = model.head(hidden)
-    if model.slots is not None:
-        logits[:, mx.array(model.slots.tokens)] = -mx.inf
+    if model.placeholders is not None:
+        logits[:, mx.array(model.placeholders.tokens)] = -mx.inf
     return logits

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from phimlx.generation.engine import Media
-from phimlx.prompt.media_parts import FRAMES, KINDS, PLACEHOLDER, Slots, source_list, widen
+from phimlx.prompt.media_parts import FRAMES, KINDS, PLACEHOLDER, Placeholders, source_list, widen
 
 if TYPE_CHECKING:
     from phimlx.media.audio import Audio
@@ -65,7 +65,7 @@ def sources_in(messages: Iterable[Message]) -> dict[str, list[Any]]:
     return {kind: [part.value for part in parts if part.kind == kind] for kind in KINDS}
 
 
-def name_slots(text: str, slots: Slots, names: Mapping[str, int]) -> str:
+def name_slots(text: str, slots: Placeholders, names: Mapping[str, int]) -> str:
     """A text without template, `<|image_1|>` and `<|audio_1|>` written as their slot tokens."""
     spelled = {token: name for name, token in names.items()}
     return PLACEHOLDER.sub(lambda match: spelled.get(slots[match[1]], match[0]), text)
@@ -73,7 +73,7 @@ def name_slots(text: str, slots: Slots, names: Mapping[str, int]) -> str:
 
 def fill(
     ids: Sequence[int],
-    slots: Slots,
+    slots: Placeholders,
     sources: Sources,
     limits: Limits | None,
     settings: Mapping[str, Any],

@@ -20,12 +20,12 @@ from phimlx import catalog
 from phimlx.errors import DownloadError
 from phimlx.hub.client import RemoteFile, explained
 from phimlx.hub.transfer import PARTIAL, Report, is_right, locked, record_of
-from phimlx.models.phi4mm.names import ADAPTER_FOLDERS, NATIVE_TYPE
+from phimlx.models import registry
 
 # All that a model may have below its top folder, whatever a Hub or a record may name.
 ADAPTER_FILES = tuple(
     f"{folder}/{name}"
-    for folder in ADAPTER_FOLDERS.values()
+    for folder in registry.adapter_folders()
     for name in ("adapter_config.json", "adapter_model.safetensors")
 )
 
@@ -249,11 +249,9 @@ def _release_shared(root: Path, home: Path) -> None:
 
 
 def _is_family(stored: Stored) -> bool:
-    types = {model.architecture for model in catalog.FAMILY}
-    types.add(NATIVE_TYPE)
     configs = [_config(path.parent) for path in stored.home.glob("snapshots/*/config.json")]
     if configs:
-        return any(config.get("model_type") in types for config in configs)
+        return any(registry.find(config.get("model_type")) for config in configs)
     return stored.alias is not None or any(stored.home.glob(f"blobs/*{PARTIAL}"))
 
 

@@ -21,7 +21,7 @@ from phimlx.hub import cache as store
 from phimlx.hub.cache import ADAPTER_FILES, find_snapshot, is_whole
 from phimlx.hub.client import Remote, RemoteFile, Repository
 from phimlx.hub.transfer import HubCache, PlainFolder, Plan, Report
-from phimlx.models.phi4mm.names import NATIVE_TYPE
+from phimlx.models import registry
 
 __all__ = [
     "NANO",
@@ -246,7 +246,8 @@ def _adapters(repository: Repository, remote: Remote) -> list[RemoteFile]:
             f"config.json of {repository.name} is not a JSON object.",
             hint="It may have been damaged on its way: try again, or choose another model.",
         )
-    return files if settings.get("model_type") == NATIVE_TYPE else []
+    dialect = registry.dialect_of(settings)
+    return files if dialect is not None and dialect.adapter_folders else []
 
 
 def _turn(file: RemoteFile) -> tuple[bool, bool, str]:

@@ -152,7 +152,7 @@ class Layout:
 
     @property
     def tokens(self) -> int:
-        """Slots in the prompt: the crops' rows, a separator, the whole's rows; each row ends."""
+        """Tokens in the prompt: the crops' rows, a separator, the whole's rows; each row ends."""
         rows, columns = (math.ceil(patches / POOL) for patches in self.patches)
         whole = SIDE // POOL
         return rows * (columns + 1) + 1 + whole * (whole + 1)

@@ -66,7 +66,7 @@ def frame_count(samples: int, rate: int) -> int:
 
 
 def token_count(frames: int) -> int:
-    """Slots that a sound of that many frames takes in the prompt: one for 80 ms."""
+    """Placeholders that a sound of that many frames takes in the prompt: one for 80 ms."""
     return -(-frames // FRAMES_PER_TOKEN)
 
 

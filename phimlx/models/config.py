@@ -1,6 +1,6 @@
 """A model folder's `config.json`, in either dialect, as one checked set of values.
 
-Knows what the phi3 architecture can be; knows nothing of weights or prompts.
+Source of the rope settings: transformers `modeling_rope_utils.py`.
 """
 
 from __future__ import annotations
@@ -8,20 +8,10 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Self
 
 from phimlx.errors import ConfigError, shortened
 from phimlx.models.rope import Rope, longrope_attention_factor
-
-# Keys that change the model, with the only values that the family uses.
-FIXED: dict[str, tuple[Any, ...]] = {
-    "hidden_act": ("silu",),
-    "attention_bias": (False,),
-    "mlp_bias": (False,),
-    "lm_head_bias": (False,),
-    "full_attn_mod": (1,),
-    "interpolate_factor": (1,),
-}
 
 # Largest believable values: a hostile config must not make us build a billion layers.
 LIMITS = {
@@ -34,6 +24,7 @@ LIMITS = {
     "vocab_size": 1 << 24,
     "max_position_embeddings": 1 << 30,
     "original_max_position_embeddings": 1 << 30,
+    "sliding_window": 1 << 30,
 }
 
 ROPE_KEYS = {
@@ -52,8 +43,14 @@ ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
 
 
 @dataclass(frozen=True)
-class Phi3Config:
-    """Shape of a phi3-architecture model, under the checkpoint's own names."""
+class ModelConfig:
+    """Shape of a decoder, under the checkpoint's own names; every architecture adds its own.
+
+    Attributes:
+        norm_eps: added to the variance in every norm.
+        rope: rotary position embedding of queries and keys.
+        sliding_window: how many tokens each attends to, itself and those before it; None for all.
+    """
 
     hidden_size: int
     intermediate_size: int
@@ -63,75 +60,103 @@ class Phi3Config:
     head_dim: int
     vocab_size: int
     max_position_embeddings: int
-    rms_norm_eps: float
     tie_word_embeddings: bool
+    norm_eps: float
     rope: Rope
+    sliding_window: int | None
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Phi3Config:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a Hub config (`rope_scaling`, `rope_theta`) or a transformers 5 one
         (`rope_parameters`).
 
         Raises:
             ConfigError: naming the key, where a value is missing, unknown or contradicts another.
         """
-        for key, allowed in FIXED.items():
-            if config.get(key, allowed[0]) not in (None, *allowed):
-                expected = " or ".join(map(repr, allowed))
-                raise ConfigError(
-                    f"config.json: {key} is {shortened(config[key])}, but Phi-4 models have "
-                    f"{expected}."
-                )
-        hidden_size = _count(config, "hidden_size")
-        heads = _count(config, "num_attention_heads")
-        kv_heads = _count(config, "num_key_value_heads", heads)
-        if heads % kv_heads:
-            raise ConfigError(
-                f"config.json: num_attention_heads ({heads}) is not a multiple of "
-                f"num_key_value_heads ({kv_heads})."
-            )
-        if config.get("head_dim") is None and hidden_size % heads:
-            raise ConfigError(
-                f"config.json: hidden_size ({hidden_size}) is not a multiple of "
-                f"num_attention_heads ({heads})."
-            )
-        head_dim = _count(config, "head_dim", hidden_size // heads)
-        max_positions = _count(config, "max_position_embeddings")
-        window = config.get("sliding_window")
-        if window is not None and _number("sliding_window", window) < max_positions:
-            raise ConfigError(
-                f"config.json: sliding_window ({window}) is below max_position_embeddings "
-                f"({max_positions}), but Phi-4 models attend to every position."
-            )
-        tied = config.get("tie_word_embeddings", False)
-        if not isinstance(tied, bool):
-            raise ConfigError(
-                f"config.json: tie_word_embeddings is {shortened(tied)}, not true or false."
-            )
-        return cls(
-            hidden_size=hidden_size,
-            intermediate_size=_count(config, "intermediate_size"),
-            num_hidden_layers=_count(config, "num_hidden_layers"),
-            num_attention_heads=heads,
-            num_key_value_heads=kv_heads,
-            head_dim=head_dim,
-            vocab_size=_count(config, "vocab_size"),
-            max_position_embeddings=max_positions,
-            rms_norm_eps=_number("rms_norm_eps", config.get("rms_norm_eps", 1e-5)),
-            tie_word_embeddings=tied,
-            rope=read_rope(config, head_dim, max_positions),
+        raise NotImplementedError
+
+    @property
+    def projection_shapes(self) -> dict[str, tuple[int, int]]:
+        """Input and output width of each of a layer's projections, by path, in calling order."""
+        raise NotImplementedError
+
+
+def read_decoder(
+    config: Mapping[str, Any], norm_eps: str, partial_rotary_factor: float = 1.0
+) -> dict[str, Any]:
+    """Read the fields of `ModelConfig`.
+
+    Args:
+        norm_eps: the key of the norms' epsilon.
+        partial_rotary_factor: where the config says nothing of it.
+    """
+    hidden_size = read_count(config, "hidden_size")
+    heads = read_count(config, "num_attention_heads")
+    kv_heads = read_count(config, "num_key_value_heads", heads)
+    if heads % kv_heads:
+        raise ConfigError(
+            f"config.json: num_attention_heads ({heads}) is not a multiple of "
+            f"num_key_value_heads ({kv_heads})."
         )
+    if config.get("head_dim") is None and hidden_size % heads:
+        raise ConfigError(
+            f"config.json: hidden_size ({hidden_size}) is not a multiple of "
+            f"num_attention_heads ({heads})."
+        )
+    head_dim = read_count(config, "head_dim", hidden_size // heads)
+    max_positions = read_count(config, "max_position_embeddings")
+    window = config.get("sliding_window")
+    if window is not None:
+        window = read_count(config, "sliding_window")
+    tied = config.get("tie_word_embeddings", False)
+    if not isinstance(tied, bool):
+        raise ConfigError(
+            f"config.json: tie_word_embeddings is {shortened(tied)}, not true or false."
+        )
+    return {
+        "hidden_size": hidden_size,
+        "intermediate_size": read_count(config, "intermediate_size"),
+        "num_hidden_layers": read_count(config, "num_hidden_layers"),
+        "num_attention_heads": heads,
+        "num_key_value_heads": kv_heads,
+        "head_dim": head_dim,
+        "vocab_size": read_count(config, "vocab_size"),
+        "max_position_embeddings": max_positions,
+        "tie_word_embeddings": tied,
+        "norm_eps": read_number(norm_eps, config.get(norm_eps, 1e-5)),
+        "rope": read_rope(config, head_dim, max_positions, partial_rotary_factor),
+        "sliding_window": window,
+    }
 
 
-def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> Rope:
-    """The rotary embedding that a config asks for, in either dialect.
+def check_fixed(config: Mapping[str, Any], fixed: Mapping[str, tuple[Any, ...]]) -> None:
+    """Check keys that change a model and of which we compute some values only.
+
+    Args:
+        fixed: the values of each, the one that it has where it is absent first.
+    """
+    for key, allowed in fixed.items():
+        if config.get(key, allowed[0]) not in (None, *allowed):
+            expected = " or ".join(map(repr, allowed))
+            raise ConfigError(
+                f"config.json: {key} is {shortened(config[key])}, but Phi models have {expected}."
+            )
+
+
+def read_rope(
+    config: Mapping[str, Any], head_dim: int, max_positions: int, partial: float = 1.0
+) -> Rope:
+    """Read the rotary embedding that a config asks for, in either dialect.
+
+    Args:
+        partial: the part of each head that turns where the config does not say.
 
     A value that stands in several places must be the same in all of them.
     """
     values = rope_values(config)
     kind = ROPE_TYPES[values.get("rope_type", "default")]
-    partial = _number("partial_rotary_factor", values.get("partial_rotary_factor", 1.0))
-    theta = _number("rope_theta", values.get("rope_theta", 10000.0))
+    partial = read_number("partial_rotary_factor", values.get("partial_rotary_factor", partial))
+    theta = read_number("rope_theta", values.get("rope_theta", 10000.0))
     dims = int(head_dim * partial)
     if not 0 < dims <= head_dim or dims % 2:
         raise ConfigError(
@@ -140,7 +165,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> R
         )
     if kind == "default":
         return Rope(dims, theta)
-    original = _count(values, "original_max_position_embeddings")
+    original = read_count(values, "original_max_position_embeddings")
     if original > max_positions:
         raise ConfigError(
             f"config.json: original_max_position_embeddings ({original}) is above "
@@ -149,7 +174,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> R
     factors = {key: _factors(values, key, dims // 2) for key in ("short_factor", "long_factor")}
     scale = values.get("attention_factor")
     if scale is None:
-        factor = _number("factor", values.get("factor") or max_positions / original)
+        factor = read_number("factor", values.get("factor") or max_positions / original)
         scale = longrope_attention_factor(factor, original)
     return Rope(
         dims,
@@ -157,7 +182,7 @@ def read_rope(config: Mapping[str, Any], head_dim: int, max_positions: int) -> R
         short_factor=factors["short_factor"],
         long_factor=factors["long_factor"],
         original_max_position_embeddings=original,
-        attention_factor=_number("attention_factor", scale),
+        attention_factor=read_number("attention_factor", scale),
     )
 
 
@@ -235,7 +260,8 @@ def hub_dialect(config: Mapping[str, Any]) -> dict[str, Any]:
     return hub
 
 
-def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+def read_count(config: Mapping[str, Any], key: str, default: int | None = None) -> int:
+    """Read a whole number from 1 to its limit."""
     value = config.get(key)
     value = default if value is None else value
     if value is None:
@@ -247,7 +273,8 @@ def _count(config: Mapping[str, Any], key: str, default: int | None = None) -> i
     return value
 
 
-def _number(key: str, value: Any) -> float:
+def read_number(key: str, value: Any) -> float:
+    """Check a number above 0."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
         raise ConfigError(f"config.json: {key} is {shortened(value)}, not a number above 0.")
@@ -261,4 +288,4 @@ def _factors(values: Mapping[str, Any], key: str, count: int) -> tuple[float, ..
         raise ConfigError(
             f"config.json: {key} needs {count} numbers, one a frequency; it {length}."
         )
-    return tuple(_number(key, factor) for factor in factors)
+    return tuple(read_number(key, factor) for factor in factors)

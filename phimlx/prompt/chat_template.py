@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PromptError, TokenizerError
-from phimlx.prompt.media_parts import NAMES, Part, Slots, no_media
+from phimlx.prompt.media_parts import NAMES, Part, Placeholders, no_media
 from phimlx.prompt.messages import Message, read_messages
 from phimlx.prompt.published_templates import folder_templates, published_template
 from phimlx.prompt.sandbox.escape import Shield
@@ -57,7 +57,7 @@ class ChatTemplate:
         sources: Mapping[str, str],
         tokenizer: Tokenizer,
         special: Mapping[str, str],
-        slots: Slots | None = None,
+        slots: Placeholders | None = None,
     ) -> None:
         """`sources`: templates by name, of which "default" renders all but conversations with
         tools where there is a "tool_use"; `special`: bos_token and the like, by name; `slots`:
@@ -77,7 +77,7 @@ class ChatTemplate:
         folder: Path,
         tokenizer: Tokenizer,
         model_name: str | None = None,
-        slots: Slots | None = None,
+        slots: Placeholders | None = None,
     ) -> ChatTemplate:
         """The folder's own template, or else the published one for its tokenizer.
 

@@ -26,7 +26,7 @@ EXAMPLE = (
 # What a prompt that uses no template may write, as the reference's processor reads it.
 PLACEHOLDER = re.compile(r"<\|(image|audio)_\d+\|>")
 
-Slots = Mapping[str, int]
+Placeholders = Mapping[str, int]
 """The token that stands for a piece of a picture, and of a sound, by kind."""
 
 
@@ -161,7 +161,7 @@ def attach(
 
 
 def widen(
-    ids: Sequence[int], slots: Slots, tokens: Mapping[str, Sequence[int]]
+    ids: Sequence[int], slots: Placeholders, tokens: Mapping[str, Sequence[int]]
 ) -> tuple[list[int], list[str]]:
     """Ids in which each slot token stands as often as its item has tokens, and the items' kinds.
 

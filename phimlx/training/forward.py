@@ -12,7 +12,7 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from phimlx.models.phi3 import DecoderLayer, Phi3ForCausalLM
+from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.rope import Rope
 from phimlx.training.data.batches import Batch
 
@@ -21,11 +21,12 @@ def inputs_of(batch: Batch, rope: Rope) -> dict[str, mx.array]:
     """A batch as the device takes it.
 
     Returns:
-        tokens, picked, targets, weights and, of packed rows, segments as in `Batch`; cos and sin,
+        tokens, positions, picked, targets, weights and, of packed rows, segments as in `Batch`; cos
+        and sin,
         float32 `[rows, 1, length, dims / 2]`, from the table that each example's own length calls
         for.
     """
-    names = ("tokens", "picked", "targets", "weights", "segments")
+    names = ("tokens", "positions", "picked", "targets", "weights", "segments")
     arrays = {name: getattr(batch, name) for name in names}
     inputs = {name: mx.array(array) for name, array in arrays.items() if array is not None}
     inputs["cos"], inputs["sin"] = _tables(rope, batch)
@@ -56,7 +57,7 @@ class Dropout(nn.Module):
 
 
 def supervised_states(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     inputs: Mapping[str, mx.array],
     key: mx.array,
     checkpointing: bool = False,
@@ -70,29 +71,34 @@ def supervised_states(
         key: from `mx.random.key`; what dropout draws follows from it alone.
         checkpointing: keep only each layer's input for the way back, and compute the rest again.
     """
-    mask: mx.array | str = "causal"
-    if "segments" in inputs:
-        columns = mx.arange(inputs["tokens"].shape[1])
-        same = inputs["segments"][:, :, None] == inputs["segments"][:, None, :]
-        mask = (same & (columns[:, None] >= columns[None]))[:, None]  # [rows, 1, length, length]
-    x = model.model.embed_tokens(inputs["tokens"])
+    mask = _mask(inputs, model.config.sliding_window)
+    x = model.embed(inputs["tokens"])
+    forward = ForwardPass(inputs["positions"], mask, (inputs["cos"], inputs["sin"]))
     for layer, layer_key in zip(model.layers, mx.random.split(key, len(model.layers)), strict=True):
-        x = _run(layer, x, inputs["cos"], inputs["sin"], mask, layer_key, checkpointing)
+        x = _run(layer, x, forward, layer_key, checkpointing)
     x = x.reshape(-1, x.shape[-1])[inputs["picked"]]
-    return model.model.norm(x)
+    return model.norm(x)
 
 
-def head_of(model: Phi3ForCausalLM) -> nn.Module:
-    """The layer whose weight makes logits of hidden states."""
-    return model.model.embed_tokens if model.config.tie_word_embeddings else model.lm_head
+def _mask(inputs: Mapping[str, mx.array], window: int | None) -> mx.array | str:
+    """Make the mask of attention inside each example, in the model's window where it has one."""
+    length = inputs["tokens"].shape[1]
+    if "segments" not in inputs and (window is None or length <= window):
+        return "causal"
+    columns = mx.arange(length)
+    seen = columns[:, None] >= columns[None]
+    if window is not None:
+        seen = seen & (columns[:, None] - columns[None] < window)
+    if "segments" not in inputs:
+        return seen
+    same = inputs["segments"][:, :, None] == inputs["segments"][:, None, :]
+    return (same & seen)[:, None]  # [rows, 1, length, length]
 
 
 def _run(
-    layer: DecoderLayer,
+    layer: nn.Module,
     x: mx.array,
-    cos: mx.array,
-    sin: mx.array,
-    mask: mx.array | str,
+    forward: ForwardPass,
     key: mx.array,
     checkpointing: bool,
 ) -> mx.array:
@@ -102,7 +108,7 @@ def _run(
         for module in layer.modules():
             if isinstance(module, Dropout):
                 key = module.take(key)
-        return layer(x, cos, sin, mask, None)
+        return layer(x, forward)
 
     if checkpointing:
         call = mx.checkpoint(call)

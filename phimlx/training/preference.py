@@ -15,9 +15,9 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_unflatten
 
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Rows
-from phimlx.training.forward import head_of, supervised_states
+from phimlx.training.forward import supervised_states
 from phimlx.training.loss import measured_losses, token_losses
 from phimlx.training.step import Step, Tree
 
@@ -95,14 +95,14 @@ class PreferenceStep(Step):
         """log p(better) − log p(worse) of each pair, `[rows / 2]`."""
         states = supervised_states(self.model, inputs, key, self.checkpointing)
         losses_of = token_losses if learning else measured_losses
-        losses = losses_of(head_of(self.model), states, inputs["targets"])
+        losses = losses_of(self.model.output_layer, states, inputs["targets"])
         summed = mx.zeros(inputs["tokens"].shape[0]).at[inputs["owners"]]
         probabilities = summed.add(-losses * inputs["weights"])  # log, of each row's answer
         return probabilities[::2] - probabilities[1::2]
 
 
 @contextmanager
-def without_adapter(model: Phi3ForCausalLM) -> Iterator[None]:
+def without_adapter(model: CausalLM) -> Iterator[None]:
     """The model as it was before adapters were put into its layers."""
     adapted = [(path, module) for path, module in model.named_modules() if "lora_a" in module]
     _put(model, [(path, module.linear) for path, module in adapted])
@@ -112,5 +112,5 @@ def without_adapter(model: Phi3ForCausalLM) -> Iterator[None]:
         _put(model, adapted)
 
 
-def _put(model: Phi3ForCausalLM, modules: Sequence[tuple[str, nn.Module]]) -> None:
+def _put(model: CausalLM, modules: Sequence[tuple[str, nn.Module]]) -> None:
     model.update_modules(tree_unflatten(list(modules)))

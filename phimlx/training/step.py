@@ -18,9 +18,9 @@ from mlx.utils import tree_flatten, tree_map
 
 from phimlx.errors import TrainingError
 from phimlx.machine.device import on_gpu
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch
-from phimlx.training.forward import head_of, inputs_of, supervised_states
+from phimlx.training.forward import inputs_of, supervised_states
 from phimlx.training.loss import linear_cross_entropy, measured_losses
 
 Tree = dict[str, Any]
@@ -58,7 +58,7 @@ class Step:
 
     def __init__(
         self,
-        model: Phi3ForCausalLM,
+        model: CausalLM,
         optimizer: optim.Optimizer,
         *,
         clip: float | None = None,
@@ -149,7 +149,7 @@ class Step:
         """The batch's part of the loss, and of each of `metrics`."""
         self.model.update(parameters)
         states = supervised_states(self.model, inputs, key, self.checkpointing)
-        head, targets, weights = head_of(self.model), inputs["targets"], inputs["weights"]
+        head, targets, weights = self.model.output_layer, inputs["targets"], inputs["weights"]
         if learning:
             return (linear_cross_entropy(head, states, targets, weights),)
         return ((measured_losses(head, states, targets) * weights).sum(),)

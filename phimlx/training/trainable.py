@@ -18,17 +18,11 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phimlx.adapters.adapter import KINDS, Adapter, Base
 from phimlx.errors import TrainingError, shortened
 from phimlx.models.adapters import MAX_RANK
+from phimlx.models.base import CausalLM
 from phimlx.models.lora import LowRank, input_dims
-from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.forward import Dropout
 
 SCALE = 2.0  # alpha twice the rank, where nothing is said
-
-# Projections that other architectures have and this one keeps together.
-TOGETHER = {
-    **dict.fromkeys(("q_proj", "k_proj", "v_proj"), "qkv_proj"),
-    **dict.fromkeys(("gate_proj", "up_proj"), "gate_up_proj"),
-}
 
 
 @dataclass(frozen=True)
@@ -106,7 +100,7 @@ class Counts:
     total: int
 
 
-def attach(model: Phi3ForCausalLM, settings: AdapterSettings) -> Counts:
+def attach(model: CausalLM, settings: AdapterSettings) -> Counts:
     """Freeze a model but for what is to be trained; adapters, in float32, are put in its layers.
 
     The layers are mlx-lm's LoRALinear and DoRALinear, over plain and quantized weights. Before
@@ -115,7 +109,7 @@ def attach(model: Phi3ForCausalLM, settings: AdapterSettings) -> Counts:
     Raises:
         TrainingError: where a target or layer does not exist, or the model cannot be trained so.
     """
-    if model.slots is not None:
+    if model.placeholders is not None:
         raise TrainingError(
             "A model that sees and hears cannot be fine-tuned yet.",
             hint="Fine-tune one that takes text only, such as phi-4-mini.",
@@ -134,9 +128,7 @@ def attach(model: Phi3ForCausalLM, settings: AdapterSettings) -> Counts:
     return counts(model)
 
 
-def adapter_of(
-    model: Phi3ForCausalLM, settings: AdapterSettings, base: Base | None = None
-) -> Adapter:
+def adapter_of(model: CausalLM, settings: AdapterSettings, base: Base | None = None) -> Adapter:
     """What has been trained in a model that `attach` prepared, ready to be written."""
     about: dict[str, Any] = {"base": base, "blocks": len(model.layers)}
     if settings.kind == "full":
@@ -148,7 +140,7 @@ def adapter_of(
     return Adapter(layers, dropout=settings.dropout, **about)
 
 
-def restore(model: Phi3ForCausalLM, adapter: Adapter) -> None:
+def restore(model: CausalLM, adapter: Adapter) -> None:
     """Go on from an adapter: its numbers take the place of those that `attach` began with.
 
     Raises:
@@ -206,31 +198,25 @@ def _chosen(settings: AdapterSettings, count: int) -> range:
 
 
 def _targets(
-    model: Phi3ForCausalLM, settings: AdapterSettings, chosen: range
+    model: CausalLM, settings: AdapterSettings, chosen: range
 ) -> Iterator[tuple[str, nn.Module]]:
     """Path and layer of each projection to train."""
-    projections = _projections(model.layers[0])
+    projections = model.architecture.projections
     for pattern in settings.targets:
         if not any(_matches(pattern, name) for name in projections):
             names = [name.rpartition(".")[2] for name in projections]
-            instead = TOGETHER.get(pattern)
+            fused = model.architecture.fused_projections
+            instead = next((own for own, parts in fused.items() if pattern in parts), None)
             raise TrainingError(
                 f"There is no projection {shortened(pattern)} to train; there is "
                 f"{', '.join(names)}.",
                 hint=None if instead is None else f"{pattern} is part of {instead} here.",
             )
     for number in chosen:
-        for name, module in _projections(model.layers[number]).items():
+        modules = dict(model.layers[number].named_modules())
+        for name in projections:
             if not settings.targets or any(_matches(each, name) for each in settings.targets):
-                yield f"model.layers.{number}.{name}", module
-
-
-def _projections(layer: nn.Module) -> dict[str, nn.Module]:
-    """The linear layers of a decoder layer, by path in it, in the order in which it calls them."""
-    kinds = (nn.Linear, nn.QuantizedLinear)
-    found = {name: module for name, module in layer.named_modules() if isinstance(module, kinds)}
-    order = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj")
-    return dict(sorted(found.items(), key=lambda item: order.index(item[0].rpartition(".")[2])))
+                yield f"model.layers.{number}.{name}", modules[name]
 
 
 def _matches(pattern: str, name: str) -> bool:
@@ -261,7 +247,7 @@ def _adapted_layers(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
             yield path, module
 
 
-def _unfreeze(model: Phi3ForCausalLM, settings: AdapterSettings, chosen: range) -> None:
+def _unfreeze(model: CausalLM, settings: AdapterSettings, chosen: range) -> None:
     """Make a model's own weights trainable: all of them, or those of some layers."""
     if settings.targets:
         raise TrainingError(

@@ -23,7 +23,8 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import Checkpoint, build_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model
 from phimlx.hub.resolve import NANO
 from phimlx.sizes import size_text
 

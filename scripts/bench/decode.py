@@ -20,7 +20,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import Checkpoint, build_model, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, load_model
 from phimlx.generation.engine import PromptCache, generate_tokens
 from phimlx.generation.sampler import Sampler, Sampling
 

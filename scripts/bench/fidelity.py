@@ -16,7 +16,8 @@ import mlx.nn as nn
 from mlx_lm.utils import load_model as load_theirs
 from safetensors import safe_open
 
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.terminal.output import Output
 
 MODELS = Path(__file__).parents[2] / "tests" / "goldens" / "models"

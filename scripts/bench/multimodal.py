@@ -34,7 +34,8 @@ import mlx.core as mx
 import numpy as np
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import Checkpoint, build_model, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, load_model
 from phimlx.generation.engine import Media, PromptCache, generate_tokens
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.media.audio import prepare_audio

@@ -34,7 +34,7 @@ def make_model(source: Path, folder: Path) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
-    from phimlx.checkpoint.folder import build_model
+    from phimlx.checkpoint.load import build_model
 
     config = {**json.loads((source / "config.json").read_text()), **TINY}
     (folder / "config.json").write_text(json.dumps(config))

@@ -148,8 +148,7 @@ def phimlx_side(case: Case, tokens: Any) -> tuple[Any, int]:
     import mlx.optimizers as optim
     import numpy as np
 
-    from phimlx.models.config import Phi3Config
-    from phimlx.models.phi3 import Phi3ForCausalLM
+    from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
     from phimlx.training.data.batches import Batches, Example
     from phimlx.training.step import Step
 

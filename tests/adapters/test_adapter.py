@@ -17,10 +17,9 @@ from mlx.utils import tree_flatten
 import phimlx
 from phimlx.adapters.adapter import Adapter, Base, load_adapter, read_adapter, write_adapter
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError
-from phimlx.models.config import Phi3Config
 from phimlx.models.lora import LowRank
-from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.models.phi4mm.features import Slots
+from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
+from phimlx.models.phi4mm.features import Placeholders
 from phimlx.training.trainable import AdapterSettings, adapter_of, attach
 from tests.convert.tiny import MINI, PHI_4, parameters, write_model
 
@@ -392,7 +391,7 @@ def test_an_adapter_of_another_model_of_the_family_is_refused(tmp_path: Path) ->
 
 def test_a_model_that_sees_takes_no_adapter(tmp_path: Path) -> None:
     model = ours()
-    model.slots = Slots(5, 6)
+    model.placeholders = Placeholders(5, 6)
     with pytest.raises(CheckpointError) as caught:
         load_adapter(model, adapter_in(tmp_path))
     assert str(caught.value) == (

@@ -11,7 +11,8 @@ import pytest
 
 from phimlx.adapters.adapter import Adapter, load_adapter, read_adapter, write_adapter
 from phimlx.adapters.peft import write_peft
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "peft"

@@ -8,7 +8,8 @@ from typing import Any
 
 import pytest
 
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import ConfigError, PhimlxError
 from tests.convert.tiny import MINI, PHI_4, write_config, write_model
 
@@ -68,7 +69,7 @@ def test_a_config_that_links_to_itself(tmp_path: Path) -> None:
 
 
 LIMIT = "not a whole number from 1 to"
-FAMILY = "but phimlx runs the Phi-4 family: phi3, phi4_multimodal, phi4mm."
+FAMILY = "but phimlx runs the Phi family: phi3, phi4_multimodal, phi4mm."
 
 
 @pytest.mark.parametrize(
@@ -87,8 +88,8 @@ FAMILY = "but phimlx runs the Phi-4 family: phi3, phi4_multimodal, phi4mm."
             {"model_type": "x" * 100_000},
             f"model_type is '{'x' * 56}..., {FAMILY}",
         ),
-        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but Phi-4 models have 'silu'."),
-        ({"attention_bias": True}, "attention_bias is True, but Phi-4 models have False."),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu', but Phi models have 'silu'."),
+        ({"attention_bias": True}, "attention_bias is True, but Phi models have False."),
         ({"hidden_size": None}, "hidden_size is missing."),
         ({"hidden_size": 0}, f"hidden_size is 0, {LIMIT} 1048576."),
         ({"hidden_size": -64}, f"hidden_size is -64, {LIMIT} 1048576."),
@@ -106,9 +107,8 @@ FAMILY = "but phimlx runs the Phi-4 family: phi3, phi4_multimodal, phi4mm."
         ),
         ({"hidden_size": 66}, "hidden_size (66) is not a multiple of num_attention_heads (4)."),
         (
-            {"sliding_window": 128},
-            "sliding_window (128) is below max_position_embeddings (256), but Phi-4 models attend "
-            "to every position.",
+            {"sliding_window": 0},
+            "sliding_window is 0, not a whole number from 1 to 1073741824.",
         ),
         ({"tie_word_embeddings": "yes"}, "tie_word_embeddings is 'yes', not true or false."),
         ({"rms_norm_eps": float("nan")}, "rms_norm_eps is nan, not a number above 0."),

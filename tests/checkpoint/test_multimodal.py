@@ -12,11 +12,16 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import Checkpoint, build_model, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, load_model
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError
-from phimlx.models.phi4mm import names as phi4mm_names
+from phimlx.models import registry
 from phimlx.models.phi4mm.model import Phi4MMConfig, Phi4MMForCausalLM
 from tests.convert.tiny import write_config, write_index
+
+DIALECT = registry.dialect_of({"model_type": "phi4_multimodal"})
+assert DIALECT is not None
+RENAMES, ADAPTER_FOLDERS = DIALECT.names({}), DIALECT.adapter_folders
 
 # As `save_pretrained` of transformers writes the tiny model's config.
 NATIVE: dict[str, Any] = {
@@ -115,9 +120,9 @@ def write(folder: Path, config: Mapping[str, Any], weights: Weights) -> Path:
 
 def write_native(folder: Path, weights: Weights, prefix: str = "") -> Path:
     """The published weights as transformers' conversion lays them out: adapters in folders."""
-    base = {phi4mm_names.native_name(n): w for n, w in weights.items() if ".lora_" not in n}
+    base = {RENAMES.theirs(n): w for n, w in weights.items() if ".lora_" not in n}
     write(folder, NATIVE, base)
-    for adapter, name in phi4mm_names.ADAPTER_FOLDERS.items():
+    for adapter, name in ADAPTER_FOLDERS.items():
         own = {
             prefix + n.replace(f".{adapter}.weight", ".weight"): w
             for n, w in weights.items()
@@ -188,7 +193,7 @@ def test_native_names_with_the_adapters_among_them(
 ) -> None:
     """As a model that had its adapters loaded is saved: `base_layer` and `lora_A.vision` names."""
     native = {
-        n if "_proj.base_layer" in n or ".lora_" in n else phi4mm_names.native_name(n): w
+        n if "_proj.base_layer" in n or ".lora_" in n else RENAMES.theirs(n): w
         for n, w in weights.items()
     }
     config = {**NATIVE, "vision_lora": LORA["vision"], "speech_lora": LORA["speech"]}
@@ -200,7 +205,7 @@ def test_native_names_are_transformers(weights: Weights) -> None:
     them."""
     for name in weights:
         if ".lora_" not in name:
-            assert phi4mm_names.published_name(phi4mm_names.native_name(name)) == name
+            assert RENAMES.ours(RENAMES.theirs(name)) == (name,)
     extend = "model.embed_tokens_extend"
     for native, published in {
         f"{extend}.audio_embed.encoder.encoders.11.feed_forward_in.gate_up_proj.weight": (
@@ -230,12 +235,12 @@ def test_native_names_are_transformers(weights: Weights) -> None:
         ),
         "model.norm.weight": "model.norm.weight",
     }.items():
-        assert phi4mm_names.published_name(native) == published
-        assert phi4mm_names.native_name(published) == native
+        assert RENAMES.ours(native) == (published,)
+        assert RENAMES.theirs(published) == native
 
 
 def test_native_without_adapters(weights: Weights, tmp_path: Path) -> None:
-    base = {phi4mm_names.native_name(n): w for n, w in weights.items() if ".lora_" not in n}
+    base = {RENAMES.theirs(n): w for n, w in weights.items() if ".lora_" not in n}
     error = loading(write(tmp_path, NATIVE, base))
     assert isinstance(error, CheckpointError)
     assert str(error) == (

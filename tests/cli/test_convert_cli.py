@@ -12,7 +12,8 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 from safetensors import safe_open
 
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
 from phimlx.hub.resolve import NANO
 from tests.convert.tiny import MINI, PHI_4, parameters, write_model

@@ -13,7 +13,8 @@ from mlx.utils import tree_flatten
 from convert import Quantization, convert, plan
 from convert import pipeline as pipeline_module
 from phimlx.adapters.adapter import Base, load_adapter, write_adapter
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConversionError
 from phimlx.training.trainable import AdapterSettings, adapter_of, attach
 from tests.convert.tiny import MINI, PHI_4, same_bits, weights_of, write_model

@@ -19,16 +19,20 @@ from convert import Quantization, Recipe, convert, plan, read_recipe
 from convert import pipeline as pipeline_module
 from convert.export.gguf import plan_gguf
 from convert.measure.report import measure
-from convert.quantize.recipe import RECIPES, Rule, mixed, part_of
+from convert.quantize.recipe import Rule, mixed, part_of, recipes_of
 from convert.streaming import arriving
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConversionError
 from phimlx.hub.client import Remote
+from phimlx.models import registry
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 from tests.checkpoint.test_multimodal import write_native
 from tests.convert.tiny import failing, same_bits, weights_of, write_config, write_index
 from tests.hub.loopback_hub import Hub, serve
 from tests.multimodal import multimodal_folder
+
+PHI4MM = registry.of_config({"model_type": "phi4mm"})
 
 EIGHT = Quantization(32, 8)
 CASES = ("text", "image", "audio", "both", "two_audio_padded", "audio45s")
@@ -243,7 +247,7 @@ def test_quantized_encoders_and_adapters_still_see_and_hear(
 
 
 def test_twice_the_same_bytes(source: Path, tmp_path: Path) -> None:
-    recipe = mixed(4, 6).in_groups_of(32)
+    recipe = mixed(4, 6, PHI4MM).in_groups_of(32)
     for name in ("a", "b"):
         convert(source, tmp_path / name / "out", recipe, parts=["adapters", "encoders"])
     files = sorted(path.name for path in (tmp_path / "a" / "out").iterdir())
@@ -294,7 +298,7 @@ def test_further_down(source: Path, tmp_path: Path) -> None:
 
 
 def test_named_recipes_protect_the_base_and_leave_the_rest(source: Path, tmp_path: Path) -> None:
-    assert RECIPES["phi4mm"] == RECIPES["phi3"]
+    assert recipes_of(PHI4MM) == recipes_of(registry.of_config({"model_type": "phi3"}))
     blocks = 16
     layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     plain = [f"model.layers.{block}.{layer}" for block in range(blocks) for layer in layers]
@@ -302,8 +306,10 @@ def test_named_recipes_protect_the_base_and_leave_the_rest(source: Path, tmp_pat
     beside += [f"{TOWER}encoder.layers.{n}.mlp.fc1" for n in range(3)]
     beside += ["model.embed_tokens_extend.image_embed.img_projection.0"]
     based = ["model.embed_tokens", *(f"{path}.base_layer" for path in plain)]
-    assigned, _ = mixed(4, 6).assign(dict.fromkeys([*based, *beside], 3072), blocks)
-    expected, _ = mixed(4, 6).assign(dict.fromkeys(["model.embed_tokens", *plain], 3072), blocks)
+    assigned, _ = mixed(4, 6, PHI4MM).assign(dict.fromkeys([*based, *beside], 3072), blocks)
+    expected, _ = mixed(4, 6, PHI4MM).assign(
+        dict.fromkeys(["model.embed_tokens", *plain], 3072), blocks
+    )
     assert {path: assigned[path] for path in based} == dict(
         zip(based, expected.values(), strict=True)
     )

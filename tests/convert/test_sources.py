@@ -14,7 +14,8 @@ from mlx.utils import tree_flatten
 from convert import Quantization, Recipe, pipeline
 from convert import convert as convert_model
 from convert.quantize.recipe import Rule
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from tests.convert.tiny import MINI, PHI_4, parameters, same_bits, weights_of, write_model
 
 MODES = [Quantization(32, 6), Quantization(32, 8, "mxfp8"), Quantization(16, 4, "nvfp4")]

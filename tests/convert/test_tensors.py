@@ -16,7 +16,8 @@ from safetensors import safe_open
 
 from convert import Quantization, pipeline, plan
 from convert import convert as convert_model
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from tests.convert.tiny import (
     MINI,
     PHI_4,

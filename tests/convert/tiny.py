@@ -12,7 +12,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from convert import convert
-from phimlx.checkpoint.folder import Checkpoint, build_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
 
 PHI_4: dict[str, Any] = {

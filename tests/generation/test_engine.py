@@ -7,18 +7,19 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.generation import engine
 from phimlx.generation.engine import PromptCache, generate_tokens
 from phimlx.generation.sampler import Sampler, Sampling
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 
 FOLDER = Path(__file__).parents[1] / "goldens" / "models" / "mini-step-32"
 STEP = 32
 
 
 @pytest.fixture(scope="module")
-def model() -> Phi3ForCausalLM:
+def model() -> CausalLM:
     return load_model(Checkpoint(FOLDER), mx.float32)
 
 
@@ -27,13 +28,13 @@ def prompt_of(length: int, start: int = 4) -> list[int]:
 
 
 def greedy(
-    model: Phi3ForCausalLM, prompt: list[int], count: int, cache: PromptCache | None = None
+    model: CausalLM, prompt: list[int], count: int, cache: PromptCache | None = None
 ) -> list[int]:
     cache = cache or PromptCache(model)
     return list(generate_tokens(model, prompt, Sampler(Sampling(), 0), count, cache))
 
 
-def plain(model: Phi3ForCausalLM, prompt: list[int], count: int) -> list[int]:
+def plain(model: CausalLM, prompt: list[int], count: int) -> list[int]:
     """Greedy decoding by a whole forward pass for every token."""
     tokens = list(prompt)
     for _ in range(count):
@@ -42,20 +43,18 @@ def plain(model: Phi3ForCausalLM, prompt: list[int], count: int) -> list[int]:
 
 
 @pytest.mark.parametrize("length", [1, 10, 31, 32, 33, 60])
-def test_decoding_equals_whole_passes(model: Phi3ForCausalLM, length: int) -> None:
+def test_decoding_equals_whole_passes(model: CausalLM, length: int) -> None:
     assert greedy(model, prompt_of(length), 24) == plain(model, prompt_of(length), 24)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, 32])
-def test_prefill_in_pieces(
-    model: Phi3ForCausalLM, chunk: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_prefill_in_pieces(model: CausalLM, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk)
     for length in (20, 50):
         assert greedy(model, prompt_of(length), 20) == plain(model, prompt_of(length), 20)
 
 
-def test_turns_prefill_only_what_is_new(model: Phi3ForCausalLM) -> None:
+def test_turns_prefill_only_what_is_new(model: CausalLM) -> None:
     cache, tokens, computed = PromptCache(model), prompt_of(8), []
 
     def report(_: int, to_compute: int) -> None:
@@ -71,7 +70,7 @@ def test_turns_prefill_only_what_is_new(model: Phi3ForCausalLM) -> None:
     assert computed == [8, 4, 4, 38, 4]
 
 
-def test_going_back_below_the_step(model: Phi3ForCausalLM) -> None:
+def test_going_back_below_the_step(model: CausalLM) -> None:
     """A shorter prompt after a longer one (undo, another question) uses the short table again."""
     cache, long = PromptCache(model), prompt_of(50)
     greedy(model, long, 10, cache)
@@ -81,9 +80,7 @@ def test_going_back_below_the_step(model: Phi3ForCausalLM) -> None:
 
 @pytest.mark.parametrize("length", [10, 29, 31])
 @pytest.mark.parametrize("taken", [0, 1, 2, 4])
-def test_stopping_early_leaves_a_usable_cache(
-    model: Phi3ForCausalLM, length: int, taken: int
-) -> None:
+def test_stopping_early_leaves_a_usable_cache(model: CausalLM, length: int, taken: int) -> None:
     cache, prompt = PromptCache(model), prompt_of(length)
     tokens = generate_tokens(model, prompt, Sampler(Sampling(), 0), 20, cache)
     said = [next(tokens) for _ in range(taken)]
@@ -94,7 +91,7 @@ def test_stopping_early_leaves_a_usable_cache(
 
 
 def test_an_error_in_the_middle_leaves_a_usable_cache(
-    model: Phi3ForCausalLM, monkeypatch: pytest.MonkeyPatch
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     cache, prompt = PromptCache(model), prompt_of(12)
     assert greedy(model, prompt, 4, cache) == plain(model, prompt, 4)
@@ -114,7 +111,7 @@ def test_an_error_in_the_middle_leaves_a_usable_cache(
     assert greedy(model, longer, 6, cache) == plain(model, longer, 6)
 
 
-def test_sampled_tokens_depend_on_the_seed_alone(model: Phi3ForCausalLM) -> None:
+def test_sampled_tokens_depend_on_the_seed_alone(model: CausalLM) -> None:
     def sample(seed: int, cache: PromptCache) -> list[int]:
         sampler = Sampler(Sampling(temperature=1.0, top_k=20), seed)
         return list(generate_tokens(model, prompt_of(25), sampler, 15, cache))

@@ -13,7 +13,8 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import GenerationError, PromptError
 from phimlx.generation import engine
 from phimlx.generation.engine import Media, PromptCache, generate_tokens
@@ -41,7 +42,7 @@ def model(folder: Path) -> Phi4MMForCausalLM:
 def seen(model: Phi4MMForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, int]]:
     """How many pictures and clips each run of the encoders saw."""
     runs: list[tuple[int, int]] = []
-    see = Phi4MMForCausalLM.see
+    see = Phi4MMForCausalLM.encode_media
 
     def spy(self: Phi4MMForCausalLM, **arrays: mx.array) -> Features:
         counts = [
@@ -51,7 +52,7 @@ def seen(model: Phi4MMForCausalLM, monkeypatch: pytest.MonkeyPatch) -> list[tupl
             runs.append((counts[0], counts[1]))
         return see(self, **arrays)
 
-    monkeypatch.setattr(Phi4MMForCausalLM, "see", spy)
+    monkeypatch.setattr(Phi4MMForCausalLM, "encode_media", spy)
     return runs
 
 
@@ -112,7 +113,7 @@ def plain(
     model: Phi4MMForCausalLM, prompt: list[int], media: Media | None, count: int
 ) -> list[int]:
     """Greedy decoding by a whole pass for every token."""
-    features = model.see(**(media.arrays if media else {}))
+    features = model.encode_media(**(media.arrays if media else {}))
     tokens = list(prompt)
     for _ in range(count):
         logits = model.head(model.hidden_states(mx.array([tokens]), features=features))[0, -1]
@@ -276,7 +277,7 @@ def test_a_clip_that_folds_is_another_beside_others(model: Phi4MMForCausalLM) ->
     mask = mx.ones((1, 4100), mx.int32)
     beside = Media({**alone.arrays, "audio_attention_mask": mask}, alone.digests)
     first, second = plain(model, prompt, alone, 1), plain(model, prompt, beside, 1)
-    features = [model.see(**media.arrays).audio for media in (alone, beside)]
+    features = [model.encode_media(**media.arrays).audio for media in (alone, beside)]
     assert not np.allclose(np.array(features[0]), np.array(features[1]), atol=1e-4)
     cache = PromptCache(model)
     assert greedy(model, prompt, alone, 1, cache) == first

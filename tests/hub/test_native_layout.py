@@ -20,7 +20,8 @@ from huggingface_hub import constants, snapshot_download
 from convert import Quantization, plan
 from convert import convert as convert_model
 from convert.streaming import arriving
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
 from phimlx.errors import DownloadError, PhimlxError
 from phimlx.hub import cache as store

@@ -10,10 +10,11 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from phimlx.checkpoint.folder import DTYPES, Checkpoint, load_model
+from phimlx.checkpoint.folder import DTYPES, Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.evaluation.bundled import questions
 from phimlx.hub.resolve import NANO
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 # Rounding to bfloat16 moves a number by up to 2^-9 of itself; what some twenty such roundings a
@@ -22,12 +23,12 @@ BFLOAT16_ROUNDING = 2**-5
 
 
 @pytest.fixture(scope="module")
-def model() -> Phi3ForCausalLM:
+def model() -> CausalLM:
     return load_model(Checkpoint(NANO), mx.float32)
 
 
 @pytest.fixture(scope="module", params=["short", "long"])
-def ids(request: pytest.FixtureRequest, model: Phi3ForCausalLM) -> mx.array:
+def ids(request: pytest.FixtureRequest, model: CausalLM) -> mx.array:
     """Held-out text, `[1, length]`: as long as the step, or twice that."""
     text = "".join(
         f"<|{message['role']}|>{message['content']}<|end|>"
@@ -41,7 +42,7 @@ def ids(request: pytest.FixtureRequest, model: Phi3ForCausalLM) -> mx.array:
 
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_half_precision_agrees_where_the_margin_is_clear(
-    model: Phi3ForCausalLM, ids: mx.array, dtype: str
+    model: CausalLM, ids: mx.array, dtype: str
 ) -> None:
     exact = model(ids)[0]  # [length, vocab]
     half = load_model(Checkpoint(NANO), DTYPES[dtype])(ids)[0].astype(mx.float32)
@@ -54,7 +55,7 @@ def test_half_precision_agrees_where_the_margin_is_clear(
 
 
 def test_quantized_logits_are_finite_and_closer_with_more_bits(
-    model: Phi3ForCausalLM, ids: mx.array
+    model: CausalLM, ids: mx.array
 ) -> None:
     exact = model(ids)
     differences = []

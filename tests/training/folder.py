@@ -9,7 +9,7 @@ from pathlib import Path
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import build_model
+from phimlx.checkpoint.load import build_model
 from phimlx.hub.resolve import NANO
 
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import mlx.core as mx
 
-from phimlx.models.config import Phi3Config
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
 
 CONFIG = {
     "hidden_size": 64,

@@ -11,8 +11,7 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from phimlx.models.config import Phi3Config
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.memory_estimate import Load, forecast, remedies
 from phimlx.training.schedule import make_optimizer

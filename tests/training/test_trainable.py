@@ -14,7 +14,7 @@ from mlx.utils import tree_flatten
 from phimlx.adapters.adapter import Base
 from phimlx.errors import TrainingError
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.models.phi4mm.features import Slots
+from phimlx.models.phi4mm.features import Placeholders
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.forward import Dropout
 from phimlx.training.step import Step
@@ -254,7 +254,7 @@ def test_what_this_model_cannot_do(
 
 def test_a_model_that_sees_is_not_trained_yet() -> None:
     model = tiny()
-    model.slots = Slots(5, 6)
+    model.placeholders = Placeholders(5, 6)
     with pytest.raises(TrainingError) as caught:
         attach(model, AdapterSettings())
     assert str(caught.value) == "A model that sees and hears cannot be fine-tuned yet."

@@ -6,19 +6,18 @@ Knows columns, rows and padding; knows nothing of a model's weights, and never p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import mlx.core as mx
 
 from phimlx.models.rope import Rope
 
 
-@dataclass(frozen=True)
-class Span:
-    """What one forward pass covers: where its tokens stand and what each may attend to."""
+class NewTokens(NamedTuple):
+    """Where the tokens of one forward pass stand and what each may attend to."""
 
     positions: mx.array  # [batch or 1, length]
-    long: tuple[bool, ...]  # for each row, whether it uses the long table
+    long: tuple[bool, ...]  # for each row, whether it uses the long rope factors
     mask: mx.array | str | None  # for mx.fast.scaled_dot_product_attention
 
 
@@ -27,8 +26,8 @@ class Cache:
 
     The keys of a LongRoPE model depend on the length of the *whole* sequence, and those of a model
     with adapters on what stands anywhere in it, so the cache keeps the tokens as well: when a row
-    comes to need another table or adapter, `stale_tokens` hands back what has to be computed again.
-    Columns are shared by all rows; where rows differ in length, `valid` tells
+    comes to need other rope factors or another adapter, `tokens_to_recompute` hands back what has
+    to be computed again. Columns are shared by all rows; where rows differ in length, `valid` tells
     real columns from padding, on either side.
 
     Args:
@@ -36,13 +35,17 @@ class Cache:
         rope: the model's frequencies.
         expected_length: length that the rows are known to reach, so that a long prompt given in
             pieces starts with the table that it will end with.
+        window: how many tokens each attends to, itself and those before it; None for all.
     """
 
     step = 256  # columns by which the buffers grow
 
-    def __init__(self, num_layers: int, rope: Rope, expected_length: int = 0) -> None:
+    def __init__(
+        self, num_layers: int, rope: Rope, expected_length: int = 0, window: int | None = None
+    ) -> None:
         self.rope = rope
         self.expected_length = expected_length
+        self.window = window
         self.keys: list[mx.array | None] = [None] * num_layers
         self.values: list[mx.array | None] = [None] * num_layers
         self.length = 0  # columns whose keys and values are complete
@@ -58,7 +61,7 @@ class Cache:
             (),
         )
 
-    def stale_tokens(
+    def tokens_to_recompute(
         self,
         shape: tuple[int, int],
         attention_mask: mx.array | None,
@@ -85,7 +88,7 @@ class Cache:
         input_ids: mx.array,
         attention_mask: mx.array | None = None,
         adapters: tuple[str | None, ...] = (),
-    ) -> Span:
+    ) -> NewTokens:
         """Take note of new tokens; their keys and values follow layer by layer in `update`.
 
         Args:
@@ -105,14 +108,16 @@ class Cache:
         self.tokens = input_ids
         if attention_mask is None and self.valid is None:
             positions = mx.arange(self.length, self.length + length)[None]  # [1, length]
-            return Span(positions, long, "causal" if length > 1 else None)
+            if self.window is not None and self.length + length > self.window:
+                return NewTokens(positions, long, self._mask(length))
+            return NewTokens(positions, long, "causal" if length > 1 else None)
         real = mx.ones((batch, length)) if attention_mask is None else attention_mask
         real = real.astype(mx.bool_)
         kept = mx.ones((batch, self.length), mx.bool_) if self.valid is None else self.valid
         self.valid = mx.concatenate([kept[:, : self.length], real], axis=1)
         counted = mx.cumsum(real.astype(mx.int32), axis=1) - 1
         positions = mx.maximum(mx.array(before)[:, None] + counted, 0)  # [batch, length]
-        return Span(positions, long, self._mask(length))
+        return NewTokens(positions, long, self._mask(length))
 
     def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
         """Append one layer's keys and values, `[batch, kv_heads, length, head_dim]`.
@@ -133,8 +138,8 @@ class Cache:
     def trim(self, length: int) -> None:
         """Forget every column from `length` on.
 
-        The rows keep the table and adapter that their keys were made with; `stale_tokens` notices
-        where the next tokens need others.
+        The rows keep the rope factors and adapter that their keys were made with;
+        `tokens_to_recompute` notices where the next tokens need others.
         """
         if length >= self.length:
             return
@@ -170,17 +175,19 @@ class Cache:
         return tuple(self.rope.is_long(max(n, self.expected_length)) for n in row_lengths)
 
     def _mask(self, length: int) -> mx.array:
-        """`[batch, 1, length, columns]`: causal, padding hidden.
+        """Make a mask `[batch or 1, 1, length, columns]`: causal, in the window, padding hidden.
 
         Every column may look at itself: a padded one would otherwise look at nothing, and its NaN
         would reach the real ones through a product with zero.
         """
-        assert self.valid is not None
-        columns = mx.arange(self.valid.shape[1])
-        queries = columns[self.length : self.length + length, None]
-        causal = columns[None] <= queries
-        itself = columns[None] == queries
-        return ((causal & self.valid[:, None, :]) | itself)[:, None]
+        columns = mx.arange(self.length + length)
+        queries = columns[self.length :, None]
+        seen = columns <= queries  # [length, columns]
+        if self.window is not None:
+            seen = seen & (columns > queries - self.window)
+        if self.valid is None:
+            return seen[None, None]
+        return ((seen & self.valid[:, None, :]) | (columns == queries))[:, None]
 
     def _write(self, buffer: mx.array | None, new: mx.array, end: int) -> mx.array:
         if buffer is None or end > buffer.shape[2]:
@@ -198,7 +205,7 @@ class Cache:
 def with_past(
     past: tuple[mx.array, mx.array | None], input_ids: mx.array, attention_mask: mx.array | None
 ) -> tuple[mx.array, mx.array | None]:
-    """What `stale_tokens` gave, and after it new tokens and their mask."""
+    """What `tokens_to_recompute` gave, and after it new tokens and their mask."""
     past_ids, past_mask = past
     if past_mask is not None or attention_mask is not None:
         past_mask = mx.ones(past_ids.shape) if past_mask is None else past_mask

@@ -1,7 +1,4 @@
-"""What encoders made of pictures and sounds, the slots that it fills, and a cache that keeps both.
-
-Knows slot tokens and counts; knows nothing of encoders, nor of where pictures and sounds came from.
-"""
+"""Features that encoders make of media, their placeholders, and a cache that keeps both."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from phimlx.errors import PromptError
-from phimlx.models.cache.kv import Cache, Span
+from phimlx.models.cache.kv import Cache, NewTokens
 from phimlx.models.rope import Rope
 
 ADAPTERS = ("vision", "speech")  # the first whose pictures or sounds a row holds is its adapter
@@ -19,7 +16,7 @@ ADAPTERS = ("vision", "speech")  # the first whose pictures or sounds a row hold
 
 @dataclass(frozen=True)
 class Features:
-    """Rows that stand at slots in place of embeddings, in the order of the slots.
+    """Rows that stand at placeholders in place of embeddings, in the order of the placeholders.
 
     Attributes:
         images: `[tokens, hidden]`, projected; None where there are none.
@@ -32,7 +29,7 @@ class Features:
 
     @property
     def counts(self) -> tuple[int, int]:
-        """Image slots and audio slots that this fills."""
+        """Image placeholders and audio placeholders that this fills."""
         return tuple(0 if rows is None else rows.shape[0] for rows in self.parts)  # type: ignore[return-value]
 
     @property
@@ -40,7 +37,7 @@ class Features:
         return self.images, self.audio
 
     def between(self, start: tuple[int, int], end: tuple[int, int]) -> Features:
-        """The rows of the slots from `start` to `end`, each a count of image and audio slots."""
+        """Select the rows from `start` to `end`, each a count of image and audio placeholders."""
         chosen = [
             None if rows is None or begin >= stop else rows[begin:stop]
             for rows, begin, stop in zip(self.parts, start, end, strict=True)
@@ -53,7 +50,7 @@ class Features:
 
 
 TEXT = Features()
-"""Given with tokens that hold no slots: they are not looked at, which would wait for them."""
+"""Given with tokens without placeholders: they are not looked at, which would wait for them."""
 
 
 def adapter_of(*features: Features) -> str | None:
@@ -63,7 +60,7 @@ def adapter_of(*features: Features) -> str | None:
 
 
 @dataclass(frozen=True)
-class Slots:
+class Placeholders:
     """Tokens that stand for pictures and sounds and are never embedded themselves."""
 
     image: int
@@ -74,11 +71,11 @@ class Slots:
         return self.image, self.audio
 
     def places(self, ids: np.ndarray) -> list[np.ndarray]:
-        """Where the image slots and the audio slots of `ids` stand, counted row after row."""
+        """Find the image and the audio placeholders of `ids`, counted row after row."""
         return [np.flatnonzero(ids == token) for token in self.tokens]
 
     def count(self, ids: np.ndarray) -> list[tuple[int, int]]:
-        """Image slots and audio slots of each row of `ids` `[batch, length]`."""
+        """Image placeholders and audio placeholders of each row of `ids` `[batch, length]`."""
         columns = [(ids == token).sum(axis=1).tolist() for token in self.tokens]
         return list(zip(*columns, strict=True))
 
@@ -86,18 +83,20 @@ class Slots:
         """The features of each row, given those of all rows.
 
         Raises:
-            PromptError: where there are more slots than features, or fewer.
+            PromptError: where there are more placeholders than features, or fewer.
         """
         if features is TEXT:
             return (TEXT,) * input_ids.shape[0]
         features = features or TEXT
         counts = self.count(np.array(input_ids))
-        slots = (sum(images for images, _ in counts), sum(audio for _, audio in counts))
-        for kind, wanted, given in zip(("image", "audio"), slots, features.counts, strict=True):
+        placeholders = (sum(images for images, _ in counts), sum(audio for _, audio in counts))
+        for kind, wanted, given in zip(
+            ("image", "audio"), placeholders, features.counts, strict=True
+        ):
             if wanted != given:
                 raise PromptError(
-                    f"The input has {wanted} {kind} slots, but the {kind} features given fill "
-                    f"{given}."
+                    f"The input has {wanted} {kind} placeholders, but the {kind} features given "
+                    f"fill {given}."
                 )
         rows, start = [], (0, 0)
         for images, audio in counts:
@@ -119,12 +118,13 @@ class MediaCache(Cache):
         self,
         num_layers: int,
         rope: Rope,
-        slots: Slots,
+        placeholders: Placeholders,
         expected_length: int = 0,
         expected_adapters: tuple[str | None, ...] = (),
+        window: int | None = None,
     ) -> None:
-        super().__init__(num_layers, rope, expected_length)
-        self.slots = slots
+        super().__init__(num_layers, rope, expected_length, window)
+        self.placeholders = placeholders
         self.expected_adapters = expected_adapters
         self.features: tuple[Features, ...] = ()  # each row's
         self._pending_features: tuple[Features, ...] = ()
@@ -150,7 +150,7 @@ class MediaCache(Cache):
         attention_mask: mx.array | None = None,
         adapters: tuple[str | None, ...] = (),
         features: tuple[Features, ...] = (),
-    ) -> Span:
+    ) -> NewTokens:
         """As in `Cache`; `features` are each row's, those of earlier tokens included."""
         self._pending_features = features
         return super().extend(input_ids, attention_mask, adapters)
@@ -166,7 +166,7 @@ class MediaCache(Cache):
         if self.tokens is None:
             self.features = ()
         elif any(any(row.counts) for row in self.features):
-            left = self.slots.count(np.array(self.tokens[:, : self.length]))
+            left = self.placeholders.count(np.array(self.tokens[:, : self.length]))
             self.features = tuple(
                 row.between((0, 0), count) for row, count in zip(self.features, left, strict=True)
             )

@@ -1,14 +1,14 @@
-"""Phi-4-multimodal: the phi3 architecture with an eye, an ear and one adapter for each.
+"""Phi-4-multimodal: the phi3 architecture with two encoders and one adapter for each.
 
-Fields carry the published checkpoint's names. Knows logits; knows nothing of files, text or pixels.
-Source: the checkpoint's own `modeling_phi4mm.py`; arXiv 2503.01743, section 2.2.
+Fields carry the published checkpoint's names. Source: the checkpoint's own `modeling_phi4mm.py`;
+arXiv 2503.01743, section 2.2.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
-from typing import Any
+from typing import Any, Self
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,11 +16,11 @@ import numpy as np
 
 from phimlx.errors import ConfigError, PromptError, shortened
 from phimlx.models.adapters import AdapterLinear, LoRA, Routing
+from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.cache.kv import Cache, with_past
-from phimlx.models.config import Phi3Config
-from phimlx.models.phi3 import Phi3ForCausalLM, Phi3Model
+from phimlx.models.phi3 import Phi3Config, Phi3Model
 from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding
-from phimlx.models.phi4mm.features import Features, MediaCache, Slots
+from phimlx.models.phi4mm.features import Features, MediaCache, Placeholders
 from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig
 
 # What the checkpoint's code hard-codes, for configs that do not say it.
@@ -39,22 +39,22 @@ class Phi4MMConfig(Phi3Config):
     audio_token_id: int
 
     @classmethod
-    def from_dict(cls, config: Mapping[str, Any]) -> Phi4MMConfig:
+    def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a config in the published layout.
 
         Raises:
             ConfigError: naming the key, where a value is missing, unknown or contradicts another.
         """
         text = Phi3Config.from_dict(config)
-        slots = _slots(config, text.vocab_size)
+        placeholders = _slots(config, text.vocab_size)
         return cls(
             **{field.name: getattr(text, field.name) for field in fields(Phi3Config)},
             vision=VisionConfig.from_dict(config),
             audio=AudioConfig.from_dict(config),
             vision_lora=LoRA.from_dict("vision_lora", config.get("vision_lora")),
             speech_lora=LoRA.from_dict("speech_lora", config.get("speech_lora")),
-            image_token_id=slots.image,
-            audio_token_id=slots.audio,
+            image_token_id=placeholders.image,
+            audio_token_id=placeholders.audio,
         )
 
     @property
@@ -63,16 +63,16 @@ class Phi4MMConfig(Phi3Config):
         return self
 
     @property
-    def slots(self) -> Slots:
+    def placeholders(self) -> Placeholders:
         """The tokens that pictures and sounds stand at."""
-        return Slots(self.image_token_id, self.audio_token_id)
+        return Placeholders(self.image_token_id, self.audio_token_id)
 
     @property
     def adapters(self) -> dict[str, LoRA]:
         return {"vision": self.vision_lora, "speech": self.speech_lora}
 
 
-def _slots(config: Mapping[str, Any], vocabulary: int) -> Slots:
+def _slots(config: Mapping[str, Any], vocabulary: int) -> Placeholders:
     tokens = []
     for key, published in PUBLISHED_IDS.items():
         value = config.get(key)
@@ -83,10 +83,10 @@ def _slots(config: Mapping[str, Any], vocabulary: int) -> Slots:
                 f"{vocabulary}."
             )
         tokens.append(value)
-    slots = Slots(*tokens)
-    if slots.image == slots.audio:
+    placeholders = Placeholders(*tokens)
+    if placeholders.image == placeholders.audio:
         raise ConfigError(f"config.json: image_token_id and audio_token_id are both {value}.")
-    return slots
+    return placeholders
 
 
 class ImageAudioEmbedding(nn.Module):
@@ -109,7 +109,7 @@ class Phi4MMModel(Phi3Model):
         self.embed_tokens_extend = ImageAudioEmbedding(config)
 
 
-class Phi4MMForCausalLM(Phi3ForCausalLM):
+class Phi4MMForCausalLM(CausalLM):
     """A multimodal model. Parameters carry the names and shapes of the published checkpoint.
 
     Each row's adapter follows from the whole of that row, cached part included: `vision` where it
@@ -117,50 +117,19 @@ class Phi4MMForCausalLM(Phi3ForCausalLM):
     behind but what its cache holds.
     """
 
+    model_type = "phi4mm"
     config: Phi4MMConfig
-    slots: Slots
+    placeholders: Placeholders
 
     def __init__(self, config: Phi4MMConfig) -> None:
-        nn.Module.__init__(self)
+        super().__init__()
         self.config = config
-        self.slots = config.slots
+        self.placeholders = config.placeholders
         self.model = Phi4MMModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
 
-    def __call__(
-        self,
-        input_ids: mx.array,
-        cache: Cache | None = None,
-        attention_mask: mx.array | None = None,
-        *,
-        input_image_embeds: mx.array | None = None,
-        image_sizes: mx.array | None = None,
-        image_attention_mask: mx.array | None = None,
-        input_audio_embeds: mx.array | None = None,
-        audio_embed_sizes: mx.array | None = None,
-        audio_attention_mask: mx.array | None = None,
-    ) -> mx.array:
-        """Logits of every given token, `[batch, length, vocab]`.
-
-        `input_ids`, `cache` and `attention_mask` are as in `Phi3ForCausalLM`, the others as in
-        `see`: what they show fills the slots of this call, row after row.
-
-        Raises:
-            PromptError: where slots and what is to fill them differ in number.
-            MediaError: for arrays that no picture or sound has.
-        """
-        features = self.see(
-            input_image_embeds=input_image_embeds,
-            image_sizes=image_sizes,
-            image_attention_mask=image_attention_mask,
-            input_audio_embeds=input_audio_embeds,
-            audio_embed_sizes=audio_embed_sizes,
-            audio_attention_mask=audio_attention_mask,
-        )
-        return self.head(self.hidden_states(input_ids, cache, attention_mask, features))
-
-    def see(
+    def encode_media(  # type: ignore[override]  # the processor's own names
         self,
         *,
         input_image_embeds: mx.array | None = None,
@@ -197,37 +166,31 @@ class Phi4MMForCausalLM(Phi3ForCausalLM):
             audio = mx.concatenate(clips)  # [tokens, attention_dim]
         return Features(images, audio)
 
-    def hidden_states(
+    def _begin(
         self,
         input_ids: mx.array,
-        cache: Cache | None = None,
-        attention_mask: mx.array | None = None,
-        features: Features | None = None,
-    ) -> mx.array:
-        """What the output head sees, `[batch, length, hidden]`.
-
-        Args:
-            features: from `see`, for the slots of these `input_ids`, row after row; `TEXT` where
-                these are known to hold none.
-        """
+        cache: Cache | None,
+        attention_mask: mx.array | None,
+        features: Features | None,
+    ) -> tuple[mx.array, ForwardPass]:
         batch, length = input_ids.shape
         # Without a cache, one without layers still says where the tokens stand.
-        kept = self._media_cache(cache) or MediaCache(0, self.config.rope, self.slots)
-        rows = self.slots.by_row(input_ids, features)
+        config = self.config
+        kept = self._media_cache(cache) or MediaCache(
+            0, config.rope, self.placeholders, window=config.sliding_window
+        )
+        rows = self.placeholders.by_row(input_ids, features)
         held = kept.features_with(rows)
         adapters = kept.adapters_of(held)
-        stale = kept.stale_tokens((batch, length), attention_mask, adapters)
-        if stale is not None:
-            input_ids, attention_mask = with_past(stale, input_ids, attention_mask)
+        past = kept.tokens_to_recompute((batch, length), attention_mask, adapters)
+        if past is not None:
+            input_ids, attention_mask = with_past(past, input_ids, attention_mask)
             rows = held
-        span = kept.extend(input_ids, attention_mask, adapters, held)
-        cos, sin = self.config.rope(span.positions, span.long)
-        x = self._embed(input_ids, rows, adapters)
+        positions, long, mask = kept.extend(input_ids, attention_mask, adapters, held)
         routing = Routing(adapters) if any(adapters) else None
-        x = self.model(x, cos, sin, span, cache, routing)
-        if cache is not None:
-            kept.commit()
-        return x[:, -length:]
+        rope = self.config.rope(positions, long)
+        forward = ForwardPass(positions, mask, rope, cache, routing)
+        return self._embed(input_ids, rows, adapters), forward
 
     def make_cache(
         self, expected_length: int = 0, expected_adapters: tuple[str | None, ...] = ()
@@ -241,16 +204,18 @@ class Phi4MMForCausalLM(Phi3ForCausalLM):
         return MediaCache(
             self.config.num_hidden_layers,
             self.config.rope,
-            self.slots,
+            self.placeholders,
             expected_length,
             expected_adapters,
+            self.config.sliding_window,
         )
 
     @property
     def unused(self) -> tuple[str, ...]:
         tower = "model.embed_tokens_extend.image_embed.img_processor."
         last = f"encoder.layers.{self.config.vision.num_hidden_layers - 1}."
-        return (*super().unused, *(tower + part for part in (last, "post_layernorm.", "head.")))
+        parts = (last, "post_layernorm.", "head.")
+        return (*super().unused, *(f"{tower}{part}*" for part in parts))
 
     @staticmethod
     def _media_cache(cache: Cache | None) -> MediaCache | None:
@@ -261,7 +226,7 @@ class Phi4MMForCausalLM(Phi3ForCausalLM):
     def _embed(
         self, input_ids: mx.array, rows: tuple[Features, ...], adapters: tuple[str | None, ...]
     ) -> mx.array:
-        """Embeddings `[batch, length, hidden]`, with each row's features at its slots."""
+        """Embeddings `[batch, length, hidden]`, with each row's features at its placeholders."""
         x = self.model.embed_tokens(input_ids)
         if not any(any(row.counts) for row in rows):
             return x
@@ -275,7 +240,7 @@ class Phi4MMForCausalLM(Phi3ForCausalLM):
             ],
         )
         flat = x.reshape(-1, x.shape[-1])
-        places = self.slots.places(np.array(input_ids))
+        places = self.placeholders.places(np.array(input_ids))
         for indices, given in zip(places, values, strict=True):
             if given:
                 flat[mx.array(indices)] = mx.concatenate(given).astype(x.dtype)

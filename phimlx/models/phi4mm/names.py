@@ -1,22 +1,18 @@
 """Phi-4-multimodal's two layouts: transformers' own names and settings, and the published ones.
 
-Knows names and tables; knows nothing of files or numbers. Everything else knows the published ones
-only. Source: transformers `models/phi4_multimodal/convert_phi4_multimodal_weights_to_hf.py`.
+Everything else knows the published ones only.
+Source: transformers `models/phi4_multimodal/convert_phi4_multimodal_weights_to_hf.py`.
 """
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from typing import Any
 
 from phimlx.errors import ConfigError, shortened
+from phimlx.models.names import Renames
 
-NATIVE_TYPE = "phi4_multimodal"
 PUBLISHED_TYPE = "phi4mm"
-
-# Folders of the native layout that hold the adapters, each as peft writes one.
-ADAPTER_FOLDERS = {"vision": "vision-lora", "speech": "speech-lora"}
 
 _IMAGE = "model.embed_tokens_extend.image_embed"
 _AUDIO = "model.embed_tokens_extend.audio_embed"
@@ -116,23 +112,10 @@ FIXED_LORA: dict[str, tuple[Any, ...]] = {
     "bias": ("none", None),
 }
 
-_PEFT = re.compile(r"(?:base_model\.model\.)?(model\.layers\..+\.lora_[AB])(?:\.default)?\.weight")
 
-
-def published_name(name: str) -> str:
-    """A native tensor's published name; a name that is the same in both stays."""
-    return _renamed(name, TENSORS, _FORWARDS)
-
-
-def native_name(name: str) -> str:
-    """A published tensor's native name; a name that is the same in both stays."""
-    return _renamed(name, {published: native for native, published in TENSORS.items()}, _BACKWARDS)
-
-
-def adapter_name(name: str, adapter: str) -> str:
-    """The published name of a tensor in an adapter's own file; others stay as they are."""
-    found = _PEFT.fullmatch(name)
-    return f"{found[1]}.{adapter}.weight" if found else name
+def native_renames(config: Mapping[str, Any]) -> Renames:
+    """Make the table of tensor names, from transformers' to the published ones."""
+    return Renames(PATHS, TENSORS)
 
 
 def published_config(
@@ -190,7 +173,7 @@ def _lora(
     for key, allowed in FIXED_LORA.items():
         if own.get(key) not in allowed:
             raise ConfigError(
-                f"{ADAPTER_FOLDERS[adapter]}/adapter_config.json: {key} is {shortened(own[key])}, "
+                f"{adapter}-lora/adapter_config.json: {key} is {shortened(own[key])}, "
                 "but Phi-4-multimodal's adapters are plain LoRA."
             )
     return {"r": own.get("r"), "lora_alpha": own.get("lora_alpha")}
@@ -201,29 +184,3 @@ def _table(config: Mapping[str, Any], key: str) -> Mapping[str, Any]:
     if not isinstance(table, Mapping):
         raise ConfigError(f"config.json: {key} is {shortened(table)}, not a table of values.")
     return table
-
-
-def _compiled(paths: Mapping[str, str]) -> list[tuple[re.Pattern[str], str]]:
-    return [
-        (
-            re.compile(re.escape(old).replace(r"\#", r"(\d+)") + r"\.(\w+)"),
-            new.replace("#", "{0}") + ".{1}" if "#" in old else new + ".{0}",
-        )
-        for old, new in paths.items()
-    ]
-
-
-_FORWARDS = _compiled(PATHS)
-_BACKWARDS = _compiled({published: native for native, published in PATHS.items()})
-
-
-def _renamed(
-    name: str, tensors: Mapping[str, str], paths: list[tuple[re.Pattern[str], str]]
-) -> str:
-    if name in tensors:
-        return tensors[name]
-    for pattern, new in paths:
-        found = pattern.fullmatch(name)
-        if found:
-            return new.format(*found.groups())
-    return name

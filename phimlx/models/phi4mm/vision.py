@@ -224,7 +224,7 @@ class ImageEmbedding(nn.Module):
     def __call__(
         self, input_image_embeds: mx.array, image_attention_mask: mx.array, image_sizes: mx.array
     ) -> list[mx.array]:
-        """Rows of each picture, in the order of its prompt slots.
+        """Rows of each picture, in the order of its prompt placeholders.
 
         Args:
             input_image_embeds: `[images, crops, 3, 448, 448]`: the global view, then the grid's

@@ -18,7 +18,7 @@ import mlx.optimizers as optim
 
 from phimlx.errors import TrainingError
 from phimlx.generation.engine import wired_memory
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Example
 from phimlx.training.distributed import MachineLostError, Machines
 from phimlx.training.run.checkpoints import Saved, Store
@@ -278,7 +278,7 @@ class Run:
 
 
 def make_step(
-    model: Phi3ForCausalLM,
+    model: CausalLM,
     optimizer: optim.Optimizer,
     settings: TrainSettings,
     machines: Machines,

@@ -11,7 +11,7 @@ import numpy as np
 
 from phimlx.generation.engine import PromptCache, generate_tokens
 from phimlx.generation.sampler import Sampler, Sampling
-from phimlx.models.phi3 import Phi3ForCausalLM
+from phimlx.models.base import CausalLM
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.batches import Example
 from phimlx.training.run.events import Sample
@@ -28,7 +28,7 @@ class Answers:
 
     def __init__(
         self,
-        model: Phi3ForCausalLM,
+        model: CausalLM,
         tokenizer: Tokenizer,
         ends: frozenset[int],
         examples: Sequence[Example],

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 
 import phimlx
 from phimlx import catalog
-from phimlx.checkpoint.folder import Checkpoint, TensorInfo, build_model
+from phimlx.checkpoint.folder import Checkpoint, TensorInfo
+from phimlx.checkpoint.load import build_model
 from phimlx.errors import TrainingError
-from phimlx.models.config import Phi3Config
+from phimlx.models.base import ModelConfig
 from phimlx.training.data.batches import Batches
 from phimlx.training.data.examples import Dataset, Settings, load_data
 from phimlx.training.data.loss_mask import Codec
@@ -61,7 +62,7 @@ class Session:
         return Checkpoint(self.folder)
 
     @cached_property
-    def config(self) -> Phi3Config:
+    def config(self) -> ModelConfig:
         return build_model(self.checkpoint.config).config
 
     @cached_property

@@ -20,7 +20,11 @@ from convert.export.gguf import gguf_name, plan_gguf
 from phimlx.cli.group import cli
 from phimlx.errors import ConversionError
 from phimlx.hub.resolve import NANO
+from phimlx.models import registry
 from tests.convert.tiny import MINI, PHI_4, parameters, weights_of, write_model
+
+PHI3 = registry.of_config({"model_type": "phi3"}).gguf
+assert PHI3 is not None
 
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?\s+"
 TOKENIZER: dict[str, Any] = {
@@ -70,7 +74,7 @@ def test_the_reader_finds_every_weight(tmp_path: Path, kind: str, config: dict[s
     result = plan_gguf(source, tmp_path / "out.gguf", kind).run()
     found = {tensor.name: tensor for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     expected = {
-        gguf_name(name): np.array(array.astype(mx.float32))
+        gguf_name(name, PHI3): np.array(array.astype(mx.float32))
         for name, array in weights_of(source).items()
     }
     if config is MINI:
@@ -91,7 +95,9 @@ def test_the_reader_finds_every_weight(tmp_path: Path, kind: str, config: dict[s
 def test_names_are_llama_cpps() -> None:
     known = gguf.MODEL_TENSORS[gguf.MODEL_ARCH.PHI3]
     names = {gguf.TENSOR_NAMES[tensor].format(bid=1) + ".weight" for tensor in known}
-    assert {gguf_name(name).replace("blk.0.", "blk.1.") for name in parameters(PHI_4)} <= names
+    assert {
+        gguf_name(name, PHI3).replace("blk.0.", "blk.1.") for name in parameters(PHI_4)
+    } <= names
 
 
 def test_settings(tmp_path: Path) -> None:

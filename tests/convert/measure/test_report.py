@@ -20,13 +20,17 @@ import pytest
 from convert import Quantization, Recipe, convert
 from convert.measure.compare import Agreement, LayerError, Windows, choose_windows
 from convert.measure.report import BUNDLED_TEXT, COLUMNS, Report, measure
-from convert.quantize.recipe import RECIPES
-from phimlx.checkpoint.folder import Checkpoint, build_model, load_model
+from convert.quantize.recipe import recipes_of
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, load_model
 from phimlx.errors import PhimlxError, TokenizerError
 from phimlx.hub.resolve import NANO
-from phimlx.models.config import Phi3Config
+from phimlx.models import registry
+from phimlx.models.config import ModelConfig
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from tests.convert.tiny import MINI, PHI_4, parameters, write_model
+
+RECIPES = recipes_of(registry.of_config({"model_type": "phi3"}))
 
 TOKENS = 560  # two windows up to nano's step at 128 tokens, and one past it
 FORMS = [Quantization(64, bits) for bits in (2, 3, 4, 5, 6, 8)]
@@ -120,7 +124,7 @@ def test_more_bits_are_closer(reports: Reports) -> None:
         assert worse.bytes_after < better.bytes_after
 
 
-@pytest.mark.parametrize("recipe", RECIPES["phi3"].values(), ids=list(RECIPES["phi3"]))
+@pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_a_mixed_recipe_is_closer_than_a_uniform_one_of_its_size(
     reports: Reports, recipe: Recipe, tmp_path: Path
 ) -> None:
@@ -247,7 +251,7 @@ def test_a_quantized_reference(
     assert {layer.bits_after for layer in report.layers} == {3.5}
 
 
-def config(values: Mapping[str, Any]) -> Phi3Config:
+def config(values: Mapping[str, Any]) -> ModelConfig:
     return build_model(values).config
 
 

@@ -12,10 +12,14 @@ import pytest
 
 from convert import Quantization, Recipe, read_recipe
 from convert import convert as convert_model
-from convert.quantize.recipe import RECIPES, Rule, mixed
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from convert.quantize.recipe import Rule, mixed, recipes_of
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import ConversionError
+from phimlx.models import registry
 from tests.convert.tiny import MINI, PHI_4, parameters, write_model
+
+PHI3 = registry.of_config({"model_type": "phi3"})
 
 WIDTHS = {"model.embed_tokens": 64, "lm_head": 64, "model.layers.0.mlp.down_proj": 96}
 
@@ -65,7 +69,7 @@ def test_named_recipes_protect_what_matters() -> None:
     layers = ("self_attn.qkv_proj", "self_attn.o_proj", "mlp.gate_up_proj", "mlp.down_proj")
     paths = [f"model.layers.{block}.{layer}" for block in range(blocks) for layer in layers]
     widths = dict.fromkeys(["model.embed_tokens", "lm_head", *paths], 3072)
-    assigned, _ = mixed(4, 6).assign(widths, blocks)
+    assigned, _ = mixed(4, 6, PHI3).assign(widths, blocks)
     more = {path for path, chosen in assigned.items() if chosen == Quantization(64, 6)}
     ends = (0, 1, 2, 3, 28, 29, 30, 31)
     assert more == {
@@ -78,7 +82,7 @@ def test_named_recipes_protect_what_matters() -> None:
     assert set(assigned.values()) == {Quantization(64, 4), Quantization(64, 6)}
 
 
-@pytest.mark.parametrize("name", list(RECIPES["phi3"]))
+@pytest.mark.parametrize("name", list(recipes_of(PHI3)))
 @pytest.mark.parametrize("config", [PHI_4, MINI])
 def test_named_recipes_load_as_they_were_made(
     tmp_path: Path, name: str, config: dict[str, Any]

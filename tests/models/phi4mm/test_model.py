@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import Checkpoint, load_model
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.errors import PromptError
 from phimlx.models.adapters import AdapterLinear, LoRA, Routing
 from phimlx.models.phi3 import Phi3ForCausalLM
@@ -57,13 +58,14 @@ def oracle(folder: Path) -> dict[str, Case]:
     for name, array in mx.load(str(folder / "oracle.safetensors")).items():
         case, _, key = name.partition(".")
         cases.setdefault(case, {})[key] = array
+    mx.eval(cases)  # as a thread may have to that is not the one that began to read
     return cases
 
 
 @pytest.fixture(scope="module")
 def features(model: Phi4MMForCausalLM, oracle: dict[str, Case]) -> dict[str, Features]:
     """What the encoders make of each case."""
-    found = {name: model.see(**arrays(case)) for name, case in oracle.items()}
+    found = {name: model.encode_media(**arrays(case)) for name, case in oracle.items()}
     mx.eval([part for case in found.values() for part in case.parts if part is not None])
     return found
 
@@ -143,11 +145,11 @@ def test_another_adapter_or_projection_would_be_seen(
         assert projection is not None
     tokens = case["input_ids"]
     x = model._embed(tokens, (seen,), (projection,))
-    cache = model.make_cache()
-    span = cache.extend(tokens)
-    cos, sin = model.config.rope(span.positions, span.long)
-    routing = Routing((adapter,)) if adapter else None
-    logits = model.head(model.model(x, cos, sin, span, None, routing))
+    forward = model.forward_pass(tokens)
+    forward.routing = Routing((adapter,)) if adapter else None
+    for layer in model.layers:
+        x = layer(x, forward)
+    logits = model.head(model.norm(x))
     assert difference(logits[0], case["logits"]) > 100 * EXACT
 
 
@@ -183,7 +185,7 @@ def test_prefill_in_pieces_equals_one_pass(
     found, used = [], (0, 0)
     for begin in range(0, tokens.shape[1], chunk):
         piece = tokens[:, begin : begin + chunk]
-        images, audio = model.slots.count(np.array(piece))[0]
+        images, audio = model.placeholders.count(np.array(piece))[0]
         end = (used[0] + images, used[1] + audio)
         part = seen.between(used, end)
         found.append(model.head(model.hidden_states(piece, cache, features=part)))
@@ -470,29 +472,30 @@ def test_slots_and_features_must_be_as_many(
     images, audio = features["both"].counts
     calls: list[tuple[str, Callable[[], Any]]] = [
         (
-            f"The input has {images} image slots, but the image features given fill 0.",
+            f"The input has {images} image placeholders, but the image features given fill 0.",
             lambda: model(tokens),
         ),
         (
-            f"The input has {audio} audio slots, but the audio features given fill 0.",
+            f"The input has {audio} audio placeholders, but the audio features given fill 0.",
             lambda: model.hidden_states(
                 tokens, features=features["both"].between((0, 0), (images, 0))
             ),
         ),
         (
-            f"The input has {audio - 1} audio slots, but the audio features given fill {audio}.",
+            f"The input has {audio - 1} audio placeholders, but the audio features given fill "
+            f"{audio}.",
             lambda: model.hidden_states(
                 ids([IMAGE] * images, [AUDIO] * (audio - 1)), features=features["both"]
             ),
         ),
         (
-            f"The input has 0 audio slots, but the audio features given fill {audio}.",
+            f"The input has 0 audio placeholders, but the audio features given fill {audio}.",
             lambda: model.hidden_states(
                 ids(text(4)), features=features["both"].between((images, 0), (images, audio))
             ),
         ),
         (
-            "The input has 1 image slots, but the image features given fill 0.",
+            "The input has 1 image placeholders, but the image features given fill 0.",
             lambda: model(mx.array([[IMAGE]]), model.make_cache()),
         ),
     ]
@@ -526,8 +529,8 @@ def test_empty_arrays_mean_no_media(model: Phi4MMForCausalLM, oracle: dict[str, 
 def test_a_picture_without_a_mask_is_whole(model: Phi4MMForCausalLM) -> None:
     pixels = mx.random.normal((1, 2, 3, 448, 448), key=mx.random.key(0))
     sizes = mx.array([[448, 448]])
-    bare = model.see(input_image_embeds=pixels, image_sizes=sizes)
-    masked = model.see(
+    bare = model.encode_media(input_image_embeds=pixels, image_sizes=sizes)
+    masked = model.encode_media(
         input_image_embeds=pixels,
         image_sizes=sizes,
         image_attention_mask=mx.ones((1, 2, 32, 32)),

@@ -1,0 +1,155 @@
+"""A model folder's weights -> a model in memory, each of them checked before it is read."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from fnmatch import fnmatchcase
+from typing import Any
+
+import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
+
+from phimlx.checkpoint.folder import (
+    FLOATING_DTYPES,
+    PACKED_DTYPES,
+    Checkpoint,
+    TensorInfo,
+    some,
+)
+from phimlx.errors import CheckpointError
+from phimlx.models import registry
+from phimlx.models.base import CausalLM
+
+
+def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> CausalLM:
+    """The model of a folder, with its weights read.
+
+    Args:
+        dtype: floating-point type to hold weights and compute in; as stored where None.
+
+    Raises:
+        ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.
+    """
+    model = build_model(checkpoint.config)
+    tensors = stored_parameters(checkpoint, model)
+    weights = checkpoint.weights()
+    model.load_weights([(name, weights[name]) for name in tensors])
+    if dtype is not None:
+        model.set_dtype(dtype)
+    model.eval()
+    mx.eval(model.parameters())
+    return model
+
+
+def stored_parameters(checkpoint: Checkpoint, model: CausalLM) -> dict[str, TensorInfo]:
+    """The stored tensors that are the model's parameters, all of them and in the right form.
+
+    The model's layers are quantized on the way where the stored ones are.
+
+    Raises:
+        ConfigError, CheckpointError: naming what is missing, unexpected or of another form.
+    """
+    tensors = needed_tensors(checkpoint, model)
+    _check_adapters(checkpoint, model, tensors)
+    quantize_layers(model, checkpoint.quantization, tensors)
+    check_parameters(dict(tree_flatten(model.parameters())), tensors)
+    return tensors
+
+
+def needed_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[str, TensorInfo]:
+    """Select the stored tensors that a model does not do without."""
+    return {
+        name: info
+        for name, info in checkpoint.tensors.items()
+        if not any(fnmatchcase(name, pattern) for pattern in model.unused)
+    }
+
+
+def _check_adapters(
+    checkpoint: Checkpoint, model: CausalLM, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Raise CheckpointError where a model that has adapters is stored without them."""
+    if not model.architecture.adapters or any(".lora_A." in name for name in tensors):
+        return
+    dialect = checkpoint.dialect
+    if dialect is not None and checkpoint.config.get("quantization") is None:
+        folders = " and ".join(f"{name}/" for name in dialect.adapter_folders.values())
+        raise CheckpointError(
+            f"{checkpoint.folder} holds no adapters, without which this model neither sees nor "
+            f"hears: it lacks {folders}.",
+            hint="Download these folders too, each with adapter_model.safetensors.",
+        )
+    raise CheckpointError(
+        f"{checkpoint.folder} holds no adapters: they were merged into its base, where they change "
+        "every answer and can no longer be switched.",
+        hint="Make a conversion that keeps them: phimlx convert "
+        "microsoft/Phi-4-multimodal-instruct --mlx-path OUT -q",
+    )
+
+
+def build_model(config: Mapping[str, Any]) -> CausalLM:
+    """Make an empty model of the architecture that a config names.
+
+    Raises:
+        ConfigError: where phimlx does not run it, or a value is missing or impossible.
+    """
+    dialect = registry.dialect_of(config)
+    own = config if dialect is None else dialect.own_config(config, {})
+    return registry.of_config(own).build(own)
+
+
+def quantize_layers(
+    model: nn.Module, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
+) -> None:
+    """Give every layer that is stored quantized the form that its tensors need."""
+    if quantization is None:
+        return
+    default = {key: quantization[key] for key in ("group_size", "bits", "mode")}
+
+    def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
+        if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
+            return False
+        chosen = quantization.get(path, default)
+        chosen = chosen if isinstance(chosen, dict) else default
+        if module.weight.shape[-1] % chosen["group_size"]:
+            raise CheckpointError(
+                f"{path} is {module.weight.shape[-1]} wide, which groups of "
+                f"{chosen['group_size']} do not divide."
+            )
+        return chosen
+
+    nn.quantize(
+        model,
+        group_size=default["group_size"],
+        bits=default["bits"],
+        mode=default["mode"],
+        class_predicate=settings,
+    )
+
+
+def check_parameters(parameters: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> None:
+    """The stored tensors are exactly the model's parameters.
+
+    Raises:
+        CheckpointError: naming the first few that are missing, unexpected or of another form.
+    """
+    missing = [name for name in parameters if name not in tensors]
+    if missing:
+        raise CheckpointError(f"The checkpoint lacks {some(missing)}.")
+    unexpected = [name for name in tensors if name not in parameters]
+    if unexpected:
+        raise CheckpointError(
+            f"The checkpoint holds {some(unexpected)}, which this architecture does not have."
+        )
+    for name, array in parameters.items():
+        stored = tensors[name]
+        if stored.shape != array.shape:
+            raise CheckpointError(
+                f"{name} has shape {list(stored.shape)}; config.json makes it {list(array.shape)}."
+            )
+        allowed = PACKED_DTYPES.get(array.dtype, FLOATING_DTYPES)
+        if stored.dtype not in allowed:
+            raise CheckpointError(
+                f"{name} is stored as {stored.dtype}; config.json makes it {' or '.join(allowed)}."
+            )

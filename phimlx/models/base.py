@@ -1,0 +1,208 @@
+"""What every architecture's model has in common: the protocol by which layers are walked.
+
+Generation, training, measuring and calibration all do the same few lines:
+
+    x, forward = model.embed(input_ids), model.forward_pass(input_ids)
+    for layer in model.layers:
+        x = layer(x, forward)
+    logits = model.head(model.norm(x))
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any, ClassVar
+
+import mlx.core as mx
+import mlx.nn as nn
+
+from phimlx.errors import GenerationError
+from phimlx.models import registry
+from phimlx.models.adapters import Routing
+from phimlx.models.cache.kv import Cache, with_past
+from phimlx.models.config import ModelConfig as ModelConfig
+from phimlx.models.phi4mm.features import TEXT, Features, Placeholders
+from phimlx.models.registry import Architecture
+
+
+@dataclass
+class ForwardPass:
+    """What all layers of one pass share.
+
+    Attributes:
+        positions: `[batch or 1, length]`, counted from 0 in each row.
+        mask: for `mx.fast.scaled_dot_product_attention`.
+        rope: cos and sin, float32 `[batch or 1, 1, length, dims / 2]`.
+        cache: which each layer's keys and values go to; None where nothing is kept.
+        routing: which rows use which of the checkpoint's own adapters; None where none does.
+        shared: what a layer hands to later ones, by a name that they agree on.
+    """
+
+    positions: mx.array
+    mask: mx.array | str | None
+    rope: tuple[mx.array, mx.array]
+    cache: Cache | None = None
+    routing: Routing | None = None
+    shared: dict[str, Any] = field(default_factory=dict)
+
+
+class CausalLM(nn.Module):
+    """A language model. Parameters carry the names of the published checkpoints.
+
+    Attributes:
+        model_type: of its record in the registry.
+        placeholders: tokens that stand for media in a prompt; None where only text is taken.
+        model: embedding, decoder layers and final norm.
+    """
+
+    model_type: ClassVar[str]
+    placeholders: Placeholders | None = None
+    config: ModelConfig
+    model: nn.Module
+
+    @property
+    def architecture(self) -> Architecture:
+        """The record of what the rest of phimlx needs to know of this architecture."""
+        architecture = registry.find(self.model_type)
+        assert architecture is not None
+        return architecture
+
+    @property
+    def layers(self) -> list[nn.Module]:
+        """Decoder layers, each called as `layer(x, forward)`; taking one out frees its weights."""
+        return self.model.layers
+
+    def embed(self, input_ids: mx.array) -> mx.array:
+        """Look up `[batch, length]` tokens: `[batch, length, hidden]`."""
+        return self.model.embed_tokens(input_ids)
+
+    def norm(self, x: mx.array) -> mx.array:
+        """Apply the final norm to `[..., hidden]`."""
+        return self.model.norm(x)
+
+    def head(self, x: mx.array) -> mx.array:
+        """Turn normed hidden states `[..., hidden]` into logits `[..., vocab]`."""
+        layer = self.output_layer
+        return layer.as_linear(x) if hasattr(layer, "as_linear") else layer(x)
+
+    @property
+    def output_layer(self) -> nn.Module:
+        """The layer whose weight makes logits: a linear one, or the embedding where it is tied."""
+        return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    @property
+    def unused(self) -> tuple[str, ...]:
+        """Patterns of the names of stored tensors that this model does without."""
+        # A tied model has no head of its own; some checkpoints store a copy all the same.
+        tied = ("lm_head.*",) if self.config.tie_word_embeddings else ()
+        return (*self.architecture.unused, *tied)
+
+    def make_cache(
+        self, expected_length: int = 0, expected_adapters: tuple[str | None, ...] = ()
+    ) -> Cache:
+        """Make an empty cache.
+
+        Args:
+            expected_length: a length that the sequence is known to reach.
+            expected_adapters: for each row the adapter that it is known to need, of a model whose
+                checkpoint holds some.
+        """
+        config = self.config
+        return Cache(
+            config.num_hidden_layers, config.rope, expected_length, window=config.sliding_window
+        )
+
+    def forward_pass(
+        self,
+        input_ids: mx.array,
+        cache: Cache | None = None,
+        attention_mask: mx.array | None = None,
+    ) -> ForwardPass:
+        """Prepare a pass of `[batch, length]` tokens; arguments as in a call.
+
+        Nothing is recomputed here: see `Cache.tokens_to_recompute`.
+        """
+        config = self.config
+        # Without a cache, one without layers still says where the tokens stand.
+        kept = cache or Cache(0, config.rope, window=config.sliding_window)
+        positions, long, mask = kept.extend(input_ids, attention_mask)
+        return ForwardPass(positions, mask, config.rope(positions, long), cache)
+
+    def hidden_states(
+        self,
+        input_ids: mx.array,
+        cache: Cache | None = None,
+        attention_mask: mx.array | None = None,
+        features: Features | None = None,
+    ) -> mx.array:
+        """Compute what the output head sees, `[batch, length, hidden]`; arguments as in a call.
+
+        Args:
+            features: of the media that fill these tokens' placeholders, from `encode_media`.
+        """
+        x, forward = self._begin(input_ids, cache, attention_mask, features)
+        for layer in self.layers:
+            x = layer(x, forward)
+        if cache is not None:
+            cache.commit()
+        return self.norm(x[:, -input_ids.shape[1] :])
+
+    def _begin(
+        self,
+        input_ids: mx.array,
+        cache: Cache | None,
+        attention_mask: mx.array | None,
+        features: Features | None,
+    ) -> tuple[mx.array, ForwardPass]:
+        """Embed the given tokens, after those of the cache that have to be computed again."""
+        if features is not None and features is not TEXT:
+            raise self._no_media()
+        past = None
+        if cache is not None:
+            batch, length = input_ids.shape
+            past = cache.tokens_to_recompute((batch, length), attention_mask)
+        if past is not None:
+            input_ids, attention_mask = with_past(past, input_ids, attention_mask)
+        return self.embed(input_ids), self.forward_pass(input_ids, cache, attention_mask)
+
+    def __call__(
+        self,
+        input_ids: mx.array,
+        cache: Cache | None = None,
+        attention_mask: mx.array | None = None,
+        **inputs: mx.array | None,
+    ) -> mx.array:
+        """Compute the logits of every given token.
+
+        Args:
+            input_ids: `[batch, length]`.
+            cache: what came before, from `make_cache`; extended by this call. The logits are those
+                of one pass over everything seen so far: where the sequence crosses the LongRoPE
+                step, what the cache held is computed again with the other factors.
+            attention_mask: `[batch, length]`, 0 at padding, on either side of a row. Each row's
+                logits are those of the row alone; at padding they mean nothing.
+            inputs: media, as `encode_media` takes them: they fill the placeholders of this call,
+                row after row.
+
+        Returns:
+            `[batch, length, vocab]`.
+
+        Raises:
+            GenerationError: for media given to a model that takes text only.
+        """
+        features = self.encode_media(**inputs) if inputs else None
+        return self.head(self.hidden_states(input_ids, cache, attention_mask, features))
+
+    def encode_media(self, **inputs: mx.array | None) -> Features:
+        """Run the encoders over media, under the names of the checkpoint's own processor.
+
+        Raises:
+            GenerationError: for a model that takes text only.
+        """
+        raise self._no_media()
+
+    @staticmethod
+    def _no_media() -> GenerationError:
+        return GenerationError(
+            "This model takes text only.", hint="phi-4-multimodal sees and hears."
+        )

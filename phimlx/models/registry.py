@@ -1,0 +1,249 @@
+"""Every architecture that phimlx runs, each as one record.
+
+A record names its classes instead of holding them, so that reading it imports no MLX: `phimlx list`
+and the catalogue ask records too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, field
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+from phimlx.errors import ConfigError, shortened
+
+if TYPE_CHECKING:
+    from phimlx.models.base import CausalLM, ModelConfig
+    from phimlx.models.names import Renames
+
+Config = Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class Dialect:
+    """Another layout of an architecture's checkpoints: other settings, other tensor names.
+
+    Attributes:
+        model_type: that its config.json names.
+        read_config: "module:function" that writes a config in the architecture's own terms, given
+            that of the dialect and the `adapter_config.json` of each adapter folder.
+        renames: "module:function" that makes the table of names, given the config in our terms.
+        adapter_folders: folders that hold adapters in files of their own, by the adapter's name.
+    """
+
+    model_type: str
+    read_config: str
+    renames: str
+    adapter_folders: Mapping[str, str] = field(default_factory=dict)
+
+    def own_config(self, config: Config, adapters: Mapping[str, Config]) -> dict[str, Any]:
+        """Write a config of this dialect in the architecture's own terms."""
+        read: Callable[..., dict[str, Any]] = _load(self.read_config)
+        return read(config, adapters)
+
+    def names(self, config: Config) -> Renames:
+        """Make the table of tensor names for a config in the architecture's own terms."""
+        make: Callable[[Config], Renames] = _load(self.renames)
+        return make(config)
+
+
+@dataclass(frozen=True)
+class SensitiveLayers:
+    """Layers that a mixed recipe gives more bits, as a pattern of paths.
+
+    Attributes:
+        ends: only in this part of the decoder layers from the first on, and up to the last;
+            None for all of them.
+    """
+
+    pattern: str
+    ends: float | None = None
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """Names of an architecture in llama.cpp's format.
+
+    Attributes:
+        architecture: under which llama.cpp knows it.
+        tensors: our path, without a decoder layer's prefix -> what stands between `blk.N.`, or
+            nothing, and `.weight`.
+        norm: "rms" or "layer", which names the setting that holds the norms' epsilon.
+        sliding_window: whether there is a setting for it.
+    """
+
+    architecture: str
+    tensors: Mapping[str, str]
+    norm: str = "rms"
+    sliding_window: bool = False
+
+
+@dataclass(frozen=True)
+class Architecture:
+    """What the rest of phimlx needs to know of one architecture.
+
+    Attributes:
+        model_type: as in config.json.
+        model, config: "module:class" of the model and of its checked config.
+        projections: paths of a decoder layer's projections, in the order in which it calls them:
+            where adapters may sit, and what is calibrated.
+        fused_projections: the last name of a projection that holds several of other
+            architectures -> the names of these.
+        unused: patterns of stored tensors that the architecture does without.
+        takes: what goes in: "text", "image", "audio".
+        adapters: whether the checkpoint itself holds adapters that its inputs call for.
+        sensitive_layers: what mixed recipes give more bits; empty for no such recipes.
+        task: of a model card.
+        gguf: None where llama.cpp does not run it.
+        dialects: other layouts that are read.
+    """
+
+    model_type: str
+    model: str
+    config: str
+    projections: tuple[str, ...]
+    fused_projections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    unused: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    takes: tuple[str, ...] = ("text",)
+    adapters: bool = False
+    sensitive_layers: tuple[SensitiveLayers, ...] = ()
+    task: str = "text-generation"
+    gguf: GGUF | None = None
+    dialects: tuple[Dialect, ...] = ()
+
+    @property
+    def takes_media(self) -> bool:
+        """Whether anything but text goes in."""
+        return self.takes != ("text",)
+
+    def read_config(self, config: Config) -> ModelConfig:
+        """Check a config in the architecture's own terms.
+
+        Raises:
+            ConfigError: naming the key, where a value is missing, unknown or contradicts another.
+        """
+        return _load(self.config).from_dict(config)
+
+    def build(self, config: Config) -> CausalLM:
+        """Make an empty model.
+
+        Raises:
+            ConfigError: as `read_config`.
+        """
+        return _load(self.model)(self.read_config(config))
+
+
+_PHI3_PROJECTIONS = (
+    "self_attn.qkv_proj",
+    "self_attn.o_proj",
+    "mlp.gate_up_proj",
+    "mlp.down_proj",
+)
+_PHI3_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
+
+# Where an error costs most: the embedding and the output head, which in a tied model are one and
+# which every logit passes; the attention's input, where the values that a query picks go through;
+# the first block, on which all others build; and in the first and last eighth of the blocks the
+# two layers that write to the residual stream (these ends and the attention follow llama.cpp's
+# Q4_K_M, src/llama-quant.cpp).
+_PHI3_SENSITIVE = (
+    SensitiveLayers("model.embed_tokens"),
+    SensitiveLayers("lm_head"),
+    SensitiveLayers("*.qkv_proj"),
+    SensitiveLayers("model.layers.0.*"),
+    SensitiveLayers("*.down_proj", ends=0.125),
+    SensitiveLayers("*.o_proj", ends=0.125),
+)
+
+ARCHITECTURES: tuple[Architecture, ...] = (
+    Architecture(
+        model_type="phi3",
+        model="phimlx.models.phi3:Phi3ForCausalLM",
+        config="phimlx.models.phi3:Phi3Config",
+        projections=_PHI3_PROJECTIONS,
+        fused_projections=_PHI3_FUSED,
+        sensitive_layers=_PHI3_SENSITIVE,
+        gguf=GGUF(
+            "phi3",
+            {
+                "model.embed_tokens": "token_embd",
+                "model.norm": "output_norm",
+                "lm_head": "output",
+                "input_layernorm": "attn_norm",
+                "self_attn.qkv_proj": "attn_qkv",
+                "self_attn.o_proj": "attn_output",
+                "post_attention_layernorm": "ffn_norm",
+                "mlp.gate_up_proj": "ffn_up",
+                "mlp.down_proj": "ffn_down",
+            },
+            sliding_window=True,
+        ),
+    ),
+    Architecture(
+        model_type="phi4mm",
+        model="phimlx.models.phi4mm.model:Phi4MMForCausalLM",
+        config="phimlx.models.phi4mm.model:Phi4MMConfig",
+        projections=_PHI3_PROJECTIONS,
+        fused_projections=_PHI3_FUSED,
+        takes=("text", "image", "audio"),
+        adapters=True,
+        sensitive_layers=_PHI3_SENSITIVE,
+        task="image-text-to-text",
+        dialects=(
+            Dialect(
+                model_type="phi4_multimodal",
+                read_config="phimlx.models.phi4mm.names:published_config",
+                renames="phimlx.models.phi4mm.names:native_renames",
+                adapter_folders={"vision": "vision-lora", "speech": "speech-lora"},
+            ),
+        ),
+    ),
+)
+
+_BY_TYPE = {
+    model_type: architecture
+    for architecture in ARCHITECTURES
+    for model_type in (
+        architecture.model_type,
+        *(dialect.model_type for dialect in architecture.dialects),
+    )
+}
+
+
+def find(model_type: object) -> Architecture | None:
+    """Find the architecture that a `model_type` means, in its own layout or a dialect's."""
+    return _BY_TYPE.get(model_type) if isinstance(model_type, str) else None
+
+
+def of_config(config: Config) -> Architecture:
+    """Find the architecture of a config.json.
+
+    Raises:
+        ConfigError: where phimlx does not run it.
+    """
+    architecture = find(config.get("model_type"))
+    if architecture is None:
+        raise ConfigError(
+            f"config.json: model_type is {shortened(config.get('model_type'))}, but phimlx runs "
+            f"the Phi family: {', '.join(sorted(_BY_TYPE))}."
+        )
+    return architecture
+
+
+def dialect_of(config: Config) -> Dialect | None:
+    """Find the dialect that a config.json is written in; None for the architecture's own."""
+    dialects = (dialect for each in ARCHITECTURES for dialect in each.dialects)
+    return next((d for d in dialects if d.model_type == config.get("model_type")), None)
+
+
+def adapter_folders() -> Iterator[str]:
+    """List the folders beside a model's own files that hold adapters it cannot do without."""
+    for architecture in ARCHITECTURES:
+        for dialect in architecture.dialects:
+            yield from dialect.adapter_folders.values()
+
+
+def _load(path: str) -> Any:
+    module, _, name = path.partition(":")
+    return getattr(import_module(module), name)
