@@ -17,7 +17,7 @@ from typing import Any
 import phimlx
 from convert.quantize.recipe import UNIFORM, Quantization, Recipe, part_of
 from phimlx.catalog import Model
-from phimlx.checkpoint.folder import read_json
+from phimlx.files import read_json
 from phimlx.hub.transfer import record_of
 from phimlx.models.config import hub_dialect
 
@@ -136,8 +136,7 @@ def published_as(folder: Path) -> tuple[str | None, str | None]:
         name, commit = folder.parent.parent.name.removeprefix("models--"), folder.name
         repository = name.replace("--", "/", 1)
     else:
-        record = record_of(folder)
-        value = read_json(record) if record.is_file() else {}
+        value = read_json(record_of(folder), missing_ok=True)
         repository, commit = str(value.get("repository")), str(value.get("commit"))
     return (
         repository if re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII) else None,

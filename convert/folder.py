@@ -7,15 +7,15 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from phimlx.errors import ConversionError
+from phimlx.files import read_json, sync, translate_write_errors, write_json
 from phimlx.hub import transfer
 from phimlx.sizes import size_text
 
@@ -64,10 +64,10 @@ class Journal:
             names: files that are worth keeping.
         """
         try:
-            value = json.loads((folder / JOURNAL).read_bytes())
-            done = value["done"] if value["plan"] == plan else 0
-        except (OSError, ValueError, KeyError, TypeError):
-            done = 0
+            value = read_json(folder / JOURNAL, ConversionError, missing_ok=True)
+        except ConversionError:  # it tells nothing, so nothing counts as done
+            value = {}
+        done = value.get("done", 0) if value.get("plan") == plan else 0
         if not all((folder / name).is_file() for name in names):
             done = 0
         kept = {*names, JOURNAL} if done and type(done) is int else set()
@@ -80,10 +80,7 @@ class Journal:
 
     def record(self, done: int) -> None:
         """Note that the first `done` steps are on the disk."""
-        temporary = self.folder / f"{JOURNAL}.new"
-        temporary.write_text(json.dumps({"plan": self.plan, "done": done}))
-        sync(temporary)
-        temporary.replace(self.folder / JOURNAL)
+        write_json(self.folder / JOURNAL, {"plan": self.plan, "done": done})
 
     def close(self) -> None:
         """Forget it: the folder is filled."""
@@ -239,30 +236,11 @@ def claim(partial: Path, out: Path) -> int:
     return descriptor
 
 
-def sync(path: Path) -> None:
-    """Return when a file or folder is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(out: Path) -> Iterator[None]:
+def writing(out: Path) -> AbstractContextManager[None]:
     """Say in a sentence why `out` cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise ConversionError(
-                f"The disk is full: {out} could not be written.",
-                hint="Free some space, or choose a folder on another disk.",
-            ) from error
-        reason = error.strerror or str(error)
-        if isinstance(error, FileExistsError | NotADirectoryError):
-            reason = f"{error.filename} is not a folder"
-        raise ConversionError(
-            f"{out} cannot be written: {reason}.",
-            hint="Choose a folder that can be written.",
-        ) from error
+    return translate_write_errors(
+        out,
+        ConversionError,
+        hint="Choose a folder that can be written.",
+        when_full="Free some space, or choose a folder on another disk.",
+    )

@@ -14,9 +14,10 @@ from typing import TYPE_CHECKING, Any, cast
 import mlx.core as mx
 
 from phimlx import catalog
-from phimlx.checkpoint.folder import DTYPES, Checkpoint, read_json
+from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import ConfigError, GenerationError, PromptError, TokenizerError, shortened
+from phimlx.files import read_json
 from phimlx.generation.engine import PromptCache, generate_tokens
 from phimlx.generation.media_inputs import Beside, fill, name_slots, sources_in
 from phimlx.generation.sampler import Sampler, Sampling
@@ -105,8 +106,7 @@ class Phi:
 
             self.tokenizer = Tokenizer.load(self.path)
         self._template: ChatTemplate | None = None
-        settings = self.path / "generation_config.json"
-        generation_config = read_json(settings) if settings.is_file() else {}
+        generation_config = read_json(self.path / "generation_config.json", missing_ok=True)
         usual = known.sampling if known else {}
         self.sampling = Sampling.defaults(generation_config, usual)
         self.eos = self._end_tokens(generation_config)
@@ -314,7 +314,7 @@ class Phi:
     def _picture_settings(self) -> dict[str, int]:
         """What preprocessor_config.json says of how pictures are cut up."""
         path = self.path / "preprocessor_config.json"
-        crops = read_json(path).get("dynamic_hd") if path.is_file() else None
+        crops = read_json(path, missing_ok=True).get("dynamic_hd")
         if crops is None:
             return {}
         if type(crops) is not int or not 1 <= crops <= MAX_CROPS:

@@ -23,9 +23,10 @@ from convert.pipeline import BATCHES_AHEAD, JOURNAL_BYTES, Conversion, check_pur
 from convert.read import WeightFiles, read_blocks
 from convert.steps import Step, Steps
 from phimlx import catalog
-from phimlx.checkpoint.folder import Checkpoint, read_json
+from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import ConversionError, shortened
 from phimlx.extras import optional
+from phimlx.files import read_json
 from phimlx.models import registry
 from phimlx.models.base import ModelConfig
 from phimlx.models.registry import GGUF

@@ -5,7 +5,6 @@ Knows how a comparison is told; knows nothing of how the one folder was made of 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -28,6 +27,7 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import PhimlxError
 from phimlx.extras import optional
+from phimlx.files import replacing, translate_write_errors
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.sizes import size_text
 
@@ -167,13 +167,8 @@ class Report:
         axes.grid(alpha=0.3)
         figure.legend(loc="outside right upper", frameon=False)
         path = Path(path)
-        temporary = path.with_name(f".{path.name}.partial")
-        try:
+        with translate_write_errors(path, PhimlxError), replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
-            os.replace(temporary, path)
-        except OSError as error:
-            temporary.unlink(missing_ok=True)
-            raise PhimlxError(f"{path} cannot be written: {error.strerror}.") from error
 
     def _by_kind(self) -> dict[str, list[LayerError]]:
         kinds: dict[str, list[LayerError]] = {}

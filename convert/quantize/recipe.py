@@ -16,6 +16,7 @@ from typing import Any
 
 from phimlx.checkpoint.quantization import QUANTIZATION_MODES
 from phimlx.errors import ConversionError, shortened
+from phimlx.files import read_text
 from phimlx.models.registry import Architecture
 
 # What mlx-lm takes where nothing is said.
@@ -209,16 +210,10 @@ def read_recipe(file: Path) -> Recipe:
     Raises:
         ConversionError: naming the file and the value that is wrong.
     """
+    text = read_text(file, ConversionError, limit=MAX_RECIPE_BYTES)
     try:
-        with file.open("rb") as opened:
-            text = opened.read(MAX_RECIPE_BYTES + 1)
-    except OSError as error:
-        raise ConversionError(f"The recipe {file} cannot be read: {error.strerror}.") from error
-    if len(text) > MAX_RECIPE_BYTES:
-        raise ConversionError(f"The recipe {file} is larger than {MAX_RECIPE_BYTES >> 20} MB.")
-    try:
-        table = tomllib.loads(text.decode())
-    except (ValueError, RecursionError) as error:  # bad TOML, or no text at all
+        table = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:
         raise ConversionError(f"The recipe {file} is not valid TOML ({error}).") from error
     _known(file, "", table, {"bits", "group_size", "mode", "layers"})
     default = _quantization(file, "", table, {})

@@ -27,8 +27,9 @@ from phimlx.adapters.files import (
     some,
     write_files,
 )
-from phimlx.checkpoint.folder import PACKED_DTYPES, read_json
+from phimlx.checkpoint.folder import PACKED_DTYPES
 from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.files import read_json
 from phimlx.hub.transfer import record_of
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import AdaptedLinear, LowRank, input_dims
@@ -59,8 +60,7 @@ class Base:
         name = folder.resolve().name if known is None else known.repo or known.alias
         repository, commit = folder.parent.parent.name.removeprefix("models--"), folder.name
         if folder.parent.name != "snapshots":
-            record = record_of(folder)
-            kept = read_json(record) if record.is_file() else {}
+            kept = read_json(record_of(folder), missing_ok=True)
             repository, commit = str(kept.get("repository")), str(kept.get("commit"))
         # Another repository's commit, a quantized one's say, is none of this one.
         return cls(name, commit if repository.replace("--", "/") == name else None)

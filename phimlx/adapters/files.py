@@ -5,10 +5,7 @@ Knows safetensors and JSON; knows nothing of what an adapter does.
 
 from __future__ import annotations
 
-import json
 import math
-import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -17,6 +14,7 @@ import mlx.core as mx
 
 from phimlx.checkpoint.folder import FLOATING_DTYPES, TensorInfo, read_header
 from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.files import replacing, translate_write_errors, write_json
 from phimlx.models.adapters import MAX_RANK
 
 CONFIG = "adapter_config.json"
@@ -94,29 +92,12 @@ def write_files(
     folder: Path, name: str, arrays: Mapping[str, mx.array], config: Mapping[str, Any]
 ) -> None:
     """Put weights and then their config into a folder, each file as a whole or not at all."""
-    try:
+    hint = "Choose a folder that can be written."
+    with translate_write_errors(folder, CheckpointError, hint):
         folder.mkdir(parents=True, exist_ok=True)
-
-        def weights(path: Path) -> None:
-            mx.save_safetensors(str(path), dict(arrays), {"format": "mlx"})
-
-        _replace(folder / name, weights)
-        text = json.dumps(config, indent=4) + "\n"
-        _replace(folder / CONFIG, lambda path: path.write_text(text, encoding="utf-8"))
-    except OSError as error:
-        raise CheckpointError(
-            f"{folder} cannot be written: {error.strerror or error}.",
-            hint="Choose a folder that can be written.",
-        ) from error
-
-
-def _replace(path: Path, write: Callable[[Path], object]) -> None:
-    with tempfile.TemporaryDirectory(prefix=f".{path.name}.", dir=path.parent) as place:
-        temporary = Path(place) / path.name
-        write(temporary)
-        with temporary.open("rb") as written:
-            os.fsync(written.fileno())
-        temporary.replace(path)
+        with replacing(folder / name) as temporary:
+            mx.save_safetensors(str(temporary), dict(arrays), {"format": "mlx"})
+        write_json(folder / CONFIG, config)
 
 
 def some(names: Sequence[str]) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -16,10 +15,9 @@ from safetensors import SafetensorError, safe_open
 
 from phimlx.checkpoint.quantization import read_quantization
 from phimlx.errors import CheckpointError, ConfigError
+from phimlx.files import read_json
 from phimlx.models import registry
 from phimlx.models.names import adapter_tensor
-
-MAX_JSON_BYTES = 64 << 20  # an index of a sharded model is some 100 kB
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -236,23 +234,6 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
             f"{file.name} is not a whole safetensors file ({error}).",
             hint="Download or convert the model again.",
         ) from error
-
-
-def read_json(file: Path) -> dict[str, Any]:
-    """A JSON object from a model folder, within a size limit."""
-    try:
-        if file.stat().st_size > MAX_JSON_BYTES:
-            raise ConfigError(f"{file.name} is larger than {MAX_JSON_BYTES >> 20} MB.")
-        value = json.loads(file.read_bytes())
-    except OSError as error:
-        raise ConfigError(f"{file.name} cannot be read: {error.strerror}.") from error
-    except ValueError as error:
-        raise ConfigError(f"{file.name} is not valid JSON ({error}).") from error
-    except RecursionError as error:
-        raise ConfigError(f"{file.name} is nested too deeply.") from error
-    if not isinstance(value, dict):
-        raise ConfigError(f"{file.name} is not a JSON object.")
-    return value
 
 
 def some(names: list[str]) -> str:

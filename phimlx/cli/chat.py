@@ -59,10 +59,10 @@ def command(
     A model that sees and hears takes files too: /image, /audio and /video, or a file dropped on
     the terminal. They go with what is said next.
     """
+    from phimlx.prompt.tools import load_tools
     from phimlx.terminal.chat import Chat
     from phimlx.terminal.chat_commands import candidates
     from phimlx.terminal.conversation import Conversation
-    from phimlx.terminal.files import read_tools
     from phimlx.terminal.screen import PipedScreen, TerminalScreen
 
     output = Output(debug=is_debugging())
@@ -76,7 +76,7 @@ def command(
     if system is not None:
         conversation.system = system
     if tools_file is not None:
-        conversation.tools = read_tools(tools_file)
+        conversation.tools = load_tools(tools_file)
     phi = load_model(model, output, adapter)
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and sys.stdout.isatty()

@@ -207,10 +207,11 @@ def _on_data(
         )
     if asked[1] is not None:
         from phimlx.errors import TrainingError
-        from phimlx.terminal.files import write_whole
+        from phimlx.files import translate_write_errors, write_file
 
         lines = [json.dumps(asdict(answer), ensure_ascii=False) for answer in answers.answers]
-        write_whole(asked[1], "\n".join(lines) + "\n", TrainingError)
+        with translate_write_errors(asked[1], TrainingError):
+            write_file(asked[1], "\n".join(lines) + "\n")
     return {
         **found,
         "questions": len(questions),

@@ -102,7 +102,7 @@ def command(
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
 
-    from phimlx.terminal.files import read_tools
+    from phimlx.prompt.tools import load_tools
     from phimlx.terminal.interrupt import Interruptible
     from phimlx.terminal.reply import describe, show
 
@@ -113,7 +113,7 @@ def command(
         check_files([*image, *audio, *video])
         media = {"images": list(image), "audio": list(audio), "video": list(video)}
         media |= {"frames": frames, "limits": limits}
-    tools = None if tools_file is None else read_tools(tools_file)
+    tools = None if tools_file is None else load_tools(tools_file)
     output = Output(json=as_json)
     phi = load_model(model, output, adapter)
     with output.prompt_progress() as report:

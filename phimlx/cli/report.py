@@ -8,12 +8,14 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phimlx import files
 from phimlx.errors import ConversionError, PhimlxError
-from phimlx.terminal.files import write_whole
 from phimlx.terminal.output import Output, encode_json
 
 if TYPE_CHECKING:
     from convert import Conversion
+
+MAX_TEXT_BYTES = 1 << 30
 
 
 def read_text(path: Path | None) -> str | None:
@@ -22,14 +24,7 @@ def read_text(path: Path | None) -> str | None:
     Raises:
         ConversionError: where the file cannot be read as text.
     """
-    if path is None:
-        return None
-    try:
-        return path.read_text(encoding="utf-8")
-    except OSError as error:
-        raise ConversionError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError as error:
-        raise ConversionError(f"{path} is not UTF-8 text.") from error
+    return None if path is None else files.read_text(path, ConversionError, limit=MAX_TEXT_BYTES)
 
 
 def add_report(result: Conversion, text: str | None, output: Output) -> dict[str, Any]:
@@ -46,11 +41,12 @@ def add_report(result: Conversion, text: str | None, output: Output) -> dict[str
     if report.note:
         output.note(report.note)
     found = report.as_object()
-    write_whole(result.path / "report.json", encode_json(found, indent=2) + "\n", ConversionError)
-    card = result.path / "README.md"
-    if card.is_file():
-        text = card.read_text(encoding="utf-8").rstrip()
-        write_whole(card, f"{text}\n\n{report.markdown()}", ConversionError)
+    with files.translate_write_errors(result.path, ConversionError):
+        files.write_file(result.path / "report.json", encode_json(found, indent=2) + "\n")
+        card = result.path / "README.md"
+        if card.is_file():
+            text = files.read_text(card, ConversionError).rstrip()
+            files.write_file(card, f"{text}\n\n{report.markdown()}")
     try:
         report.chart(result.path / "report.png")
     except PhimlxError as error:  # the numbers are there all the same

@@ -73,8 +73,9 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
 
     from convert.quantize.recipe import part_of
     from phimlx import catalog
-    from phimlx.checkpoint.folder import FLOATING_DTYPES, Checkpoint, read_json
+    from phimlx.checkpoint.folder import FLOATING_DTYPES, Checkpoint
     from phimlx.checkpoint.load import build_model, stored_parameters
+    from phimlx.files import read_json
     from phimlx.generation.sampler import Sampling
 
     checkpoint = Checkpoint(folder)
@@ -86,12 +87,8 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     stored = stored_parameters(checkpoint, model).values()
     nbytes = sum(info.nbytes for info in stored)
     known = catalog.by_config(checkpoint.config, folder.resolve())
-    settings = folder / "generation_config.json"
-    sampling = asdict(
-        Sampling.defaults(
-            read_json(settings) if settings.is_file() else {}, known.sampling if known else {}
-        )
-    )
+    settings = read_json(folder / "generation_config.json", missing_ok=True)
+    sampling = asdict(Sampling.defaults(settings, known.sampling if known else {}))
     usual = asdict(Sampling())
     quantization = checkpoint.quantization
     return {

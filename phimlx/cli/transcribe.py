@@ -26,8 +26,8 @@ from phimlx.cli.options import (
     pop_limits,
 )
 from phimlx.errors import PhimlxError
+from phimlx.files import translate_write_errors, write_file
 from phimlx.media.subtitles import FORMATS, Cue, Format
-from phimlx.terminal.files import write_whole
 from phimlx.terminal.output import Output, printable
 from phimlx.terminal.sampling_settings import FiniteRange
 
@@ -258,7 +258,8 @@ def _written(transcript: Transcript, form: Format, output: Output) -> Iterator[N
         elif transcript.pieces or transcript.complete:
             text = form.write([_cue(piece) for piece in transcript.pieces])
             try:
-                write_whole(transcript.target, text, PhimlxError)
+                with translate_write_errors(transcript.target, PhimlxError):
+                    write_file(transcript.target, text)
             except PhimlxError:
                 output.write(text)  # it took long to make
                 raise

@@ -15,9 +15,13 @@ from typing import TYPE_CHECKING, Any
 from phimlx.errors import PromptError, TokenizerError
 from phimlx.prompt.media_parts import NAMES, Part, Placeholders, no_media
 from phimlx.prompt.messages import Message, read_messages
-from phimlx.prompt.published_templates import folder_templates, published_template
+from phimlx.prompt.published_templates import (
+    folder_templates,
+    published_template,
+    read_settings,
+)
 from phimlx.prompt.sandbox.escape import Shield
-from phimlx.prompt.tokenizer.tokenizer import Tokenizer, read_json
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.prompt.tools import calls_json, read_tools, tools_json, wrapped_calls
 
 if TYPE_CHECKING:
@@ -84,7 +88,7 @@ class ChatTemplate:
         `model_name` helps to tell a reasoning model where the folder does not say.
         Raises PromptError where there is neither.
         """
-        settings = read_json(folder / "tokenizer_config.json")
+        settings = read_settings(folder / "tokenizer_config.json")
         special = {"eos_token": "<|endoftext|>"} | {
             name: text for name in SPECIAL if (text := _content(settings.get(name))) is not None
         }
@@ -93,7 +97,7 @@ class ChatTemplate:
             names = (
                 model_name,
                 folder.name,
-                read_json(folder / "config.json").get("_name_or_path"),
+                read_settings(folder / "config.json").get("_name_or_path"),
             )
             known = published_template(tokenizer.control_tokens, map(str, filter(None, names)))
             if known is None:

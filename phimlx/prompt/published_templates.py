@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phimlx.errors import PromptError
-from phimlx.prompt.tokenizer.tokenizer import read_json
+from phimlx.errors import PromptError, TokenizerError
+from phimlx.files import read_json, read_text
 
 # microsoft/phi-4, tokenizer_config.json.
 PHI4 = (
@@ -106,17 +106,17 @@ def folder_templates(folder: Path) -> dict[str, str]:
     """
     jinja = folder / "chat_template.jinja"
     if jinja.is_file():
-        try:
-            return {"default": jinja.read_text("utf-8")}
-        except ValueError as error:
-            raise PromptError(
-                f"{jinja} is not UTF-8 text.", hint="Download the model again."
-            ) from error
+        return {"default": read_text(jinja, PromptError, hint="Download the model again.")}
     for name in ("chat_template.json", "tokenizer_config.json"):
-        found = read_json(folder / name).get("chat_template")
+        found = read_settings(folder / name).get("chat_template")
         if found is not None:
             return _by_name(folder / name, found)
     return {}
+
+
+def read_settings(path: Path) -> dict[str, Any]:
+    """A JSON object of a model folder, empty where it is absent; raises TokenizerError."""
+    return read_json(path, TokenizerError, hint="Download the model again.", missing_ok=True)
 
 
 def _by_name(path: Path, found: Any) -> dict[str, str]:

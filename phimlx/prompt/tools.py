@@ -8,9 +8,11 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from phimlx.errors import PromptError
+from phimlx.files import read_json_value
 
 EXAMPLE = 'A tool is {"name": …, "description": …, "parameters": {JSON schema}}.'
 
@@ -65,6 +67,21 @@ def _read_tool(place: str, tool: Any) -> dict[str, Any]:
         return dict(json.loads(json.dumps(tool, allow_nan=False)))  # plain data from here on
     except (TypeError, ValueError, RecursionError) as error:
         raise PromptError(f"{place} cannot be written as JSON: {error}.", hint=EXAMPLE) from error
+
+
+def load_tools(path: Path) -> list[dict[str, Any]]:
+    """Read the functions that a model may call from a JSON file that lists them.
+
+    Raises:
+        PromptError: saying what is wrong with the file.
+    """
+    value = read_json_value(path, PromptError)
+    if not value:
+        raise PromptError(f"{path} holds no tools.", EXAMPLE)
+    try:
+        return read_tools(value)
+    except PromptError as error:
+        raise PromptError(f"{path}: {error}", error.hint) from None
 
 
 def tools_json(functions: Sequence[Mapping[str, Any]]) -> str:

@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PhimlxError
+from phimlx.prompt.tools import load_tools
 from phimlx.terminal.attachments import split_name
-from phimlx.terminal.files import read_tools
 from phimlx.terminal.reply import describe
 from phimlx.terminal.sampling_settings import SETTINGS, Setting, find_setting, parse_setting
 
@@ -168,7 +168,7 @@ def _tools(chat: Chat, argument: str) -> None:
     if argument == OFF:
         conversation.tools = None
     elif argument:
-        conversation.tools = read_tools(_path(argument))
+        conversation.tools = load_tools(_path(argument))
     names = [tool["name"] for tool in conversation.tools or ()]
     _say(chat, f"The model may call {', '.join(names)}." if names else "There are no tools.")
 

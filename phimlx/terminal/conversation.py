@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import MediaError, PhimlxError, SessionError
+from phimlx.files import read_json_value, translate_write_errors, write_file
 from phimlx.prompt.tools import read_tools
 from phimlx.terminal.attachments import KINDS, Attachment, in_order
-from phimlx.terminal.files import read_json, write_private
 from phimlx.terminal.output import encode_json
 from phimlx.terminal.sampling_settings import check_settings
 
@@ -178,7 +178,8 @@ class Conversation:
             "tools": self.tools,
             "messages": self.messages,
         }
-        write_private(path, encode_json(session, indent=2) + "\n", SessionError)
+        with translate_write_errors(path, SessionError):
+            write_file(path, encode_json(session, indent=2) + "\n", private=True)
 
     @classmethod
     def load(cls, path: Path, limits: Limits | None = None) -> Conversation:
@@ -186,7 +187,7 @@ class Conversation:
 
         Raises `SessionError` that says what is wrong with the file, or with one of those.
         """
-        session = read_json(path, SessionError)
+        session = read_json_value(path, SessionError)
         if not isinstance(session, dict) or session.get("format") != FORMAT:
             raise SessionError(f"{path} is not a saved chat.")
         if session.get("version") != VERSION:

@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PhimlxError
+from phimlx.files import write_file
 from phimlx.sizes import size_text
 from phimlx.terminal.curves import draw, legend
 from phimlx.terminal.output import Output
 from phimlx.training.run.card import adapter_card
-from phimlx.training.run.checkpoints import write_bytes, writing
+from phimlx.training.run.checkpoints import writing
 from phimlx.training.run.events import Advanced, Event, Report, Sample, Validation
 from phimlx.training.run.log import Log, draw_png, numbers_of, open_sink, row_of
 from phimlx.training.run.loop import INTERRUPTED, Outcome, Run
@@ -93,7 +94,7 @@ class Show:
             self.output.note(f"{error} {error.hint}")
         with writing(self.folder):
             card = adapter_card(self.session, self.run, outcome)
-            write_bytes(self.folder / CARD, card.encode())
+            write_file(self.folder / CARD, card)
         if picture:
             self.output.text(f"{picture}\n{legend(curves)}\n")
         best = ""

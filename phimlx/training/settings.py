@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.errors import TrainingError, shortened
+from phimlx.files import read_text
 from phimlx.training.option_types import Kind, Number, Pairs, Several, Span, Switch, Text, Word
 
 OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "muon", "sgd")
@@ -292,16 +293,7 @@ def _parse(path: Path) -> dict[str, Any]:
         raise TrainingError(
             f"{path} is neither YAML nor TOML.", hint="Name it .yaml, .yml or .toml."
         )
-    try:
-        if path.stat().st_size > MAX_FILE_BYTES:
-            raise TrainingError(f"{path} is larger than {MAX_FILE_BYTES >> 20} MB.")
-        text = path.read_text(encoding="utf-8-sig")
-    except FileNotFoundError:
-        raise TrainingError(f"There is no file {path}.") from None
-    except OSError as error:
-        raise TrainingError(f"{path} cannot be read: {error.strerror}.") from error
-    except UnicodeDecodeError:
-        raise TrainingError(f"{path} is not UTF-8 text.") from None
+    text = read_text(path, TrainingError, limit=MAX_FILE_BYTES)
     table = readers[path.suffix](text, path)
     if not isinstance(table, dict):
         raise TrainingError(f"{path} is not a table of settings.")

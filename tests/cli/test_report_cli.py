@@ -90,7 +90,7 @@ def test_wrong_usage(
 @pytest.mark.parametrize(
     ("contents", "message"),
     [
-        (None, "{} cannot be read: No such file or directory."),
+        (None, "There is no file {}."),
         (b"\xff\xfe\xfd", "{} is not UTF-8 text."),
     ],
 )

@@ -12,7 +12,7 @@ import pytest
 from click.testing import CliRunner, Result
 
 from phimlx.cli.group import cli
-from phimlx.errors import MediaError, PhimlxError
+from phimlx.errors import MediaError
 from phimlx.transcription import Piece
 from tests.cli.test_main import HEAVY, run
 from tests.terminal.fake_phi import FakePhi
@@ -226,13 +226,16 @@ def test_what_is_wrong_with_stdin_is_said_of_it(transcribe: Transcribe) -> None:
 def test_a_transcript_that_cannot_be_written_is_shown(
     transcribe: Transcribe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def full(path: Path, text: str, error: type[PhimlxError]) -> None:
-        raise error(f"{path} cannot be written: no space left on device.")
+    def full(path: Path, text: str) -> None:
+        raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phimlx.cli.transcribe.write_whole", full)
+    monkeypatch.setattr("phimlx.cli.transcribe.write_file", full)
     result = transcribe("a.wav", "-o", "out")
     assert (result.exit_code, result.stdout) == (1, TXT)
-    assert result.stderr == ("Error: a.wav: out cannot be written: no space left on device.\n")
+    assert result.stderr == (
+        "Error: a.wav: The disk is full: out could not be written.\n"
+        "Hint: Free some space, then try again.\n"
+    )
 
 
 def test_an_answer_that_was_cut_is_told(transcribe: Transcribe) -> None:

@@ -126,7 +126,7 @@ def test_a_folder_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> N
 
     with pytest.raises(ConversionError) as caught:
         plan(source, out).run(appear)
-    assert str(caught.value) == f"{out} cannot be written: Directory not empty."
+    assert str(caught.value) == f"{out} cannot be written: directory not empty."
     assert [path.name for path in out.iterdir()] == ["precious"]
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
 

@@ -258,12 +258,12 @@ def test_an_interrupt_leaves_nothing(tmp_path: Path) -> None:
         ),
         (
             errno.EROFS,
-            "{out} cannot be written: Read-only file system.",
+            "{out} cannot be written: read-only file system.",
             "Choose a folder that can be written.",
         ),
         (
             errno.EACCES,
-            "{out} cannot be written: Permission denied.",
+            "{out} cannot be written: permission denied.",
             "Choose a folder that can be written.",
         ),
     ],

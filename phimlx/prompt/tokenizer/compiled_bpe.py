@@ -8,9 +8,7 @@ from __future__ import annotations
 import hashlib
 import json
 import mmap
-import os
 import struct
-import tempfile
 import zlib
 from array import array
 from bisect import bisect_left
@@ -21,6 +19,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from phimlx.files import replacing
 from phimlx.prompt.tokenizer.added_tokens import AddedToken
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary, byte_alphabet
 
@@ -178,23 +177,14 @@ def _write(file: Path, make: Callable[[], Sequence[bytes]]) -> None:
     """Writes what `make` makes, whole or not at all; calls it only where writing is possible."""
     try:
         file.parent.mkdir(parents=True, exist_ok=True)
-        handle, name = tempfile.mkstemp(dir=file.parent, prefix="new-")
-    except OSError:
-        return  # a cache on a full or read-only disk is done without
-    try:
-        with os.fdopen(handle, "wb") as out:
+        with replacing(file) as temporary:
             made = make()
             padded = b"".join(part + bytes(-len(part) % 8) for part in made)
             body = b"".join(LENGTH.pack(len(part)) for part in made) + padded
-            out.write(HEADER.pack(MAGIC, FORMAT, zlib.crc32(body), len(made)) + body)
-            out.flush()
-            os.fsync(out.fileno())
-        os.replace(name, file)
+            header = HEADER.pack(MAGIC, FORMAT, zlib.crc32(body), len(made))
+            temporary.write_bytes(header + body)
     except OSError:
-        Path(name).unlink(missing_ok=True)
-    except BaseException:
-        Path(name).unlink(missing_ok=True)
-        raise
+        return  # a cache on a full or read-only disk is done without
 
 
 def _compile(path: Path, library: LibraryVocabulary, added: list[AddedToken]) -> list[bytes]:

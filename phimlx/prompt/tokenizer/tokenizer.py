@@ -6,13 +6,12 @@ Knows nothing of messages or templates, nor of which library does the byte-pair 
 from __future__ import annotations
 
 import codecs
-import json
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
 
 from phimlx.errors import TokenizerError
+from phimlx.files import read_json
 from phimlx.prompt.tokenizer.added_tokens import AddedToken, AddedTokens
 from phimlx.prompt.tokenizer.bpe import Vocabulary
 from phimlx.prompt.tokenizer.compiled_bpe import load_vocabulary
@@ -132,27 +131,9 @@ def _well_formed(text: str) -> str:
     return text
 
 
-def read_json(path: Path) -> dict[str, Any]:
-    """A JSON object from a tokenizer file, empty where the file is absent.
-
-    Raises TokenizerError where the file is not a JSON object.
-    """
-    if not path.is_file():
-        return {}
-    try:
-        value = json.loads(path.read_bytes())
-    except (ValueError, RecursionError) as error:
-        reason = error if isinstance(error, ValueError) else "it is nested too deeply"
-        raise TokenizerError(
-            f"{path} is damaged: {reason}.", hint="Download the model again."
-        ) from error
-    if not isinstance(value, dict):
-        raise TokenizerError(f"{path} is not a JSON object.", hint="Download the model again.")
-    return value
-
-
 def _configured_tokens(path: Path) -> list[AddedToken]:
-    listed = read_json(path).get("added_tokens_decoder", {})
+    settings = read_json(path, TokenizerError, hint="Download the model again.", missing_ok=True)
+    listed = settings.get("added_tokens_decoder", {})
     try:
         return [
             AddedToken(

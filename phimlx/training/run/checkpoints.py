@@ -6,7 +6,6 @@ Knows files and arrays by name; knows nothing of models, steps or losses.
 from __future__ import annotations
 
 import contextlib
-import errno
 import fcntl
 import io
 import json
@@ -14,7 +13,7 @@ import os
 import re
 import shutil
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,6 +24,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phimlx.adapters.adapter import WEIGHTS
 from phimlx.adapters.files import CONFIG
 from phimlx.errors import TrainingError
+from phimlx.files import read_json, replacing, sync, translate_write_errors, write_file, write_json
 from phimlx.training.distributed import Machines
 
 RUN = "run.json"
@@ -113,16 +113,13 @@ class Store:
             TrainingError: where the folder holds none.
         """
         path = self.folder / RUN
-        try:
-            about = json.loads(path.read_bytes())
-        except FileNotFoundError:
+        about = read_json(path, TrainingError, missing_ok=True)
+        if not about:
             raise TrainingError(
                 f"{self.folder} holds no run to go on with.",
                 hint="Name its folder with --adapter-path, or leave --resume out.",
-            ) from None
-        except (OSError, ValueError) as error:
-            raise TrainingError(f"{path} cannot be read: {error}.") from error
-        if not isinstance(about, dict) or about.get("format") != FORMAT:
+            )
+        if about.get("format") != FORMAT:
             raise TrainingError(f"{path} is of another version of phimlx.")
         return about
 
@@ -160,7 +157,7 @@ class Store:
                 partial.mkdir(parents=True)
                 write_arrays(partial / WEIGHTS, weights)
                 write_arrays(partial / OPTIMIZER, optimizer)
-                write_bytes(partial / CONFIG, (self.folder / CONFIG).read_bytes())
+                write_file(partial / CONFIG, (self.folder / CONFIG).read_bytes())
                 sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
                 manifest = {"format": FORMAT, "step": step, "files": sizes, "state": state}
                 write_json(partial / MANIFEST, manifest)
@@ -188,15 +185,12 @@ class Store:
 
     def _publish(self, weights: Path) -> None:
         """Put a checkpoint's weights where a reader of the whole folder finds them."""
-        temporary = self.folder / f".{WEIGHTS}.new"
-        temporary.unlink(missing_ok=True)
-        try:
-            os.link(weights, temporary)
-        except OSError:  # a file system without links
-            shutil.copyfile(weights, temporary)
-            sync(temporary)
-        os.replace(temporary, self.folder / WEIGHTS)
-        sync(self.folder)
+        with replacing(self.folder / WEIGHTS) as temporary:
+            temporary.unlink()
+            try:
+                os.link(weights, temporary)
+            except OSError:  # a file system without links
+                shutil.copyfile(weights, temporary)
 
     @property
     def _checkpoints(self) -> Path:
@@ -242,47 +236,11 @@ def write_arrays(path: Path, tree: Any) -> None:
         os.fsync(stream.fileno())
 
 
-def write_json(path: Path, value: object) -> None:
-    """Replace a file as a whole; raises OSError."""
-    write_bytes(path, (json.dumps(value, indent=2, allow_nan=False) + "\n").encode())
-
-
-def write_bytes(path: Path, data: bytes) -> None:
-    """Replace a file as a whole; raises OSError."""
-    temporary = path.with_name(f".{path.name}.new")
-    try:
-        with temporary.open("wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync(path.parent)
-
-
-def sync(folder: Path) -> None:
-    """Return when a file, or what a folder lists, is on the disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-@contextmanager
-def writing(folder: Path) -> Iterator[None]:
+def writing(folder: Path) -> AbstractContextManager[None]:
     """Say in a sentence why the folder cannot be written."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise TrainingError(
-                f"The disk is full: {folder} could not be written.",
-                hint="Free some space, then go on with --resume: earlier checkpoints are whole.",
-            ) from error
-        raise TrainingError(
-            f"{folder} cannot be written: {(error.strerror or str(error)).lower()}.",
-            hint="Choose another --adapter-path.",
-        ) from error
+    return translate_write_errors(
+        folder,
+        TrainingError,
+        hint="Choose another --adapter-path.",
+        when_full="Free some space, then go on with --resume: earlier checkpoints are whole.",
+    )

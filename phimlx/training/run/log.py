@@ -16,7 +16,8 @@ from typing import Any, Protocol
 
 from phimlx.errors import TrainingError
 from phimlx.extras import optional
-from phimlx.training.run.checkpoints import write_bytes, writing
+from phimlx.files import replacing, write_file
+from phimlx.training.run.checkpoints import writing
 from phimlx.training.run.events import Event, Report, Sample, Validation
 
 KINDS: dict[type[Any], str] = {Report: "train", Validation: "validation", Sample: "sample"}
@@ -49,7 +50,7 @@ class Log:
                 self.rows = [row for row in _rows(path) if row["step"] <= step]
                 # Of a run that has taken no step yet nothing was kept.
                 self.rows = self.rows if step else []
-                write_bytes(path, "".join(map(_line, self.rows)).encode())
+                write_file(path, "".join(map(_line, self.rows)))
             elif path.exists():
                 raise TrainingError(
                     f"{path} exists already.", hint="Choose another --log, or remove it first."
@@ -185,13 +186,8 @@ def draw_png(curves: Mapping[str, Curve], path: Path) -> None:
     axes.set_ylabel("loss")
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
-    temporary = path.with_name(f".{path.name}.new")
-    with writing(path):
-        try:
-            figure.savefig(temporary, format="png", dpi=150)
-            os.replace(temporary, path)
-        finally:
-            temporary.unlink(missing_ok=True)
+    with writing(path), replacing(path) as temporary:
+        figure.savefig(temporary, format="png", dpi=150)
 
 
 def _line(row: Row) -> str:

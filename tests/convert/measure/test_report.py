@@ -380,7 +380,7 @@ def test_chart(tmp_path: Path) -> None:
     with pytest.raises(PhimlxError) as caught:
         SMALL.chart(tmp_path / "none" / "report.png")
     missing = tmp_path / "none" / "report.png"
-    assert str(caught.value) == f"{missing} cannot be written: No such file or directory."
+    assert str(caught.value) == f"{missing} cannot be written: no such file or directory."
 
 
 def test_chart_without_matplotlib(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

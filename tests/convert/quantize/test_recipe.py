@@ -220,14 +220,18 @@ def test_recipes_that_are_none(tmp_path: Path) -> None:
     file = tmp_path / "mine.toml"
     with pytest.raises(ConversionError) as caught:
         read_recipe(file)
-    assert str(caught.value) == f"The recipe {file} cannot be read: No such file or directory."
-    for content in (b"bits =", b"\xff", b"a = " + b"[" * 5000, b"bits = 4\nbits = 4"):
+    assert str(caught.value) == f"There is no file {file}."
+    for content in (b"bits =", b"a = " + b"[" * 5000, b"bits = 4\nbits = 4"):
         file.write_bytes(content)
         with pytest.raises(ConversionError) as caught:
             read_recipe(file)
         assert str(caught.value).startswith(f"The recipe {file} is not valid TOML (")
+    file.write_bytes(b"\xff")
+    with pytest.raises(ConversionError) as caught:
+        read_recipe(file)
+    assert str(caught.value) == f"{file} is not UTF-8 text."
     with file.open("wb") as opened:
         opened.truncate((1 << 20) + 1)
     with pytest.raises(ConversionError) as caught:
         read_recipe(file)
-    assert str(caught.value) == f"The recipe {file} is larger than 1 MB."
+    assert str(caught.value) == f"{file} is larger than 1 MB."

@@ -319,15 +319,15 @@ def test_foreign_tokenizer(make_folder: Make) -> None:
     ("config", "message"),
     [
         ("[]", "{path} is not a JSON object."),
-        ("{", "{path} is damaged: Expecting property name enclosed in double quotes: "
-              "line 1 column 2 (char 1)."),
+        ("{", "{path} is not JSON (line 1, column 2: Expecting property name enclosed in double "
+              "quotes)."),
         ('{"added_tokens_decoder": [1]}',
          "{path} has an added_tokens_decoder that is not a table of tokens."),
         ('{"added_tokens_decoder": {"x": {"content": "<a>"}}}',
          "{path} has an added_tokens_decoder that is not a table of tokens."),
         ('{"added_tokens_decoder": {"1": {}}}',
          "{path} has an added_tokens_decoder that is not a table of tokens."),
-        ("[" * 100_000, "{path} is damaged: it is nested too deeply."),
+        ("[" * 100_000, "{path} is nested too deeply."),
     ],
 )  # fmt: skip
 def test_damaged_tokenizer_config(make_folder: Make, config: str, message: str) -> None:

@@ -1,0 +1,214 @@
+"""Small files, read and written whole: the one JSON reader and the one atomic writer.
+
+Reading has a size limit and takes regular files only: a pipe in a model's folder would never end.
+A write appears under its name when all of it is on the disk, with the permissions that the user's
+umask gives to any new file, or the old contents stay.
+"""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from phimlx.errors import ConfigError, PhimlxError
+
+MAX_BYTES = 64 << 20  # Phi-4-mini's tokenizer.json has 16 MB
+
+# What opening a pipe, socket or device without its other end, or its driver, raises.
+_NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+def read_bytes(
+    path: Path,
+    error: type[PhimlxError] = ConfigError,
+    *,
+    hint: str | None = None,
+    limit: int = MAX_BYTES,
+) -> bytes:
+    """Read a regular file of at most `limit` bytes.
+
+    Raises:
+        error: one sentence, and `hint`, where the file is missing, unreadable, too large, or a
+            folder, pipe, socket or device.
+    """
+    try:
+        with open(path, "rb", opener=_without_waiting) as file:
+            status = os.fstat(file.fileno())
+            if not stat.S_ISREG(status.st_mode):
+                raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
+            data = file.read() if status.st_size <= limit else None
+    except FileNotFoundError:
+        raise error(f"There is no file {path}.", hint) from None
+    except OSError as failure:
+        if failure.errno in _NOT_REGULAR:
+            raise error(f"{path} is not a regular file.", hint) from failure
+        raise error(f"{path} cannot be read: {reason(failure)}.", hint) from failure
+    if data is None or len(data) > limit:
+        size = f"{limit >> 20} MB" if limit >= 1 << 20 else f"{limit >> 10} kB"
+        raise error(f"{path} is larger than {size}.", hint)
+    return data
+
+
+def _without_waiting(path: str, flags: int) -> int:
+    """Open a file; a pipe that nobody writes to would otherwise wait for ever."""
+    return os.open(path, flags | os.O_NONBLOCK | os.O_NOCTTY)
+
+
+def read_text(
+    path: Path,
+    error: type[PhimlxError] = ConfigError,
+    *,
+    hint: str | None = None,
+    limit: int = MAX_BYTES,
+) -> str:
+    """Read a file of UTF-8 text, without its byte order mark; raises `error` as `read_bytes`."""
+    try:
+        return read_bytes(path, error, hint=hint, limit=limit).decode("utf-8-sig")
+    except UnicodeDecodeError as failure:
+        raise error(f"{path} is not UTF-8 text.", hint) from failure
+
+
+def read_json_value(
+    path: Path,
+    error: type[PhimlxError] = ConfigError,
+    *,
+    hint: str | None = None,
+    limit: int = MAX_BYTES,
+) -> Any:
+    """Read any JSON value; raises `error` as `read_bytes`, and where the file is no JSON."""
+    return parse_json(read_bytes(path, error, hint=hint, limit=limit), path, error, hint=hint)
+
+
+def read_json(
+    path: Path,
+    error: type[PhimlxError] = ConfigError,
+    *,
+    hint: str | None = None,
+    limit: int = MAX_BYTES,
+    missing_ok: bool = False,
+) -> dict[str, Any]:
+    """Read a JSON object; raises `error` as `read_json_value`, and where it is no object.
+
+    Args:
+        missing_ok: whether a file that is not there is an empty object.
+    """
+    if missing_ok and not os.path.lexists(path):
+        return {}
+    data = read_bytes(path, error, hint=hint, limit=limit)
+    return parse_json_object(data, path, error, hint=hint)
+
+
+def parse_json(
+    data: bytes, place: object, error: type[PhimlxError] = ConfigError, *, hint: str | None = None
+) -> Any:
+    """Parse the JSON value that was read from `place`; raises `error` where it is none."""
+    try:
+        return json.loads(data.decode("utf-8-sig"))
+    except UnicodeDecodeError as failure:
+        raise error(f"{place} is not UTF-8 text.", hint) from failure
+    except json.JSONDecodeError as failure:
+        where = f"line {failure.lineno}, column {failure.colno}"
+        raise error(f"{place} is not JSON ({where}: {failure.msg}).", hint) from failure
+    except ValueError as failure:  # a whole number with more digits than Python reads
+        raise error(f"{place} holds a number that is too long.", hint) from failure
+    except RecursionError as failure:
+        raise error(f"{place} is nested too deeply.", hint) from failure
+
+
+def parse_json_object(
+    data: bytes, place: object, error: type[PhimlxError] = ConfigError, *, hint: str | None = None
+) -> dict[str, Any]:
+    """Parse the JSON object that was read from `place`; raises `error` where it is none."""
+    value = parse_json(data, place, error, hint=hint)
+    if not isinstance(value, dict):
+        raise error(f"{place} is not a JSON object.", hint)
+    return value
+
+
+@contextmanager
+def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
+    """Give a new file beside `path`, to be filled; it becomes `path` when the block ends well.
+
+    It is empty at first and ends as `path` does. Where the block raises, it is removed and what
+    stood at `path` stays.
+
+    Args:
+        private: whether its owner alone may read it; otherwise the umask decides.
+
+    Raises:
+        OSError: where it cannot be written.
+    """
+    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+    mode = 0o600 if private else 0o666
+    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+    try:
+        yield temporary
+        sync(temporary)
+        os.replace(temporary, path)
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+    sync(path.parent)
+
+
+def write_file(path: Path, data: str | bytes, *, private: bool = False) -> None:
+    """Replace a file as a whole or not at all; text as UTF-8. Raises OSError."""
+    with replacing(path, private=private) as temporary:
+        temporary.write_bytes(data.encode() if isinstance(data, str) else data)
+
+
+def write_json(path: Path, value: object, *, private: bool = False) -> None:
+    """Replace a file by a JSON value, as a whole or not at all. Raises OSError.
+
+    Raises:
+        ValueError: for NaN or an infinity, which JSON does not have.
+    """
+    text = json.dumps(value, indent=2, allow_nan=False)
+    write_file(path, text + "\n", private=private)
+
+
+def sync(path: Path) -> None:
+    """Return when a file, or what a folder lists, is on the disk. Raises OSError."""
+    descriptor = os.open(path, os.O_RDONLY | os.O_CLOEXEC)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextmanager
+def translate_write_errors(
+    place: Path,
+    error: type[PhimlxError],
+    hint: str | None = None,
+    *,
+    when_full: str = "Free some space, then try again.",
+) -> Iterator[None]:
+    """Turn OSErrors of the block into `error`: one sentence and the next step.
+
+    Args:
+        place: what a person asked to be written.
+        when_full: the hint where the disk has no room.
+    """
+    try:
+        yield
+    except OSError as failure:
+        if failure.errno in _FULL:
+            raise error(f"The disk is full: {place} could not be written.", when_full) from failure
+        why = reason(failure)
+        if isinstance(failure, FileExistsError | NotADirectoryError):
+            why = f"{failure.filename} is not a folder"
+        raise error(f"{place} cannot be written: {why}.", hint) from failure
+
+
+def reason(failure: OSError) -> str:
+    """Say why the system refused, as it may end a sentence."""
+    return (failure.strerror or str(failure) or type(failure).__name__).lower()
