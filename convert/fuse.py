@@ -17,10 +17,12 @@ from convert.folder import stamps
 from convert.quantize.recipe import Quantization, Recipe, Rule
 from convert.quantize.tensor import Block, Change
 from convert.steps import Step, Steps, stored_quantizations
-from phimlx.adapters.adapter import Adapter, check_fit, read_adapter
+from phimlx.adapters.adapter import Adapter
+from phimlx.adapters.attach import check_fit
+from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, stored_parameters
-from phimlx.models.lora import LowRank
+from phimlx.models.lora import LoRA
 
 
 @dataclass
@@ -103,7 +105,7 @@ class Fusion:
 class Fusing(Change):
     """A layer's change that merges an adapter into it, in float32."""
 
-    layer: LowRank = field(repr=False)
+    layer: LoRA = field(repr=False)
     rounding: Rounding = field(repr=False)
 
     def apply(self, stored: Sequence[mx.array], first: int = 0) -> Block:

@@ -92,7 +92,7 @@ class Phi:
         self.config = checkpoint.config
         self.model: CausalLM = load_model(checkpoint, dtype)
         if adapter is not None:
-            from phimlx.adapters.adapter import load_adapter
+            from phimlx.adapters.attach import load_adapter
 
             load_adapter(self.model, adapter, self.path, self.config)
         known = catalog.by_config(self.config, self.path)

@@ -15,7 +15,7 @@ import mlx.core as mx
 from phimlx.checkpoint.folder import FLOATING_DTYPES, TensorInfo, read_header
 from phimlx.errors import CheckpointError, ConfigError, shortened
 from phimlx.files import replacing, translate_write_errors, write_json
-from phimlx.models.adapters import MAX_RANK
+from phimlx.models.lora import MAX_RANK
 
 CONFIG = "adapter_config.json"
 PARTS = ("lora_a", "lora_b", "m")  # of a layer's adapter, in mlx-lm's names

@@ -1,6 +1,6 @@
 """LoRA and DoRA adapters in the format of PEFT, the library for transformers.
 
-Knows PEFT's names and settings, and refuses those that change more than some linear layers.
+Settings that change more than some linear layers are refused.
 Source: peft `tuners/lora/config.py`, `tuners/lora/layer.py`, `utils/save_and_load.py`.
 """
 
@@ -15,7 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from phimlx.adapters.adapter import LAYER, PEFT_WEIGHTS, Adapter, Base
+from phimlx.adapters.adapter import LAYER, Adapter, Base
 from phimlx.adapters.files import (
     CONFIG,
     check_ranks,
@@ -26,8 +26,9 @@ from phimlx.adapters.files import (
     write_files,
 )
 from phimlx.errors import CheckpointError, ConfigError, shortened
-from phimlx.models.lora import LowRank
+from phimlx.models.lora import LoRA
 
+PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = {
     "lora_A.weight": "lora_a",
@@ -109,7 +110,7 @@ def read_peft(config: Mapping[str, Any], file: Path) -> Adapter:
     layers = {}
     for path in dict.fromkeys(name.rpartition(".")[0] for name in own):
         rank = int(ranks.of(path))
-        layers[path] = LowRank(
+        layers[path] = LoRA(
             own[f"{path}.lora_a"],
             own[f"{path}.lora_b"],
             alphas.of(path) / (math.sqrt(rank) if rooted else rank),

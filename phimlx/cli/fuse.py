@@ -108,13 +108,15 @@ def _export(
     from dataclasses import replace
 
     from convert.folder import refuse_existing
-    from phimlx.adapters.adapter import Base, read_adapter, write_adapter
+    from phimlx.adapters.adapter import Base
+    from phimlx.adapters.mlx_lm import write_adapter
     from phimlx.adapters.peft import write_peft
+    from phimlx.adapters.read import read_adapter
 
     refuse_existing(out)
     found = read_adapter(adapter)
     if model is not None:
-        from phimlx.adapters.adapter import check_fit
+        from phimlx.adapters.attach import check_fit
         from phimlx.checkpoint.folder import Checkpoint
         from phimlx.checkpoint.load import build_model, stored_parameters
         from phimlx.hub import resolve as hub

@@ -1,18 +1,22 @@
-"""A linear layer with one low-rank adapter beside it, LoRA or DoRA, for inference.
+"""Linear layers with low-rank adapters beside them, chosen row by row in every call.
 
-Knows weights; knows nothing of adapter files, nor of training.
+The layer below may be quantized: nothing is ever merged into it.
+Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
 import mlx.nn as nn
 
+MAX_RANK = 1 << 14  # a hostile config must not make us build more
+
 
 @dataclass(frozen=True)
-class LowRank:
+class LoRA:
     """One layer's adapter: scale · B A beside its weight, and for DoRA the length of each row.
 
     Attributes:
@@ -31,12 +35,12 @@ class LowRank:
         return self.lora_a.shape[1]
 
     def delta(self, first: int = 0, last: int | None = None) -> mx.array:
-        """scale · B A in float32, `[output, input]`: its rows `first` to `last` (not included)."""
+        """Multiply scale · B A in float32, `[output, input]`: rows `first` up to `last`."""
         b, a = self.lora_b[:, first:last], self.lora_a
         return (self.scale * b.astype(mx.float32).T) @ a.astype(mx.float32).T
 
     def merged(self, weight: mx.array, first: int = 0) -> mx.array:
-        """Rows of a layer's weight, from number `first` on, with the adapter in them; float32."""
+        """Merge the adapter into rows of a layer's weight, from number `first` on; float32."""
         last = first + weight.shape[0]
         merged = weight.astype(mx.float32) + self.delta(first, last)
         if self.magnitude is None:
@@ -45,35 +49,103 @@ class LowRank:
         return gain[:, None] * merged
 
 
-class AdaptedLinear(nn.Module):
-    """gain · (W x + scale · B A x), with a gain for DoRA alone.
-
-    The base may be quantized: nothing is merged into it.
+class Routing:
+    """Which rows of one forward pass use which adapter.
 
     Args:
-        base_layer: a linear layer without bias, plain or quantized.
-
-    Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5.
+        rows: for each row of the batch the name of its adapter, or None.
     """
 
-    def __init__(self, base_layer: nn.Module, adapter: LowRank) -> None:
+    def __init__(self, rows: Sequence[str | None]) -> None:
+        names = dict.fromkeys(name for name in rows if name is not None)
+        # The rows of each adapter; None where they are all.
+        self.groups: tuple[tuple[str, mx.array | None], ...] = tuple(
+            (name, _rows_of(name, rows)) for name in names
+        )
+
+
+def _rows_of(name: str, rows: Sequence[str | None]) -> mx.array | None:
+    chosen = [index for index, row in enumerate(rows) if row == name]
+    return None if len(chosen) == len(rows) else mx.array(chosen)
+
+
+class LoRALinear(nn.Module):
+    """A linear layer with named adapters as side paths; parameters carry peft's names.
+
+    Args:
+        base_layer: plain or quantized.
+        always: the adapter that every row uses, whatever the routing; None for none.
+    """
+
+    def __init__(self, base_layer: nn.Module, always: str | None = None) -> None:
         super().__init__()
         self.base_layer = base_layer
-        self.lora_a = adapter.lora_a
-        self.lora_b = adapter.lora_b * adapter.scale
-        if adapter.magnitude is not None:
-            merged = plain_weight(base_layer) + adapter.delta()
-            self.gain = adapter.magnitude / mx.linalg.norm(merged, axis=1)
+        self.lora_A: dict[str, nn.Module] = {}
+        self.lora_B: dict[str, nn.Module] = {}
+        self._scales: dict[str, float] = {}
+        self._gains: dict[str, mx.array] = {}  # of DoRA: magnitude / row lengths, `[output]`
+        self._always = always
 
-    def __call__(self, x: mx.array) -> mx.array:
-        """`[..., input]` to `[..., output]`."""
+    @classmethod
+    def empty(
+        cls, input_dims: int, output_dims: int, adapters: Mapping[str, tuple[int, float]]
+    ) -> LoRALinear:
+        """Make a layer whose weights are to be loaded, with adapters of a rank and a scale each."""
+        layer = cls(nn.Linear(input_dims, output_dims, bias=False))
+        for name, (rank, scale) in adapters.items():
+            layer.lora_A[name] = nn.Linear(input_dims, rank, bias=False)
+            layer.lora_B[name] = nn.Linear(rank, output_dims, bias=False)
+            layer._scales[name] = scale
+        return layer
+
+    @classmethod
+    def adapted(cls, base_layer: nn.Module, lora: LoRA) -> LoRALinear:
+        """Put an adapter beside a layer, which every row uses."""
+        layer = cls(base_layer, always="default")
+        for part, matrix in ((layer.lora_A, lora.lora_a), (layer.lora_B, lora.lora_b)):
+            part["default"] = nn.Linear(1, 1, bias=False)
+            part["default"].weight = mx.contiguous(matrix.T)
+        layer._scales["default"] = lora.scale
+        if lora.magnitude is not None:
+            merged = dequantized_weight(base_layer) + lora.delta()
+            layer._gains["default"] = lora.magnitude / mx.linalg.norm(merged, axis=1)
+            mx.eval(layer._gains)  # now: a whole weight is unpacked for it
+        return layer
+
+    def __call__(self, x: mx.array, routing: Routing | None = None) -> mx.array:
+        """`[batch, length, input]` to `[batch, length, output]`."""
         y = self.base_layer(x)
-        y = y + ((x @ self.lora_a) @ self.lora_b).astype(y.dtype)
-        return y * self.gain.astype(y.dtype) if "gain" in self else y
+        if self._always is not None:
+            y = self._with(self._always, x, y)
+        for name, rows in () if routing is None else routing.groups:
+            if name not in self._scales:
+                continue
+            if rows is None:
+                y = self._with(name, x, y)
+            else:
+                y[rows] = self._with(name, x[rows], y[rows])
+        return y
+
+    def _with(self, name: str, x: mx.array, y: mx.array) -> mx.array:
+        inner = self.lora_A[name](x) * self._scales[name]  # [rows, length, rank]
+        y = y + self.lora_B[name](inner).astype(y.dtype)
+        gain = self._gains.get(name)
+        if gain is None:
+            return y
+        gain = gain.astype(y.dtype)
+        if "bias" not in self.base_layer:
+            return y * gain
+        bias = self.base_layer.bias  # which DoRA leaves as it is
+        return (y - bias) * gain + bias
 
 
-def plain_weight(linear: nn.Module) -> mx.array:
-    """A linear layer's weight in float32, `[output, input]`, however it is stored."""
+def project(layer: nn.Module, x: mx.array, routing: Routing | None) -> mx.array:
+    """Call a projection; only one with adapters is ever given a routing."""
+    return layer(x, routing) if routing is not None and isinstance(layer, LoRALinear) else layer(x)
+
+
+def dequantized_weight(linear: nn.Module) -> mx.array:
+    """Read a linear layer's weight in float32, `[output, input]`, however it is stored."""
     if not isinstance(linear, nn.QuantizedLinear):
         return linear.weight.astype(mx.float32)
     weight = mx.dequantize(
@@ -88,6 +160,6 @@ def plain_weight(linear: nn.Module) -> mx.array:
 
 
 def input_dims(linear: nn.Module) -> int:
-    """The width that a linear layer takes, however its weight is stored."""
+    """Tell the width that a linear layer takes, however its weight is stored."""
     width = linear.weight.shape[-1]
     return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width

@@ -12,9 +12,9 @@ from typing import Any, Self
 import mlx.core as mx
 import mlx.nn as nn
 
-from phimlx.models.adapters import project
 from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.config import ModelConfig, check_fixed, read_decoder
+from phimlx.models.lora import project
 from phimlx.models.rope import fuse, rotate
 
 # Keys that change the model, with the only values that the family uses.

@@ -17,9 +17,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from phimlx.adapters.adapter import KINDS, Adapter, Base
 from phimlx.errors import TrainingError, shortened
-from phimlx.models.adapters import MAX_RANK
 from phimlx.models.base import CausalLM
-from phimlx.models.lora import LowRank, input_dims
+from phimlx.models.lora import MAX_RANK, LoRA, input_dims
 from phimlx.training.forward import Dropout
 
 SCALE = 2.0  # alpha twice the rank, where nothing is said
@@ -134,7 +133,7 @@ def adapter_of(model: CausalLM, settings: AdapterSettings, base: Base | None = N
     if settings.kind == "full":
         return Adapter(weights=dict(tree_flatten(model.trainable_parameters())), **about)
     layers = {
-        path: LowRank(module.lora_a, module.lora_b, module.scale, module.get("m"))
+        path: LoRA(module.lora_a, module.lora_b, module.scale, module.get("m"))
         for path, module in _adapted_layers(model)
     }
     return Adapter(layers, dropout=settings.dropout, **about)

@@ -15,9 +15,12 @@ import pytest
 from mlx.utils import tree_flatten
 
 import phimlx
-from phimlx.adapters.adapter import Adapter, Base, load_adapter, read_adapter, write_adapter
+from phimlx.adapters.adapter import Adapter, Base
+from phimlx.adapters.attach import load_adapter
+from phimlx.adapters.mlx_lm import write_adapter
+from phimlx.adapters.read import read_adapter
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError
-from phimlx.models.lora import LowRank
+from phimlx.models.lora import LoRA
 from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
 from phimlx.models.phi4mm.features import Placeholders
 from phimlx.training.trainable import AdapterSettings, adapter_of, attach
@@ -168,9 +171,9 @@ def test_the_folder_says_what_was_trained_on_what(tmp_path: Path) -> None:
 
 
 def test_layers_of_several_ranks_become_one_rank_with_the_same_product(tmp_path: Path) -> None:
-    def layer(rank: int, scale: float, key: int) -> LowRank:
+    def layer(rank: int, scale: float, key: int) -> LoRA:
         a, b = (mx.random.normal((64, rank), key=mx.random.key(key + i)) for i in (0, 1))
-        return LowRank(a, b.T, scale)
+        return LoRA(a, b.T, scale)
 
     paths = [f"model.layers.{i}.self_attn.o_proj" for i in (0, 1)]
     mixed = Adapter(dict(zip(paths, (layer(3, 0.5, 0), layer(5, 2.0, 9)), strict=True)))

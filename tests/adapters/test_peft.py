@@ -9,8 +9,11 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from phimlx.adapters.adapter import Adapter, load_adapter, read_adapter, write_adapter
+from phimlx.adapters.adapter import Adapter
+from phimlx.adapters.attach import load_adapter
+from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.adapters.peft import write_peft
+from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError

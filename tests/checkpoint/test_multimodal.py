@@ -338,8 +338,8 @@ def test_a_config_that_leaves_the_published_values_out(data: Path) -> None:
     config = Phi4MMConfig.from_dict(json.loads(published.read_text()))
     assert (config.image_token_id, config.audio_token_id) == (200010, 200011)
     assert (config.vision.num_hidden_layers, config.vision.hidden_size) == (27, 1152)
-    assert (config.vision_lora.rank, config.vision_lora.scale) == (256, 2.0)
-    assert (config.speech_lora.rank, config.speech_lora.scale) == (320, 2.0)
+    assert config.adapters["vision"] == (256, 2.0)
+    assert config.adapters["speech"] == (320, 2.0)
     assert config.text.max_position_embeddings == 131072
 
 

@@ -10,7 +10,9 @@ import pytest
 from click.testing import CliRunner, Result
 
 import phimlx
-from phimlx.adapters.adapter import Base, read_adapter, write_adapter
+from phimlx.adapters.adapter import Base
+from phimlx.adapters.mlx_lm import write_adapter
+from phimlx.adapters.read import read_adapter
 from phimlx.cli.group import cli
 from phimlx.training.trainable import AdapterSettings, adapter_of, attach
 

@@ -12,7 +12,9 @@ from mlx.utils import tree_flatten
 
 from convert import Quantization, convert, plan
 from convert import pipeline as pipeline_module
-from phimlx.adapters.adapter import Base, load_adapter, write_adapter
+from phimlx.adapters.adapter import Base
+from phimlx.adapters.attach import load_adapter
+from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConversionError

@@ -6,6 +6,7 @@ arXiv 2503.01743, section 2.2.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from typing import Any, Self
@@ -15,12 +16,12 @@ import mlx.nn as nn
 import numpy as np
 
 from phimlx.errors import ConfigError, PromptError, shortened
-from phimlx.models.adapters import AdapterLinear, LoRA, Routing
 from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.cache.kv import Cache, with_past
+from phimlx.models.lora import MAX_RANK, LoRALinear, Routing
 from phimlx.models.phi3 import Phi3Config, Phi3Model
 from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding
-from phimlx.models.phi4mm.features import Features, MediaCache, Placeholders
+from phimlx.models.phi4mm.features import ADAPTERS, Features, MediaCache, Placeholders
 from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig
 
 # What the checkpoint's code hard-codes, for configs that do not say it.
@@ -33,8 +34,7 @@ class Phi4MMConfig(Phi3Config):
 
     vision: VisionConfig
     audio: AudioConfig
-    vision_lora: LoRA
-    speech_lora: LoRA
+    adapters: Mapping[str, tuple[int, float]]
     image_token_id: int
     audio_token_id: int
 
@@ -46,33 +46,40 @@ class Phi4MMConfig(Phi3Config):
             ConfigError: naming the key, where a value is missing, unknown or contradicts another.
         """
         text = Phi3Config.from_dict(config)
-        placeholders = _slots(config, text.vocab_size)
+        placeholders = _read_placeholders(config, text.vocab_size)
         return cls(
             **{field.name: getattr(text, field.name) for field in fields(Phi3Config)},
             vision=VisionConfig.from_dict(config),
             audio=AudioConfig.from_dict(config),
-            vision_lora=LoRA.from_dict("vision_lora", config.get("vision_lora")),
-            speech_lora=LoRA.from_dict("speech_lora", config.get("speech_lora")),
+            adapters={name: _read_adapter(f"{name}_lora", config) for name in ADAPTERS},
             image_token_id=placeholders.image,
             audio_token_id=placeholders.audio,
         )
-
-    @property
-    def text(self) -> Phi3Config:
-        """The language model's part."""
-        return self
 
     @property
     def placeholders(self) -> Placeholders:
         """The tokens that pictures and sounds stand at."""
         return Placeholders(self.image_token_id, self.audio_token_id)
 
-    @property
-    def adapters(self) -> dict[str, LoRA]:
-        return {"vision": self.vision_lora, "speech": self.speech_lora}
+
+def _read_adapter(key: str, config: Mapping[str, Any]) -> tuple[int, float]:
+    """Read the rank and the scale alpha / rank of `{"r": …, "lora_alpha": …}`."""
+    table = config.get(key)
+    values: Mapping[str, Any] = table if isinstance(table, Mapping) else {}
+    rank: Any = values.get("r")
+    alpha: Any = values.get("lora_alpha")
+    if type(rank) is not int or not 0 < rank <= MAX_RANK:
+        raise ConfigError(
+            f"config.json: {key}.r is {shortened(rank)}, not a whole number from 1 to {MAX_RANK}."
+        )
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise ConfigError(
+            f"config.json: {key}.lora_alpha is {shortened(alpha)}, not a number above 0."
+        )
+    return rank, alpha / rank
 
 
-def _slots(config: Mapping[str, Any], vocabulary: int) -> Placeholders:
+def _read_placeholders(config: Mapping[str, Any], vocabulary: int) -> Placeholders:
     tokens = []
     for key, published in PUBLISHED_IDS.items():
         value = config.get(key)
@@ -103,7 +110,7 @@ class Phi4MMModel(Phi3Model):
 
     def __init__(self, config: Phi4MMConfig) -> None:
         def linear(input_dims: int, output_dims: int) -> nn.Module:
-            return AdapterLinear(input_dims, output_dims, config.adapters)
+            return LoRALinear.empty(input_dims, output_dims, config.adapters)
 
         super().__init__(config, linear)
         self.embed_tokens_extend = ImageAudioEmbedding(config)

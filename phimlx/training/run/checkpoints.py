@@ -21,8 +21,8 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from phimlx.adapters.adapter import WEIGHTS
 from phimlx.adapters.files import CONFIG
+from phimlx.adapters.mlx_lm import WEIGHTS
 from phimlx.errors import TrainingError
 from phimlx.files import read_json, replacing, sync, translate_write_errors, write_file, write_json
 from phimlx.training.distributed import Machines

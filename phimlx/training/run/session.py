@@ -208,7 +208,8 @@ class Session:
             TrainingError: where model, data or settings are not those of the run to go on with, or
                 that run is complete.
         """
-        from phimlx.adapters.adapter import Base, adapter_config
+        from phimlx.adapters.adapter import Base
+        from phimlx.adapters.mlx_lm import adapter_config
         from phimlx.training.run.sample_replies import Answers
         from phimlx.training.schedule import make_optimizer
         from phimlx.training.trainable import adapter_of, attach

@@ -21,7 +21,7 @@ from mlx.utils import tree_flatten
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import PromptError
-from phimlx.models.adapters import AdapterLinear, LoRA, Routing
+from phimlx.models.lora import LoRALinear, Routing
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.models.phi4mm.features import TEXT, Features
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
@@ -440,7 +440,7 @@ def test_half_precision_agrees_where_the_margin_is_clear(
 
 
 def test_adapters_are_scaled_and_chosen_by_row() -> None:
-    layer = AdapterLinear(6, 5, {"a": LoRA(2, 3.0), "b": LoRA(3, 12.0)})
+    layer = LoRALinear.empty(6, 5, {"a": (2, 1.5), "b": (3, 4.0)})
     shapes = {n: w.shape for n, w in dict(tree_flatten(layer.parameters())).items()}
     assert shapes == {
         "base_layer.weight": (5, 6),

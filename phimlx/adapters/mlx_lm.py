@@ -1,0 +1,130 @@
+"""Adapter folders in mlx-lm's format, which is ours too."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import phimlx
+from phimlx.adapters.adapter import KINDS, LAYER, Adapter, Base
+from phimlx.adapters.files import (
+    CONFIG,
+    PARTS,
+    check_ranks,
+    load_arrays,
+    number,
+    read_floats,
+    some,
+    write_files,
+)
+from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.models.lora import LoRA
+
+WEIGHTS = "adapters.safetensors"
+
+
+def read_mlx_lm(config: Mapping[str, Any], file: Path) -> Adapter:
+    """Read the adapter of a folder: its `adapter_config.json`, and its weights.
+
+    The tensors' names tell the layers, whatever `num_layers` and `keys` say.
+
+    Raises:
+        ConfigError, CheckpointError: naming what is missing, unknown or damaged.
+    """
+    kind = config.get("fine_tune_type", "lora")
+    if kind not in KINDS:
+        raise ConfigError(
+            f"{CONFIG}: fine_tune_type is {shortened(kind)}, not one of {', '.join(KINDS)}."
+        )
+    tensors = read_floats(file)
+    blocks = config.get("num_hidden_layers")
+    about: dict[str, Any] = {
+        "base": _base(config),
+        "blocks": number("num_hidden_layers", blocks, int) if blocks is not None else None,
+    }
+    if kind == "full":
+        return Adapter(weights=load_arrays(file), **about)
+    settings = config.get("lora_parameters")
+    if not isinstance(settings, Mapping):
+        raise ConfigError(
+            f"{CONFIG}: lora_parameters is {shortened(settings)}, not a table of values."
+        )
+    rank = number("lora_parameters.rank", settings.get("rank"), int)
+    scale = number("lora_parameters.scale", settings.get("scale"))
+    dropout = settings.get("dropout") or 0.0
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ConfigError(
+            f"{CONFIG}: lora_parameters.dropout is {shortened(dropout)}, not a number from 0 up to "
+            "1."
+        )
+    parts = PARTS if kind == "dora" else PARTS[:2]
+    unknown = [name for name in tensors if name.rpartition(".")[2] not in parts]
+    if unknown:
+        raise CheckpointError(
+            f"{file.name} holds {some(unknown)}, which is no part of a {kind} adapter."
+        )
+    check_ranks(
+        {name: info.shape for name, info in tensors.items()}, lambda path: rank, kind == "dora"
+    )
+    arrays = load_arrays(file)
+    layers = {
+        path: LoRA(
+            arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"], scale, arrays.get(f"{path}.m")
+        )
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in arrays)
+    }
+    return Adapter(layers, dropout=float(dropout), **about)
+
+
+def write_adapter(folder: str | Path, adapter: Adapter) -> None:
+    """Write a folder that mlx-lm loads too; files that are there are replaced, each as a whole.
+
+    Raises:
+        CheckpointError: where it cannot be written.
+    """
+    adapter = adapter.uniform() if adapter.layers else adapter
+    write_files(Path(folder), WEIGHTS, adapter.arrays, adapter_config(adapter))
+
+
+def adapter_config(adapter: Adapter) -> dict[str, Any]:
+    """The `adapter_config.json` of an adapter whose layers have one rank and one scale."""
+    config: dict[str, Any] = {"fine_tune_type": adapter.kind}
+    numbers = sorted({int(found[1]) for name in adapter.arrays if (found := LAYER.match(name))})
+    config["num_layers"] = len(numbers)
+    if adapter.layers:
+        first = next(iter(adapter.layers.values()))
+        config["lora_parameters"] = {
+            "rank": first.rank,
+            "scale": first.scale,
+            "dropout": adapter.dropout,
+            "keys": _keys(adapter, numbers),
+        }
+    if adapter.base is not None:
+        config["base_model"] = {"name": adapter.base.name, "revision": adapter.base.revision}
+    config["num_hidden_layers"] = adapter.blocks
+    config["phimlx"] = phimlx.__version__
+    return config
+
+
+def _base(config: Mapping[str, Any]) -> Base | None:
+    """What a config of ours or of mlx-lm's says of the model."""
+    table = config.get("base_model")
+    named = table if isinstance(table, Mapping) else {"name": config.get("model")}
+    name, revision = named.get("name"), named.get("revision")
+    if not isinstance(name, str):
+        return None
+    return Base(name, revision if isinstance(revision, str) else None)
+
+
+def _keys(adapter: Adapter, numbers: list[int]) -> list[str]:
+    """mlx-lm's `keys`: names within a block where the last blocks are all alike, else whole paths.
+
+    mlx-lm looks for the former in the last `num_layers` blocks, and for the latter everywhere.
+    """
+    found = [match.groups() for path in adapter.layers if (match := LAYER.match(path))]
+    names = list(dict.fromkeys(name for _, name in found))
+    last = adapter.blocks is not None and numbers == list(range(numbers[0], adapter.blocks))
+    if last and len(names) * len(numbers) == len(adapter.layers):
+        return names
+    return list(adapter.layers)
