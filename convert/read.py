@@ -10,7 +10,7 @@ import os
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import mlx.core as mx
@@ -63,8 +63,9 @@ def locate(tensors: Mapping[str, TensorInfo]) -> list[Place]:
             header = json.loads(opened.read(length))
         for name, info in tensors.items():
             if info.file == file:
-                offset = 8 + length + header[info.name]["data_offsets"][0]
-                places.append(Place(name, info, offset))
+                place = Place(name, info, 8 + length + header[info.name]["data_offsets"][0])
+                first = place.offset + info.first_row * place.row_bytes
+                places.append(replace(place, offset=first))
     return sorted(places, key=lambda place: (place.info.file, place.offset))
 
 

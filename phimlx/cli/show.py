@@ -229,9 +229,11 @@ def sight(shape: Shape, about: dict[str, Any]) -> dict[str, Any]:
     """What the largest picture takes of a model that sees, as entries of the description."""
     from phimlx.machine.memory import picture_bytes
     from phimlx.media.image import DYNAMIC_HD
+    from phimlx.models import registry
     from phimlx.models.phi4mm.config import VisionConfig
 
-    if about["architecture"] == "phi3":
+    architecture = registry.find(about["architecture"])
+    if architecture is None or "image" not in architecture.takes:
         return {}
     # The catalogue holds published models, which have the published tower.
     vision = getattr(shape, "vision", None) or VisionConfig.from_dict({})

@@ -340,7 +340,7 @@ def test_a_config_that_leaves_the_published_values_out(data: Path) -> None:
     assert (config.vision.num_hidden_layers, config.vision.hidden_size) == (27, 1152)
     assert config.adapters["vision"] == (256, 2.0)
     assert config.adapters["speech"] == (320, 2.0)
-    assert config.text.max_position_embeddings == 131072
+    assert config.max_position_embeddings == 131072
 
 
 @pytest.mark.parametrize(
