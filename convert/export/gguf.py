@@ -283,9 +283,7 @@ def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]
         raise ConversionError(f"{folder} has no tokenizer.json, which a GGUF file holds.")
     table = read_json(folder / "tokenizer.json")
     try:
-        parts = table["pre_tokenizer"]["pretokenizers"]
-        pattern = parts[0]["pattern"]["Regex"]
-        splitter = next(name for start, name in SPLITTERS.items() if pattern.startswith(start))
+        splitter = _splitter(table["pre_tokenizer"])
         tokens = [f"[PAD{i}]" for i in range(size)]
         types = [int(TokenType.UNUSED)] * size
         known = [
@@ -306,6 +304,14 @@ def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]
             f"({type(error).__name__} {shortened(str(error))})."
         ) from error
     return tokens, types, splitter
+
+
+def _splitter(pre_tokenizer: dict[str, Any]) -> str:
+    """Give llama.cpp's name of how a tokenizer splits text."""
+    if pre_tokenizer["type"] == "ByteLevel" and pre_tokenizer.get("use_regex", True):
+        return "gpt-2"
+    pattern = pre_tokenizer["pretokenizers"][0]["pattern"]["Regex"]
+    return next(name for start, name in SPLITTERS.items() if pattern.startswith(start))
 
 
 def _add_settings(

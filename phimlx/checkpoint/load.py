@@ -96,7 +96,9 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
     """
     dialect = registry.dialect_of(config)
     own = config if dialect is None else dialect.own_config(config, {})
-    return registry.of_config(own).build(own)
+    architecture = registry.of_config(own)
+    model: CausalLM = architecture.model_class()(architecture.read_config(own))
+    return model
 
 
 def quantize_layers(

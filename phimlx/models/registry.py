@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 from phimlx.errors import ConfigError, shortened
 
 if TYPE_CHECKING:
-    from phimlx.models.base import CausalLM, ModelConfig
+    from phimlx.models.config import ModelConfig
     from phimlx.models.names import Renames
 
 Config = Mapping[str, Any]
@@ -125,13 +125,9 @@ class Architecture:
         """
         return _load(self.config).from_dict(config)
 
-    def build(self, config: Config) -> CausalLM:
-        """Make an empty model.
-
-        Raises:
-            ConfigError: as `read_config`.
-        """
-        return _load(self.model)(self.read_config(config))
+    def model_class(self) -> Any:
+        """Import the model's class, which makes an empty model from what `read_config` gives."""
+        return _load(self.model)
 
 
 _PHI3_PROJECTIONS = (
