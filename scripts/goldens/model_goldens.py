@@ -1,6 +1,7 @@
 """Reference logits and greedy tokens, made by transformers in float32.
 
-    python scripts/goldens/model_goldens.py tests/goldens/models     # tiny models, made here
+    python scripts/goldens/model_goldens.py tests/goldens/models     # tiny models, made here, all
+    python scripts/goldens/model_goldens.py tests/goldens/models phi-3-window             # or some
     python scripts/goldens/model_goldens.py --nano phimlx/assets/nano
 
 Each model gets a `reference.safetensors` that `phimlx.evaluation.parity` repeats. Needs torch and
@@ -61,8 +62,32 @@ MODELS: dict[str, dict[str, Any]] = {
         "lengths": [1, 64, 1024, 8192],
         "across": 50,
     },
+    # Phi-3's 4k models attend to 2047 tokens of 4096; here to 24 of 1024, across the step too.
+    "phi-3-window": {
+        "config": {
+            "hidden_size": 128, "num_attention_heads": 2, "num_key_value_heads": 2,
+            "intermediate_size": 64, "num_hidden_layers": 3, "vocab_size": 256,
+            "max_position_embeddings": 1024, "original_max_position_embeddings": 1024,
+            "rope_theta": 10000.0, "rope_scaling": None, "sliding_window": 24,
+            "tie_word_embeddings": False,
+        },
+        "lengths": [1, 23, 24, 25, 26, 64, 200],
+        "across": 20,
+    },
+    "mini-window": {
+        "config": {**MINI, "original_max_position_embeddings": 32, "max_position_embeddings": 1024,
+                   "sliding_window": 24},
+        "lengths": [16, 24, 25, 32, 33, 64],
+        "across": 20,
+    },
 }  # fmt: skip
-CHUNKS = {"mini": [1000], "mini-step-32": [1, 7, 64], "phi-4": [64, 1000]}
+CHUNKS = {
+    "mini": [1000],
+    "mini-step-32": [1, 7, 64],
+    "phi-4": [64, 1000],
+    "phi-3-window": [1, 7, 30],
+    "mini-window": [1, 7],
+}
 MOST_CHUNKS = 70  # in one case
 MOST_BATCHED = 4100  # tokens in one row of a batch
 
@@ -219,8 +244,8 @@ def record_forms(recorder: Recorder, lengths: list[int]) -> None:
             )  # fmt: skip
 
 
-def tiny_models(root: Path) -> None:
-    for name, plan in MODELS.items():
+def tiny_models(root: Path, names: list[str]) -> None:
+    for name, plan in ((name, MODELS[name]) for name in names or MODELS):
         folder = root / name
         make_model(folder, plan["config"])
         model = reference(folder)
@@ -268,4 +293,4 @@ if __name__ == "__main__":
     if sys.argv[1] == "--nano":
         nano(Path(sys.argv[2]))
     else:
-        tiny_models(Path(sys.argv[1]))
+        tiny_models(Path(sys.argv[1]), sys.argv[2:])
