@@ -61,7 +61,7 @@ def command(
     """
     from phimlx.prompt.tools import load_tools
     from phimlx.terminal.chat import Chat
-    from phimlx.terminal.chat_commands import candidates
+    from phimlx.terminal.chat_commands import candidates, run_command
     from phimlx.terminal.conversation import Conversation
     from phimlx.terminal.screen import PipedScreen, TerminalScreen
 
@@ -81,7 +81,7 @@ def command(
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and sys.stdout.isatty()
     screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
-    chat = Chat(phi, conversation, output, screen, limits, frames)
+    chat = Chat(phi, conversation, output, screen, run_command, limits, frames)
     chat.check(conversation)
     chat.saved_as = session_file
     if interactive:

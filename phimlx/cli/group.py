@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 import phimlx
-from phimlx.cli.main import EXIT_INTERRUPTED
+from phimlx.cli import EXIT_INTERRUPTED
 from phimlx.cli.options import DEBUG
 from phimlx.errors import PhimlxError
 from phimlx.terminal.output import Output

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-EXIT_INTERRUPTED = 130
+from phimlx.cli import EXIT_INTERRUPTED
 
 
 def main() -> None:

@@ -6,13 +6,12 @@ Knows the order of things; the conversation keeps them, the screen shows them.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.prompt.media_parts import no_media
 from phimlx.terminal.attachments import Attachment, dropped_files
-from phimlx.terminal.chat_commands import find_command
 from phimlx.terminal.conversation import Conversation, Turn
 from phimlx.terminal.interrupt import Interruptible
 from phimlx.terminal.output import Output
@@ -41,10 +40,17 @@ class Chat:
         conversation: Conversation,
         output: Output,
         screen: Screen,
+        run_command: Callable[[Chat, str, str], None],
         limits: Limits | None = None,
         frames: int | None = None,
     ) -> None:
-        """`limits` hold for files that are attached; `frames` of a video are shown."""
+        """Begin a chat.
+
+        Args:
+            run_command: called with the chat, the name and the argument of a slash command.
+            limits: hold for files that are attached.
+            frames: pictures that a video becomes.
+        """
         self.phi = phi
         self.conversation = conversation
         self.output = output
@@ -53,6 +59,7 @@ class Chat:
         self.saved_as: Path | None = None
         self.left = False
         self.pending: list[Attachment] = []
+        self._run_command = run_command
         self._limits = limits
         self._frames = frames
         self._cache = phi.new_cache()
@@ -87,7 +94,7 @@ class Chat:
         if files:
             self.attach(files)
         elif match:
-            find_command(match[1]).run(self, (match[2] or "").strip())
+            self._run_command(self, match[1], (match[2] or "").strip())
         elif text or any(attachment.kind == "audio" for attachment in self.pending):
             self.say(text[1:] if text.startswith("//") else text)
 

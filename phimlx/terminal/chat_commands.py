@@ -11,16 +11,14 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from phimlx.errors import PhimlxError
 from phimlx.prompt.tools import load_tools
 from phimlx.terminal.attachments import split_name
+from phimlx.terminal.chat import Chat
 from phimlx.terminal.reply import describe
 from phimlx.terminal.sampling_settings import SETTINGS, Setting, find_setting, parse_setting
-
-if TYPE_CHECKING:
-    from phimlx.terminal.chat import Chat
 
 OFF = "off"
 DEFAULT = "default"
@@ -53,6 +51,11 @@ def find_command(name: str) -> ChatCommand:
             f"{advice} A line that begins with // is sent as it is.",
         )
     return command
+
+
+def run_command(chat: Chat, name: str, argument: str) -> None:
+    """Run the command called `name`; raises `PhimlxError` as `find_command` and the command do."""
+    find_command(name).run(chat, argument)
 
 
 def candidates(line: str) -> list[str]:

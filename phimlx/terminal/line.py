@@ -6,9 +6,8 @@ Knows keys and prompt_toolkit; nothing of what is said.
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from platformdirs import user_state_path
 from prompt_toolkit import PromptSession
@@ -21,10 +20,10 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 
 from phimlx.terminal.output import Output, printable
 
-if TYPE_CHECKING:
-    from phimlx.terminal.screen import Candidates
-
 HISTORY_FILE = "chat_history"
+
+Candidates = Callable[[str], list[str]]
+"""The line up to the cursor -> what its last word could become."""
 
 
 def history_path() -> Path:

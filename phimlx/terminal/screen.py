@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import PromptError
@@ -17,9 +17,7 @@ from phimlx.terminal.output import Output, encode_json
 if TYPE_CHECKING:
     from phimlx.generation.stream import Reply
     from phimlx.terminal.interrupt import Interruptible
-
-Candidates = Callable[[str], list[str]]
-"""The line up to the cursor -> what its last word could become."""
+    from phimlx.terminal.line import Candidates
 
 
 class Screen(Protocol):

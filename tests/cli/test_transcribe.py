@@ -14,7 +14,6 @@ from click.testing import CliRunner, Result
 from phimlx.cli.group import cli
 from phimlx.errors import MediaError
 from phimlx.transcription import Piece
-from tests.cli.test_main import HEAVY, run
 from tests.terminal.fake_phi import FakePhi
 
 HELLO = [Piece(0.0, 2.5, "Hello\x1b[2J there."), Piece(2.5, 4.0, ""), Piece(4.0, 61.25, "Bye.")]
@@ -320,13 +319,6 @@ def test_what_cannot_be_done_is_said_first(
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr.splitlines()[0] == f"Error: {error}"
     assert transcribe.sources == []
-
-
-def test_help_imports_nothing_heavy() -> None:
-    done = run("transcribe", "--help", python=("-X", "importtime"))
-    assert done.returncode == 0
-    imported = {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
-    assert not {name.partition(".")[0] for name in imported} & {*HEAVY, "soundfile", "PIL", "av"}
 
 
 def test_names_hold_nothing_that_a_terminal_obeys(

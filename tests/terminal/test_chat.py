@@ -12,7 +12,7 @@ from phimlx.errors import GenerationError, PhimlxError
 from phimlx.prompt.tools import ToolCall
 from phimlx.terminal import reply as plain
 from phimlx.terminal.chat import Chat
-from phimlx.terminal.chat_commands import COMMANDS, candidates
+from phimlx.terminal.chat_commands import COMMANDS, candidates, run_command
 from phimlx.terminal.conversation import Conversation
 from phimlx.terminal.output import Output
 from tests.terminal.fake_phi import INTERRUPT, FakePhi, Script
@@ -57,6 +57,7 @@ def chat(
         conversation or Conversation("fake"),
         Output(),
         ScriptedScreen(list(lines), results or [], interactive),
+        run_command,
     )
     held.run()
     return held

@@ -1,0 +1,266 @@
+"""The direction of imports between rooms, no circles, who prints, and what a start loads."""
+
+from __future__ import annotations
+
+import ast
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+import phimlx
+
+HOME = Path(phimlx.__file__).parents[1]
+
+RANKS = (
+    ("__main__",),
+    ("cli",),
+    ("terminal", "server"),
+    ("evaluation",),
+    ("training", "convert"),
+    ("api",),
+    ("adapters", "transcription"),
+    ("hub", "generation"),
+    ("checkpoint", "media", "prompt"),
+    ("models",),
+    ("machine",),
+    ("extras",),
+    ("errors", "sizes", "catalog", "files", "options"),
+)
+"""The rooms from the top down: a room imports itself and what stands below it, nothing else."""
+
+WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (
+    ("phimlx.hub.datasets", "phimlx.training.data.rows"),
+    ("phimlx.hub.upload", "convert.folder"),
+    ("phimlx.machine.memory", "phimlx.generation.engine"),
+    ("phimlx.machine.memory", "phimlx.models.phi4mm.config"),
+    ("phimlx.machine.memory", "phimlx.models.phi4mm.vision"),
+    ("phimlx.transcription", "phimlx.api"),
+)
+"""Imports that point up. To become empty."""
+
+CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = (
+    ("phimlx.adapters.adapter", "phimlx.adapters.peft"),
+    ("phimlx.api", "phimlx.transcription"),
+)
+"""Modules that import each other. To become empty."""
+
+REDIRECTS_TO_BE_MENDED: tuple[str, ...] = ("convert.quantize.calibrated",)
+"""Modules below terminal and cli that touch the process's stdout or stderr. To become empty."""
+
+PRINTERS = {"__main__", "cli", "terminal"}
+
+HEAVY = {
+    "PIL",
+    "av",
+    "httpx2",
+    "huggingface_hub",
+    "jinja2",
+    "mlx",
+    "mlx_lm",
+    "numpy",
+    "prompt_toolkit",
+    "psutil",
+    "pydantic",
+    "rich",
+    "safetensors",
+    "soundfile",
+    "soxr",
+    "tokenizers",
+    "torch",
+    "tqdm",
+    "transformers",
+}
+"""Packages that cost time to import."""
+
+
+@cache
+def sources() -> dict[str, ast.Module]:
+    """Each module of phimlx and convert by its name."""
+    found = {}
+    for top in ("phimlx", "convert"):
+        for path in sorted((HOME / top).rglob("*.py")):
+            name = ".".join(path.relative_to(HOME).with_suffix("").parts)
+            found[name.removesuffix(".__init__")] = ast.parse(path.read_text(encoding="utf-8"))
+    return found
+
+
+def imported(name: str, tree: ast.AST) -> Iterator[str]:
+    """Our modules that a module imports, wherever in it: at its top, lazily or for types alone.
+
+    `phimlx/__init__.py` names what it exports for type checkers, and loads none of it.
+    """
+    if name == "phimlx":
+        return
+    for node in ast.walk(tree):
+        targets: list[str] = []
+        if isinstance(node, ast.Import):
+            targets = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{name} has a relative import, which this test does not follow"
+            whole = [f"{node.module}.{alias.name}" for alias in node.names]
+            targets = [full if full in sources() else str(node.module) for full in whole]
+        yield from (target for target in targets if target in sources() and target != name)
+
+
+def graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
+    return {name: set(imported(name, tree)) for name, tree in trees.items()}
+
+
+def room(name: str) -> str | None:
+    """The room of a module; None for `phimlx` itself, of which only the version is asked."""
+    top, *rest = name.split(".")
+    return top if top == "convert" else rest[0] if rest else None
+
+
+def rank(name: str) -> int:
+    return next((index for index, rooms in enumerate(RANKS) if room(name) in rooms), len(RANKS))
+
+
+def circles(edges: dict[str, set[str]]) -> set[tuple[str, ...]]:
+    """Groups of modules that can all reach each other, each sorted (Tarjan, 1972)."""
+    order: dict[str, int] = {}
+    lowest: dict[str, int] = {}
+    path: list[str] = []
+    found: set[tuple[str, ...]] = set()
+
+    def visit(name: str) -> None:
+        order[name] = lowest[name] = len(order)
+        path.append(name)
+        for other in sorted(edges[name]):
+            if other not in order:
+                visit(other)
+            if other in path:
+                lowest[name] = min(lowest[name], lowest[other])
+        if lowest[name] == order[name]:
+            start = path.index(name)
+            group, path[start:] = tuple(sorted(path[start:])), []
+            if len(group) > 1:
+                found.add(group)
+
+    for name in edges:
+        if name not in order:
+            visit(name)
+    return found
+
+
+def test_every_module_stands_in_a_room_of_the_table() -> None:
+    known = [name for rooms in RANKS for name in rooms]
+    assert len(known) == len(set(known))
+    assert {room(name) for name in sources()} - {None} <= set(known)
+
+
+def test_imports_point_down() -> None:
+    wrong = {
+        (name, other)
+        for name, others in graph(sources()).items()
+        for other in others
+        if room(name) != room(other) and room(other) is not None and rank(name) >= rank(other)
+    }
+    assert wrong - set(WRONG_WAY_TO_BE_MENDED) == set()
+
+
+def test_no_modules_import_each_other() -> None:
+    assert circles(graph(sources())) - set(CIRCLES_TO_BE_MENDED) == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "from phimlx import api",
+        "import phimlx.api",
+        "from phimlx.api import load",
+        "def f():\n    from phimlx.api import load",
+        "from typing import TYPE_CHECKING\nif TYPE_CHECKING:\n    from phimlx.api import Phi",
+    ],
+)
+def test_no_import_is_overlooked(line: str) -> None:
+    assert list(imported("phimlx.errors", ast.parse(line))) == ["phimlx.api"]
+
+
+def test_a_circle_of_several_modules_is_found() -> None:
+    edges = {"a": {"b"}, "b": {"c"}, "c": {"a", "d"}, "d": {"e"}, "e": set()}
+    assert circles(edges) == {("a", "b", "c")}
+
+
+def touches_streams(tree: ast.AST) -> Iterator[int]:
+    """Lines that print, or that name stdout or stderr of the process."""
+    for node in ast.walk(tree):
+        match node:
+            case ast.Call(func=ast.Name(id="print")):
+                yield node.lineno
+            case ast.Attribute(value=ast.Name(id="sys"), attr="stdout" | "stderr"):
+                yield node.lineno
+            case ast.Attribute(attr="redirect_stdout" | "redirect_stderr"):
+                yield node.lineno
+            case ast.ImportFrom(module="sys" | "contextlib"):
+                if {alias.name for alias in node.names} & {
+                    "stdout",
+                    "stderr",
+                    "redirect_stdout",
+                    "redirect_stderr",
+                }:
+                    yield node.lineno
+            case _:
+                pass
+
+
+def test_nothing_below_the_terminal_prints() -> None:
+    below = {name: tree for name, tree in sources().items() if room(name) not in PRINTERS}
+    printing = {name for name, tree in below.items() if any(touches_streams(tree))}
+    assert printing - set(REDIRECTS_TO_BE_MENDED) == set()
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        "print(1)",
+        "import sys\nsys.stderr.write('x')",
+        "from sys import stdout",
+        "with contextlib.redirect_stdout(None): pass",
+    ],
+)
+def test_no_print_is_overlooked(line: str) -> None:
+    assert list(touches_streams(ast.parse(line)))
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """The modules that a fresh interpreter has imported when it ends well."""
+    done = subprocess.run(
+        [sys.executable, "-X", "importtime", *arguments],
+        cwd=HOME,
+        env={**os.environ, "PYTHONPATH": str(HOME)},
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert done.returncode == 0
+    return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
+
+
+def test_importing_phimlx_loads_phimlx_alone() -> None:
+    bare, ours = loaded_by("-c", ""), loaded_by("-c", "import phimlx")
+    assert {name for name in ours - bare if name.partition(".")[0] == "phimlx"} == {"phimlx"}
+    assert not {name.partition(".")[0] for name in ours - bare} & {*HEAVY, "click", "convert"}
+
+
+@pytest.mark.parametrize("command", ["", "generate", "chat", "transcribe"])
+def test_help_loads_click_and_nothing_heavy(command: str) -> None:
+    arguments = ("-m", "phimlx", *command.split(), "--help")
+    packages = {name.partition(".")[0] for name in loaded_by(*arguments)}
+    assert "click" in packages
+    assert not packages & HEAVY
+
+
+def test_help_of_everything_loads_no_command() -> None:
+    loaded = loaded_by("-m", "phimlx", "--help")
+    modules = {name for name in loaded if name.startswith("phimlx.")}
+    assert {name for name in modules if name.startswith("phimlx.cli.")} == {
+        "phimlx.cli.group",
+        "phimlx.cli.main",
+        "phimlx.cli.options",
+    }
