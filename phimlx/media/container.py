@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phimlx.errors import MediaError
 from phimlx.extras import optional
-from phimlx.media.limits import Limits, raising
+from phimlx.media.limits import Limits, out_of_memory, raising
 
 if TYPE_CHECKING:
     from av.container import InputContainer
@@ -64,6 +64,8 @@ def open_container(data: bytes, kind: Kind, name: str) -> Iterator[InputContaine
     try:
         with av.open(io.BytesIO(data), format=kind.demuxer, metadata_errors="replace") as container:
             yield container
+    except MemoryError as error:  # FFmpeg's own, ENOMEM, among them
+        raise out_of_memory(name) from error
     except av.FFmpegError as error:
         raise MediaError(
             f"{name} is not readable {kind.name}: {error.strerror}.",
@@ -87,7 +89,4 @@ def too_long(name: str, limits: Limits) -> MediaError:
 
 def _import_av(kind: Kind, name: str) -> Any:
     without = f"{name} is {kind.name}, which needs PyAV, and that is not installed."
-    av = optional("av", "video", without, MediaError)
-    # FFmpeg's own remarks would land among what a command prints.
-    av.logging.set_level(None)
-    return av
+    return optional("av", "video", without, MediaError)

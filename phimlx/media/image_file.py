@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from phimlx.errors import MediaError
-from phimlx.media.limits import Limits, raising
+from phimlx.media.limits import Limits, out_of_memory, raising
 from phimlx.media.source import read_bytes, source_name
 
 if TYPE_CHECKING:
@@ -166,6 +166,8 @@ def _attempt(decode: Callable[[], Result], name: str, kind: str) -> Result:
     """Run a decoder, whose way of failing on bad bytes may be any exception there is."""
     try:
         return decode()
+    except MemoryError as error:
+        raise out_of_memory(name) from error
     except Exception as error:
         raise MediaError(
             f"{name} is damaged or cut short: it cannot be read as {kind}.",
@@ -187,6 +189,8 @@ def _rgb(image: Image) -> Image:
 def _orientation(image: Image) -> object:
     try:
         return image.getexif().get(_ORIENTATION)
+    except MemoryError:
+        raise
     except Exception:  # a remark about the pixels, which are whole
         return None
 

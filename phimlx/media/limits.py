@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from phimlx.errors import MediaError
+
 
 @dataclass(frozen=True)
 class Limits:
@@ -33,6 +35,14 @@ class Limits:
     allow_urls: bool = True
     allow_private: bool = False
     download_seconds: float = 120.0
+
+
+def out_of_memory(name: str) -> MediaError:
+    """The refusal of a file whose decoding took all memory: that is no damage of the file's."""
+    return MediaError(
+        f"{name} needs more memory than there is.",
+        hint="Close other programs, or give a smaller file.",
+    )
 
 
 def raising(limit: str) -> str:

@@ -55,6 +55,12 @@ def segments_of(
 
     Holds about one piece of decoded sound at a time, however long the recording.
 
+    A recording that fits into `max_seconds` stays whole. A longer one is cut in the middle of the
+    longest pause in the second half of what fits, or, where there is none there, in the first
+    half; where nobody pauses at all, at the quietest moment of the last quarter. Between pieces,
+    silence of more than a second is left out, and pieces of nothing but silence are too: every
+    moment that is louder than `SILENCE` is in a piece.
+
     Args:
         on_open: called with the recording's length in seconds, None where it does not say.
     """
@@ -63,19 +69,6 @@ def segments_of(
         if on_open is not None:
             on_open(sound.seconds)
         yield from _pieces(sound.blocks, sound.rate, max_seconds)
-
-
-def cut(samples: Samples, rate: int, max_seconds: float = TRAINED_SECONDS) -> list[Segment]:
-    """Samples `[samples]` as pieces of at most `max_seconds`, in order and apart.
-
-    A recording that fits stays whole. A longer one is cut in the middle of the longest pause in
-    the second half of what fits, or, where there is none there, in the first half; where nobody
-    pauses at all, at the quietest moment of the last quarter. Between pieces, silence
-    of more than a second is left out, and pieces of nothing but silence are too: every moment
-    that is louder than `SILENCE` is in a piece.
-    """
-    _check_seconds(max_seconds)
-    return list(_pieces([samples], rate, max_seconds))
 
 
 def _check_seconds(max_seconds: float) -> None:

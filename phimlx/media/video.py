@@ -13,7 +13,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 from phimlx.errors import MediaError
-from phimlx.media.audio import load_audio
 from phimlx.media.container import (
     Kind,
     container_kind,
@@ -22,7 +21,6 @@ from phimlx.media.container import (
     too_long,
 )
 from phimlx.media.limits import Limits, raising
-from phimlx.media.log_mel import Clip
 from phimlx.media.source import Bytes, read_bytes, source_name
 
 if TYPE_CHECKING:
@@ -92,15 +90,6 @@ def read_video(source: Source, frames: int, limits: Limits | None = None) -> lis
             Frame(float((shown - start) * tick), _upright(picture))
             for shown, picture in sorted(pictures.items())
         ]
-
-
-def video_audio(source: Source, limits: Limits | None = None) -> Clip | None:
-    """What is heard in a video; None where it has no sound. MediaError as `load_audio`."""
-    limits = limits or Limits()
-    name, data, kind = _read(source, limits)
-    with open_container(data, kind, name) as container:
-        silent = not container.streams.audio
-    return None if silent else load_audio(data, limits)
 
 
 def _read(source: Source, limits: Limits) -> tuple[str, bytes, Kind]:

@@ -22,7 +22,7 @@ from phimlx.errors import MediaError
 from phimlx.media import video
 from phimlx.media.audio import load_audio, prepare_audio
 from phimlx.media.limits import Limits
-from phimlx.media.video import read_video, video_audio
+from phimlx.media.video import read_video
 from tests.media.sounds import av_sound, av_video, noise, sound_file
 
 RATE = 16000
@@ -446,5 +446,18 @@ def test_video_of_which_nothing_decodes(monkeypatch: pytest.MonkeyPatch) -> None
     assert hint == "Copy or download it again."
 
 
-def test_video_whose_sound_is_asked_for_is_no_video() -> None:
-    assert refusal(lambda: video_audio(b"hello " * 100)) == NO_VIDEO
+NO_MEMORY = (
+    "The data needs more memory than there is.",
+    "Close other programs, or give a smaller file.",
+)
+
+
+def test_memory_that_runs_out_is_no_damage(monkeypatch: pytest.MonkeyPatch) -> None:
+    sound, clip = tone_m4a(), av_video(5)
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise av.error.MemoryError(12, "Cannot allocate memory")
+
+    monkeypatch.setattr(av, "open", exhausted)
+    assert refusal(lambda: load_audio(sound)) == NO_MEMORY
+    assert refusal(lambda: read_video(clip, 4)) == NO_MEMORY

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import Image, PngImagePlugin
 
 from phimlx.errors import MediaError
 from phimlx.media.image_file import load_image
@@ -322,6 +322,22 @@ def test_a_picture_opened_elsewhere_whose_file_is_cut() -> None:
         load_image(Image.open(io.BytesIO(encoded("PNG")[:-900])))
 
     assert str(raised.value) == DAMAGED.format("The picture", "a picture")
+
+
+@pytest.mark.parametrize("step", ["load", "getexif", "convert"])
+def test_memory_that_runs_out_is_no_damage(step: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = io.BytesIO()
+    Image.new("L", (4, 4)).save(file, "PNG")
+
+    def exhausted(*_: object, **__: object) -> None:
+        raise MemoryError
+
+    monkeypatch.setattr(PngImagePlugin.PngImageFile, step, exhausted)
+    with pytest.raises(MediaError) as raised:
+        load_image(file.getvalue())
+
+    assert str(raised.value) == "The picture needs more memory than there is."
+    assert raised.value.hint == "Close other programs, or give a smaller file."
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

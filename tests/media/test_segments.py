@@ -14,7 +14,8 @@ from numpy.typing import NDArray
 from phimlx.errors import MediaError
 from phimlx.media.audio import load_audio
 from phimlx.media.limits import Limits
-from phimlx.media.segments import SILENCE, STEP, Segment, cut, segments_of
+from phimlx.media.log_mel import Clip
+from phimlx.media.segments import SILENCE, STEP, TRAINED_SECONDS, Segment, segments_of
 from tests.media.sounds import noise, sound_file
 
 RATE = 8000
@@ -23,6 +24,13 @@ RATE = 8000
 def recording(*parts: tuple[float, float], rate: int = RATE) -> NDArray[np.float32]:
     """Noise by (seconds, loudness)."""
     return np.concatenate([noise(seconds, rate, loud) for seconds, loud in parts])
+
+
+def cut(
+    samples: NDArray[np.float32], rate: int, max_seconds: float = TRAINED_SECONDS
+) -> list[Segment]:
+    """The pieces of samples that are read as one block."""
+    return list(segments_of(Clip(samples, rate), max_seconds=max_seconds))
 
 
 def spans(pieces: list[Segment]) -> list[tuple[float, float]]:

@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 from numpy.typing import NDArray
 
-from phimlx.media.video import read_video, video_audio
+from phimlx.errors import MediaError
+from phimlx.media.audio import load_audio
+from phimlx.media.video import read_video
 from tests.media.sounds import av_video
 
 CLIPS: dict[str, dict[str, Any]] = {
@@ -86,13 +88,25 @@ def test_rotation_is_honoured() -> None:
     np.testing.assert_array_equal(np.array(down.image), np.rot90(np.array(lying.image), 2))
 
 
-def test_sound_of_a_video() -> None:
+def test_the_sound_of_a_video_is_read_as_audio() -> None:
     time = np.arange(32000) / 16000
     tone = (0.5 * np.sin(2 * np.pi * 440 * time)).astype(np.float32)
     data = av_video(50, sound=tone)
-    clip = video_audio(data)
-    assert clip is not None
+    clip = load_audio(data)
     assert clip.rate == 16000
     assert clip.seconds == pytest.approx(2.0, abs=0.1)
     assert np.abs(np.fft.rfft(clip.samples[8000:24000])).argmax() == 440
-    assert video_audio(av_video(5)) is None
+
+
+def test_the_log_level_of_the_process_stays_as_it_was(capfd: pytest.CaptureFixture[str]) -> None:
+    data = av_video(10)
+    with pytest.raises(MediaError):
+        read_video(data[: len(data) // 2], 1)
+    assert capfd.readouterr() == ("", "")
+    before = av.logging.get_level()
+    av.logging.set_level(av.logging.ERROR)
+    try:
+        read_video(data, 1)
+        assert av.logging.get_level() == av.logging.ERROR
+    finally:
+        av.logging.set_level(before)
