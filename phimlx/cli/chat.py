@@ -67,9 +67,12 @@ def command(
 
     output = Output(debug=is_debugging())
     limits = pop_limits(settings)
+    typed = sys.stdin is not None and sys.stdin.isatty()
+    interactive = typed and sys.stdout.isatty()
+    screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
     conversation = Conversation(model=model_name(model))
     if session_file is not None:
-        conversation = Conversation.load(session_file, limits)
+        conversation = Conversation.load(session_file, limits, screen.agree)
         model = model or conversation.model
         conversation.model = model_name(model)
     conversation.settings.update(given(settings))
@@ -78,9 +81,6 @@ def command(
     if tools_file is not None:
         conversation.tools = load_tools(tools_file)
     phi = load_model(model, output, adapter)
-    typed = sys.stdin is not None and sys.stdin.isatty()
-    interactive = typed and sys.stdout.isatty()
-    screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
     chat = Chat(phi, conversation, output, screen, run_command, limits, frames)
     chat.check(conversation)
     chat.saved_as = session_file

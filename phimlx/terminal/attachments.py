@@ -54,18 +54,30 @@ class Attachment:
         cls, kind: str, path: str, limits: Limits | None = None, frames: int | None = None
     ) -> Attachment:
         """Read a file of that kind; raises `MediaError` where it is none, or too large."""
-        from phimlx.media.source import is_url, read_bytes, source_name
+        from phimlx.media.source import read_bytes
 
-        data = read_bytes(path, limits)
+        return cls.decode(kind, path, read_bytes(path, limits), limits, frames)
+
+    @classmethod
+    def decode(
+        cls,
+        kind: str,
+        path: str,
+        data: bytes,
+        limits: Limits | None = None,
+        frames: int | None = None,
+    ) -> Attachment:
+        """Decode what was read from `path`; raises `MediaError` as `read`."""
+        from phimlx.media.source import is_url, source_name
+
         if kind == "video":
             frames = frames or FRAMES
         try:
-            parts, about = _READERS[kind](data, limits, frames or 0)
+            parts, about = _DECODERS[kind](data, limits, frames or 0)
         except MediaError as error:
             raise MediaError(f"{source_name(path)}: {error}", error.hint) from error
         place = path if is_url(path) else str(Path(path).absolute())
-        digest = hashlib.sha256(data).hexdigest()
-        return cls(kind, place, digest, frames if kind == "video" else None, parts, about)
+        return cls(kind, place, digest(data), frames if kind == "video" else None, parts, about)
 
     @property
     def saved(self) -> dict[str, Any]:
@@ -77,24 +89,29 @@ class Attachment:
         return f"{KINDS[self.kind]} {Path(self.path).name} ({self.about})"
 
 
+def digest(data: bytes) -> str:
+    """The sha256 of a file's bytes, in hexadecimal digits."""
+    return hashlib.sha256(data).hexdigest()
+
+
 Parts = tuple[tuple[dict[str, Any], ...], str]
 
 
-def _read_image(data: bytes, limits: Limits | None, frames: int) -> Parts:
+def _decode_image(data: bytes, limits: Limits | None, frames: int) -> Parts:
     from phimlx.media.image import load_image
 
     image = load_image(data, limits)
     return ({"type": "image", "image": image},), f"{image.width} × {image.height}"
 
 
-def _read_audio(data: bytes, limits: Limits | None, frames: int) -> Parts:
+def _decode_audio(data: bytes, limits: Limits | None, frames: int) -> Parts:
     from phimlx.media.audio import load_audio
 
     clip = load_audio(data, limits)
     return ({"type": "audio", "audio": clip},), f"{clip.seconds:.1f} s"
 
 
-def _read_video(data: bytes, limits: Limits | None, frames: int) -> Parts:
+def _decode_video(data: bytes, limits: Limits | None, frames: int) -> Parts:
     from phimlx.media.video import read_video
 
     found = read_video(data, frames, limits)
@@ -102,10 +119,10 @@ def _read_video(data: bytes, limits: Limits | None, frames: int) -> Parts:
     return parts, f"{len(parts)} pictures of it"
 
 
-_READERS: dict[str, Callable[[bytes, Limits | None, int], Parts]] = {
-    "image": _read_image,
-    "audio": _read_audio,
-    "video": _read_video,
+_DECODERS: dict[str, Callable[[bytes, Limits | None, int], Parts]] = {
+    "image": _decode_image,
+    "audio": _decode_audio,
+    "video": _decode_video,
 }
 
 

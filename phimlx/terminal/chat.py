@@ -119,7 +119,8 @@ class Chat:
 
         Raises `SessionError` that says what is wrong with the file.
         """
-        loaded, model = Conversation.load(path, self._limits), self.conversation.model
+        loaded = Conversation.load(path, self._limits, self.screen.agree)
+        model = self.conversation.model
         self.check(loaded)
         if loaded.model != model:
             self.output.note(f"That chat was with {loaded.model}; {model} goes on with it.")

@@ -5,7 +5,7 @@ Knows nothing of a screen or of how a model answers.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 from phimlx.errors import MediaError, PhimlxError, SessionError
 from phimlx.files import read_json_value, translate_write_errors, write_file
 from phimlx.prompt.tools import read_tools
-from phimlx.terminal.attachments import KINDS, Attachment, in_order
+from phimlx.terminal.attachments import KINDS, Attachment, digest, in_order
 from phimlx.terminal.output import encode_json
 from phimlx.terminal.sampling_settings import check_settings
 
@@ -182,10 +182,20 @@ class Conversation:
             write_file(path, encode_json(session, indent=2) + "\n", private=True)
 
     @classmethod
-    def load(cls, path: Path, limits: Limits | None = None) -> Conversation:
+    def load(
+        cls,
+        path: Path,
+        limits: Limits | None = None,
+        agree: Callable[[str], bool] = lambda question: False,
+    ) -> Conversation:
         """Read a conversation that `save` wrote, and the files that go with it.
 
-        Raises `SessionError` that says what is wrong with the file, or with one of those.
+        Args:
+            agree: asked, with a question, before anything is fetched from an address that the
+                file names: whoever made the file chose it.
+
+        Raises:
+            SessionError: says what is wrong with the file, or with one of those that go with it.
         """
         session = read_json_value(path, SessionError)
         if not isinstance(session, dict) or session.get("format") != FORMAT:
@@ -204,10 +214,11 @@ class Conversation:
             )
         except PhimlxError as error:
             raise SessionError(f"{path} is damaged: {error}") from None
-        for message in conversation.messages:
-            for part in _files(message):
-                if _key(part) not in conversation.attachments:
-                    conversation.attachments[_key(part)] = _read_again(path, part, limits)
+        parts = {_key(part): part for message in conversation.messages for part in _files(message)}
+        _ask_to_fetch(path, [part["path"] for part in parts.values()], agree)
+        conversation.attachments = {
+            key: _read_again(path, part, limits) for key, part in parts.items()
+        }
         return conversation
 
 
@@ -232,20 +243,34 @@ def _key(part: Mapping[str, Any]) -> str:
     return f"{part['type']} {part['sha256']} {part.get('frames')}"
 
 
+def _ask_to_fetch(session: Path, places: Sequence[str], agree: Callable[[str], bool]) -> None:
+    from phimlx.media.source import is_url, source_name
+
+    addresses = [source_name(place) for place in dict.fromkeys(places) if is_url(place)]
+    if addresses and not agree(f"Fetch {', '.join(addresses)}, which {session} shows?"):
+        raise SessionError(
+            f"{session} shows {addresses[0]}, which is fetched only where somebody agrees to it.",
+            "Load it on a terminal, which asks, or begin a new chat.",
+        )
+
+
 def _read_again(session: Path, part: Mapping[str, Any], limits: Limits | None) -> Attachment:
+    from phimlx.media.source import read_bytes
+
+    kind, place = part["type"], part["path"]
     try:
-        attachment = Attachment.read(part["type"], part["path"], limits, part.get("frames"))
+        data = read_bytes(place, limits)
+        if digest(data) == part["sha256"]:  # else no decoder sees it
+            return Attachment.decode(kind, place, data, limits, part.get("frames"))
     except MediaError as error:
         raise SessionError(
-            f"{session} shows a {KINDS[part['type']]} that cannot be read again. {error}",
-            f"Put {part['path']} back, or begin a new chat.",
+            f"{session} shows a {KINDS[kind]} that cannot be read again. {error}",
+            f"Put {place} back, or begin a new chat.",
         ) from error
-    if attachment.sha256 != part["sha256"]:
-        raise SessionError(
-            f"{session} shows {part['path']}, which has changed since.",
-            "Put the file back as it was, or begin a new chat.",
-        )
-    return attachment
+    raise SessionError(
+        f"{session} shows {place}, which has changed since.",
+        "Put the file back as it was, or begin a new chat.",
+    )
 
 
 def _expect(session: Mapping[str, Any], key: str, kind: type[Any]) -> Any:

@@ -31,6 +31,9 @@ class Screen(Protocol):
     def read_result(self, name: str) -> str | None:
         """The result of tool `name`, as the user gives it; None where they skip it."""
 
+    def agree(self, question: str) -> bool:
+        """Whether the user says yes to a question; False where nobody can be asked."""
+
     def show(self, answer: Interruptible) -> Reply:
         """Show a reply as it comes and return it."""
 
@@ -56,6 +59,9 @@ class PipedScreen:
 
     def read_result(self, name: str) -> str | None:
         return None
+
+    def agree(self, question: str) -> bool:
+        return False
 
     def show(self, answer: Interruptible) -> Reply:
         return plain.show(answer, self._output)
@@ -85,10 +91,17 @@ class TerminalScreen:
                 return None
 
     def read_result(self, name: str) -> str | None:
+        return self._ask(f"result of {name} (empty to skip): ") or None
+
+    def agree(self, question: str) -> bool:
+        return self._ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    def _ask(self, label: str) -> str:
+        """The answer to a question; empty where the user leaves it."""
         try:
-            return self._line.ask(f"result of {name} (empty to skip): ") or None
+            return self._line.ask(label)
         except (KeyboardInterrupt, EOFError):
-            return None
+            return ""
 
     def show(self, answer: Interruptible) -> Reply:
         from rich.console import Console

@@ -229,6 +229,28 @@ def test_a_dropped_picture_goes_with_what_is_said_next(tmp_path: Path) -> None:
     ]
 
 
+def test_a_saved_chat_asks_before_it_fetches(tmp_path: Path) -> None:
+    part = {"type": "image", "path": "https://pictures.example/cat.png", "sha256": "0"}
+    session = {
+        "format": "phimlx-chat",
+        "version": 1,
+        "model": "fake",
+        "settings": {},
+        "messages": [{"role": "user", "content": [part]}],
+    }
+    path = tmp_path / "chat.json"
+    path.write_text(json.dumps(session))
+    with open_chat(tmp_path, []) as terminal:
+        terminal.type(f"/load {path}", ENTER)
+        terminal.expect("Fetch https://pictures.example/cat.png, which ")
+        terminal.expect("[y/N] ")
+        terminal.type("n", ENTER)
+        terminal.expect("which is fetched only where somebody agrees to it.")
+        terminal.expect("> ")
+        terminal.type(CTRL_D)
+        assert terminal.wait() == 0
+
+
 def test_an_error_leaves_the_chat_usable(tmp_path: Path) -> None:
     replies = [{"pieces": [], "error": "The prompt has 200 tokens."}, "At last."]
     with open_chat(tmp_path, replies) as terminal:

@@ -16,7 +16,7 @@ from phimlx.terminal.attachments import Attachment, dropped_files, split_name
 from phimlx.terminal.conversation import Conversation
 from tests.media.sounds import av_video, noise, sound_file
 from tests.terminal.fake_phi import FakePhi
-from tests.terminal.test_chat import chat
+from tests.terminal.test_chat import ScriptedScreen, chat
 
 TOO_LONG = GenerationError("The prompt has 200 tokens, but fake holds 100.", "Shorten the prompt.")
 
@@ -251,6 +251,63 @@ def test_a_file_that_is_gone_or_changed_is_named(files: Path) -> None:
         f"{path} shows a picture that cannot be read again. There is no file {picture}."
     )
     assert gone.value.hint == f"Put {picture} back, or begin a new chat."
+
+
+def test_a_file_that_has_changed_reaches_no_decoder(
+    files: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = files / "chat.json"
+    chat(seeing("A cat."), "/image 'a cat.png' What?", f"/save {path}")
+    (files / "a cat.png").write_bytes(b"something else")
+    monkeypatch.setattr("phimlx.media.image.load_image", lambda *_: pytest.fail("was decoded"))
+    with pytest.raises(SessionError, match="which has changed since"):
+        Conversation.load(path)
+
+
+URL = "https://pictures.example/cat.png"
+
+
+@pytest.fixture
+def linked(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A chat that was saved with a picture from a URL."""
+    data = (files / "a cat.png").read_bytes()
+    path = files / "chat.json"
+    monkeypatch.setattr("phimlx.media.source._download", lambda url, limits: data)
+    chat(seeing("A cat."), f"/image {URL} What?", f"/save {path}")
+    return path
+
+
+def test_nothing_is_fetched_for_a_saved_chat_unasked(
+    linked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("phimlx.media.source._download", lambda *_: pytest.fail("was fetched"))
+    with pytest.raises(SessionError) as error:
+        Conversation.load(linked)
+    assert str(error.value) == (
+        f"{linked} shows {URL}, which is fetched only where somebody agrees to it."
+    )
+    assert error.value.hint == "Load it on a terminal, which asks, or begin a new chat."
+    held = chat(seeing(), f"/load {linked}")
+    assert held.conversation.messages == []
+    assert str(error.value) in capsys.readouterr().err
+
+
+def test_a_saved_chat_fetches_what_the_user_agrees_to(
+    linked: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[str] = []
+
+    def agree(question: str) -> bool:
+        asked.append(question)
+        return True
+
+    loaded = Conversation.load(linked, agree=agree)
+    assert asked == [f"Fetch {URL}, which {linked} shows?"]
+    assert [each.path for each in loaded.attachments.values()] == [URL]
+    phi = seeing("Yes.")
+    monkeypatch.setattr(ScriptedScreen, "agrees", True)
+    chat(phi, f"/load {linked}", "Sure?")
+    assert phi.prompts[0][0]["content"][0]["image"].size == (6, 4)
 
 
 SAVED = {"type": "image", "path": "a.png", "sha256": "0"}

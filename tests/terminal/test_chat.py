@@ -29,6 +29,8 @@ TOO_LONG = GenerationError("The prompt has 200 tokens, but fake holds 100.", "Sh
 class ScriptedScreen:
     """Says its lines and gives its results; shows replies plainly."""
 
+    agrees = False
+
     def __init__(self, lines: list[str], results: list[str | None], interactive: bool) -> None:
         self.interactive = interactive
         self._lines = iter(lines)
@@ -39,6 +41,9 @@ class ScriptedScreen:
 
     def read_result(self, name: str) -> str | None:
         return next(self._results)
+
+    def agree(self, question: str) -> bool:
+        return self.agrees
 
     def show(self, answer: Interruptible) -> Reply:
         return plain.show(answer, Output())
