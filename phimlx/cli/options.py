@@ -105,7 +105,8 @@ def limit_options(*names: str) -> Callable[[AnyCallable], AnyCallable]:
 def check_files(sources: Iterable[str]) -> None:
     """Raise `MediaError` for a path that leads nowhere, before a model is loaded for nothing."""
     from phimlx.errors import MediaError
-    from phimlx.media.source import is_url, source_name
+    from phimlx.media.limits import source_name
+    from phimlx.media.source import is_url
 
     for source in sources:
         if not is_url(source) and not os.path.exists(source):

@@ -24,10 +24,10 @@ from phimlx.media.container import (
     open_container,
     too_long,
 )
-from phimlx.media.limits import Limits
+from phimlx.media.limits import Limits, source_name
 from phimlx.media.log_mel import Clip, Samples
 from phimlx.media.mp3 import mp3_opening
-from phimlx.media.source import Bytes, read_bytes, source_name
+from phimlx.media.source import Bytes, read_bytes
 
 # Samples `[samples]` or `[samples, channels]`, floats from -1 to 1 or integers, and their rate.
 Recording = tuple[NDArray[Any], int]

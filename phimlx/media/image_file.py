@@ -16,8 +16,8 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from phimlx.errors import MediaError
-from phimlx.media.limits import Limits, out_of_memory, raising
-from phimlx.media.source import read_bytes, source_name
+from phimlx.media.limits import Limits, out_of_memory, raising, source_name
+from phimlx.media.source import read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -1,13 +1,15 @@
 """How much a picture, sound or video may be, so that no file can exhaust the machine.
 
-Knows numbers and the options that raise them; what reads a file compares, before it decodes.
+What reads a file compares before it decodes, and refuses by name.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
-from phimlx.errors import MediaError
+from phimlx.errors import MediaError, shortened
+from phimlx.sizes import size_text
 
 
 @dataclass(frozen=True)
@@ -43,6 +45,26 @@ def out_of_memory(name: str) -> MediaError:
         f"{name} needs more memory than there is.",
         hint="Close other programs, or give a smaller file.",
     )
+
+
+def source_name(source: object) -> str:
+    """What a message calls a source: the path or URL as it was given, or `The data`."""
+    if isinstance(source, str | Path):
+        text = str(source)
+        return text if len(text) <= 200 and text.isprintable() else shortened(text, 200)
+    return "The data"
+
+
+def check_size(source: object, size: int, most: int, limit: str = "max_bytes") -> None:
+    """Refuse a source of `size` bytes where that is more than `most`.
+
+    Raises:
+        MediaError: names the limit that may be raised.
+    """
+    if size > most:
+        raise MediaError(
+            f"{source_name(source)} is larger than {size_text(most)}.", hint=raising(limit)
+        )
 
 
 def raising(limit: str) -> str:

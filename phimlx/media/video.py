@@ -20,8 +20,8 @@ from phimlx.media.container import (
     open_container,
     too_long,
 )
-from phimlx.media.limits import Limits, raising
-from phimlx.media.source import Bytes, read_bytes, source_name
+from phimlx.media.limits import Limits, raising, source_name
+from phimlx.media.source import Bytes, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image

@@ -68,7 +68,8 @@ class Attachment:
         frames: int | None = None,
     ) -> Attachment:
         """Decode what was read from `path`; raises `MediaError` as `read`."""
-        from phimlx.media.source import is_url, source_name
+        from phimlx.media.limits import source_name
+        from phimlx.media.source import is_url
 
         if kind == "video":
             frames = frames or FRAMES

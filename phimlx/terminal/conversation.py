@@ -244,7 +244,8 @@ def _key(part: Mapping[str, Any]) -> str:
 
 
 def _ask_to_fetch(session: Path, places: Sequence[str], agree: Callable[[str], bool]) -> None:
-    from phimlx.media.source import is_url, source_name
+    from phimlx.media.limits import source_name
+    from phimlx.media.source import is_url
 
     addresses = [source_name(place) for place in dict.fromkeys(places) if is_url(place)]
     if addresses and not agree(f"Fetch {', '.join(addresses)}, which {session} shows?"):

@@ -16,8 +16,8 @@ from typing import Any, ClassVar
 import pytest
 
 from phimlx.errors import MediaError
-from phimlx.media.limits import Limits, raising
-from phimlx.media.source import read_bytes, source_name
+from phimlx.media.limits import Limits, raising, source_name
+from phimlx.media.source import read_bytes
 
 # For localhost and pictures.example, until 2120; nothing but these tests trusts it.
 CERTIFICATE = """\
@@ -80,6 +80,13 @@ class Handler(BaseHTTPRequestHandler):
                 self.send_header("Transfer-Encoding", "chunked")
                 self.end_headers()
                 for _ in range(64):
+                    self.wfile.write(b"2800\r\n" + CONTENT + b"\r\n")
+            case ["", "moved"]:
+                self.send_response(302)
+                self.send_header("Location", "/file")
+                self.send_header("Transfer-Encoding", "chunked")
+                self.end_headers()
+                while not self.released.is_set():
                     self.wfile.write(b"2800\r\n" + CONTENT + b"\r\n")
             case ["", "silent"]:
                 self.released.wait(30)
@@ -222,6 +229,7 @@ def test_redirects_are_followed_while_they_stay_https(site: str) -> None:
         f"{site}/to/file:///etc/passwd leads to 'file'; only https is followed.",
         "Use an https:// address, or download the file and name its path.",
     )
+    assert read_bytes(f"{site}/moved", LOCAL) == CONTENT  # whatever the redirect itself holds
     Handler.asked.clear()
     loop = f"{site}/loop"
     assert refusal(loop) == (f"{loop} is redirected more than 5 times.", None)
@@ -277,18 +285,18 @@ def test_private_addresses_are_never_connected_to(
 def test_a_redirect_to_a_private_address_is_not_followed(
     site: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phimlx.media import source
+    from phimlx.media import fetch
 
     port = site.rpartition(":")[2]
     seen: list[str] = []
-    check = source._check_public
+    check = fetch._check_public
 
     def all_but_the_first(address: str, asked: str) -> None:
         seen.append(address)
         if len(set(seen)) > 1:
             check(address, asked)
 
-    monkeypatch.setattr(source, "_check_public", all_but_the_first)
+    monkeypatch.setattr(fetch, "_check_public", all_but_the_first)
     url = f"https://pictures.example:{port}/to/https://10.0.0.1/secret"
     lookup = socket.getaddrinfo
 

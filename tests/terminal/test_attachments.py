@@ -272,7 +272,7 @@ def linked(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     """A chat that was saved with a picture from a URL."""
     data = (files / "a cat.png").read_bytes()
     path = files / "chat.json"
-    monkeypatch.setattr("phimlx.media.source._download", lambda url, limits: data)
+    monkeypatch.setattr("phimlx.media.fetch.fetch", lambda url, limits: data)
     chat(seeing("A cat."), f"/image {URL} What?", f"/save {path}")
     return path
 
@@ -280,7 +280,7 @@ def linked(files: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_nothing_is_fetched_for_a_saved_chat_unasked(
     linked: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("phimlx.media.source._download", lambda *_: pytest.fail("was fetched"))
+    monkeypatch.setattr("phimlx.media.fetch.fetch", lambda *_: pytest.fail("was fetched"))
     with pytest.raises(SessionError) as error:
         Conversation.load(linked)
     assert str(error.value) == (
