@@ -1,13 +1,14 @@
 """Markdown that arrives in pieces, drawn on a terminal block by block.
 
-Knows text and a rich console. What has scrolled away is final: only the block that still grows
+What has scrolled away is final: only the block that still grows
 is redrawn, within the height of the screen.
 """
 
 from __future__ import annotations
 
-import re
 import time
+from collections.abc import Iterator
+from itertools import pairwise
 from types import TracebackType
 from typing import ClassVar, Self
 
@@ -21,64 +22,67 @@ from rich.segment import Segment
 
 from phimlx.terminal.output import printable
 
-_FENCE_START = re.compile(r" *(`{3,}(?=[^`]*$)|~{3,})")
+_PARSE_AGAIN = 1.25  # times the length that was parsed last: what is parsed in all stays linear
 _REDRAW_SECONDS = 0.08
 _REDRAW_PAUSE = 5.0  # times as long as a redraw took: it takes time from the model
 
 
 class BlockSplitter:
-    """Cuts a stream of Markdown where a top-level block has ended.
+    """Cuts a stream of Markdown where a top-level block has ended, as markdown-it's line maps say.
 
-    A block ends before and after a code fence that is not indented, and at a blank line outside
-    a fence once the next line begins and is not indented: an indented one may go on with the
-    list above it.
+    A block ends before and after a code fence, and at a blank line before anything else that
+    begins there without indentation, an item of a list too.
     """
 
     def __init__(self) -> None:
         self.rest = ""
         self._scanned = 0  # characters of `rest` whose lines were looked at
-        self._fence = ""
-        self._after_blank = False
+        self._parse_at = 0  # characters of `rest` to have before it is parsed again
 
     def feed(self, text: str) -> list[str]:
         """Take more text, return the blocks that are complete with it."""
         self.rest += text
         blocks: list[str] = []
-        while True:
-            end = self.rest.find("\n", self._scanned) + 1
-            following = self.rest[self._scanned : end or None]
-            if self._after_blank and following and not following[0].isspace():
-                blocks.append(self._cut(self._scanned))
-            elif not end:
-                return blocks
-            elif self._fence:
-                closes = self._is_fence_end(following)
-                self._scanned = end
-                if closes:
-                    self._fence = ""
-                    if not following.startswith(" "):
-                        blocks.append(self._cut(end))
-            else:
-                match = _FENCE_START.match(following)
-                if match and not following.startswith(" ") and self.rest[: self._scanned].strip():
-                    blocks.append(self._cut(self._scanned))
-                    continue
-                self._fence = match[1] if match else ""
-                self._scanned = end
-                self._after_blank = not following.strip() and bool(self.rest[:end].strip())
+        while end := self.rest.find("\n", self._scanned) + 1:
+            self._scanned = end
+            if end >= self._parse_at:
+                blocks += self._cut(self.rest[:end])
+        return blocks
 
     def finish(self) -> list[str]:
-        """The block that was still open."""
-        return [self._cut(len(self.rest))] if self.rest else []
+        """The blocks that were still open."""
+        blocks = [*self._cut(self.rest), self.rest]
+        self.rest = ""
+        return [block for block in blocks if block]
 
-    def _is_fence_end(self, line: str) -> bool:
-        bare = line.strip()
-        return bare.startswith(self._fence) and not bare.strip(self._fence[0])
+    def _cut(self, text: str) -> list[str]:
+        """Take the finished blocks of `text`, with which `rest` begins, off it."""
+        lines = text.split("\n")
+        starts = [0, *_block_starts(printable(text))]
+        blocks = ["".join(f"{line}\n" for line in lines[a:b]) for a, b in pairwise(starts)]
+        cut = sum(map(len, blocks))
+        self.rest = self.rest[cut:]
+        self._scanned -= cut
+        self._parse_at = int((len(text) - cut) * _PARSE_AGAIN)
+        return blocks
 
-    def _cut(self, end: int) -> str:
-        block, self.rest = self.rest[:end], self.rest[end:]
-        self._scanned, self._after_blank, self._fence = 0, False, ""
-        return block
+
+def _block_starts(text: str) -> Iterator[int]:
+    """Lines at which a block after the first one begins."""
+    lines = text.split("\n")
+    tokens: list[Token] = []
+    _PARSER.block.parse(text, _PARSER, {}, tokens)
+    before: Token | None = None
+    for token in tokens:
+        is_item = token.level == 1 and token.type == "list_item_open"
+        if token.map is None or not (is_item or token.level == 0):
+            continue
+        first = token.map[0]
+        if before is not None and before.map is not None and before.map[0] != first:
+            apart = not lines[first - 1].strip() and not lines[first][:1].isspace()
+            if apart or "fence" in (before.type, token.type):
+                yield first
+        before = token
 
 
 class _Heading(Heading):

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import io
 import re
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
 
+from phimlx.terminal import markdown
 from phimlx.terminal.markdown import BlockSplitter, MarkdownStream, render_lines
 
 DOCUMENT = """\
@@ -69,6 +71,49 @@ def test_nothing_is_lost_and_pieces_do_not_matter(pieces: list[str]) -> None:
     blocks = split(pieces)
     assert "".join(blocks) == "".join(pieces)
     assert blocks == split(["".join(pieces)])
+
+
+@pytest.mark.parametrize(
+    "blocks",
+    [
+        ["- a\n\n  ```\n  x\n\n  y\n  ```\n\n", "b"],  # a fence that belongs to an item
+        ["> ```\n> x\n\n", "y\n\n", "```\n"],  # the quotation's fence ends with it
+        ["| a | b |\n|---|---|\n| 1 | 2 |\n\n", "c"],
+        ["  ```\n  x\n\n  y\n  ```\n", "a"],  # up to three blanks are no indentation
+        ["```\n~~~\n\n```\n", "x\n"],
+        ["a\n===\n\n", "b"],
+        ["\n\n# a\n\n", "# b\n"],
+    ],
+)
+def test_blocks_are_those_of_commonmark(blocks: list[str]) -> None:
+    assert split(["".join(blocks)]) == [block for block in blocks if block]
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "```\n" + "line\n" * 3000 + "```\n",
+        "a paragraph\n\n" * 1500,
+        "- item\n" * 3000,
+        "word\n" * 3000,
+        "> quoted\n" * 2000,
+    ],
+    ids=["fence", "paragraphs", "list", "paragraph", "quotation"],
+)
+def test_what_is_parsed_in_all_grows_as_the_text(
+    text: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    parsed = 0
+    parse = markdown._PARSER.block.parse
+
+    def counted(source: str, *rest: Any) -> Any:
+        nonlocal parsed
+        parsed += len(source)
+        return parse(source, *rest)
+
+    monkeypatch.setattr(markdown._PARSER.block, "parse", counted)
+    assert "".join(split([text[start : start + 3] for start in range(0, len(text), 3)])) == text
+    assert parsed < 7 * len(text)
 
 
 def shown(text: str) -> list[str]:
