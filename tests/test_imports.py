@@ -46,6 +46,7 @@ WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (
 CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = (
     ("phimlx.adapters.adapter", "phimlx.adapters.peft"),
     ("phimlx.api", "phimlx.transcription"),
+    ("phimlx.models.base", "phimlx.models.registry"),
 )
 """Modules that import each other. To become empty."""
 
