@@ -1,7 +1,4 @@
-"""`python -m phimlx`: the command line, as the script `phimlx` starts it.
-
-Knows no command: `phimlx.cli.main` does the rest.
-"""
+"""`python -m phimlx`: the command line, as the script `phimlx` starts it."""
 
 from phimlx.cli.main import main
 

@@ -1,7 +1,4 @@
-"""Modules that come with an extra of phimlx, imported where something asks for them.
-
-Knows how a missing one is told; knows nothing of what they do.
-"""
+"""Modules that come with an extra of phimlx, imported where something asks for them."""
 
 from __future__ import annotations
 
@@ -11,8 +8,10 @@ from typing import Any
 from phimlx.errors import PhimlxError
 
 
-def optional(module: str, extra: str, without: str, error: type[PhimlxError] = PhimlxError) -> Any:
-    """A module of an extra.
+def import_extra(
+    module: str, extra: str, without: str, error: type[PhimlxError] = PhimlxError
+) -> Any:
+    """Import a module of an extra.
 
     Args:
         without: what cannot be done where it is not installed, a sentence.

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING
 from phimlx.errors import PromptError
 from phimlx.media.limits import Limits
 from phimlx.media.log_mel import frame_count, token_count
-from phimlx.media.segments import segments_of
+from phimlx.media.segments import split_audio
 from phimlx.media.subtitles import Cue
 from phimlx.prompt.media_parts import no_media
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
     from phimlx.generation.stream import Stream
-    from phimlx.media.audio_file import Source
+    from phimlx.media.audio_file import AudioSource
     from phimlx.media.segments import Segment
 
 # What the model was trained on; source: the model card of microsoft/Phi-4-multimodal-instruct.
@@ -72,7 +72,7 @@ def question(prompt: str | None = None, translate_to: str | None = None) -> str:
 
 def transcribe(
     phi: Phi,
-    source: Source,
+    source: AudioSource,
     *,
     prompt: str | None = None,
     translate_to: str | None = None,
@@ -101,7 +101,7 @@ def transcribe(
     if not phi.takes_media:
         raise no_media(phi.name)
     limits = limits or Limits(max_seconds=math.inf)
-    return _pieces(phi, segments_of(source, limits, max_seconds, on_open), asked)
+    return _pieces(phi, split_audio(source, limits, max_seconds, on_open), asked)
 
 
 def _pieces(phi: Phi, segments: Iterator[Segment], asked: str) -> Iterator[Piece]:

@@ -10,7 +10,7 @@ import pytest
 
 import phimlx
 from phimlx.errors import MediaError, PhimlxError, PromptError
-from phimlx.media.segments import segments_of
+from phimlx.media.segments import split_audio
 from phimlx.transcription import looping, question
 from tests.media.sounds import noise, sound_file
 from tests.multimodal import multimodal_folder
@@ -45,7 +45,7 @@ def test_a_recording_is_asked_about_piece_by_piece(
 ) -> None:
     source = (recording(), 16_000)
     pieces = list(phi.transcribe(source, max_seconds=4))
-    expected = list(segments_of(source, max_seconds=4))
+    expected = list(split_audio(source, max_seconds=4))
     assert [(p.start, p.end) for p in pieces] == [(s.start, s.end) for s in expected]
     assert len(pieces) == 2
     for call, segment in zip(asked, expected, strict=True):

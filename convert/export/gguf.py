@@ -25,7 +25,7 @@ from convert.steps import Step, Steps
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import ConversionError, shortened
-from phimlx.extras import optional
+from phimlx.extras import import_extra
 from phimlx.files import read_json
 from phimlx.models import registry
 from phimlx.models.base import ModelConfig
@@ -232,7 +232,7 @@ def plan_gguf(
             installed.
     """
     without = "GGUF files are written by the gguf package, which is not installed."
-    optional("gguf", "gguf", without, ConversionError)
+    import_extra("gguf", "gguf", without, ConversionError)
     out = Path(out).absolute()
     refuse_existing(out)
     checkpoint = Checkpoint(source)

@@ -26,7 +26,7 @@ from convert.quantize.recipe import PARTS
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import PhimlxError
-from phimlx.extras import optional
+from phimlx.extras import import_extra
 from phimlx.files import replacing, translate_write_errors
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.sizes import size_text
@@ -147,7 +147,7 @@ class Report:
             PhimlxError: where matplotlib is not installed or the file cannot be written.
         """
         without = "A chart needs matplotlib, which is not installed."
-        figure_module = optional("matplotlib.figure", "plots", without)
+        figure_module = import_extra("matplotlib.figure", "plots", without)
         figure = figure_module.Figure(figsize=(8, 4.5), layout="constrained")
         axes = figure.add_subplot()
         for number, (kind, errors) in enumerate(self._by_kind().items()):

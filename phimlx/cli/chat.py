@@ -1,7 +1,4 @@
-"""`phimlx chat`: talk with a model on a terminal, or line by line through a pipe.
-
-Knows how a chat is set up; `phimlx.terminal.chat` holds it.
-"""
+"""`phimlx chat`: talk with a model on a terminal, or line by line through a pipe."""
 
 from __future__ import annotations
 
@@ -95,7 +92,7 @@ def command(
 
 
 def model_name(model: str | None) -> str:
-    """How a saved chat names its model, so that it is found again from another folder."""
+    """Name a model for a saved chat so that it is found again from another folder."""
     if model is None:
         from phimlx import catalog
 

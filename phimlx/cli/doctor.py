@@ -38,7 +38,7 @@ def examine_machine(output: Output) -> bool:
     from phimlx.machine import doctor
 
     with output.status("Looking…"):
-        findings = list(doctor.examine())
+        findings = list(doctor.run_checks())
     rows = [(MARKS[finding.state], finding.subject, finding.found) for finding in findings]
     output.table(["", "what", "found"], rows)
     hints = [finding for finding in findings if finding.hint]

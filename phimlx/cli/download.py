@@ -1,7 +1,4 @@
-"""`phimlx download`: bring a model from the Hub to this machine.
-
-Knows the flags and how the result is told; the work is `phimlx.hub.resolve`'s.
-"""
+"""`phimlx download`: bring a model from the Hub to this machine."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""`phimlx evaluate`: loss, perplexity, answers and tasks of a model, with its adapter or without.
-
-Knows the flags and the table; the measuring is that of `phimlx.evaluation`.
-"""
+"""`phimlx evaluate`: loss, perplexity, answers and tasks of a model, with or without an adapter."""
 
 from __future__ import annotations
 
@@ -166,7 +163,7 @@ def command(
             chat_template=chat_template,
             include_path=include_path,
         )
-    _tell(found, output)
+    _print_results(found, output)
     output.json(found)
 
 
@@ -222,7 +219,7 @@ def _on_data(
     }
 
 
-def _tell(found: dict[str, Any], output: Output) -> None:
+def _print_results(found: dict[str, Any], output: Output) -> None:
     """The result for a person."""
     rows: list[tuple[str, str]] = []
     if "loss" in found:

@@ -1,7 +1,4 @@
-"""`phimlx generate`: one prompt, one answer, streamed as it comes.
-
-Knows where a prompt comes from and where each part of the answer goes; the model is the API's.
-"""
+"""`phimlx generate`: one prompt, one answer, streamed as it comes."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ from phimlx.cli.options import (
 )
 from phimlx.errors import PromptError
 from phimlx.terminal.output import Output
-from phimlx.terminal.reply import call_as_object
+from phimlx.terminal.reply import tool_call_object
 from phimlx.terminal.sampling_settings import given
 
 if TYPE_CHECKING:
@@ -104,7 +101,7 @@ def command(
 
     from phimlx.prompt.tools import load_tools
     from phimlx.terminal.interrupt import Interruptible
-    from phimlx.terminal.reply import describe, show
+    from phimlx.terminal.reply import print_reply, reply_summary
 
     media: dict[str, Any] = {}
     limits = pop_limits(settings)
@@ -126,18 +123,18 @@ def command(
             **given(settings),
         )
         answer = Interruptible(stream)
-        reply = show(answer, output)
+        reply = print_reply(answer, output)
     output.json(as_object(phi.name, reply))
     for warning in reply.warnings:
         output.warning(warning)
     if verbose or (output.is_watched and not as_json):
-        output.note(describe(reply))
+        output.note(reply_summary(reply))
     if answer.interrupted:
         raise KeyboardInterrupt
 
 
 def read_prompt(option: str | None, words: str | None, raw: bool) -> str:
-    """The prompt from `--prompt`, from the argument, or from stdin where that is asked for.
+    """Read the prompt from `--prompt`, from the argument, or from stdin where that is asked for.
 
     Without either, stdin is read unless it is a terminal. Raises `click.UsageError` where there
     is no prompt, or an empty one.
@@ -156,7 +153,7 @@ def read_prompt(option: str | None, words: str | None, raw: bool) -> str:
 
 
 def read_stdin(raw: bool) -> str:
-    """All of stdin as text, without the newlines at its end unless `raw`.
+    """Read all of stdin as text, without the newlines at its end unless `raw`.
 
     Raises `PromptError` for bytes that are not UTF-8 text.
     """
@@ -172,12 +169,12 @@ def read_stdin(raw: bool) -> str:
 
 
 def as_object(name: str, reply: Reply) -> dict[str, Any]:
-    """The answer as `--json` prints it."""
+    """Make the object that `--json` prints."""
     stats = reply.stats
     return {
         "text": reply.text,
         "reasoning": reply.reasoning,
-        "tool_calls": [call_as_object(call) for call in reply.tool_calls],
+        "tool_calls": [tool_call_object(call) for call in reply.tool_calls],
         "finish_reason": reply.finish_reason,
         "model": name,
         "seed": reply.seed,

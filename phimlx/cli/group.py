@@ -1,7 +1,4 @@
-"""The table of commands, each loaded only when called, and what becomes of their errors.
-
-Knows nothing of what a command does; imports click and nothing heavy.
-"""
+"""The table of commands, each loaded only when called, and what becomes of their errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where every run of the command line begins: a clean import path, then the command table.
+"""The start of every run of the command line: a clean import path, then the command table.
 
 Imports nothing but what the interpreter has loaded, so that nothing can be shadowed before.
 """

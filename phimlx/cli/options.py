@@ -1,7 +1,4 @@
-"""What several commands share: options, each declared once, and loading the model they name.
-
-Knows names, bounds and help; what a command does with a value is its own affair.
-"""
+"""Options that several commands share, each declared once, and loading the model they name."""
 
 from __future__ import annotations
 
@@ -114,7 +111,7 @@ def check_files(sources: Iterable[str]) -> None:
 
 
 def pop_limits(values: dict[str, Any], **usual: Any) -> Limits:
-    """The limits among a command's keywords, taken out of them."""
+    """Take the limits out of a command's keywords."""
     found = {name: values.pop(name, None) for name in LIMITS}
     return Limits(**usual | {name: value for name, value in found.items() if value is not None})
 
@@ -142,7 +139,7 @@ def sampling_options(command: AnyCallable) -> AnyCallable:
 
 
 def is_debugging() -> bool:
-    """Whether the run was asked for tracebacks."""
+    """Tell whether the run was asked for tracebacks."""
     return DEBUG in click.get_current_context().meta
 
 

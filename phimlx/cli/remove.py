@@ -1,7 +1,4 @@
-"""`phimlx remove`: delete a model from this machine, after asking.
-
-Knows the question and how the result is told; the deleting is `phimlx.hub.cache`'s.
-"""
+"""`phimlx remove`: delete a model from this machine, after asking."""
 
 from __future__ import annotations
 

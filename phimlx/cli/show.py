@@ -1,7 +1,4 @@
-"""`phimlx show`: what a model is, how large, and whether this machine can hold it.
-
-Knows how the answer is told; it comes from headers and the catalogue, never from a weight.
-"""
+"""`phimlx show`: what a model is, how large, and whether this machine can hold it."""
 
 from __future__ import annotations
 
@@ -60,15 +57,15 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
         )
     contexts = sorted({min(SHORT_CONTEXT, longest), longest}) if context is None else [context]
     about |= memory(shape, about, contexts)
-    about |= sight(shape, about)
+    about |= image_memory(shape, about)
     if about["path"] is None:
-        about |= choices(shape, about, contexts[0])
+        about |= quantizations(shape, about, contexts[0])
     output.json(about)
-    tell(about, output)
+    print_description(about, output)
 
 
 def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
-    """What a model on this machine is, and its shape."""
+    """Describe a model on this machine; its shape goes with it."""
     from mlx.utils import tree_flatten
 
     from convert.quantize.recipe import part_of
@@ -115,7 +112,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
 
 
 def describe_absent(known: Model, name: str) -> dict[str, Any]:
-    """What a model is that is not on this machine, in the form that `name` means."""
+    """Describe a model that is not on this machine, in the form that `name` means."""
     from phimlx.hub import resolve as hub
 
     repository = hub.repositories(name)[0]
@@ -145,7 +142,7 @@ def describe_absent(known: Model, name: str) -> dict[str, Any]:
 
 
 def describe_remote(repo: str, absent: ModelAbsentError) -> tuple[dict[str, Any], Shape]:
-    """What a model of the Hub is, from its headers; raises `absent` where HF_HUB_OFFLINE is set."""
+    """Describe a model of the Hub from its headers; raises `absent` where HF_HUB_OFFLINE is set."""
     from huggingface_hub import constants
 
     from phimlx.hub.preview import preview
@@ -162,8 +159,8 @@ def describe_remote(repo: str, absent: ModelAbsentError) -> tuple[dict[str, Any]
     return about, shape
 
 
-def choices(shape: Shape, about: dict[str, Any], context: int) -> dict[str, Any]:
-    """What each quantization takes and holds here, and the one that suits best, as entries.
+def quantizations(shape: Shape, about: dict[str, Any], context: int) -> dict[str, Any]:
+    """List what each quantization takes and holds here, and the one that suits best.
 
     That is the one with most bits, up to 8, that leaves half of the memory free at `context`
     tokens, else 4 bits, else 3; none for a quantized model whose original is not known.
@@ -198,7 +195,7 @@ def choices(shape: Shape, about: dict[str, Any], context: int) -> dict[str, Any]
 
 
 def recommendation(about: dict[str, Any], known: Model | None, bits: int) -> dict[str, Any]:
-    """A number of bits and the command that gets them."""
+    """Name a number of bits and the command that gets them."""
     repo = known.repo if known is not None else about["repository"]
     if known is not None and known.quantized_repo is not None and bits == 4:
         command = f"phimlx download {known.alias}"
@@ -208,7 +205,7 @@ def recommendation(about: dict[str, Any], known: Model | None, bits: int) -> dic
 
 
 def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str, Any]:
-    """Bytes needed at each context, and what is here, as entries of the description."""
+    """Count the bytes needed at each context, and what is here, as entries of the description."""
     from phimlx.machine.memory import footprint, longest_context, machine_memory
 
     here = machine_memory()
@@ -225,8 +222,8 @@ def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str
     }
 
 
-def sight(shape: Shape, about: dict[str, Any]) -> dict[str, Any]:
-    """What the largest picture takes of a model that sees, as entries of the description."""
+def image_memory(shape: Shape, about: dict[str, Any]) -> dict[str, Any]:
+    """Count what the largest picture takes of a model that sees, as entries of the description."""
     from phimlx.machine.memory import picture_bytes
     from phimlx.media.image import DYNAMIC_HD
     from phimlx.models import registry
@@ -242,8 +239,8 @@ def sight(shape: Shape, about: dict[str, Any]) -> dict[str, Any]:
     return {"picture": {"crops": DYNAMIC_HD, "working": working}}
 
 
-def tell(about: dict[str, Any], output: Output) -> None:
-    """The description for a person."""
+def print_description(about: dict[str, Any], output: Output) -> None:
+    """Print the description for a person."""
     from phimlx.sizes import size_text
 
     form = about["dtype"]
@@ -287,7 +284,9 @@ def tell(about: dict[str, Any], output: Output) -> None:
     output.table(["tokens", "weights", "cache", "working (about)", "memory", "fits"], rows)
     output.text()
     here = size_text(about["machine_memory"])
-    output.text(f"It {reach(about['longest_context_here'], about['context_length'], here)}.")
+    output.text(
+        f"It {context_that_fits(about['longest_context_here'], about['context_length'], here)}."
+    )
     if "picture" in about:
         picture = about["picture"]
         output.text(
@@ -296,20 +295,20 @@ def tell(about: dict[str, Any], output: Output) -> None:
         )
     if about.get("quantizations"):
         output.text()
-        tell_choices(about, output)
+        print_quantizations(about, output)
     if about["download"] and not output.as_json:
         output.note(f"Get it with: {about['download']}")
 
 
-def tell_choices(about: dict[str, Any], output: Output) -> None:
-    """The quantizations for a person."""
+def print_quantizations(about: dict[str, Any], output: Output) -> None:
+    """Print the quantizations for a person."""
     from phimlx.sizes import size_text
 
     rows = [
         (
             row["bits"],
             size_text(row["bytes"]),
-            reach(row["longest_context_here"], about["context_length"]),
+            context_that_fits(row["longest_context_here"], about["context_length"]),
         )
         for row in about["quantizations"]
     ]
@@ -322,8 +321,8 @@ def tell_choices(about: dict[str, Any], output: Output) -> None:
         output.text(f"Best here: {best['bits']} bits, with: {best['command']}")
 
 
-def reach(longest: int, context_length: int, where: str = "") -> str:
-    """How far a model fits, as a clause; `where` names the memory."""
+def context_that_fits(longest: int, context_length: int, where: str = "") -> str:
+    """Say in a clause how far a model fits; `where` names the memory."""
     place = f" this machine's {where}" if where else ""
     if longest >= context_length:
         return f"fits{place} at every length"

@@ -1,7 +1,4 @@
-"""`phimlx transcribe`: recordings of any length to text, each piece as soon as it is understood.
-
-Knows files, formats and the screen; `phimlx.transcription` does the listening.
-"""
+"""`phimlx transcribe`: recordings of any length to text, each piece as soon as it is understood."""
 
 from __future__ import annotations
 
@@ -27,7 +24,7 @@ from phimlx.cli.options import (
 )
 from phimlx.errors import PhimlxError
 from phimlx.files import translate_write_errors, write_file
-from phimlx.media.subtitles import FORMATS, Cue, Format
+from phimlx.media.subtitles import FORMATS, Cue, TranscriptFormat
 from phimlx.terminal.output import Output, printable
 from phimlx.terminal.sampling_settings import FiniteRange
 
@@ -43,7 +40,7 @@ REMARKS = {
 
 @dataclass
 class Transcript:
-    """What has been understood of one file so far."""
+    """Transcript of one file, as far as it has come."""
 
     name: str
     target: Path | None
@@ -53,7 +50,7 @@ class Transcript:
 
     @property
     def label(self) -> str:
-        """The name as people know it."""
+        """Return the name as people know it."""
         return "stdin" if self.name == STDIN else self.name
 
     @property
@@ -61,7 +58,7 @@ class Transcript:
         return sys.stdin.buffer if self.name == STDIN else self.name
 
     def as_object(self) -> dict[str, Any]:
-        """It as `--json` prints it."""
+        """Make the object that `--json` prints."""
         return {
             "file": self.name,
             "text": " ".join(piece.text for piece in self.pieces if piece.text),
@@ -154,13 +151,13 @@ def command(
     from phimlx.transcription import question
 
     question(prompt, translate_to)
-    transcripts = plan(files, format_name, output, output_dir, overwrite, as_json)
+    transcripts = plan_transcripts(files, format_name, output, output_dir, overwrite, as_json)
     screen = Output(json=as_json)
     limits = pop_limits(settings, max_seconds=math.inf)
     options = {"prompt": prompt, "translate_to": translate_to, "max_seconds": piece_seconds}
     for transcript in transcripts:
         if transcript.name != STDIN:
-            with _telling(transcript, screen):
+            with _reporting_errors(transcript, screen):
                 check_files([transcript.name])
     found = [transcript for transcript in transcripts if transcript.error is None]
     if found:
@@ -173,16 +170,19 @@ def command(
             if len(files) > 1 and transcript.target is None:
                 gap = "" if transcript is found[0] else "\n"
                 screen.text(f"{gap}==> {transcript.label} <==")
-            with _telling(transcript, screen), _written(transcript, FORMATS[format_name], screen):
+            with (
+                _reporting_errors(transcript, screen),
+                _opened_transcript(transcript, FORMATS[format_name], screen),
+            ):
                 listen = partial(phi.transcribe, transcript.source, limits=limits, **options)
-                _take(listen, transcript, FORMATS[format_name], screen)
+                _transcribe(listen, transcript, FORMATS[format_name], screen)
     finally:
         screen.json({"model": model, "files": [each.as_object() for each in transcripts]})
     if any(transcript.error for transcript in transcripts):
         raise click.exceptions.Exit(1)
 
 
-def plan(
+def plan_transcripts(
     files: Sequence[str],
     format_name: str,
     output: Path | None,
@@ -190,7 +190,7 @@ def plan(
     overwrite: bool,
     as_json: bool,
 ) -> list[Transcript]:
-    """Where each recording's transcript goes; raises `click.UsageError` where that cannot be."""
+    """Decide where each transcript goes; raises `click.UsageError` where that cannot be."""
     if output is not None and output_dir is not None:
         raise click.UsageError("The transcript goes to --output or into --output-dir, not both.")
     if output is not None and len(files) > 1:
@@ -235,7 +235,7 @@ def _stem(file: str) -> str:
 
 
 @contextlib.contextmanager
-def _telling(transcript: Transcript, output: Output) -> Iterator[None]:
+def _reporting_errors(transcript: Transcript, output: Output) -> Iterator[None]:
     """Tell of an error, with the file's name, and go on."""
     try:
         yield
@@ -246,17 +246,19 @@ def _telling(transcript: Transcript, output: Output) -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def _written(transcript: Transcript, form: Format, output: Output) -> Iterator[None]:
+def _opened_transcript(
+    transcript: Transcript, format: TranscriptFormat, output: Output
+) -> Iterator[None]:
     """Open the transcript and, however the block ends, close it with what has come."""
     if transcript.target is None:
-        output.write(form.head)
+        output.write(format.head)
     try:
         yield
     finally:
         if transcript.target is None:
-            output.write(form.tail)
+            output.write(format.tail)
         elif transcript.pieces or transcript.complete:
-            text = form.write([_cue(piece) for piece in transcript.pieces])
+            text = format.write([_cue(piece) for piece in transcript.pieces])
             try:
                 with translate_write_errors(transcript.target, PhimlxError):
                     write_file(transcript.target, text)
@@ -266,8 +268,11 @@ def _written(transcript: Transcript, form: Format, output: Output) -> Iterator[N
             output.note(f"Wrote {transcript.target}.")
 
 
-def _take(
-    listen: Callable[..., Iterator[Piece]], transcript: Transcript, form: Format, output: Output
+def _transcribe(
+    listen: Callable[..., Iterator[Piece]],
+    transcript: Transcript,
+    format: TranscriptFormat,
+    output: Output,
 ) -> None:
     """Let the pieces come, and show each."""
     heard = number = 0
@@ -282,7 +287,7 @@ def _take(
                 cue = _cue(piece)
                 if cue.text.strip() and transcript.target is None:
                     number += 1
-                    output.write(form.cue(number, cue))
+                    output.write(format.cue(number, cue))
                 if piece.finish_reason in REMARKS:
                     place = f"{transcript.label}, from {piece.start:.1f} to {piece.end:.1f} s"
                     output.warning(f"{place}: the text {REMARKS[piece.finish_reason]}")

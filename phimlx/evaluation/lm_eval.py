@@ -15,7 +15,7 @@ import numpy as np
 
 from phimlx.api import Phi
 from phimlx.errors import PromptError, TokenizerError, TrainingError
-from phimlx.extras import optional
+from phimlx.extras import import_extra
 from phimlx.generation.engine import PREFILL_TOKENS
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
@@ -47,8 +47,8 @@ def run_tasks(
         TrainingError: where lm-eval is not installed, or has no such task.
     """
     without = "Tasks are lm-eval's, which is not installed."
-    lm_eval = optional("lm_eval", "lm-eval", without, TrainingError)
-    tasks_of = optional("lm_eval.tasks", "lm-eval", without, TrainingError)
+    lm_eval = import_extra("lm_eval", "lm-eval", without, TrainingError)
+    tasks_of = import_extra("lm_eval.tasks", "lm-eval", without, TrainingError)
     manager = tasks_of.TaskManager(include_path=None if include_path is None else str(include_path))
     unknown = [task for task in tasks if task not in manager.all_tasks]
     if unknown:

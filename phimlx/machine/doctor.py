@@ -1,7 +1,4 @@
-"""What of this machine and installation helps or hinders phimlx: one finding a check.
-
-Knows versions, the backend, memory, disk and the Hub; knows nothing of how findings are shown.
-"""
+"""Checks of this machine and installation: what helps or hinders phimlx, one finding a check."""
 
 from __future__ import annotations
 
@@ -39,7 +36,7 @@ class Finding:
     hint: str | None = None
 
 
-def examine() -> Iterator[Finding]:
+def run_checks() -> Iterator[Finding]:
     """Every finding, in order; the last one may wait for the network."""
     for check in CHECKS:
         yield check()

@@ -1,7 +1,4 @@
-"""Sounds to the arrays that the audio encoder takes, several padded together as the original does.
-
-Knows the processor's names and counts; knows nothing of the encoder, or of slots in a prompt.
-"""
+"""Audio to the arrays that the audio encoder takes, several padded together as in the original."""
 
 from __future__ import annotations
 
@@ -13,16 +10,16 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
-from phimlx.media.audio_file import Source, open_sound
+from phimlx.media.audio_file import AudioSource, open_audio
 from phimlx.media.limits import Limits
-from phimlx.media.log_mel import MEL_BINS, Clip, log_mel, token_count
+from phimlx.media.log_mel import MEL_BINS, AudioClip, log_mel, token_count
 
-__all__ = ["Audio", "Clip", "Source", "load_audio", "log_mel", "prepare_audio"]
+__all__ = ["Audio", "AudioClip", "AudioSource", "load_audio", "log_mel", "prepare_audio"]
 
 
 @dataclass(frozen=True)
 class Audio:
-    """One or more sounds, ready for the model.
+    """Audio inputs of the model: one or more sounds, padded together.
 
     Attributes:
         input_audio_embeds: log-mel features, float32 `[sounds, frames, 80]`, zero behind each.
@@ -44,7 +41,7 @@ class Audio:
         return [int(size) for size in self.audio_embed_sizes]
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """The arrays under the processor's names; without the mask where there is none."""
+        """Return the arrays under the processor's names; without the mask where there is none."""
         arrays: dict[str, NDArray[Any]] = {
             "input_audio_embeds": self.input_audio_embeds,
             "audio_embed_sizes": self.audio_embed_sizes,
@@ -54,8 +51,8 @@ class Audio:
         return arrays
 
 
-def load_audio(source: Source, limits: Limits | None = None) -> Clip:
-    """One sound as the model hears it: mono, at 16 kHz, or at 8 kHz where it was recorded so.
+def load_audio(source: AudioSource, limits: Limits | None = None) -> AudioClip:
+    """Read one sound as the model hears it: mono, at 16 kHz, or at 8 kHz where it was recorded so.
 
     Args:
         source: path, https URL, bytes, file object, or (samples, rate) with samples `[samples]`
@@ -65,12 +62,12 @@ def load_audio(source: Source, limits: Limits | None = None) -> Clip:
     Raises:
         MediaError: it cannot be had, is no sound, is damaged, or larger than the limits allow.
     """
-    with open_sound(source, limits) as sound:
-        return Clip(np.concatenate(list(sound.blocks)), sound.rate)
+    with open_audio(source, limits) as sound:
+        return AudioClip(np.concatenate(list(sound.blocks)), sound.rate)
 
 
-def prepare_audio(sources: Sequence[Source], limits: Limits | None = None) -> Audio:
-    """Sounds to features, padded to the longest; MediaError as `load_audio` and `log_mel` raise.
+def prepare_audio(sources: Sequence[AudioSource], limits: Limits | None = None) -> Audio:
+    """Turn sounds into features, padded to the longest; MediaError as `load_audio` and `log_mel`.
 
     Source: `Phi4MMAudioFeatureExtractor.__call__` of the published `processing_phi4mm.py`.
     """

@@ -1,7 +1,4 @@
-"""Sound files to blocks of mono samples at the model's rate: read, mixed, resampled as they go.
-
-Knows soundfile, soxr and PyAV, and refuses what passes the limits; knows nothing of features.
-"""
+"""Audio files to blocks of mono samples at the model's rate: read, mixed, resampled as they go."""
 
 from __future__ import annotations
 
@@ -18,20 +15,20 @@ from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
 from phimlx.media.container import (
-    Kind,
-    container_kind,
+    ContainerFormat,
     declared_seconds,
+    detect_container,
     open_container,
     too_long,
 )
 from phimlx.media.limits import Limits, source_name
-from phimlx.media.log_mel import Clip, Samples
-from phimlx.media.mp3 import mp3_opening
-from phimlx.media.source import Bytes, read_bytes
+from phimlx.media.log_mel import AudioClip, Samples
+from phimlx.media.mp3 import xing_frame
+from phimlx.media.source import BytesLike, read_bytes
 
 # Samples `[samples]` or `[samples, channels]`, floats from -1 to 1 or integers, and their rate.
 Recording = tuple[NDArray[Any], int]
-Source = str | Path | Bytes | BinaryIO | Recording | Clip
+AudioSource = str | Path | BytesLike | BinaryIO | Recording | AudioClip
 
 BLOCK = 65536  # samples of each channel read at once
 RATES = (1000, 768_000)  # Hz: below is no speech, above no recorder
@@ -47,7 +44,7 @@ _CUT_SHORT = "It may have been cut short: copy or download it again."
 
 
 @dataclass(frozen=True)
-class Sound:
+class AudioStream:
     """A sound being read: blocks of mono samples `[samples]` at 8 or 16 kHz.
 
     Attributes:
@@ -60,7 +57,7 @@ class Sound:
 
 
 @dataclass(frozen=True)
-class _Native:
+class _RecordedAudio:
     """A sound as it was recorded; blocks `[samples, channels]` from -1 to 1."""
 
     name: str
@@ -70,7 +67,7 @@ class _Native:
 
 
 def model_rate(rate: int) -> int:
-    """The rate at which the features of a sound are taken.
+    """Return the rate, in Hz, at which the features of a sound are taken.
 
     8 kHz stays, on the path that the model was trained with. Everything above goes to 16 kHz:
     the original means 8 kHz for rates in between, though it leaves the samples as they are, and
@@ -81,8 +78,8 @@ def model_rate(rate: int) -> int:
 
 
 @contextmanager
-def open_sound(source: Source, limits: Limits | None = None) -> Iterator[Sound]:
-    """A sound to read block by block, mixed to one channel (their mean) and resampled (soxr HQ).
+def open_audio(source: AudioSource, limits: Limits | None = None) -> Iterator[AudioStream]:
+    """Open a sound to read by blocks, mixed to one channel (their mean) and resampled (soxr HQ).
 
     What a file declares is checked before anything is decoded; decoding stops at the limits too.
 
@@ -91,29 +88,31 @@ def open_sound(source: Source, limits: Limits | None = None) -> Iterator[Sound]:
             larger than the limits allow; some of it only when the block is asked for.
     """
     limits = limits or Limits()
-    if isinstance(source, Clip):
-        yield Sound(source.rate, iter([source.samples]), len(source.samples) / source.rate)
+    if isinstance(source, AudioClip):
+        yield AudioStream(source.rate, iter([source.samples]), len(source.samples) / source.rate)
         return
-    with _open_native(source, limits) as native:
-        rate = model_rate(native.rate)
-        blocks = _resampled(_mixed(native, limits), native.rate, rate)
-        yield Sound(rate, blocks, native.seconds)
+    with _open_recorded(source, limits) as recorded:
+        rate = model_rate(recorded.rate)
+        blocks = _resampled(_to_mono(recorded, limits), recorded.rate, rate)
+        yield AudioStream(rate, blocks, recorded.seconds)
 
 
 @contextmanager
-def _open_native(source: Any, limits: Limits) -> Iterator[_Native]:
+def _open_recorded(source: Any, limits: Limits) -> Iterator[_RecordedAudio]:
     name = source_name(source)
     if isinstance(source, tuple):
-        yield _given(source, limits)
+        yield _from_samples(source, limits)
         return
     data = read_bytes(source, limits)
-    kind = container_kind(data)
-    opened = _open_file(data, name, limits) if kind is None else _open_av(data, kind, name, limits)
-    with opened as native:
-        yield native
+    form = detect_container(data)
+    opened = (
+        _open_soundfile(data, name, limits) if form is None else _open_av(data, form, name, limits)
+    )
+    with opened as recorded:
+        yield recorded
 
 
-def _given(source: tuple[Any, Any], limits: Limits) -> _Native:
+def _from_samples(source: tuple[Any, Any], limits: Limits) -> _RecordedAudio:
     """Samples in memory: floats as they are, integers scaled as a file of that depth would be."""
     name = "The sound"
     if len(source) != 2 or not isinstance(source[1], int | np.integer):
@@ -134,12 +133,12 @@ def _given(source: tuple[Any, Any], limits: Limits) -> _Native:
 
     def blocks() -> Iterator[NDArray[np.float32]]:
         for start in range(0, len(samples), BLOCK):
-            yield _scaled(samples[start : start + BLOCK])
+            yield _to_float32(samples[start : start + BLOCK])
 
-    return _Native(name, rate, blocks(), len(samples) / rate)
+    return _RecordedAudio(name, rate, blocks(), len(samples) / rate)
 
 
-def _scaled(samples: NDArray[Any]) -> NDArray[np.float32]:
+def _to_float32(samples: NDArray[Any]) -> NDArray[np.float32]:
     if samples.dtype.kind == "f":
         # A double past the range of a single becomes infinite, and is refused as such.
         with np.errstate(over="ignore"):
@@ -149,7 +148,7 @@ def _scaled(samples: NDArray[Any]) -> NDArray[np.float32]:
     return ((samples.astype(np.float64) - zero) / half).astype(np.float32)
 
 
-class _Data(io.BytesIO):
+class _SeekableBytes(io.BytesIO):
     """Bytes that libsndfile may seek in; damaged ones send it before the first."""
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
@@ -157,8 +156,8 @@ class _Data(io.BytesIO):
 
 
 @contextmanager
-def _open_file(data: bytes, name: str, limits: Limits) -> Iterator[_Native]:
-    """What libsndfile reads. The format follows from the bytes alone, never from a name."""
+def _open_soundfile(data: bytes, name: str, limits: Limits) -> Iterator[_RecordedAudio]:
+    """Open what libsndfile reads. The format follows from the bytes alone, never from a name."""
     import soundfile  # type: ignore[import-untyped]
 
     class Forward(soundfile.SoundFile):  # type: ignore[misc]
@@ -167,9 +166,9 @@ def _open_file(data: bytes, name: str, limits: Limits) -> Iterator[_Native]:
         def seekable(self) -> bool:
             return False
 
-    opening = mp3_opening(data)
+    opening = xing_frame(data)
     try:
-        file = Forward(_Data(opening + data if opening else data))
+        file = Forward(_SeekableBytes(opening + data if opening else data))
     except soundfile.SoundFileError as error:
         raise MediaError(
             f"{name} is not a sound that can be read.",
@@ -181,10 +180,12 @@ def _open_file(data: bytes, name: str, limits: Limits) -> Iterator[_Native]:
         if declared is not None:
             _check_length(name, declared, file.samplerate, limits)
         seconds = None if declared is None else declared / file.samplerate
-        yield _Native(name, file.samplerate, _file_blocks(file, name, declared), seconds)
+        yield _RecordedAudio(
+            name, file.samplerate, _soundfile_blocks(file, name, declared), seconds
+        )
 
 
-def _file_blocks(file: Any, name: str, declared: int | None) -> Iterator[NDArray[np.float32]]:
+def _soundfile_blocks(file: Any, name: str, declared: int | None) -> Iterator[NDArray[np.float32]]:
     import soundfile  # type: ignore[import-untyped]
 
     heard = 0
@@ -211,8 +212,10 @@ def _file_blocks(file: Any, name: str, declared: int | None) -> Iterator[NDArray
 
 
 @contextmanager
-def _open_av(data: bytes, kind: Kind, name: str, limits: Limits) -> Iterator[_Native]:
-    with open_container(data, kind, name) as container:
+def _open_av(
+    data: bytes, form: ContainerFormat, name: str, limits: Limits
+) -> Iterator[_RecordedAudio]:
+    with open_container(data, form, name) as container:
         if not container.streams.audio:
             raise MediaError(f"{name} holds no sound.", hint="Give a file with an audio track.")
         stream = container.streams.audio[0]
@@ -225,7 +228,7 @@ def _open_av(data: bytes, kind: Kind, name: str, limits: Limits) -> Iterator[_Na
         if first is None:
             raise _no_sound(name)
         every = (block for _, block in itertools.chain([first], blocks))
-        yield _Native(name, first[0], every, declared)
+        yield _RecordedAudio(name, first[0], every, declared)
 
 
 def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
@@ -268,21 +271,21 @@ def _no_sound(name: str) -> MediaError:
     return MediaError(f"{name} holds no sound.", hint="It has a header, and nothing after it.")
 
 
-def _mixed(native: _Native, limits: Limits) -> Iterator[Samples]:
+def _to_mono(recorded: _RecordedAudio, limits: Limits) -> Iterator[Samples]:
     """The mean of the channels, of samples that are sound, as long as the limits allow."""
     heard = 0
-    for block in native.blocks:
+    for block in recorded.blocks:
         heard += len(block)
-        _check_length(native.name, heard, native.rate, limits)
+        _check_length(recorded.name, heard, recorded.rate, limits)
         peak = float(np.abs(block).max(initial=0.0))
         if not peak <= LOUDEST:
             if not np.isfinite(peak):
                 raise MediaError(
-                    f"{native.name} holds samples that are not finite numbers.",
+                    f"{recorded.name} holds samples that are not finite numbers.",
                     hint="It was written by a faulty program: export it again.",
                 )
             raise MediaError(
-                f"{native.name} reaches {peak:.3g}; sound runs from -1 to 1.",
+                f"{recorded.name} reaches {peak:.3g}; sound runs from -1 to 1.",
                 hint="Divide 16-bit samples by 32768, or give them as integers.",
             )
         if block.shape[1] == 1:
@@ -290,7 +293,7 @@ def _mixed(native: _Native, limits: Limits) -> Iterator[Samples]:
         else:
             yield block.mean(axis=1, dtype=np.float64).astype(np.float32)
     if not heard:
-        raise _no_sound(native.name)
+        raise _no_sound(recorded.name)
 
 
 def _resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:

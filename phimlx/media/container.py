@@ -1,7 +1,4 @@
-"""Containers that PyAV opens, MP4 to WebM: told apart by their first bytes, opened as just that.
-
-Knows signatures and the optional extra; knows nothing of what is decoded.
-"""
+"""Containers that PyAV opens, MP4 to WebM: told apart by their first bytes, opened as just that."""
 
 from __future__ import annotations
 
@@ -11,14 +8,14 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from phimlx.errors import MediaError
-from phimlx.extras import optional
+from phimlx.extras import import_extra
 from phimlx.media.limits import Limits, out_of_memory, raising
 
 if TYPE_CHECKING:
     from av.container import InputContainer
 
 
-class Kind(NamedTuple):
+class ContainerFormat(NamedTuple):
     """A container: FFmpeg's name for it, and what a message calls it."""
 
     demuxer: str
@@ -27,66 +24,66 @@ class Kind(NamedTuple):
 
 # offset of the signature, the signature, what it says
 _SIGNATURES = (
-    (4, b"ftyp", Kind("mov", "MP4 or M4A")),
-    (4, b"moov", Kind("mov", "QuickTime")),
-    (4, b"mdat", Kind("mov", "QuickTime")),
-    (4, b"wide", Kind("mov", "QuickTime")),
-    (0, b"\x1a\x45\xdf\xa3", Kind("matroska", "WebM or Matroska")),
-    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", Kind("asf", "WMA or WMV")),
-    (8, b"AVI ", Kind("avi", "AVI")),
-    (0, b"FLV\x01", Kind("flv", "FLV")),
-    (0, b"\x00\x00\x01\xba", Kind("mpeg", "MPEG")),
-    (188, b"G", Kind("mpegts", "MPEG-TS")),
-    (0, b"#!AMR", Kind("amr", "AMR")),
-    (0, b"\xff\xf0", Kind("aac", "AAC")),
-    (0, b"\xff\xf1", Kind("aac", "AAC")),
-    (0, b"\xff\xf8", Kind("aac", "AAC")),
-    (0, b"\xff\xf9", Kind("aac", "AAC")),
+    (4, b"ftyp", ContainerFormat("mov", "MP4 or M4A")),
+    (4, b"moov", ContainerFormat("mov", "QuickTime")),
+    (4, b"mdat", ContainerFormat("mov", "QuickTime")),
+    (4, b"wide", ContainerFormat("mov", "QuickTime")),
+    (0, b"\x1a\x45\xdf\xa3", ContainerFormat("matroska", "WebM or Matroska")),
+    (0, b"\x30\x26\xb2\x75\x8e\x66\xcf\x11", ContainerFormat("asf", "WMA or WMV")),
+    (8, b"AVI ", ContainerFormat("avi", "AVI")),
+    (0, b"FLV\x01", ContainerFormat("flv", "FLV")),
+    (0, b"\x00\x00\x01\xba", ContainerFormat("mpeg", "MPEG")),
+    (188, b"G", ContainerFormat("mpegts", "MPEG-TS")),
+    (0, b"#!AMR", ContainerFormat("amr", "AMR")),
+    (0, b"\xff\xf0", ContainerFormat("aac", "AAC")),
+    (0, b"\xff\xf1", ContainerFormat("aac", "AAC")),
+    (0, b"\xff\xf8", ContainerFormat("aac", "AAC")),
+    (0, b"\xff\xf9", ContainerFormat("aac", "AAC")),
 )
 
 
-def container_kind(data: bytes) -> Kind | None:
-    """Which container some bytes are; None where they are none of those known."""
-    for offset, signature, kind in _SIGNATURES:
-        if data.startswith(signature, offset) and (kind.demuxer != "mpegts" or data[:1] == b"G"):
-            return kind
+def detect_container(data: bytes) -> ContainerFormat | None:
+    """Tell the container of some bytes by their signature; None where it is none of those known."""
+    for offset, signature, form in _SIGNATURES:
+        if data.startswith(signature, offset) and (form.demuxer != "mpegts" or data[:1] == b"G"):
+            return form
     return None
 
 
 @contextmanager
-def open_container(data: bytes, kind: Kind, name: str) -> Iterator[InputContainer]:
-    """The container in `data`, with FFmpeg's errors, also those of decoding, as MediaError.
+def open_container(data: bytes, form: ContainerFormat, name: str) -> Iterator[InputContainer]:
+    """Open the container in `data`, with FFmpeg's errors, also those of decoding, as MediaError.
 
     Only the named demuxer runs: left to guess, FFmpeg takes a text for a playlist and opens
     the files and addresses that it lists.
     """
-    av = _import_av(kind, name)
+    av = _import_av(form, name)
     try:
-        with av.open(io.BytesIO(data), format=kind.demuxer, metadata_errors="replace") as container:
+        with av.open(io.BytesIO(data), format=form.demuxer, metadata_errors="replace") as container:
             yield container
     except MemoryError as error:  # FFmpeg's own, ENOMEM, among them
         raise out_of_memory(name) from error
     except av.FFmpegError as error:
         raise MediaError(
-            f"{name} is not readable {kind.name}: {error.strerror}.",
+            f"{name} is not readable {form.name}: {error.strerror}.",
             hint="Check that it plays elsewhere; a copy that was cut short cannot be read.",
         ) from error
 
 
 def declared_seconds(container: Any, stream: Any) -> float | None:
-    """How long a stream says it is; None where neither it nor its container does."""
+    """Return the seconds that a stream declares; None where neither it nor its container does."""
     if stream.duration is not None and stream.time_base is not None:
         return float(stream.duration * stream.time_base)
     return None if container.duration is None else container.duration / 1_000_000
 
 
 def too_long(name: str, limits: Limits) -> MediaError:
-    """The refusal of a sound or video that passes `max_seconds`."""
+    """Make the refusal of a sound or video that passes `max_seconds`."""
     return MediaError(
         f"{name} is longer than {limits.max_seconds:g} s.", hint=raising("max_seconds")
     )
 
 
-def _import_av(kind: Kind, name: str) -> Any:
-    without = f"{name} is {kind.name}, which needs PyAV, and that is not installed."
-    return optional("av", "video", without, MediaError)
+def _import_av(form: ContainerFormat, name: str) -> Any:
+    without = f"{name} is {form.name}, which needs PyAV, and that is not installed."
+    return import_extra("av", "video", without, MediaError)

@@ -1,7 +1,4 @@
-"""Pictures as the vision tower was trained on them: crops of 448 × 448 and one view of the whole.
-
-Knows the crop grid, the resampling and the masks; knows nothing of files or of the model.
-"""
+"""Images as the vision tower was trained on them: crops of 448 × 448 and one view of the whole."""
 
 from __future__ import annotations
 
@@ -15,27 +12,27 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from phimlx.errors import MediaError
-from phimlx.media.image_file import Source, load_image
+from phimlx.media.image_file import ImageSource, load_image
 from phimlx.media.limits import Limits
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-__all__ = ["Images", "Layout", "Source", "load_image", "prepare_images"]
+__all__ = ["CropLayout", "ImageSource", "Images", "load_image", "prepare_images"]
 
 Array = np.ndarray[Any, Any]
 
 CROP = 448  # pixels, the tower's input
 PATCH = 14  # pixels of one patch
-SIDE = CROP // PATCH  # patches along a crop, 32
+PATCHES_PER_SIDE = CROP // PATCH  # patches along a crop, 32
 POOL = 2  # patches along a token
 DYNAMIC_HD = 36  # most crops of one picture
-NARROWEST = 10  # pixels left of the shorter side
+MIN_SIDE = 10  # pixels left of the shorter side
 
 
 @dataclass(frozen=True)
 class Images:
-    """Pictures ready for the model, padded to the one with most crops.
+    """Image inputs of the model, padded to the image with most crops.
 
     Attributes:
         input_image_embeds: float32 [images, 1 + crops, 3, 448, 448], −1 to 1; the whole first,
@@ -54,7 +51,7 @@ class Images:
     digests: list[bytes]
 
     def arrays(self) -> dict[str, Array]:
-        """The model's inputs, under its own names."""
+        """Return the model's inputs, under its own names."""
         return {
             "input_image_embeds": self.input_image_embeds,
             "image_sizes": self.image_sizes,
@@ -63,9 +60,9 @@ class Images:
 
 
 def prepare_images(
-    sources: Sequence[Source], limits: Limits | None = None, dynamic_hd: int = DYNAMIC_HD
+    sources: Sequence[ImageSource], limits: Limits | None = None, dynamic_hd: int = DYNAMIC_HD
 ) -> Images:
-    """Read pictures and cut them up as the model was trained to see them.
+    """Read images and cut them into crops as the model was trained on them.
 
     The arrays are those of processing_phi4mm.py in microsoft/Phi-4-multimodal-instruct: resized by
     Pillow's bilinear filter, white beside and below, the whole by a bicubic filter without
@@ -83,13 +80,13 @@ def prepare_images(
     layouts, canvases, digests = [], [], []
     for source in sources:
         image = load_image(source, limits)
-        layout = Layout.of(*image.size, dynamic_hd)
+        layout = CropLayout.of(*image.size, dynamic_hd)
         layouts.append(layout)
-        canvases.append(_canvas(image, layout))
+        canvases.append(_padded(image, layout))
         digests.append(_digest(image))
     crops = 1 + max(layout.crops for layout in layouts)
     embeds = np.zeros((len(layouts), crops, 3, CROP, CROP), np.float32)
-    masks = np.ones((len(layouts), crops, SIDE, SIDE), np.float32)
+    masks = np.ones((len(layouts), crops, PATCHES_PER_SIDE, PATCHES_PER_SIDE), np.float32)
     for embed, mask, canvas, layout in zip(embeds, masks, canvases, layouts, strict=True):
         _fill(embed[: 1 + layout.crops], canvas, layout)
         mask[1 : 1 + layout.crops] = layout.mask()
@@ -103,8 +100,8 @@ def prepare_images(
 
 
 @dataclass(frozen=True)
-class Layout:
-    """Where a picture lies on its grid of crops: top left, white beside or below.
+class CropLayout:
+    """Place of an image on its grid of crops: top left, white beside or below.
 
     Attributes:
         columns, rows: crops.
@@ -117,24 +114,24 @@ class Layout:
     height: int
 
     @staticmethod
-    def of(width: int, height: int, dynamic_hd: int = DYNAMIC_HD) -> Layout:
-        """The grid for a picture of so many pixels.
+    def of(width: int, height: int, dynamic_hd: int = DYNAMIC_HD) -> CropLayout:
+        """Choose the grid for an image of so many pixels.
 
         Raises:
             MediaError: the shorter side would have fewer than 10 pixels.
         """
         columns, rows = math.ceil(width / CROP), math.ceil(height / CROP)
         if columns * rows > dynamic_hd:
-            columns, rows = _closest(width, height, dynamic_hd)
+            columns, rows = _closest_grid(width, height, dynamic_hd)
         across, down = columns * CROP / width, rows * CROP / height
         if across < down:
-            layout = Layout(columns, rows, columns * CROP, int(height * across))
+            layout = CropLayout(columns, rows, columns * CROP, int(height * across))
         else:
-            layout = Layout(columns, rows, int(width * down), rows * CROP)
-        if min(layout.width, layout.height) < NARROWEST:
+            layout = CropLayout(columns, rows, int(width * down), rows * CROP)
+        if min(layout.width, layout.height) < MIN_SIDE:
             raise MediaError(
                 f"A picture of {width:,} × {height:,} pixels is too long: the model would see "
-                f"fewer than {NARROWEST} pixels of its shorter side.",
+                f"fewer than {MIN_SIDE} pixels of its shorter side.",
                 hint="Enlarge it or cut it into pieces.",
             )
         return layout
@@ -148,25 +145,27 @@ class Layout:
         """Rows and columns of patches that are not wholly white."""
         below = (self.rows * CROP - self.height) // PATCH
         beside = (self.columns * CROP - self.width) // PATCH
-        return self.rows * SIDE - below, self.columns * SIDE - beside
+        return self.rows * PATCHES_PER_SIDE - below, self.columns * PATCHES_PER_SIDE - beside
 
     @property
     def tokens(self) -> int:
         """Tokens in the prompt: the crops' rows, a separator, the whole's rows; each row ends."""
         rows, columns = (math.ceil(patches / POOL) for patches in self.patches)
-        whole = SIDE // POOL
+        whole = PATCHES_PER_SIDE // POOL
         return rows * (columns + 1) + 1 + whole * (whole + 1)
 
     def mask(self) -> Array:
         """Float32 [crops, 32, 32], 1 where a patch is not wholly white."""
         rows, columns = self.patches
-        mask = np.zeros((self.rows * SIDE, self.columns * SIDE), np.float32)
+        mask = np.zeros((self.rows * PATCHES_PER_SIDE, self.columns * PATCHES_PER_SIDE), np.float32)
         mask[:rows, :columns] = 1
-        return _tiles(mask[..., None], SIDE).reshape(-1, SIDE, SIDE)
+        return _tiles(mask[..., None], PATCHES_PER_SIDE).reshape(
+            -1, PATCHES_PER_SIDE, PATCHES_PER_SIDE
+        )
 
 
 @cache
-def _grids(most: int) -> list[tuple[int, int]]:
+def _crop_grids(most: int) -> list[tuple[int, int]]:
     """Columns and rows of every grid, smallest first.
 
     The original sorts a set by area alone, so grids of one area keep the set's order, which decides
@@ -182,10 +181,10 @@ def _grids(most: int) -> list[tuple[int, int]]:
     return sorted(grids, key=lambda grid: grid[0] * grid[1])
 
 
-def _closest(width: int, height: int, most: int) -> tuple[int, int]:
+def _closest_grid(width: int, height: int, most: int) -> tuple[int, int]:
     """The grid nearest in aspect ratio; of equal ones a later one that is not twice too large."""
     best, nearest = (1, 1), math.inf
-    for columns, rows in _grids(most):
+    for columns, rows in _crop_grids(most):
         distance = abs(width / height - columns / rows)
         roomy = width * height > 0.5 * CROP * CROP * columns * rows
         if distance < nearest or (distance == nearest and roomy):
@@ -199,7 +198,7 @@ def _digest(image: Image) -> bytes:
     return digest.digest()
 
 
-def _canvas(image: Image, layout: Layout) -> Array:
+def _padded(image: Image, layout: CropLayout) -> Array:
     """The resized picture on white: uint8 [448 × rows, 448 × columns, 3]."""
     from PIL.Image import Resampling
 
@@ -213,9 +212,9 @@ def _canvas(image: Image, layout: Layout) -> Array:
     return canvas
 
 
-def _fill(embed: Array, canvas: Array, layout: Layout) -> None:
+def _fill(embed: Array, canvas: Array, layout: CropLayout) -> None:
     """Write the whole and the crops of a canvas into [1 + crops, 3, 448, 448]."""
-    _normalise(_whole(canvas), embed[0])
+    _normalise(_global_view(canvas), embed[0])
     tiles = embed[1:].reshape(layout.rows, layout.columns, 3, CROP, CROP)
     _normalise(_tiles(canvas, CROP), tiles)
 
@@ -234,7 +233,7 @@ def _normalise(pixels: Array, out: Array) -> None:
     out *= np.float32(2)
 
 
-def _whole(canvas: Array) -> Array:
+def _global_view(canvas: Array) -> Array:
     """The canvas shrunk to float32 [3, 448, 448], 0 to 255 and, as cubics overshoot, beyond.
 
     The model was trained on torch's bicubic without antialiasing: Keys' kernel with a = −0.75,

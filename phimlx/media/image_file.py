@@ -1,7 +1,4 @@
-"""One picture, however it is given: upright, eight bits, red, green and blue.
-
-Knows the formats that it lets in and what a picture may declare; knows nothing of crops or models.
-"""
+"""One picture, however it is given: upright, eight bits, red, green and blue."""
 
 from __future__ import annotations
 
@@ -22,8 +19,8 @@ from phimlx.media.source import read_bytes
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Source: TypeAlias = "str | Path | bytes | Image | np.ndarray[Any, Any]"
-Size = tuple[int, int]  # width, height
+ImageSource: TypeAlias = "str | Path | bytes | Image | np.ndarray[Any, Any]"
+ImageSize = tuple[int, int]  # width, height
 Result = TypeVar("Result")
 
 _ORIENTATION = 0x0112  # EXIF 2.3, 4.6.4 A
@@ -31,8 +28,8 @@ _SIXTEEN_BITS = ("I;16", "I;16L", "I;16B", "I;16N")
 _UNSCALED = {"I": "32-bit integers", "F": "32-bit floats"}
 
 
-def load_image(source: Source, limits: Limits | None = None) -> Image:
-    """A picture as RGB, turned as its EXIF orientation says.
+def load_image(source: ImageSource, limits: Limits | None = None) -> Image:
+    """Read an image as RGB, turned as its EXIF orientation says.
 
     Transparent parts lie on white, as transformers' Phi4MultimodalImageProcessor lays them; of 16
     bits the upper eight count; of an animation the first frame. An orientation outside 1-8, or EXIF
@@ -59,11 +56,11 @@ def load_image(source: Source, limits: Limits | None = None) -> Image:
         image = source
     elif isinstance(source, str | Path | bytes):
         data = read_bytes(source, limits)
-        chosen = _format(data, name)
-        kind = chosen.name
-        if chosen.declared:
-            check_pixels(chosen.declared(data), name, limits)
-        image = _attempt(lambda: chosen.open(data), name, kind)
+        detected = _detect_format(data, name)
+        kind = detected.name
+        if detected.declared:
+            check_pixels(detected.declared(data), name, limits)
+        image = _translate_errors(lambda: detected.open(data), name, kind)
     else:
         raise MediaError(
             f"A picture cannot be made of {type(source).__name__}.",
@@ -75,11 +72,11 @@ def load_image(source: Source, limits: Limits | None = None) -> Image:
             f"{name} stores {_UNSCALED[image.mode]}, which do not say how bright they are.",
             hint="Save it with 8 bits per channel.",
         )
-    _attempt(image.load, name, kind)
-    return _attempt(lambda: _upright(_rgb(image), _orientation(image)), name, kind)
+    _translate_errors(image.load, name, kind)
+    return _translate_errors(lambda: _upright(_rgb(image), _orientation(image)), name, kind)
 
 
-def check_pixels(size: Size, name: str, limits: Limits) -> None:
+def check_pixels(size: ImageSize, name: str, limits: Limits) -> None:
     """Refuse a picture, or a frame of a video, whose declared width and height pass the limits.
 
     Raises:
@@ -100,8 +97,8 @@ def check_pixels(size: Size, name: str, limits: Limits) -> None:
 
 
 @dataclass(frozen=True)
-class _Format:
-    """A format that is let in.
+class _ImageFormat:
+    """An image format that is let in.
 
     Attributes:
         magic: what its files begin with.
@@ -113,7 +110,7 @@ class _Format:
     name: str
     magic: re.Pattern[bytes]
     plugin: tuple[str, str]
-    declared: Callable[[bytes], Size] | None = None
+    declared: Callable[[bytes], ImageSize] | None = None
 
     def open(self, data: bytes) -> Image:
         module, factory = self.plugin
@@ -124,11 +121,11 @@ def _little(data: bytes) -> int:
     return int.from_bytes(data, "little")
 
 
-def _gif_size(data: bytes) -> Size:
+def _gif_size(data: bytes) -> ImageSize:
     return _little(data[6:8]), _little(data[8:10])
 
 
-def _webp_size(data: bytes) -> Size:
+def _webp_size(data: bytes) -> ImageSize:
     """Width and height of the canvas (RFC 9649, 2.7.1.1 VP8X, 2.5 VP8, 2.6 VP8L)."""
     match data[12:16]:
         case b"VP8X":
@@ -140,8 +137,8 @@ def _webp_size(data: bytes) -> Size:
             return _little(data[26:28]) & 0x3FFF, _little(data[28:30]) & 0x3FFF
 
 
-_FORMATS = tuple(
-    _Format(name, re.compile(magic, re.DOTALL), plugin, declared)
+_IMAGE_FORMATS = tuple(
+    _ImageFormat(name, re.compile(magic, re.DOTALL), plugin, declared)
     for name, magic, plugin, declared in (
         ("PNG", rb"\x89PNG\r\n\x1a\n", ("PngImagePlugin", "PngImageFile"), None),
         ("JPEG", rb"\xff\xd8\xff", ("JpegImagePlugin", "jpeg_factory"), None),
@@ -153,8 +150,8 @@ _FORMATS = tuple(
 )
 
 
-def _format(data: bytes, name: str) -> _Format:
-    for known in _FORMATS:
+def _detect_format(data: bytes, name: str) -> _ImageFormat:
+    for known in _IMAGE_FORMATS:
         if known.magic.match(data):
             return known
     raise MediaError(
@@ -162,7 +159,7 @@ def _format(data: bytes, name: str) -> _Format:
     )
 
 
-def _attempt(decode: Callable[[], Result], name: str, kind: str) -> Result:
+def _translate_errors(decode: Callable[[], Result], name: str, kind: str) -> Result:
     """Run a decoder, whose way of failing on bad bytes may be any exception there is."""
     try:
         return decode()

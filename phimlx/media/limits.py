@@ -1,4 +1,4 @@
-"""How much a picture, sound or video may be, so that no file can exhaust the machine.
+"""Limits of an image, sound or video, so that no file can exhaust the machine.
 
 What reads a file compares before it decodes, and refuses by name.
 """
@@ -14,7 +14,7 @@ from phimlx.sizes import size_text
 
 @dataclass(frozen=True)
 class Limits:
-    """What one picture, sound or video may declare; far above what the model can use.
+    """The most that one image, sound or video may declare; far above what the model can use.
 
     Attributes:
         max_bytes: bytes of one file, and of bytes given.
@@ -40,7 +40,7 @@ class Limits:
 
 
 def out_of_memory(name: str) -> MediaError:
-    """The refusal of a file whose decoding took all memory: that is no damage of the file's."""
+    """Make the refusal of a file whose decoding took all memory: it is not damaged."""
     return MediaError(
         f"{name} needs more memory than there is.",
         hint="Close other programs, or give a smaller file.",
@@ -48,7 +48,7 @@ def out_of_memory(name: str) -> MediaError:
 
 
 def source_name(source: object) -> str:
-    """What a message calls a source: the path or URL as it was given, or `The data`."""
+    """Name a source in a message: the path or URL as it was given, or `The data`."""
     if isinstance(source, str | Path):
         text = str(source)
         return text if len(text) <= 200 and text.isprintable() else shortened(text, 200)
@@ -68,5 +68,5 @@ def check_size(source: object, size: int, most: int, limit: str = "max_bytes") -
 
 
 def raising(limit: str) -> str:
-    """The next step where a limit is passed: `--max-pixels` for "max_pixels"."""
+    """Make the hint where a limit is passed: `--max-pixels` for "max_pixels"."""
     return f"If you trust it, raise the limit with --{limit.replace('_', '-')}."

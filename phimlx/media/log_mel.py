@@ -1,7 +1,4 @@
-"""Log-mel features of a sound, as Phi-4-multimodal's own extractor computes them.
-
-Knows mono samples at 8 or 16 kHz; knows nothing of files, channels, resampling or batches.
-"""
+"""Log-mel features of a sound, as Phi-4-multimodal's own extractor computes them."""
 
 from __future__ import annotations
 
@@ -31,19 +28,19 @@ _MEL_TOP = 7690  # Hz
 
 
 @dataclass(frozen=True)
-class Grid:
-    """How one sampling rate is cut into frames: 25 ms every 10 ms; lengths in samples."""
+class Framing:
+    """The cut of one sampling rate into frames: 25 ms every 10 ms; lengths in samples."""
 
     window: int
     hop: int
     fft: int
 
 
-GRIDS = {16000: Grid(400, 160, 512), 8000: Grid(200, 80, 256)}
+FRAMINGS = {16000: Framing(400, 160, 512), 8000: Framing(200, 80, 256)}
 
 
 @dataclass(frozen=True)
-class Clip:
+class AudioClip:
     """A sound as the model takes it: mono samples `[samples]` from -1 to 1, at 8 or 16 kHz."""
 
     samples: Samples
@@ -60,18 +57,18 @@ class Clip:
 
 
 def frame_count(samples: int, rate: int) -> int:
-    """Whole 25 ms windows in that many samples; what is left at the end is not heard."""
-    grid = GRIDS[rate]
-    return max((samples - grid.window) // grid.hop + 1, 0)
+    """Count the whole 25 ms windows in that many samples; what is left at the end is not heard."""
+    framing = FRAMINGS[rate]
+    return max((samples - framing.window) // framing.hop + 1, 0)
 
 
 def token_count(frames: int) -> int:
-    """Placeholders that a sound of that many frames takes in the prompt: one for 80 ms."""
+    """Count the placeholders that so many frames take in the prompt: one for 80 ms."""
     return -(-frames // FRAMES_PER_TOKEN)
 
 
-def log_mel(clip: Clip) -> NDArray[np.float32]:
-    """The features that the audio encoder reads, float32 `[frames, 80]`.
+def log_mel(clip: AudioClip) -> NDArray[np.float32]:
+    """Compute the features that the audio encoder reads, float32 `[frames, 80]`.
 
     MediaError where the clip is shorter than one window of 25 ms: the original has no features
     for it either.
@@ -82,17 +79,17 @@ def log_mel(clip: Clip) -> NDArray[np.float32]:
     Source: `Phi4MMAudioFeatureExtractor._extract_features` of the published
     `processing_phi4mm.py`. (transformers' extractor lets one bin more into the last of the 80.)
     """
-    grid = GRIDS[clip.rate]
+    framing = FRAMINGS[clip.rate]
     frames = frame_count(len(clip.samples), clip.rate)
     if frames == 0:
         raise MediaError(
             f"A sound of {1000 * clip.seconds:.1f} ms is too short to be heard.",
             hint="Phi-4 hears in windows of 25 ms: give it at least one.",
         )
-    windows = sliding_window_view(clip.samples, grid.window)[:: grid.hop]  # [frames, window]
-    hamming = np.hamming(grid.window)
+    windows = sliding_window_view(clip.samples, framing.window)[:: framing.hop]  # [frames, window]
+    hamming = np.hamming(framing.window)
     # The highest bin of 8 kHz, half its rate, counts as empty too; at 16 kHz no mel bin reaches it.
-    mel = mel_filters()[: grid.fft // 2]  # [bins, 80]
+    mel = mel_filters()[: framing.fft // 2]  # [bins, 80]
     features = np.empty((frames, MEL_BINS), np.float32)
     for start in range(0, frames, BLOCK):
         block = windows[start : start + BLOCK]
@@ -102,7 +99,7 @@ def log_mel(clip: Clip) -> NDArray[np.float32]:
         np.subtract(block, emphasised, out=emphasised)
         emphasised *= _FULL_SCALE
         # In double precision: a quiet bin beside a loud one is lost in single precision.
-        spectrum = np.fft.rfft(emphasised * hamming, n=grid.fft, axis=1)[:, : grid.fft // 2]
+        spectrum = np.fft.rfft(emphasised * hamming, n=framing.fft, axis=1)[:, : framing.fft // 2]
         power = spectrum.real**2 + spectrum.imag**2  # [frames, bins]
         mels = power.astype(np.float32) @ mel  # [frames, 80]
         features[start : start + BLOCK] = np.log(np.maximum(mels, 1))
@@ -111,7 +108,7 @@ def log_mel(clip: Clip) -> NDArray[np.float32]:
 
 @cache
 def mel_filters() -> NDArray[np.float32]:
-    """Triangles in mel space over the bins of 16 kHz, float32 `[257, 80]`.
+    """Build triangles in mel space over the bins of 16 kHz, float32 `[257, 80]`.
 
     The lowest bin and those from the top frequency on belong to none.
     """

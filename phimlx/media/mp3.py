@@ -1,7 +1,4 @@
-"""The frame that opens an MP3 and counts the others: whether it is there, and one to put in front.
-
-Knows the headers of MPEG audio, layer III; decodes nothing.
-"""
+"""The Xing header of an MP3, the frame that counts the others: one for a file that has none."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ _MARKS = (b"Xing", b"Info", b"VBRI")
 _ENDLESS = 1 << 24
 
 
-def mp3_opening(data: bytes) -> bytes:
-    """A frame to put before an MP3 that does not count its frames; empty for anything else.
+def xing_frame(data: bytes) -> bytes:
+    """Make a frame to put before an MP3 that does not count its frames; empty for anything else.
 
     libsndfile guesses how many there are from the first, and stops there: where the bitrate
     varies, in the middle of the sound. Told of more than there can be, it reads to the end.

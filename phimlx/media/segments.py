@@ -1,7 +1,4 @@
-"""Long recordings to pieces that the model was trained to transcribe, cut where nobody speaks.
-
-Knows how loud each moment is; knows nothing of words, or of what a piece is for.
-"""
+"""Long recordings to pieces that the model was trained to transcribe, cut where nobody speaks."""
 
 from __future__ import annotations
 
@@ -12,9 +9,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
-from phimlx.media.audio_file import Source, open_sound
+from phimlx.media.audio_file import AudioSource, open_audio
 from phimlx.media.limits import Limits
-from phimlx.media.log_mel import Clip, Samples
+from phimlx.media.log_mel import AudioClip, Samples
 
 TRAINED_SECONDS = 40.0
 SHORTEST_PIECE = 1.0
@@ -41,17 +38,17 @@ class Segment:
     rate: int
 
     @property
-    def clip(self) -> Clip:
-        return Clip(self.samples, self.rate)
+    def clip(self) -> AudioClip:
+        return AudioClip(self.samples, self.rate)
 
 
-def segments_of(
-    source: Source,
+def split_audio(
+    source: AudioSource,
     limits: Limits | None = None,
     max_seconds: float = TRAINED_SECONDS,
     on_open: Callable[[float | None], None] | None = None,
 ) -> Iterator[Segment]:
-    """The pieces of a recording, each yielded as soon as it is read; MediaError as `open_sound`.
+    """Cut a recording into pieces, each yielded as soon as it is read; MediaError as `open_audio`.
 
     Holds about one piece of decoded sound at a time, however long the recording.
 
@@ -65,7 +62,7 @@ def segments_of(
         on_open: called with the recording's length in seconds, None where it does not say.
     """
     _check_seconds(max_seconds)
-    with open_sound(source, limits) as sound:
+    with open_audio(source, limits) as sound:
         if on_open is not None:
             on_open(sound.seconds)
         yield from _pieces(sound.blocks, sound.rate, max_seconds)

@@ -11,19 +11,19 @@ from typing import BinaryIO
 from phimlx.errors import MediaError
 from phimlx.media.limits import Limits, check_size, source_name
 
-Bytes = bytes | bytearray | memoryview
-FileSource = str | Path | Bytes | BinaryIO
+BytesLike = bytes | bytearray | memoryview
+FileSource = str | Path | BytesLike | BinaryIO
 
 _SCHEME = re.compile(r"([A-Za-z][A-Za-z0-9+.-]*)://")
 
 
 def is_url(source: object) -> bool:
-    """Whether a source names a place on a network, of whatever scheme."""
+    """Tell whether a source names a place on a network, of whatever scheme."""
     return isinstance(source, str) and _SCHEME.match(source) is not None
 
 
 def read_bytes(source: FileSource, limits: Limits | None = None) -> bytes:
-    """All bytes of a path, an https URL, a file object open for reading bytes, or bytes.
+    """Read all bytes of a path, an https URL, a file object open for reading bytes, or bytes.
 
     Raises:
         MediaError: nothing is there, it is no regular file, it cannot be read, it is empty, it

@@ -1,7 +1,4 @@
-"""Transcripts as plain text, SubRip, WebVTT or JSON: times and texts in, one piece of text out.
-
-Knows the formats; knows nothing of sound, files or terminals. Control characters are gone already.
-"""
+"""Transcripts as plain text, SubRip, WebVTT or JSON: times and texts in, one piece of text out."""
 
 from __future__ import annotations
 
@@ -12,7 +9,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Cue:
-    """What was said from `start` to `end`, in seconds from the beginning."""
+    """Words said from `start` to `end`, in seconds from the beginning."""
 
     start: float
     end: float
@@ -20,7 +17,7 @@ class Cue:
 
 
 @dataclass(frozen=True)
-class Format:
+class TranscriptFormat:
     """One format as a stream: what opens it, each cue with its number from 1, what closes it."""
 
     head: str
@@ -28,7 +25,7 @@ class Format:
     tail: str = ""
 
     def write(self, cues: list[Cue]) -> str:
-        """The whole transcript; parts without text are left out, and not counted."""
+        """Write the whole transcript; parts without text are left out, and not counted."""
         spoken = [cue for cue in cues if cue.text.strip()]
         return self.head + "".join(map(self.cue, range(1, len(spoken) + 1), spoken)) + self.tail
 
@@ -70,8 +67,8 @@ def _clock(seconds: float, point: str) -> str:
 
 # Sources: the SubRip format as its players read it; WebVTT, W3C Candidate Recommendation, 4.
 FORMATS = {
-    "txt": Format("", _txt),
-    "srt": Format("", _srt),
-    "vtt": Format("WEBVTT\n", _vtt),
-    "json": Format('{"segments": [', _json, "\n]}\n"),
+    "txt": TranscriptFormat("", _txt),
+    "srt": TranscriptFormat("", _srt),
+    "vtt": TranscriptFormat("WEBVTT\n", _vtt),
+    "json": TranscriptFormat('{"segments": [', _json, "\n]}\n"),
 }

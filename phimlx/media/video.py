@@ -1,7 +1,4 @@
-"""Pictures from a video: frames at even distances, each with its time, upright.
-
-Knows PyAV and which packets a frame needs; knows nothing of crops, slots or models.
-"""
+"""Images from a video: frames at even distances, each with its time, upright."""
 
 from __future__ import annotations
 
@@ -14,19 +11,19 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 
 from phimlx.errors import MediaError
 from phimlx.media.container import (
-    Kind,
-    container_kind,
+    ContainerFormat,
     declared_seconds,
+    detect_container,
     open_container,
     too_long,
 )
 from phimlx.media.limits import Limits, raising, source_name
-from phimlx.media.source import Bytes, read_bytes
+from phimlx.media.source import BytesLike, read_bytes
 
 if TYPE_CHECKING:
     from PIL.Image import Image
 
-Source = str | Path | Bytes | BinaryIO
+VideoSource = str | Path | BytesLike | BinaryIO
 
 # Packets of one video stream: four hours at 60 frames a second. One may be a few bytes long.
 MAX_PACKETS = 1_000_000
@@ -51,8 +48,8 @@ class _Packet:
     group: int
 
 
-def read_video(source: Source, frames: int, limits: Limits | None = None) -> list[Frame]:
-    """Frames of a video, in order: the one shown in the middle of each of `frames` equal spans.
+def read_video(source: VideoSource, frames: int, limits: Limits | None = None) -> list[Frame]:
+    """Read frames of a video, in order: the one in the middle of each of `frames` equal spans.
 
     A video of fewer frames gives each once. It is read through twice, first without decoding, so
     that times come from the packets themselves, neither a header nor an index that may lie; then
@@ -68,14 +65,14 @@ def read_video(source: Source, frames: int, limits: Limits | None = None) -> lis
             f"{frames} frames of one video were asked for; 1 to {limits.max_frames} can be had.",
             hint=raising("max_frames") if frames > 0 else "Ask for at least one.",
         )
-    name, data, kind = _read(source, limits)
-    with open_container(data, kind, name) as container:
+    name, data, form = _read(source, limits)
+    with open_container(data, form, name) as container:
         stream = _video_stream(container, name, limits)
         packets = _packets(container, stream, name, limits)
         tick = stream.time_base
     wanted = _spread(packets, frames)
     groups = _groups_of(packets, set(wanted))
-    with open_container(data, kind, name) as container:
+    with open_container(data, form, name) as container:
         stream = _video_stream(container, name, limits)
         pictures = _pictures(_decoded(container, stream, groups), wanted)
         if not pictures:
@@ -92,16 +89,16 @@ def read_video(source: Source, frames: int, limits: Limits | None = None) -> lis
         ]
 
 
-def _read(source: Source, limits: Limits) -> tuple[str, bytes, Kind]:
+def _read(source: VideoSource, limits: Limits) -> tuple[str, bytes, ContainerFormat]:
     name = source_name(source)
     data = read_bytes(source, limits)
-    kind = container_kind(data)
-    if kind is None:
+    form = detect_container(data)
+    if form is None:
         raise MediaError(
             f"{name} is not a video that can be read.",
             hint="mp4, mov, webm, mkv, avi, wmv, flv and mpeg are.",
         )
-    return name, data, kind
+    return name, data, form
 
 
 def _video_stream(container: Any, name: str, limits: Limits) -> Any:

@@ -1,7 +1,4 @@
-"""Pictures, sounds and videos that go with a message in a chat: read once, shown, saved by path.
-
-Knows files and how terminals paste their names; knows nothing of models or messages.
-"""
+"""Pictures, sounds and videos that go with a message in a chat: read once, shown, saved by path."""
 
 from __future__ import annotations
 
@@ -91,7 +88,7 @@ class Attachment:
 
 
 def digest(data: bytes) -> str:
-    """The sha256 of a file's bytes, in hexadecimal digits."""
+    """Return the sha256 of a file's bytes, in hexadecimal digits."""
     return hashlib.sha256(data).hexdigest()
 
 
@@ -128,12 +125,12 @@ _DECODERS: dict[str, Callable[[bytes, Limits | None, int], Parts]] = {
 
 
 def in_order(attachments: Sequence[Attachment]) -> list[Attachment]:
-    """As the model was trained to get them: what is seen, then what is heard."""
+    """Sort attachments as the model was trained to get them: images, then audio."""
     return sorted(attachments, key=lambda attachment: attachment.kind == "audio")
 
 
 def split_name(argument: str) -> tuple[str, str]:
-    """The name of a file at the beginning of a command's argument, and what follows it.
+    """Split a command's argument into the name of a file and what follows it.
 
     Raises `PhimlxError` where there is none.
     """
@@ -148,7 +145,7 @@ def split_name(argument: str) -> tuple[str, str]:
 
 
 def dropped_files(line: str) -> list[tuple[str, str]]:
-    """The kinds and paths of media files whose names are all that a line holds; else empty.
+    """Find the kinds and paths of media files whose names are all that a line holds; else empty.
 
     That is what a terminal types when files are dropped on it: quoted names, names with escaped
     blanks, or file: addresses.

@@ -1,7 +1,4 @@
-"""A chat: turns between a person and a model, with tools in between.
-
-Knows the order of things; the conversation keeps them, the screen shows them.
-"""
+"""A chat: turns between a person and a model, with tools in between."""
 
 from __future__ import annotations
 
@@ -129,7 +126,7 @@ class Chat:
         self.output.note(f"Loaded {len(loaded.messages)} messages from {path}.")
 
     def check(self, conversation: Conversation) -> None:
-        """Raises `PromptError` where pictures or sounds were shown that the model cannot take."""
+        """Raise `PromptError` where pictures or sounds were shown that the model cannot take."""
         if conversation.has_media and not self.phi.takes_media:
             raise no_media(self.phi.name)
 

@@ -1,7 +1,4 @@
-"""What a line that starts with a slash does in a chat: a table of commands.
-
-Knows the conversation and how to say what it did; nothing of a model's answers.
-"""
+"""Slash commands of a chat, in a table."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ from phimlx.errors import PhimlxError
 from phimlx.prompt.tools import load_tools
 from phimlx.terminal.attachments import split_name
 from phimlx.terminal.chat import Chat
-from phimlx.terminal.reply import describe
+from phimlx.terminal.reply import reply_summary
 from phimlx.terminal.sampling_settings import SETTINGS, Setting, find_setting, parse_setting
 
 OFF = "off"
@@ -34,14 +31,14 @@ class ChatCommand:
     completes: str = ""  # "files" or "settings"
 
     def run(self, chat: Chat, argument: str) -> None:
-        """Do it; raises `PhimlxError` for an argument that it does not take."""
+        """Run it; raises `PhimlxError` for an argument that it does not take."""
         if argument and not self.argument:
             raise PhimlxError(f"This command takes nothing after its name, but got {argument!r}.")
         self.action(chat, argument)
 
 
 def find_command(name: str) -> ChatCommand:
-    """The command called `name`; raises `PhimlxError` that suggests the nearest."""
+    """Return the command called `name`; raises `PhimlxError` that suggests the nearest."""
     command = COMMANDS.get(name.lower())
     if command is None:
         nearest = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
@@ -59,7 +56,7 @@ def run_command(chat: Chat, name: str, argument: str) -> None:
 
 
 def candidates(line: str) -> list[str]:
-    """What the last word of a line that begins a command could become."""
+    """Complete the last word of a line that begins a command."""
     name, space, rest = line.partition(" ")
     if not name.startswith("/"):
         return []
@@ -163,7 +160,7 @@ def _stats(chat: Chat, argument: str) -> None:
         return
     used = reply.stats.prompt_tokens + reply.stats.generated_tokens
     room = chat.phi.context_length
-    _say(chat, f"{describe(reply)}\n{used:,} of {room:,} tokens of context, {used / room:.1%}")
+    _say(chat, f"{reply_summary(reply)}\n{used:,} of {room:,} tokens of context, {used / room:.1%}")
 
 
 def _tools(chat: Chat, argument: str) -> None:

@@ -1,7 +1,4 @@
-"""A conversation: what was said, what is set, and how both are saved and read back.
-
-Knows nothing of a screen or of how a model answers.
-"""
+"""A conversation: what was said, what is set, and how both are saved and read back."""
 
 from __future__ import annotations
 
@@ -74,7 +71,7 @@ class Conversation:
 
     @property
     def has_media(self) -> bool:
-        """Whether pictures or sounds were shown."""
+        """Tell whether pictures or sounds were shown."""
         return any(map(_files, self.messages))
 
     def ask(self, text: str, attachments: Sequence[Attachment] = ()) -> Turn:
@@ -105,7 +102,7 @@ class Conversation:
         return Turn(len(self.messages) - 1, ())
 
     def prompt(self, turn: Turn) -> list[Message]:
-        """The messages that the model is to answer; earlier reasoning is not sent again."""
+        """Return the messages that the model is to answer; earlier reasoning is not sent again."""
         return [
             {key: value for key, value in message.items() if key != "reasoning"}
             | {"content": self._given(message["content"])}
@@ -223,7 +220,7 @@ class Conversation:
 
 
 def text_of(content: Any) -> str:
-    """The text of a message, files that go with it as their names."""
+    """Return the text of a message, files that go with it as their names."""
     if isinstance(content, str):
         return content
     return "\n".join(

@@ -1,7 +1,4 @@
-"""Ctrl-C while a model answers: it ends the reply, not the program.
-
-Knows a stream of pieces that can be closed, and nothing of how it is shown.
-"""
+"""Ctrl-C while a model answers: it ends the reply, not the program."""
 
 from __future__ import annotations
 

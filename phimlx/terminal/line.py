@@ -1,7 +1,4 @@
-"""The line that a person types in a chat: history, several lines, pastes and an editor.
-
-Knows keys and prompt_toolkit; nothing of what is said.
-"""
+"""The line that a person types in a chat: history, several lines, pastes and an editor."""
 
 from __future__ import annotations
 
@@ -27,12 +24,12 @@ Candidates = Callable[[str], list[str]]
 
 
 def history_path() -> Path:
-    """Where the lines that were typed are kept, for their owner alone."""
+    """Return the file that keeps the lines typed, for their owner alone."""
     return user_state_path("phimlx") / HISTORY_FILE
 
 
 def open_history(output: Output) -> History:
-    """The history on disk, or one that is forgotten where there can be none."""
+    """Open the history on disk, or one that is forgotten where there can be none."""
     path = history_path()
     try:
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -44,7 +41,7 @@ def open_history(output: Output) -> History:
     return FileHistory(path)
 
 
-class Line:
+class LineEditor:
     """An editable line.
 
     Enter sends it. Alt-Enter, or Escape and then Enter, begins a new line; Ctrl-X Ctrl-E opens
@@ -68,11 +65,11 @@ class Line:
         self._plain: PromptSession[str] = PromptSession(history=InMemoryHistory())
 
     def read(self) -> str:
-        """The next line; raises KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D."""
+        """Read the next line; raises KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D."""
         return self._main.prompt()
 
     def ask(self, label: str) -> str:
-        """The answer to a question of the program's own; it is not kept in the history."""
+        """Read the answer to a question of the program's own; it is not kept in the history."""
         return self._plain.prompt([("ansicyan", printable(label))])
 
 

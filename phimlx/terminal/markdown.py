@@ -50,7 +50,7 @@ class BlockSplitter:
         return blocks
 
     def finish(self) -> list[str]:
-        """The blocks that were still open."""
+        """Return the blocks that were still open."""
         blocks = [*self._cut(self.rest), self.rest]
         self.rest = ""
         return [block for block in blocks if block]
@@ -111,7 +111,7 @@ class _Markdown(Markdown):
 
 
 def render_lines(text: str, console: Console) -> list[list[Segment]]:
-    """Lines of one block as the console shows them, without blank ones at either end."""
+    """Render the lines of one block as the console shows them, without blank ones at either end."""
     lines = console.render_lines(_Markdown(text), pad=False)
     shown = [
         index

@@ -1,6 +1,6 @@
 """The one place that prints: text, tables and JSON to stdout, notes and errors to stderr.
 
-Knows nothing of models or commands. Terminal control characters never pass it.
+Terminal control characters never pass it.
 """
 
 from __future__ import annotations
@@ -44,18 +44,18 @@ def printable(text: str) -> str:
 
 
 def encode_json(value: Any, indent: int | None = None) -> str:
-    """JSON that loses no character and yet holds none that `printable` would remove."""
+    """Encode JSON that loses no character and yet holds none that `printable` would remove."""
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
     return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def has_colour(stream: TextIO) -> bool:
-    """Whether `stream` is a terminal that may be coloured (https://no-color.org)."""
+    """Tell whether `stream` is a terminal that may be coloured (https://no-color.org)."""
     return stream.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 
 
 def style(text: str, name: str, stream: TextIO) -> str:
-    """`text` in style `name` where `stream` shows styles, else as it is."""
+    """Put `text` in style `name` where `stream` shows styles."""
     return f"\x1b[{_STYLES[name]}m{text}\x1b[0m" if has_colour(stream) else text
 
 
@@ -150,15 +150,15 @@ class Output:
     def progress(
         self, total: float | None, label: str, unit: str = "it"
     ) -> AbstractContextManager[Progress]:
-        """A progress bar on stderr: see `phimlx.terminal.progress`."""
+        """Draw a progress bar on stderr: see `phimlx.terminal.progress`."""
         return progress(total, label, unit, quiet=self.as_json)
 
     def prompt_progress(self) -> AbstractContextManager[Callable[[int, int], None]]:
-        """A bar on stderr while a long prompt is read: see `phimlx.terminal.progress`."""
+        """Draw a bar on stderr while a long prompt is read: see `phimlx.terminal.progress`."""
         return prompt_progress(quiet=self.as_json)
 
     def status(self, label: str) -> AbstractContextManager[None]:
-        """A line on stderr that stays while the block runs: see `phimlx.terminal.progress`."""
+        """Show a line on stderr while the block runs: see `phimlx.terminal.progress`."""
         return status(printable(label), quiet=self.as_json)
 
 

@@ -1,7 +1,4 @@
-"""Progress of long work, on stderr and only where a person watches it.
-
-Knows nothing of what is being done: the caller counts, this draws.
-"""
+"""Progress of long work, on stderr and only where a person watches it."""
 
 from __future__ import annotations
 
@@ -14,7 +11,7 @@ ERASE_LINE = "\r\x1b[2K"
 
 
 class Progress(Protocol):
-    """What `progress` hands to the worker; `total` may be set when it becomes known."""
+    """A bar in the hands of what works; `total` may be set when it becomes known."""
 
     total: float | None
 
@@ -31,7 +28,7 @@ class _Silent:
 
 @contextlib.contextmanager
 def prompt_progress(quiet: bool = False) -> Iterator[Callable[[int, int], None]]:
-    """A function to call with the tokens of a prompt computed and to compute.
+    """Make a function to call with the tokens of a prompt computed and to compute.
 
     It draws a bar only where a prompt takes more than one step.
     """

@@ -1,7 +1,4 @@
-"""A reply on its way to the screen: plain as it comes, and what is said about it afterwards.
-
-Knows the parts of a reply and where each goes; nothing of how the model made them.
-"""
+"""A reply on its way to the screen: plain as it comes, and what is said about it afterwards."""
 
 from __future__ import annotations
 
@@ -16,7 +13,7 @@ if TYPE_CHECKING:
     from phimlx.terminal.interrupt import Interruptible
 
 
-def show(answer: Interruptible, output: Output) -> Reply:
+def print_reply(answer: Interruptible, output: Output) -> Reply:
     """Print a reply as it comes, unadorned, and return it.
 
     Text goes to stdout, and after it each tool call as one line of JSON; reasoning goes dimmed
@@ -36,17 +33,17 @@ def show(answer: Interruptible, output: Output) -> Reply:
         write("\n")
     reply = answer.stream.reply
     for call in reply.tool_calls:
-        output.text(encode_json(call_as_object(call)))
+        output.text(encode_json(tool_call_object(call)))
     return reply
 
 
-def call_as_object(call: ToolCall) -> dict[str, Any]:
-    """A tool call as JSON knows it."""
+def tool_call_object(call: ToolCall) -> dict[str, Any]:
+    """Turn a tool call into an object of JSON."""
     return {"name": call.name, "arguments": call.arguments}
 
 
-def describe(reply: Reply) -> str:
-    """One line about what a reply took: tokens, tokens a second, memory."""
+def reply_summary(reply: Reply) -> str:
+    """Sum up in one line what a reply took: tokens, tokens a second, memory."""
     stats = reply.stats
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     cut = ", cut there" if reply.finish_reason == "length" else ""

@@ -1,7 +1,4 @@
-"""What a person may set about sampling, and between which bounds: flags and `/set` share it.
-
-Knows names, types and help; the model's own defaults apply to whatever is not set.
-"""
+"""Settings of sampling and their bounds, in one table behind flags and `/set`."""
 
 from __future__ import annotations
 
@@ -49,12 +46,12 @@ class Setting:
 
     @property
     def metavar(self) -> str:
-        """What stands for the value in help."""
+        """Return what stands for the value in help."""
         return {"integer range": "N", "float range": "X"}.get(self.type.name, "TEXT")
 
     @property
     def name(self) -> str:
-        """The name in `/set`: the flag without its dashes."""
+        """Return the name in `/set`: the flag without its dashes."""
         return self.flag.removeprefix("--")
 
 
@@ -112,7 +109,7 @@ _BY_NAME = {
 
 
 def find_setting(name: str) -> Setting:
-    """The setting called `name`: as a flag without dashes, or as `Phi.generate` calls it.
+    """Find the setting called `name`: as a flag without dashes, or as `Phi.generate` calls it.
 
     Raises `PhimlxError` where there is none.
     """
@@ -124,7 +121,7 @@ def find_setting(name: str) -> Setting:
 
 
 def parse_setting(setting: Setting, text: str) -> Any:
-    """`text` as a value of `setting`: what its flag would make of it.
+    """Parse `text` as a value of `setting`, as its flag would.
 
     Raises `PhimlxError` that says what the setting accepts.
     """
@@ -133,7 +130,7 @@ def parse_setting(setting: Setting, text: str) -> Any:
 
 
 def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings read back from a file, by keyword, each held to its bounds.
+    """Check settings read back from a file, by keyword, each against its bounds.
 
     Raises `PhimlxError` that names the first one that does not hold.
     """
@@ -158,5 +155,5 @@ def _convert(setting: Setting, value: Any) -> Any:
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:
-    """The settings that were given: without those left at their default."""
+    """Return the settings that were given: without those left at their default."""
     return {keyword: value for keyword, value in values.items() if value not in (None, ())}

@@ -1,7 +1,4 @@
-"""Where a chat reads and shows: a terminal with an editable line, or a pipe.
-
-Knows lines, keys and drawing; nothing of conversations or commands.
-"""
+"""Screens of a chat: a terminal with an editable line, or a pipe."""
 
 from __future__ import annotations
 
@@ -11,8 +8,8 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import PromptError
-from phimlx.terminal import reply as plain
 from phimlx.terminal.output import Output, encode_json
+from phimlx.terminal.reply import print_reply
 
 if TYPE_CHECKING:
     from phimlx.generation.stream import Reply
@@ -21,18 +18,18 @@ if TYPE_CHECKING:
 
 
 class Screen(Protocol):
-    """What a chat needs of the place where it happens."""
+    """The place where a chat happens: it reads, asks and shows."""
 
     interactive: bool
 
     def read(self) -> str | None:
-        """What the user says next; None once there is no more."""
+        """Read what the user says next; None once there is no more."""
 
     def read_result(self, name: str) -> str | None:
-        """The result of tool `name`, as the user gives it; None where they skip it."""
+        """Ask for the result of tool `name`; None where the user skips it."""
 
     def agree(self, question: str) -> bool:
-        """Whether the user says yes to a question; False where nobody can be asked."""
+        """Ask a question to be answered by yes or no; False where nobody can be asked."""
 
     def show(self, answer: Interruptible) -> Reply:
         """Show a reply as it comes and return it."""
@@ -64,7 +61,7 @@ class PipedScreen:
         return False
 
     def show(self, answer: Interruptible) -> Reply:
-        return plain.show(answer, self._output)
+        return print_reply(answer, self._output)
 
 
 class TerminalScreen:
@@ -73,10 +70,10 @@ class TerminalScreen:
     interactive = True
 
     def __init__(self, output: Output, candidates: Candidates) -> None:
-        from phimlx.terminal.line import Line
+        from phimlx.terminal.line import LineEditor
 
         self._output = output
-        self._line = Line(candidates, output)
+        self._line = LineEditor(candidates, output)
 
     def read(self) -> str | None:
         interrupted = False
@@ -97,7 +94,7 @@ class TerminalScreen:
         return self._ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
     def _ask(self, label: str) -> str:
-        """The answer to a question; empty where the user leaves it."""
+        """Read the answer to a question; empty where the user leaves it."""
         try:
             return self._line.ask(label)
         except (KeyboardInterrupt, EOFError):
@@ -111,7 +108,7 @@ class TerminalScreen:
 
         console = Console(file=sys.stdout, highlight=False, theme=Theme({"markdown.code": "cyan"}))
         self._output.text()
-        with _keys_unseen(), contextlib.ExitStack() as drawing:
+        with _echo_off(), contextlib.ExitStack() as drawing:
             markdown: MarkdownStream | None = None
             thinking = shown = False
             for piece in answer:
@@ -138,7 +135,7 @@ class TerminalScreen:
 
 
 @contextlib.contextmanager
-def _keys_unseen() -> Iterator[None]:
+def _echo_off() -> Iterator[None]:
     """Keep keys that are typed meanwhile off the screen; the next line finds them."""
     import termios
 

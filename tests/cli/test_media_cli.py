@@ -186,7 +186,7 @@ def test_ctrl_c_ends_a_transcription_with_what_has_come(files: Path, model: str)
     (files / "long.wav").write_bytes(sound_file(noise(300.0), 16_000))
     arguments = ["transcribe", "--model", model, "long.wav", "-o", "long.vtt", "--format", "vtt"]
     script = (
-        "import os, signal, sys; from phimlx.generation import transcription as t;"
+        "import os, signal, sys; from phimlx import transcription as t;"
         "piece = t._piece;"
         "t._piece = lambda *a: (os.kill(os.getpid(), signal.SIGINT) if a[1].start > 50 else 0,"
         " piece(*a))[1];"

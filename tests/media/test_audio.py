@@ -15,8 +15,8 @@ import soxr  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 
 from phimlx.media import log_mel as features
-from phimlx.media.audio import Audio, Clip, load_audio, log_mel, prepare_audio
-from phimlx.media.audio_file import open_sound
+from phimlx.media.audio import Audio, AudioClip, load_audio, log_mel, prepare_audio
+from phimlx.media.audio_file import open_audio
 from tests.media.sounds import av_sound, noise, sound_file
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "audio" / "log_mel.npz"
@@ -45,18 +45,18 @@ def goldens() -> dict[str, NDArray[Any]]:
         return dict(arrays)
 
 
-def made() -> dict[str, Clip]:
+def made() -> dict[str, AudioClip]:
     """The sounds of `scripts/goldens/audio_goldens.py` that need no recording."""
     white = np.random.default_rng(1).standard_normal(48000).astype(np.float32)
     time = np.arange(40000) / 16000
     sweep = np.sin(2 * np.pi * (50 * time + 1550 * time**2)).astype(np.float32)
     return {
-        "made/noise": Clip(np.float32(0.1) * white, 16000),
-        "made/sweep": Clip(np.float32(0.9) * sweep, 16000),
-        "made/quiet": Clip(np.float32(1e-4) * white[:8000], 16000),
-        "made/silence": Clip(np.zeros(4000, np.float32), 16000),
-        "made/one-frame": Clip(np.float32(0.1) * white[:400], 16000),
-        "made/noise-8k": Clip(np.float32(0.1) * white[:20000], 8000),
+        "made/noise": AudioClip(np.float32(0.1) * white, 16000),
+        "made/sweep": AudioClip(np.float32(0.9) * sweep, 16000),
+        "made/quiet": AudioClip(np.float32(1e-4) * white[:8000], 16000),
+        "made/silence": AudioClip(np.zeros(4000, np.float32), 16000),
+        "made/one-frame": AudioClip(np.float32(0.1) * white[:400], 16000),
+        "made/noise-8k": AudioClip(np.float32(0.1) * white[:20000], 8000),
     }
 
 
@@ -135,7 +135,7 @@ def test_one_sound_has_no_mask() -> None:
 
 
 def test_blocks_of_frames_leave_no_seam(monkeypatch: pytest.MonkeyPatch) -> None:
-    clip = Clip(noise(2.0), 16000)
+    clip = AudioClip(noise(2.0), 16000)
     whole = log_mel(clip)
     monkeypatch.setattr(features, "BLOCK", 7)
     np.testing.assert_allclose(log_mel(clip), whole, rtol=0, atol=1e-5)
@@ -260,7 +260,7 @@ def test_digest_is_of_rate_and_samples() -> None:
     samples = noise(0.1)
     expected = sha256((16000).to_bytes(4, "little") + samples.tobytes()).digest()
     assert prepare_audio([(samples, 16000)]).digests == [expected]
-    assert Clip(samples, 8000).digest != expected
+    assert AudioClip(samples, 8000).digest != expected
 
 
 def test_40_seconds_are_500_tokens() -> None:
@@ -271,7 +271,7 @@ def test_40_seconds_are_500_tokens() -> None:
 
 def test_a_long_sound_is_read_in_blocks() -> None:
     data = sound_file(noise(60.0, 8000), 8000)
-    with open_sound(data) as sound:
+    with open_audio(data) as sound:
         lengths = [len(block) for block in sound.blocks]
     assert sum(lengths) == 480_000
     assert max(lengths) == 65536

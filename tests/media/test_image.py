@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from phimlx.errors import MediaError
-from phimlx.media.image import Images, Layout, prepare_images
+from phimlx.media.image import CropLayout, Images, prepare_images
 from phimlx.media.limits import Limits
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "images"
@@ -89,7 +89,7 @@ def test_grids_are_those_of_the_reference() -> None:
 
     assert len(rows) >= 1000
     for width, height, across, down, patches_across, patches_down in rows.tolist():
-        layout = Layout.of(width, height)
+        layout = CropLayout.of(width, height)
         assert (layout.columns * 448, layout.rows * 448) == (across, down), (width, height)
         assert layout.patches == (patches_down, patches_across), (width, height)
 
@@ -99,7 +99,7 @@ def test_grids_are_those_of_the_reference() -> None:
     [(448, 448, 545), (640, 480, 1065), (1920, 1080, 3918), (960, 686, 1745)],
 )
 def test_published_token_counts(width: int, height: int, tokens: int) -> None:
-    assert Layout.of(width, height).tokens == tokens
+    assert CropLayout.of(width, height).tokens == tokens
 
 
 def test_token_counts_of_the_published_oracles(data: Path) -> None:

@@ -14,8 +14,8 @@ from numpy.typing import NDArray
 from phimlx.errors import MediaError
 from phimlx.media.audio import load_audio
 from phimlx.media.limits import Limits
-from phimlx.media.log_mel import Clip
-from phimlx.media.segments import SILENCE, STEP, TRAINED_SECONDS, Segment, segments_of
+from phimlx.media.log_mel import AudioClip
+from phimlx.media.segments import SILENCE, STEP, TRAINED_SECONDS, Segment, split_audio
 from tests.media.sounds import noise, sound_file
 
 RATE = 8000
@@ -30,7 +30,7 @@ def cut(
     samples: NDArray[np.float32], rate: int, max_seconds: float = TRAINED_SECONDS
 ) -> list[Segment]:
     """The pieces of samples that are read as one block."""
-    return list(segments_of(Clip(samples, rate), max_seconds=max_seconds))
+    return list(split_audio(AudioClip(samples, rate), max_seconds=max_seconds))
 
 
 def spans(pieces: list[Segment]) -> list[tuple[float, float]]:
@@ -135,7 +135,7 @@ def test_reading_in_blocks_gives_the_same_pieces(
 ) -> None:
     samples = recording((1, 0.1), *parts)
     whole = cut(samples, RATE, longest)
-    assert spans(list(segments_of((samples, RATE), max_seconds=longest))) == spans(whole)
+    assert spans(list(split_audio((samples, RATE), max_seconds=longest))) == spans(whole)
 
 
 def test_speech_is_cut_between_words(data: Path) -> None:
@@ -155,7 +155,7 @@ def test_a_file_is_read_as_its_pieces_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "long.flac"
     data = sound_file(noise(300.0, RATE), RATE, "FLAC")
     path.write_bytes(data[: len(data) // 2])
-    pieces = segments_of(path, max_seconds=20)
+    pieces = split_audio(path, max_seconds=20)
     assert next(pieces).start == 0.0
     with pytest.raises(MediaError) as error:
         list(pieces)
@@ -164,17 +164,17 @@ def test_a_file_is_read_as_its_pieces_are_asked_for(tmp_path: Path) -> None:
 
 def test_the_length_is_told_before_the_first_piece() -> None:
     told: list[float | None] = []
-    next(segments_of((noise(3.5, 48000), 48000), on_open=told.append))
-    next(segments_of(sound_file(noise(3.5, RATE), RATE), on_open=told.append))
-    next(segments_of(load_audio((noise(3.5, RATE), RATE)), on_open=told.append))
+    next(split_audio((noise(3.5, 48000), 48000), on_open=told.append))
+    next(split_audio(sound_file(noise(3.5, RATE), RATE), on_open=told.append))
+    next(split_audio(load_audio((noise(3.5, RATE), RATE)), on_open=told.append))
     assert told == [3.5, 3.5, 3.5]
-    next(segments_of(sound_file(noise(3.5, RATE), RATE, "MP3"), on_open=told.append))
+    next(split_audio(sound_file(noise(3.5, RATE), RATE, "MP3"), on_open=told.append))
     assert told[3] == pytest.approx(3.5, abs=0.1)
 
 
 def test_limits_hold_for_pieces_too() -> None:
     data = sound_file(noise(30.0, RATE), RATE)
     with pytest.raises(MediaError) as error:
-        next(segments_of(data, Limits(max_seconds=29)))
+        next(split_audio(data, Limits(max_seconds=29)))
     assert str(error.value) == "The data is longer than 29 s."
     assert error.value.hint == "If you trust it, raise the limit with --max-seconds."

@@ -10,11 +10,11 @@ import pytest
 
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.prompt.tools import ToolCall
-from phimlx.terminal import reply as plain
 from phimlx.terminal.chat import Chat
 from phimlx.terminal.chat_commands import COMMANDS, candidates, run_command
 from phimlx.terminal.conversation import Conversation
 from phimlx.terminal.output import Output
+from phimlx.terminal.reply import print_reply
 from tests.terminal.fake_phi import INTERRUPT, FakePhi, Script
 
 if TYPE_CHECKING:
@@ -46,7 +46,7 @@ class ScriptedScreen:
         return self.agrees
 
     def show(self, answer: Interruptible) -> Reply:
-        return plain.show(answer, Output())
+        return print_reply(answer, Output())
 
 
 def chat(

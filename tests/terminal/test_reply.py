@@ -10,7 +10,7 @@ from phimlx.generation.stream import Reply, Stream
 from phimlx.prompt.tools import ToolCall
 from phimlx.terminal.interrupt import Interruptible
 from phimlx.terminal.output import Output
-from phimlx.terminal.reply import describe, show
+from phimlx.terminal.reply import print_reply, reply_summary
 from tests.terminal.fake_phi import FakeStream, Script
 
 REASONED = Script(
@@ -20,7 +20,7 @@ REASONED = Script(
 
 
 def play(script: Script, output: Output) -> Reply:
-    return show(Interruptible(cast(Stream, FakeStream(script, 1))), output)
+    return print_reply(Interruptible(cast(Stream, FakeStream(script, 1))), output)
 
 
 def test_a_pipe_gets_the_answer_and_calls_as_json(capsys: pytest.CaptureFixture[str]) -> None:
@@ -63,6 +63,6 @@ def test_a_line_about_what_it_took() -> None:
     reply.stats.prefill_seconds = 0.5
     reply.stats.generated_tokens, reply.stats.generate_seconds = 11, 2.0
     reply.stats.peak_memory = 3 * 2**30 // 2
-    assert describe(reply) == (
+    assert reply_summary(reply) == (
         "30 prompt tokens (10 cached), 40.0/s · 11 tokens, cut there, 5.0/s · peak 1.50 GiB"
     )

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from phimlx.errors import TrainingError, shortened
-from phimlx.extras import optional
+from phimlx.extras import import_extra
 
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
 PARQUET_ROWS = 1024  # rows that are in memory at one time
@@ -220,8 +220,8 @@ def _check_header(header: Sequence[str]) -> None:
 
 def _read_parquet(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
     without = f"{file.name} is parquet, which takes a library that is not installed."
-    pyarrow = optional("pyarrow", "parquet", without, TrainingError)
-    parquet_file = optional("pyarrow.parquet", "parquet", without, TrainingError).ParquetFile
+    pyarrow = import_extra("pyarrow", "parquet", without, TrainingError)
+    parquet_file = import_extra("pyarrow.parquet", "parquet", without, TrainingError).ParquetFile
     try:
         with parquet_file(file.path) as parquet:
             count, number = parquet.metadata.num_rows, 0

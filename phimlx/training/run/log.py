@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from phimlx.errors import TrainingError
-from phimlx.extras import optional
+from phimlx.extras import import_extra
 from phimlx.files import replacing, write_file
 from phimlx.training.run.checkpoints import writing
 from phimlx.training.run.events import Event, Report, Sample, Validation
@@ -156,7 +156,7 @@ def open_sink(name: str, folder: Path, settings: Mapping[str, Any]) -> Sink:
 
 def _tracker(name: str) -> Any:
     without = f"Reporting to {name} needs a package that is not installed."
-    return optional(name, name, without, TrainingError)
+    return import_extra(name, name, without, TrainingError)
 
 
 def numbers_of(row: Row) -> dict[str, float]:
@@ -176,7 +176,7 @@ def draw_png(curves: Mapping[str, Curve], path: Path) -> None:
         TrainingError: where matplotlib is not installed or the file cannot be written.
     """
     without = "A picture of the loss needs matplotlib, which is not installed."
-    module = optional("matplotlib.figure", "plots", without, TrainingError)
+    module = import_extra("matplotlib.figure", "plots", without, TrainingError)
     figure = module.Figure(figsize=(8, 4.5), layout="constrained")
     axes = figure.add_subplot()
     for (name, curve), marker in zip(curves.items(), ("", "o"), strict=True):
