@@ -28,8 +28,9 @@ RANKS = (
     ("checkpoint", "media", "prompt"),
     ("models",),
     ("machine",),
-    ("extras",),
-    ("errors", "sizes", "catalog", "files", "options"),
+    ("options", "extras"),
+    ("files",),
+    ("errors", "sizes", "catalog"),
 )
 """The rooms from the top down: a room imports itself and what stands below it, nothing else."""
 
@@ -43,11 +44,7 @@ WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (
 )
 """Imports that point up. To become empty."""
 
-CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = (
-    ("phimlx.adapters.adapter", "phimlx.adapters.peft"),
-    ("phimlx.api", "phimlx.transcription"),
-    ("phimlx.models.base", "phimlx.models.registry"),
-)
+CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = (("phimlx.api", "phimlx.transcription"),)
 """Modules that import each other. To become empty."""
 
 REDIRECTS_TO_BE_MENDED: tuple[str, ...] = ("convert.quantize.calibrated",)
