@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Any
 import mlx.core as mx
 
 from phimlx.generation.engine import Media
-from phimlx.prompt.media_parts import FRAMES, KINDS, PLACEHOLDER, Placeholders, source_list, widen
+from phimlx.prompt.media_parts import (
+    FRAMES,
+    KINDS,
+    MEDIA_TAG,
+    PlaceholderTokens,
+    expand_placeholders,
+    source_list,
+)
 
 if TYPE_CHECKING:
     from phimlx.media.audio import Audio
@@ -65,15 +72,15 @@ def sources_in(messages: Iterable[Message]) -> dict[str, list[Any]]:
     return {kind: [part.value for part in parts if part.kind == kind] for kind in KINDS}
 
 
-def name_slots(text: str, slots: Placeholders, names: Mapping[str, int]) -> str:
+def name_slots(text: str, slots: PlaceholderTokens, names: Mapping[str, int]) -> str:
     """A text without template, `<|image_1|>` and `<|audio_1|>` written as their slot tokens."""
     spelled = {token: name for name, token in names.items()}
-    return PLACEHOLDER.sub(lambda match: spelled.get(slots[match[1]], match[0]), text)
+    return MEDIA_TAG.sub(lambda match: spelled.get(slots[match[1]], match[0]), text)
 
 
 def fill(
     ids: Sequence[int],
-    slots: Placeholders,
+    slots: PlaceholderTokens,
     sources: Sources,
     limits: Limits | None,
     settings: Mapping[str, Any],
@@ -97,7 +104,9 @@ def fill(
         from phimlx.media.audio import prepare_audio
 
         prepared["audio"] = prepare_audio(sources["audio"], limits)
-    wide, order = widen(ids, slots, {kind: item.tokens for kind, item in prepared.items()})
+    wide, order = expand_placeholders(
+        ids, slots, {kind: item.tokens for kind, item in prepared.items()}
+    )
     if not prepared:
         return wide, None
     items = {

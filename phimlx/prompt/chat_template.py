@@ -1,7 +1,4 @@
-"""A conversation to the token ids that its model was trained on.
-
-Knows the model by its folder's template and tokenizer alone; nothing of weights or generation.
-"""
+"""Turns a conversation into the token ids that its model was trained on."""
 
 from __future__ import annotations
 
@@ -13,24 +10,30 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PromptError, TokenizerError
-from phimlx.prompt.media_parts import NAMES, Part, Placeholders, no_media
+from phimlx.prompt.media_parts import NAMES, ContentPart, PlaceholderTokens, no_media
 from phimlx.prompt.messages import Message, read_messages
 from phimlx.prompt.published_templates import (
+    BY_TEXT,
     folder_templates,
+    is_known,
+    named_template,
     published_template,
     read_settings,
 )
-from phimlx.prompt.sandbox.escape import Shield
+from phimlx.prompt.sandbox.escape import ControlTokenEscaper
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.prompt.tools import calls_json, read_tools, tools_json, wrapped_calls
 
 if TYPE_CHECKING:
     from phimlx.prompt.sandbox.environment import Template
+    from phimlx.prompt.sandbox.isolated import IsolatedTemplate
+
+    AnyTemplate = Template | IsolatedTemplate
 
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
 THINK, END_THINK = "<think>", "</think>"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-PROBE = "qpzvkxw"
+PROBE = "qpzvkxw"  # a word that no conversation holds
 
 
 class ChatTemplate:
@@ -52,8 +55,11 @@ class ChatTemplate:
     Results are messages of the role tool, which Phi-4-mini's template renders as
     `<|tool|>{content}<|end|>`. A message that the template leaves out is a PromptError.
 
-    A picture or a sound is its slot token where it stands among the parts of a message, and a
-    line break parts it from what follows: `<|user|><|image_1|>\\n<|audio_1|>\\n{text}<|end|>`.
+    A picture or a sound is its placeholder token where it stands among the parts of a message, and
+    a line break parts it from what follows: `<|user|><|image_1|>\\n<|audio_1|>\\n{text}<|end|>`.
+
+    Attributes:
+        stop: strings that end a reply, beside the tokens that do; none but for base models.
     """
 
     def __init__(
@@ -61,19 +67,23 @@ class ChatTemplate:
         sources: Mapping[str, str],
         tokenizer: Tokenizer,
         special: Mapping[str, str],
-        slots: Placeholders | None = None,
+        placeholders: PlaceholderTokens | None = None,
     ) -> None:
         """`sources`: templates by name, of which "default" renders all but conversations with
-        tools where there is a "tool_use"; `special`: bos_token and the like, by name; `slots`:
-        those of a model that takes more than text."""
+        tools where there is a "tool_use"; `special`: bos_token and the like, by name;
+        `placeholders`: those of a model that takes more than text."""
         self._sources = dict(sources)
-        self._templates: dict[str, Template] = {}
+        self._templates: dict[str, AnyTemplate] = {}
         self._tokenizer = tokenizer
         self._special = dict(special)
-        self._slots = slots
+        self._placeholders = placeholders
+        known = BY_TEXT.get(sources["default"])
+        self.stop: tuple[str, ...] = known.stop if known else ()
         tokens = tokenizer.control_tokens
-        self._shield = Shield(tokens)
-        self._reply_shield = Shield([token for token in tokens if token not in (THINK, END_THINK)])
+        self._escaper = ControlTokenEscaper(tokens)
+        self._reply_escaper = ControlTokenEscaper(
+            [token for token in tokens if token not in (THINK, END_THINK)]
+        )
 
     @classmethod
     def load(
@@ -81,18 +91,20 @@ class ChatTemplate:
         folder: Path,
         tokenizer: Tokenizer,
         model_name: str | None = None,
-        slots: Placeholders | None = None,
+        placeholders: PlaceholderTokens | None = None,
+        form: str | None = None,
     ) -> ChatTemplate:
-        """The folder's own template, or else the published one for its tokenizer.
+        """Load the folder's own template, or else the published one for its tokenizer and name.
 
-        `model_name` helps to tell a reasoning model where the folder does not say.
-        Raises PromptError where there is neither.
+        `form` names a published form to be used instead, such as "phi-2-chat" for a base model
+        whose card has several; `model_name` helps to tell models of one tokenizer apart.
+        Raises PromptError where there is no template, or no such form.
         """
         settings = read_settings(folder / "tokenizer_config.json")
         special = {"eos_token": "<|endoftext|>"} | {
             name: text for name in SPECIAL if (text := _content(settings.get(name))) is not None
         }
-        sources = folder_templates(folder)
+        sources = {"default": named_template(form).text} if form else folder_templates(folder)
         if not sources:
             names = (
                 model_name,
@@ -102,11 +114,11 @@ class ChatTemplate:
             known = published_template(tokenizer.control_tokens, map(str, filter(None, names)))
             if known is None:
                 raise PromptError(
-                    f"{folder} has no chat template, and its tokenizer is no Phi-4 chat model's.",
+                    f"{folder} has no chat template, and its tokenizer is no Phi chat model's.",
                     hint="Give the prompt as raw text, without a template.",
                 )
-            sources = {"default": known}
-        return cls(sources, tokenizer, special, slots)
+            sources = {"default": known.text}
+        return cls(sources, tokenizer, special, placeholders)
 
     def encode(
         self,
@@ -117,7 +129,8 @@ class ChatTemplate:
         """Token ids of the conversation.
 
         With `add_generation_prompt` they end where the assistant's reply begins. A picture or a
-        sound is one slot token; `phimlx.prompt.media_parts.widen` gives it as many as it needs.
+        sound is one placeholder token, of which `media_parts.expand_placeholders` makes as many as
+        it needs.
         Raises PromptError where a message, a tool or the template is at fault.
         """
         text, mark = self._render(messages, tools, add_generation_prompt)
@@ -126,32 +139,8 @@ class ChatTemplate:
             if isinstance(piece, int):
                 ids.append(piece)
             else:
-                ids += self._tokenizer.encode(self._shield.lift(piece, mark))
+                ids += self._tokenizer.encode(self._escaper.unescape(piece, mark))
         return ids
-
-    def render(
-        self,
-        messages: Sequence[Mapping[str, Any] | Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        add_generation_prompt: bool = True,
-    ) -> str:
-        """The text that `encode` encodes, for people to read.
-
-        It does not tell a control token from text that spells one. Pictures and sounds are
-        numbered from one end of the conversation to the other.
-        """
-        text, mark = self._render(messages, tools, add_generation_prompt)
-        for kind, spelled in self._slot_names.items():
-            first, *others = text.split(spelled)
-            text = first + "".join(
-                f"<|{kind}_{number}|>{following}" for number, following in enumerate(others, 1)
-            )
-        return self._shield.lift(text, mark)
-
-    @cached_property
-    def starts_in_reasoning(self) -> bool:
-        """Whether the prompt itself opens the reasoning, so that a reply begins inside it."""
-        return self.render([{"role": "user", "content": PROBE}]).rstrip().endswith(THINK)
 
     def _render(
         self,
@@ -166,11 +155,11 @@ class ChatTemplate:
         if functions and "tools" not in template.variables:
             conversation = _offer(conversation, tools_json(functions))
         self._check_places(conversation, template)
-        mark = self._shield.choose_mark(_texts(conversation, functions, template.source))
+        mark = self._escaper.choose_mark(_texts(conversation, functions, template.source))
         variables: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
         if functions and "tools" in template.variables:
             wrapped = [{"type": "function", "function": function} for function in functions]
-            variables["tools"] = self._shield.guard(wrapped, mark)
+            variables["tools"] = self._escaper.escape(wrapped, mark)
         variables |= self._special
         turns = [self._turn(message, template, mark) for message in conversation]
         text = template.render(variables | {"messages": turns})
@@ -188,18 +177,16 @@ class ChatTemplate:
                     )
         return text, mark
 
-    def _template(self, name: str) -> Template:
+    def _template(self, name: str) -> AnyTemplate:
         name = name if name in self._sources else "default"
         if name not in self._templates:
-            from phimlx.prompt.sandbox.environment import Template
-
-            self._templates[name] = Template(self._sources[name])
+            self._templates[name] = _compile(self._sources[name])
         return self._templates[name]
 
-    def _check_places(self, conversation: Sequence[Message], template: Template) -> None:
+    def _check_places(self, conversation: Sequence[Message], template: AnyTemplate) -> None:
         """Raises PromptError where there is no place for media, tools or calls."""
         for index, message in enumerate(conversation):
-            if message.parts and self._slots is None:
+            if message.parts and self._placeholders is None:
                 raise no_media("The model")
             if message.tools is not None and "tools" not in template.keys:
                 raise PromptError(
@@ -214,47 +201,58 @@ class ChatTemplate:
                     hint="Use a model that was trained to call tools, such as phi-4-mini.",
                 )
 
-    def _takes_calls(self, template: Template) -> bool:
+    def _takes_calls(self, template: AnyTemplate) -> bool:
         return "tool_calls" in template.keys or CALL in self._tokenizer.control_tokens
 
     @cached_property
-    def _slot_names(self) -> dict[str, str]:
-        """How a rendered text spells the slot tokens, by kind."""
+    def _placeholder_names(self) -> dict[str, str]:
+        """Spellings of the placeholder tokens, by kind of media."""
         names = {token: name for name, token in self._tokenizer.control_tokens.items()}
-        slots = self._slots or {}
-        return {kind: names[token] for kind, token in slots.items() if token in names}
+        tokens = self._placeholders or {}
+        return {kind: names[token] for kind, token in tokens.items() if token in names}
 
-    def _place(self, part: Part, shield: Shield, mark: str) -> str:
+    def _place(self, part: ContentPart, escaper: ControlTokenEscaper, mark: str) -> str:
         """A part of a message as the template sees it."""
         if part.kind == "text":
-            return shield.guard(part.value, mark, inside=True)
-        if part.kind not in self._slot_names:
+            return escaper.escape(part.value, mark, inside=True)
+        if part.kind not in self._placeholder_names:
             raise TokenizerError(
                 f"The tokenizer has no token that stands for a {NAMES[part.kind]}.",
                 hint="Get the tokenizer files that belong to the model into its folder.",
             )
-        return self._slot_names[part.kind]
+        return self._placeholder_names[part.kind]
 
-    def _turn(self, message: Message, template: Template, mark: str) -> dict[str, Any]:
+    def _turn(self, message: Message, template: AnyTemplate, mark: str) -> dict[str, Any]:
         """A message as the template sees it, its strings marked."""
-        shield = self._reply_shield if message.role == "assistant" else self._shield
-        parts = message.parts or (Part("text", message.content),)
+        escaper = self._reply_escaper if message.role == "assistant" else self._escaper
+        parts = message.parts or (ContentPart("text", message.content),)
         turn: dict[str, Any] = {
             "role": message.role,
             "content": "".join(
-                ("\n" if before.kind != "text" else "") + self._place(part, shield, mark)
-                for before, part in pairwise((Part("text", ""), *parts))
+                ("\n" if before.kind != "text" else "") + self._place(part, escaper, mark)
+                for before, part in pairwise((ContentPart("text", ""), *parts))
             ),
         }
         for key in ("tools", "name", "tool_call_id"):
             if getattr(message, key) is not None:
-                turn[key] = self._shield.guard(getattr(message, key), mark, inside=True)
+                turn[key] = self._escaper.escape(getattr(message, key), mark, inside=True)
         if message.tool_calls and "tool_calls" in template.keys:
-            turn["tool_calls"] = self._shield.guard(wrapped_calls(message.tool_calls), mark)
+            turn["tool_calls"] = self._escaper.escape(wrapped_calls(message.tool_calls), mark)
         elif message.tool_calls:
-            calls = self._shield.guard(calls_json(message.tool_calls), mark)
+            calls = self._escaper.escape(calls_json(message.tool_calls), mark)
             turn["content"] += CALL + calls + END_CALL
         return turn
+
+
+def _compile(source: str) -> AnyTemplate:
+    """A known template, which needs no limits, or else one that the worker process renders."""
+    if is_known(source):
+        from phimlx.prompt.sandbox.environment import Template
+
+        return Template(source)
+    from phimlx.prompt.sandbox.isolated import IsolatedTemplate
+
+    return IsolatedTemplate(source)
 
 
 def _offer(conversation: list[Message], tools: str) -> list[Message]:

@@ -1,7 +1,4 @@
-"""Pictures and sounds in a conversation: how they are given, and the tokens that stand for them.
-
-Knows parts of messages and token ids; nothing of pixels, samples or how many tokens a picture is.
-"""
+"""Reads pictures and sounds in a conversation, and places the tokens that stand for them."""
 
 from __future__ import annotations
 
@@ -24,14 +21,14 @@ EXAMPLE = (
     '{"type": "audio", "audio": …}.'
 )
 # What a prompt that uses no template may write, as the reference's processor reads it.
-PLACEHOLDER = re.compile(r"<\|(image|audio)_\d+\|>")
+MEDIA_TAG = re.compile(r"<\|(image|audio)_\d+\|>")
 
-Placeholders = Mapping[str, int]
+PlaceholderTokens = Mapping[str, int]
 """The token that stands for a piece of a picture, and of a sound, by kind."""
 
 
 @dataclass(frozen=True)
-class Part:
+class ContentPart:
     """A piece of a message: `kind` "text" with the text, or "image" or "audio" with its source."""
 
     kind: str
@@ -39,32 +36,32 @@ class Part:
 
 
 def no_media(name: str) -> PromptError:
-    """What a model that reads text alone says to a picture."""
+    """Error of a model that reads text alone."""
     return PromptError(
         f"{name} reads text alone: it takes no pictures or sounds.",
         hint="Use phi-4-multimodal, which sees and hears.",
     )
 
 
-def read_parts(place: str, parts: Sequence[Any]) -> tuple[Part, ...]:
+def read_parts(place: str, parts: Sequence[Any]) -> tuple[ContentPart, ...]:
     """The parts of a message's content, stretches of text joined.
 
     Takes this module's form and OpenAI's: `{"type": "image_url", "image_url": {"url": …}}` with a
     data: or https: address, and `{"type": "input_audio", "input_audio": {"data": …}}` in base64.
     Raises PromptError, naming the part by its index, where one is none of these.
     """
-    found: list[Part] = []
+    found: list[ContentPart] = []
     for index, part in enumerate(parts):
         read = _read_part(f"{place}.content[{index}]", part)
         if read.kind == "text" and found and found[-1].kind == "text":
-            read = Part("text", found.pop().value + read.value)
+            read = ContentPart("text", found.pop().value + read.value)
         found.append(read)
     if not found:
         raise PromptError(f"{place} is a message whose content is an empty list.", hint=EXAMPLE)
     return tuple(found)
 
 
-def _read_part(place: str, part: Any) -> Part:
+def _read_part(place: str, part: Any) -> ContentPart:
     kind = part.get("type") if isinstance(part, Mapping) else None
     if not isinstance(kind, str) or kind not in _READERS:
         raise PromptError(
@@ -76,20 +73,20 @@ def _read_part(place: str, part: Any) -> Part:
     return _READERS[kind](place, part[kind])
 
 
-def _read_text(place: str, text: Any) -> Part:
+def _read_text(place: str, text: Any) -> ContentPart:
     if not isinstance(text, str):
         raise PromptError(f"{place} has a text that is not text.", hint=EXAMPLE)
-    return Part("text", text)
+    return ContentPart("text", text)
 
 
-def _read_image_url(place: str, value: Any) -> Part:
+def _read_image_url(place: str, value: Any) -> ContentPart:
     """A request may come from anywhere, so that an address is never the name of a file here."""
     url = value.get("url") if isinstance(value, Mapping) else value
     if not isinstance(url, str):
         url = ""
     scheme = url.partition(":")[0].lower()
     if scheme == "https":
-        return Part("image", url)
+        return ContentPart("image", url)
     if scheme != "data":
         raise PromptError(
             f"{place} has an image_url that is neither a data: nor an https: address.",
@@ -101,17 +98,17 @@ def _read_image_url(place: str, value: Any) -> Part:
             f"{place} has a data: address without base64.",
             hint='Write it as "data:image/png;base64,…".',
         )
-    return Part("image", _decode(place, data))
+    return ContentPart("image", _decode(place, data))
 
 
-def _read_input_audio(place: str, value: Any) -> Part:
+def _read_input_audio(place: str, value: Any) -> ContentPart:
     data = value.get("data") if isinstance(value, Mapping) else None
     if not isinstance(data, str):
         raise PromptError(
             f"{place} has an input_audio without data.",
             hint='Send the sound itself: {"data": "…", "format": "wav"}, in base64.',
         )
-    return Part("audio", _decode(place, data))
+    return ContentPart("audio", _decode(place, data))
 
 
 def _decode(place: str, data: str) -> bytes:
@@ -124,10 +121,10 @@ def _decode(place: str, data: str) -> bytes:
     return decoded
 
 
-_READERS: dict[str, Callable[[str, Any], Part]] = {
+_READERS: dict[str, Callable[[str, Any], ContentPart]] = {
     "text": _read_text,
-    "image": lambda place, value: Part("image", value),
-    "audio": lambda place, value: Part("audio", value),
+    "image": lambda place, value: ContentPart("image", value),
+    "audio": lambda place, value: ContentPart("audio", value),
     "image_url": _read_image_url,
     "input_audio": _read_input_audio,
 }
@@ -160,20 +157,20 @@ def attach(
     return attached
 
 
-def widen(
-    ids: Sequence[int], slots: Placeholders, tokens: Mapping[str, Sequence[int]]
+def expand_placeholders(
+    ids: Sequence[int], placeholders: PlaceholderTokens, tokens: Mapping[str, Sequence[int]]
 ) -> tuple[list[int], list[str]]:
-    """Ids in which each slot token stands as often as its item has tokens, and the items' kinds.
+    """Ids in which each placeholder stands as often as its item has tokens, and the items' kinds.
 
     Args:
-        ids: with one slot token for each item.
+        ids: with one placeholder token for each item.
         tokens: how many each item has, by kind, in the order of the prompt.
 
     Raises:
-        PromptError: where there are not as many slots as items.
+        PromptError: where there are not as many placeholders as items.
     """
     for kind in KINDS:
-        places, items = sum(token == slots[kind] for token in ids), len(tokens.get(kind, ()))
+        places, items = sum(token == placeholders[kind] for token in ids), len(tokens.get(kind, ()))
         if places != items:
             name = NAMES[kind]
             raise PromptError(
@@ -181,17 +178,17 @@ def widen(
                 f"{items} came with it.",
                 hint=f"Each needs its place, written <|{kind}_1|>, <|{kind}_2|>, … in raw text.",
             )
-    kinds = {slots[kind]: kind for kind in KINDS}
+    kinds = {placeholders[kind]: kind for kind in KINDS}
     counts = {kind: iter(tokens.get(kind, ())) for kind in KINDS}
-    wide: list[int] = []
+    expanded: list[int] = []
     order: list[str] = []
     for token in ids:
         if token in kinds:
-            wide += [token] * next(counts[kinds[token]])
+            expanded += [token] * next(counts[kinds[token]])
             order.append(kinds[token])
         else:
-            wide.append(token)
-    return wide, order
+            expanded.append(token)
+    return expanded, order
 
 
 def source_list(name: str, sources: Any) -> list[Any]:

@@ -1,7 +1,4 @@
-"""A conversation as given by a caller, checked once and put into one form.
-
-Knows nothing of templates and tokens.
-"""
+"""Checks a conversation as a caller gives it, once, and puts it into one form."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phimlx.errors import PromptError
-from phimlx.prompt.media_parts import NAMES, Part, read_parts
+from phimlx.prompt.media_parts import NAMES, ContentPart, read_parts
 from phimlx.prompt.tools import ToolCall, read_calls, read_tools, tools_json
 
 ROLES = ("system", "user", "assistant", "tool")
@@ -34,7 +31,7 @@ class Message:
     tools: str | None = None
     name: str | None = None
     tool_call_id: str | None = None
-    parts: tuple[Part, ...] = ()
+    parts: tuple[ContentPart, ...] = ()
 
 
 def read_messages(messages: Sequence[Mapping[str, Any] | Message]) -> list[Message]:
@@ -86,7 +83,7 @@ def _read(place: str, message: Any) -> Message:
     )
 
 
-def _read_parts(place: str, role: str, content: Sequence[Any]) -> tuple[Part, ...]:
+def _read_parts(place: str, role: str, content: Sequence[Any]) -> tuple[ContentPart, ...]:
     parts = read_parts(place, content)
     for part in parts:
         if part.kind != "text" and role != "user":

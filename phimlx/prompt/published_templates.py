@@ -1,16 +1,18 @@
-"""Chat templates: where a model folder keeps its own, and the published ones for folders without.
+"""Prompt forms as they were published, and where a model folder keeps a template of its own.
 
-Knows nothing of rendering. A folder's own template always wins.
+A folder's own template wins over a published one.
 """
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
+from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
-from phimlx.errors import PromptError, TokenizerError
+from phimlx.errors import PromptError, TokenizerError, shortened
 from phimlx.files import read_json, read_text
 
 # microsoft/phi-4, tokenizer_config.json.
@@ -80,22 +82,193 @@ MINI_REASONING = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
+# Phi-3-mini since July 2024: tokenizer_config.json, as microsoft/onnxruntime-extensions quotes it.
+PHI3 = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'system' %}"
+    "{{'<|system|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% elif message['role'] == 'user' %}"
+    "{{'<|user|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{'<|assistant|>\\n' + message['content'] + '<|end|>\\n'}}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|assistant|>\\n' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+# Phi-3.5-mini: the same, but a system message without content is left out.
+PHI35 = PHI3.replace("== 'system' %}", "== 'system' and message['content'] %}")
+
+# Phi-3-medium, same source: no place for a system message.
+PHI3_MEDIUM = (
+    "{% for message in messages %}"
+    "{% if (message['role'] == 'user') %}"
+    "{{'<|user|>' + '\\n' + message['content'] + '<|end|>' + '\\n' + '<|assistant|>' + '\\n'}}"
+    "{% elif (message['role'] == 'assistant') %}"
+    "{{message['content'] + '<|end|>' + '\\n'}}"
+    "{% endif %}{% endfor %}"
+)
+
+# Phi-3-mini as first published, in April 2024; no place for a system message.
+PHI3_FIRST = "{{ bos_token }}" + PHI3_MEDIUM
+
+# The base models have no template: these write the forms of their cards. A space parts what the
+# card puts in front of a reply from the reply, since the models write it there themselves.
+_DIALOGUE = (
+    "{% for message in messages %}"
+    "{% if message['role'] == 'user' %}"
+    "{% if not loop.first %}{{ 'APART' }}{% endif %}{{ 'USER' + message['content'] }}"
+    "{% elif message['role'] == 'assistant' %}"
+    "{{ 'REPLY ' + message['content']|trim }}"
+    "{% endif %}{% endfor %}"
+    "{% if add_generation_prompt %}{{ 'REPLY' }}{% else %}{{ eos_token }}{% endif %}"
+)
+
+
+def _dialogue(user: str, reply: str, apart: str) -> str:
+    """A template for turns that begin with `user` and `reply`."""
+    return _DIALOGUE.replace("USER", user).replace("REPLY", reply).replace("APART", apart)
+
+
+INSTRUCT = _dialogue("Instruct: ", "\\nOutput:", "\\n")
+ANSWER = _dialogue("", "\\n\\nAnswer:", "\\n\\n")
+CHAT = _dialogue("Alice: ", "\\nBob:", "\\n")
+CHAT_APART = _dialogue("Alice: ", "\\n\\nBob:", "\\n\\n")
+COMPLETION = (
+    "{% for message in messages %}{{ message['content'] }}{% endfor %}"
+    "{% if not add_generation_prompt %}{{ eos_token }}{% endif %}"
+)
+
 
 @dataclass(frozen=True)
-class Published:
-    """A published template, for tokenizers that have `tokens`; for reasoning models or others."""
+class PublishedTemplate:
+    """A prompt form that was published for a model.
 
+    Attributes:
+        name: what it is asked for by.
+        source: where it was published.
+        text: the form as a jinja template.
+        tokens: control tokens that a tokenizer must have for it.
+        models: pattern found in the names of the models that it is the usual form of; None where
+            it is only used when it is asked for.
+        stop: strings that end a reply in this form, beside the tokens that do.
+    """
+
+    name: str
     source: str
+    text: str
     tokens: tuple[str, ...]
-    reasoning: bool
+    models: str | None
+    stop: tuple[str, ...] = ()
 
 
+_IM = ("<|im_start|>", "<|im_sep|>", "<|im_end|>")
+_TAGS = ("<|user|>", "<|assistant|>", "<|end|>")
+_LLAMA = ("<s>", *_TAGS)
+_BASE = ("<|endoftext|>",)
+_SPEAKERS = ("\nAlice:", "\nBob:")
+_PHI3_FILES = "tokenizer_config.json of microsoft/Phi-3"
+
+# The first whose tokens and name fit is a model's usual form.
 PUBLISHED = (
-    Published(PHI4, ("<|im_start|>", "<|im_sep|>", "<|im_end|>"), reasoning=False),
-    Published(REASONING, ("<|im_start|>", "<|im_sep|>", "<|im_end|>"), reasoning=True),
-    Published(MINI, ("<|user|>", "<|assistant|>", "<|end|>"), reasoning=False),
-    Published(MINI_REASONING, ("<|user|>", "<|assistant|>", "<|end|>"), reasoning=True),
+    PublishedTemplate(
+        "phi-3-medium", f"{_PHI3_FILES}-medium-4k-instruct", PHI3_MEDIUM, _LLAMA, "phi-?3-medium"
+    ),
+    PublishedTemplate(
+        "phi-3.5-mini", f"{_PHI3_FILES}.5-mini-instruct", PHI35, _LLAMA, r"phi-?3[._]5"
+    ),
+    PublishedTemplate("phi-3-mini", f"{_PHI3_FILES}-mini-4k-instruct", PHI3, _LLAMA, ""),
+    PublishedTemplate(
+        "phi-3-mini-first", f"{_PHI3_FILES}-mini-4k-instruct", PHI3_FIRST, _LLAMA, None
+    ),
+    PublishedTemplate(
+        "phi-4-reasoning",
+        "card and tokenizer_config.json of microsoft/Phi-4-reasoning",
+        REASONING,
+        _IM,
+        "reasoning",
+    ),
+    PublishedTemplate("phi-4", "tokenizer_config.json of microsoft/phi-4", PHI4, _IM, ""),
+    PublishedTemplate(
+        "phi-4-mini-reasoning",
+        "chat_template.jinja of microsoft/Phi-4-mini-reasoning",
+        MINI_REASONING,
+        _TAGS,
+        "reasoning",
+    ),
+    PublishedTemplate(
+        "phi-4-mini",
+        "tokenizer_config.json of microsoft/Phi-4-mini-instruct",
+        MINI,
+        _TAGS,
+        "",
+    ),
+    PublishedTemplate(
+        "phi-2",
+        "card of microsoft/phi-2, QA format",
+        INSTRUCT,
+        _BASE,
+        r"\bphi-?2\b",
+        ("\nInstruct:",),
+    ),
+    PublishedTemplate(
+        "phi-1.5",
+        "card of microsoft/phi-1_5, QA format",
+        ANSWER,
+        _BASE,
+        r"\bphi-?1[._]5",
+        ("\n\n",),
+    ),
+    PublishedTemplate(
+        "phi-2-chat", "card of microsoft/phi-2, chat format", CHAT, _BASE, None, _SPEAKERS
+    ),
+    PublishedTemplate(
+        "phi-1.5-chat", "card of microsoft/phi-1_5, chat format", CHAT_APART, _BASE, None, _SPEAKERS
+    ),
+    PublishedTemplate(
+        "completion", "card of microsoft/phi-1, code format", COMPLETION, _BASE, r"\bphi-?1\b"
+    ),
 )
+BY_NAME = {form.name: form for form in PUBLISHED}
+BY_TEXT = {form.text: form for form in PUBLISHED}
+
+# SHA-256 of published templates that are not needed here: their models' folders have them.
+KNOWN = {
+    # chat_template.jinja of microsoft/Phi-4-reasoning-vision-15B
+    "b763247b7f52d0c734cf30d623ee4a4a694bc3619eb89385a154ac50082416f0",
+}
+
+
+def is_known(text: str) -> bool:
+    """Whether a template was published with a model of the family, to the letter."""
+    return text in BY_TEXT or sha256(text.encode(errors="replace")).hexdigest() in KNOWN
+
+
+def named_template(name: str) -> PublishedTemplate:
+    """The published form of that name. Raises PromptError where there is none."""
+    if name not in BY_NAME:
+        raise PromptError(
+            f"There is no prompt form named {shortened(name)}.",
+            hint=f"Known forms: {', '.join(BY_NAME)}.",
+        )
+    return BY_NAME[name]
+
+
+def published_template(tokens: Collection[str], names: Iterable[str]) -> PublishedTemplate | None:
+    """The usual form of a model with these control tokens and names, or None.
+
+    A model whose tokenizer has `<think>` is a reasoning model, whatever its name.
+    """
+    name = " ".join([*names, *(["reasoning"] if "<think>" in tokens else [])]).lower()
+    return next(
+        (
+            form
+            for form in PUBLISHED
+            if form.models is not None
+            and set(form.tokens) <= set(tokens)
+            and re.search(form.models, name)
+        ),
+        None,
+    )
 
 
 def folder_templates(folder: Path) -> dict[str, str]:
@@ -136,19 +309,3 @@ def _by_name(path: Path, found: Any) -> dict[str, str]:
             hint="Take the file from the model's publisher again.",
         )
     return templates
-
-
-def published_template(tokens: Collection[str], names: Iterable[str]) -> str | None:
-    """The published template for a tokenizer with these control tokens, or None.
-
-    A reasoning model is one whose tokenizer has `<think>`, or one of whose `names` says so.
-    """
-    reasoning = "<think>" in tokens or any("reasoning" in name.lower() for name in names)
-    return next(
-        (
-            published.source
-            for published in PUBLISHED
-            if published.reasoning is reasoning and set(published.tokens) <= set(tokens)
-        ),
-        None,
-    )

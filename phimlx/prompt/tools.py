@@ -1,7 +1,4 @@
-"""Tools offered to a model, and its calls of them, as plain data.
-
-Knows the OpenAI forms and JSON; not how a model spells tools in its prompt or its reply.
-"""
+"""Reads tools offered to a model, and its calls of them, in OpenAI's forms, as plain data."""
 
 from __future__ import annotations
 
@@ -26,7 +23,7 @@ class ToolCall:
 
 
 def read_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """The function objects of `tools`: name, description, parameters.
+    """Read the function objects of `tools`: name, description, parameters.
 
     Takes them bare or as OpenAI wraps them, `{"type": "function", "function": {…}}`.
     Raises PromptError, naming the tool, where one is not what a model can be told about.

@@ -33,10 +33,12 @@ def render(rows: list[dict[str, Any]]) -> str:
     tokenizer = Tokenizer.load(NANO)
     template = ChatTemplate.load(NANO, tokenizer)
     return "".join(
-        template.render(
-            [*row["messages"], {"role": "assistant", "content": row["answer"]}],
-            row.get("tools"),
-            add_generation_prompt=False,
+        tokenizer.decode(
+            template.encode(
+                [*row["messages"], {"role": "assistant", "content": row["answer"]}],
+                row.get("tools"),
+                add_generation_prompt=False,
+            )
         )
         for row in rows
     )

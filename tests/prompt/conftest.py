@@ -86,6 +86,11 @@ def tiny_tokenizer_json(tokens: Sequence[str | dict[str, Any]] = MINI_TOKENS) ->
 Make = Callable[..., Path]
 
 
+def spelled(template: ChatTemplate, *arguments: Any, **options: Any) -> str:
+    """The tokens of a prompt as text, control tokens by their names."""
+    return template._tokenizer.decode(template.encode(*arguments, **options))
+
+
 @pytest.fixture
 def make_folder(tmp_path: Path) -> Make:
     """Makes a model folder with a tiny tokenizer."""

@@ -15,7 +15,7 @@ from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.published_templates import MINI, MINI_REASONING, PHI4, REASONING
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.prompt.tools import ToolCall
-from tests.prompt.conftest import MINI_TOKENS, Make
+from tests.prompt.conftest import MINI_TOKENS, Make, spelled
 
 Models = dict[str, tuple[Tokenizer, ChatTemplate]]
 Messages = list[dict[str, Any]]
@@ -49,11 +49,10 @@ def tiny_chat(make_folder: Make, template: str | None = MINI, **config: Any) -> 
 
 
 @pytest.mark.parametrize("case", GOLDENS, ids=GOLDEN_IDS)
-def test_ids_and_text_are_those_of_transformers(models: Models, case: dict[str, Any]) -> None:
+def test_ids_are_those_of_transformers(models: Models, case: dict[str, Any]) -> None:
     template = models[case["model"]][1]
-    arguments = {"add_generation_prompt": case["add_generation_prompt"]}
-    assert template.render(case["messages"], **arguments) == case["text"]
-    assert template.encode(case["messages"], **arguments) == case["ids"]
+    ids = template.encode(case["messages"], add_generation_prompt=case["add_generation_prompt"])
+    assert ids == case["ids"]
 
 
 @pytest.mark.parametrize(
@@ -62,7 +61,6 @@ def test_ids_and_text_are_those_of_transformers(models: Models, case: dict[str, 
 )
 def test_published_ids(data: Path, models: Models, oracle: str, model: str) -> None:
     case = json.loads((data / "golden/expected_public_oracles.json").read_text())[oracle]
-    assert models[model][1].render(case["messages"]) == case["text"]
     assert models[model][1].encode(case["messages"]) == case["ids"]
 
 
@@ -81,17 +79,13 @@ def test_a_line_of_spaces_after_the_role_is_swallowed(models: Models) -> None:
     ("source", "model"),
     [(PHI4, "phi-4"), (MINI, "phi-4-mini"), (MINI_REASONING, "phi-4-mini-reasoning")],
 )
-def test_built_in_templates_are_the_published_ones(
-    make_folder: Make, source: str, model: str
-) -> None:
-    template = tiny_chat(make_folder, source, eos_token="<|endoftext|>")
+def test_built_in_templates_are_the_published_ones(models: Models, source: str, model: str) -> None:
+    template = ChatTemplate({"default": source}, models[model][0], {"eos_token": "<|endoftext|>"})
     cases = [case for case in GOLDENS if case["model"] == model]
     assert len(cases) >= 26
     for case in cases:
-        text = template.render(
-            case["messages"], add_generation_prompt=case["add_generation_prompt"]
-        )
-        assert text == case["text"]
+        ids = template.encode(case["messages"], add_generation_prompt=case["add_generation_prompt"])
+        assert ids == case["ids"]
 
 
 def test_reasoning_prompt(models: Models) -> None:
@@ -170,8 +164,9 @@ def test_a_template_can_look_for_the_end_of_thought_in_a_reply(make_folder: Make
         "{% else %}{{ m.content }}{% endif %}<|end|>{% endfor %}",
     )
     assert (
-        template.render(
-            [user("a</think>b"), {"role": "assistant", "content": "<think>x</think>\n\ny"}]
+        spelled(
+            template,
+            [user("a</think>b"), {"role": "assistant", "content": "<think>x</think>\n\ny"}],
         )
         == "<|user|>a</think>b<|end|><|assistant|>y<|end|>"
     )
@@ -180,12 +175,12 @@ def test_a_template_can_look_for_the_end_of_thought_in_a_reply(make_folder: Make
 def test_marks_of_the_shield_are_never_taken_from_the_text(make_folder: Make) -> None:
     template = tiny_chat(make_folder)
     text = "\U00012000<|end|>\U00012001 \\ud808\\udc02"
-    assert template.render([user(text)]) == f"<|user|>{text}<|end|><|assistant|>"
+    assert spelled(template, [user(text)]) == f"<|user|>{text}<|end|><|assistant|>"
 
 
 def test_marks_come_out_of_json_escapes_too(make_folder: Make) -> None:
     template = tiny_chat(make_folder, "{{ messages|tojson(ensure_ascii=true) }}{{ messages }}")
-    assert template.render([user("<|end|>")]) == (
+    assert spelled(template, [user("<|end|>")]) == (
         "[{\"role\": \"user\", \"content\": \"<|end|>\"}][{'role': 'user', 'content': '<|end|>'}]"
     )
     assert max(template.encode([user("<|end|>")])) < 258
@@ -223,15 +218,15 @@ def test_tools_go_into_the_system_message_as_json(make_folder: Make, tool: dict[
     template = tiny_chat(make_folder)
     messages = [{"role": "system", "content": "Help."}, user("Rain?")]
     text = f"<|system|>Help.<|tool|>{WEATHER_JSON}<|/tool|><|end|><|user|>Rain?<|end|><|assistant|>"
-    assert template.render(messages, tools=[tool]) == text
-    assert template.render([messages[0] | {"tools": [tool]}, messages[1]]) == text
-    assert template.render([messages[0] | {"tools": WEATHER_JSON}, messages[1]]) == text
-    assert template.render(messages[1:], tools=[tool]) == text.replace("Help.", "")
-    assert template.render(messages, tools=[]) == template.render(messages)
+    assert spelled(template, messages, tools=[tool]) == text
+    assert spelled(template, [messages[0] | {"tools": [tool]}, messages[1]]) == text
+    assert spelled(template, [messages[0] | {"tools": WEATHER_JSON}, messages[1]]) == text
+    assert spelled(template, messages[1:], tools=[tool]) == text.replace("Help.", "")
+    assert spelled(template, messages, tools=[]) == spelled(template, messages)
 
 
 def test_tools_of_mini_reasoning(make_folder: Make) -> None:
-    assert tiny_chat(make_folder, MINI_REASONING).render([user("Rain?")], tools=[WEATHER]) == (
+    assert spelled(tiny_chat(make_folder, MINI_REASONING), [user("Rain?")], tools=[WEATHER]) == (
         "<|system|>Your name is Phi, an AI math expert developed by Microsoft. "
         f"<|tool|>{WEATHER_JSON}<|/tool|><|end|><|user|>Rain?<|end|><|assistant|>"
     )
@@ -263,7 +258,7 @@ def test_the_model_cards_example(models: Models) -> None:
         {"role": "system", "content": "You are a helpful assistant with some tools."},
         user("What is the weather like in Paris today?"),
     ]
-    assert template.render(messages, tools=[tool]) == card
+    assert spelled(template, messages, tools=[tool]) == card
     assert template.encode(messages, tools=[tool]) == tokenizer.encode(card, control=True)
 
 
@@ -306,7 +301,7 @@ def test_a_template_with_a_place_of_its_own_for_tools_and_calls(make_folder: Mak
     )
     call = {"name": "f", "arguments": {"x": "<|end|>"}}
     messages = [user("a"), {"role": "assistant", "content": "b", "tool_calls": [call]}]
-    assert template.render(messages, tools=[{"name": "f"}]) == (
+    assert spelled(template, messages, tools=[{"name": "f"}]) == (
         '[{"type": "function", "function": {"name": "f"}}]abf({"x": "<|end|>"})'
     )
     assert max(template.encode(messages, tools=[{"name": "f"}])) < 258
@@ -318,8 +313,8 @@ def test_a_template_for_tools_beside_the_default(make_folder: Make) -> None:
         {"name": "tool_use", "template": "{{ tools[0].function.name }}: {{ messages[0].content }}"},
     ]
     template = tiny_chat(make_folder, None, chat_template=templates)
-    assert template.render([user("a")]) == "a"
-    assert template.render([user("a")], tools=[{"name": "f"}]) == "f: a"
+    assert spelled(template, [user("a")]) == "a"
+    assert spelled(template, [user("a")], tools=[{"name": "f"}]) == "f: a"
 
 
 # Where the template comes from.
@@ -333,7 +328,8 @@ def test_a_folders_own_template_wins(make_folder: Make) -> None:
     )
 
     def rendered() -> str:
-        return ChatTemplate.load(folder, tokenizer).render([{"role": "assistant", "content": "x"}])
+        template = ChatTemplate.load(folder, tokenizer)
+        return spelled(template, [{"role": "assistant", "content": "x"}])
 
     assert rendered() == "jinja"
     (folder / "chat_template.jinja").unlink()
@@ -362,16 +358,16 @@ def test_built_in_template_by_tokens_and_name(
 ) -> None:
     folder = make_folder(tokens)
     tokenizer = Tokenizer.load(folder)
-    built_in = ChatTemplate.load(folder, tokenizer, name).render([user("Hi")])
+    built_in = spelled(ChatTemplate.load(folder, tokenizer, name), [user("Hi")])
     (folder / "chat_template.jinja").write_text(source)
-    assert built_in == ChatTemplate.load(folder, tokenizer).render([user("Hi")])
+    assert built_in == spelled(ChatTemplate.load(folder, tokenizer), [user("Hi")])
 
 
 def test_model_name_from_config(make_folder: Make) -> None:
     folder = make_folder(MINI_TOKENS[:10])
     (folder / "config.json").write_text('{"_name_or_path": "microsoft/Phi-4-mini-reasoning"}')
     template = ChatTemplate.load(folder, Tokenizer.load(folder))
-    assert template.render([user("Hi")]).startswith("<|system|>Your name is Phi")
+    assert spelled(template, [user("Hi")]).startswith("<|system|>Your name is Phi")
 
 
 def test_special_tokens_reach_the_template(make_folder: Make) -> None:
@@ -389,12 +385,7 @@ def test_generation_tag_is_transparent(make_folder: Make) -> None:
         make_folder,
         "{% for m in messages %}{% generation %}{{ m.content }}{% endgeneration %}{% endfor %}",
     )
-    assert template.render([user("a"), user("b")]) == "ab"
-
-
-def test_starts_in_reasoning(make_folder: Make) -> None:
-    assert not tiny_chat(make_folder).starts_in_reasoning
-    assert tiny_chat(make_folder, MINI + "<think>\n").starts_in_reasoning
+    assert spelled(template, [user("a"), user("b")]) == "ab"
 
 
 # What goes wrong.
@@ -517,7 +508,7 @@ def test_messages_that_a_template_leaves_out(make_folder: Make, source: str, rol
 
 def test_a_template_may_change_what_it_renders(make_folder: Make) -> None:
     template = tiny_chat(make_folder, "{{ messages[0].content|upper }}")
-    assert template.render([user("stra\u00dfe")]) == "STRASSE"
+    assert spelled(template, [user("stra\u00dfe")]) == "STRASSE"
 
 
 def test_no_template_at_all(make_folder: Make) -> None:
@@ -525,7 +516,7 @@ def test_no_template_at_all(make_folder: Make) -> None:
     with pytest.raises(PromptError) as error:
         ChatTemplate.load(folder, Tokenizer.load(folder))
     assert str(error.value) == (
-        f"{folder} has no chat template, and its tokenizer is no Phi-4 chat model's."
+        f"{folder} has no chat template, and its tokenizer is no Phi chat model's."
     )
     assert error.value.hint == "Give the prompt as raw text, without a template."
 

@@ -17,15 +17,15 @@ from hypothesis import strategies as st
 from phimlx.errors import PhimlxError, PromptError, TokenizerError
 from phimlx.generation.media_inputs import fill
 from phimlx.prompt.chat_template import ChatTemplate
-from phimlx.prompt.media_parts import Part, attach, source_list, widen
+from phimlx.prompt.media_parts import ContentPart, attach, expand_placeholders, source_list
 from phimlx.prompt.messages import read_messages
 from phimlx.prompt.published_templates import MINI
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
-from tests.prompt.conftest import MINI_TOKENS, Make
+from tests.prompt.conftest import MINI_TOKENS, Make, spelled
 
 Models = dict[str, tuple[Tokenizer, ChatTemplate]]
 
-SLOTS = {"image": 200010, "audio": 200011}
+PLACEHOLDERS = {"image": 200010, "audio": 200011}
 CASES = (
     *("single-image", "multi-image", "short-audio", "long-audio"),
     *("image-short-audio", "image-long-audio", "multi-image-audio"),
@@ -45,7 +45,7 @@ def user(*parts: Any) -> dict[str, Any]:
 @pytest.fixture(scope="module")
 def multimodal(models: Models, data: Path) -> ChatTemplate:
     folder = data / "hf/Phi-4-multimodal-instruct"
-    return ChatTemplate.load(folder, models["phi-4-multimodal"][0], slots=SLOTS)
+    return ChatTemplate.load(folder, models["phi-4-multimodal"][0], placeholders=PLACEHOLDERS)
 
 
 def golden(data: Path, case: str) -> tuple[str, dict[str, list[Path]], list[int]]:
@@ -67,8 +67,8 @@ def test_ids_are_those_that_the_real_weights_were_given(
 ) -> None:
     question, sources, ids = golden(data, case)
     messages = attach([{"role": "user", "content": question}], sources["image"], sources["audio"])
-    wide, media = fill(multimodal.encode(messages), SLOTS, sources, None, {})
-    assert wide == ids
+    expanded, media = fill(multimodal.encode(messages), PLACEHOLDERS, sources, None, {})
+    assert expanded == ids
     assert media is not None
     order = [*sources["image"], *sources["audio"]]
     assert [count for _, count in media.digests] == [
@@ -77,7 +77,7 @@ def test_ids_are_those_that_the_real_weights_were_given(
     assert len({digest for digest, _ in media.digests}) == len(set(order))
 
 
-def test_parts_keep_their_order_and_are_numbered_over_the_conversation(
+def test_parts_keep_their_order(
     multimodal: ChatTemplate,
 ) -> None:
     messages = [
@@ -86,16 +86,16 @@ def test_parts_keep_their_order_and_are_numbered_over_the_conversation(
         {"role": "assistant", "content": [text("The first.")]},
         user(SOUND),
     ]
-    assert multimodal.render(messages) == (
+    assert spelled(multimodal, messages) == (
         "<|system|>Be brief.<|end|>"
-        "<|user|>Which? <|image_1|>\n<|audio_1|>\nor<|image_2|><|end|>"
+        "<|user|>Which? <|endoftext10|>\n<|endoftext11|>\nor<|endoftext10|><|end|>"
         "<|assistant|>The first.<|end|>"
-        "<|user|><|audio_2|><|end|><|assistant|>"
+        "<|user|><|endoftext11|><|end|><|assistant|>"
     )
     tokens = {"image": [2, 1], "audio": [1, 3]}
-    wide, order = widen(multimodal.encode(messages), SLOTS, tokens)
+    expanded, order = expand_placeholders(multimodal.encode(messages), PLACEHOLDERS, tokens)
     assert order == ["image", "audio", "image", "audio"]
-    assert [token for token in wide if token in SLOTS.values()] == (
+    assert [token for token in expanded if token in PLACEHOLDERS.values()] == (
         [200010, 200010, 200011, 200010, 200011, 200011, 200011]
     )
 
@@ -108,13 +108,14 @@ def test_text_in_parts_is_the_same_prompt(models: Models, multimodal: ChatTempla
     assert models["phi-4-multimodal"][1].encode(split) == ids
 
 
-@pytest.mark.parametrize("spelled", ["<|image_1|>", "<|endoftext10|>", "<|endoftext11|>"])
-def test_text_that_spells_a_slot_stays_text(multimodal: ChatTemplate, spelled: str) -> None:
-    ids = multimodal.encode([user(text(f"See {spelled}:"), PICTURE, text(spelled))])
+@pytest.mark.parametrize("typed", ["<|image_1|>", "<|endoftext10|>", "<|endoftext11|>"])
+def test_text_that_spells_a_placeholder_stays_text(multimodal: ChatTemplate, typed: str) -> None:
+    messages = [user(text(f"See {typed}:"), PICTURE, text(typed))]
+    ids = multimodal.encode(messages)
     assert Counter(ids)[200010] == 1
     assert Counter(ids)[200011] == 0
-    assert multimodal.render([user(text(f"See {spelled}:"), PICTURE, text(spelled))]) == (
-        f"<|user|>See {spelled}:<|image_1|>\n{spelled}<|end|><|assistant|>"
+    assert spelled(multimodal, messages) == (
+        f"<|user|>See {typed}:<|endoftext10|>\n{typed}<|end|><|assistant|>"
     )
 
 
@@ -126,11 +127,13 @@ TOKENS: tuple[Any, ...] = (
 PICTURE_TOKEN, SOUND_TOKEN = 256 + len(TOKENS), 257 + len(TOKENS)
 
 
-def tiny_chat(make_folder: Make, **slots: int) -> tuple[Tokenizer, ChatTemplate]:
+def tiny_chat(make_folder: Make, **placeholders: int) -> tuple[Tokenizer, ChatTemplate]:
     folder = make_folder(TOKENS, template=MINI)
     tokenizer = Tokenizer.load(folder)
     return tokenizer, ChatTemplate.load(
-        folder, tokenizer, slots={"image": PICTURE_TOKEN, "audio": SOUND_TOKEN} | slots
+        folder,
+        tokenizer,
+        placeholders={"image": PICTURE_TOKEN, "audio": SOUND_TOKEN} | placeholders,
     )
 
 
@@ -143,7 +146,7 @@ FRAGMENTS = ("<", "<|", "endoftext", "1", "0", "10", "|>", "|", ">", "\n", " ", 
 @settings(
     deadline=None, max_examples=60, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
-def test_only_pictures_become_slots_and_text_stays_text(
+def test_only_pictures_become_placeholders_and_text_stays_text(
     make_folder: Make, pieces: list[str | None]
 ) -> None:
     tokenizer, chat = tiny_chat(make_folder)
@@ -165,9 +168,9 @@ def test_a_model_that_reads_text_alone_says_so(models: Models) -> None:
     assert error.value.hint == "Use phi-4-multimodal, which sees and hears."
 
 
-def test_a_tokenizer_without_the_slot_is_named(make_folder: Make) -> None:
+def test_a_tokenizer_without_the_placeholder_is_named(make_folder: Make) -> None:
     _, chat = tiny_chat(make_folder, image=5)
-    assert chat.render([user(SOUND)]) == "<|user|><|audio_1|><|end|><|assistant|>"
+    assert spelled(chat, [user(SOUND)]) == "<|user|><|endoftext11|><|end|><|assistant|>"
     with pytest.raises(TokenizerError) as error:
         chat.encode([user(PICTURE)])
     assert str(error.value) == "The tokenizer has no token that stands for a picture."
@@ -181,25 +184,25 @@ PNG = base64.b64encode(b"\x89PNG").decode()
     [
         (
             {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{PNG}"}},
-            Part("image", b"\x89PNG"),
+            ContentPart("image", b"\x89PNG"),
         ),
         (
             {"type": "image_url", "image_url": f"DATA:;BASE64,{PNG[:2]}\n{PNG[2:]}"},
-            Part("image", b"\x89PNG"),
+            ContentPart("image", b"\x89PNG"),
         ),
         (
             {"type": "image_url", "image_url": {"url": "https://a.b/c.png", "detail": "low"}},
-            Part("image", "https://a.b/c.png"),
+            ContentPart("image", "https://a.b/c.png"),
         ),
         (
             {"type": "input_audio", "input_audio": {"data": PNG, "format": "wav"}},
-            Part("audio", b"\x89PNG"),
+            ContentPart("audio", b"\x89PNG"),
         ),
-        ({"type": "image", "image": Path("cat.png")}, Part("image", Path("cat.png"))),
-        ({"type": "audio", "audio": "jfk.wav"}, Part("audio", "jfk.wav")),
+        ({"type": "image", "image": Path("cat.png")}, ContentPart("image", Path("cat.png"))),
+        ({"type": "audio", "audio": "jfk.wav"}, ContentPart("audio", "jfk.wav")),
     ],
 )
-def test_every_form_of_a_part_is_read(part: dict[str, Any], read: Part) -> None:
+def test_every_form_of_a_part_is_read(part: dict[str, Any], read: ContentPart) -> None:
     assert read_messages([user(part)])[0].parts == (read,)
 
 
@@ -299,7 +302,7 @@ def test_media_beside_a_prompt_goes_before_what_the_user_said_last() -> None:
 
 def test_a_prompt_without_text_is_the_sound_alone(multimodal: ChatTemplate) -> None:
     (message,) = attach([{"role": "user", "content": ""}], [], [b"sound"])
-    assert multimodal.render([message]) == "<|user|><|audio_1|><|end|><|assistant|>"
+    assert spelled(multimodal, [message]) == "<|user|><|endoftext11|><|end|><|assistant|>"
 
 
 @pytest.mark.parametrize(
@@ -313,7 +316,7 @@ def test_places_and_items_must_agree(
     ids: list[int], tokens: dict[str, list[int]], error: str
 ) -> None:
     with pytest.raises(PromptError) as raised:
-        widen(ids, SLOTS, tokens)
+        expand_placeholders(ids, PLACEHOLDERS, tokens)
     assert str(raised.value) == error
 
 

@@ -1,6 +1,6 @@
 """Keeps text that came from outside apart from the control tokens of a template around it.
 
-Knows nothing of templates: it marks strings before they are rendered and takes the marks out after.
+Strings are marked before they are rendered, and the marks taken out after.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from typing import Any
 MARKS = range(0x12000, 0x110000)
 
 
-class Shield:
+class ControlTokenEscaper:
     """Breaks each spelling of a control token in given strings with a mark.
 
     The mark goes in after the token's first character, so the token no longer reads as one, while
@@ -36,24 +36,24 @@ class Shield:
             if not any(mark in text or _escaped(mark) in text for text in texts)
         )
 
-    def guard(self, value: Any, mark: str, inside: bool = False) -> Any:
+    def escape(self, value: Any, mark: str, inside: bool = False) -> Any:
         """`value` with its strings marked, in lists and the keys and values of dicts as well.
 
         `inside`: mark also strings that are a piece from inside a token.
         """
         if isinstance(value, str):
-            return self._guard_text(value, mark, inside)
+            return self._escape_text(value, mark, inside)
         if isinstance(value, dict):
-            return {self.guard(key, mark): self.guard(item, mark) for key, item in value.items()}
+            return {self.escape(key, mark): self.escape(item, mark) for key, item in value.items()}
         if isinstance(value, list):
-            return [self.guard(item, mark) for item in value]
+            return [self.escape(item, mark) for item in value]
         return value
 
-    def lift(self, text: str, mark: str) -> str:
+    def unescape(self, text: str, mark: str) -> str:
         """`text` without marks, those included that JSON has written as escapes."""
         return text.replace(mark, "").replace(_escaped(mark), "")
 
-    def _guard_text(self, text: str, mark: str, inside: bool) -> str:
+    def _escape_text(self, text: str, mark: str, inside: bool) -> str:
         core = text.strip()
         if not core or not self._tokens:
             return text

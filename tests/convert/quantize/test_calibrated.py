@@ -48,10 +48,12 @@ def conversations(first: int, count: int) -> str:
     lines = (NANO / "heldout.jsonl").read_text("utf-8").splitlines()[first::2][:count]
     rows = [json.loads(line) for line in lines]
     return "".join(
-        template.render(
-            [*row["messages"], {"role": "assistant", "content": row["answer"]}],
-            row.get("tools"),
-            add_generation_prompt=False,
+        tokenizer.decode(
+            template.encode(
+                [*row["messages"], {"role": "assistant", "content": row["answer"]}],
+                row.get("tools"),
+                add_generation_prompt=False,
+            )
         )
         for row in rows
     )

@@ -1,22 +1,34 @@
-"""Templates that attack, and what a well-meant template may rely on."""
+"""What a template may see and do, in this process and in the worker's, and how it is refused."""
 
 from __future__ import annotations
 
-import sys
-import threading
-import tracemalloc
-from typing import Any
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
 
 import pytest
 
 from phimlx.errors import PromptError
-from phimlx.prompt.sandbox import environment as sandbox
 from phimlx.prompt.sandbox.environment import Template
+from phimlx.prompt.sandbox.isolated import IsolatedTemplate
+from phimlx.prompt.sandbox.protocol import HINT
 
-TOO_MUCH = "The chat template builds far more text than a prompt can hold."
-TOO_LONG = "The chat template ran for more than 0.5 seconds and was stopped."
 TOO_DEEP = "The chat template calls itself too deeply."
 NO_FILES = "The chat template is wrong in line 1: a chat template may not use other files."
+
+
+class Compiled(Protocol):
+    variables: frozenset[str]
+    keys: frozenset[str]
+
+    def render(self, variables: Mapping[str, Any]) -> str: ...
+
+
+Compile = Callable[[str], Compiled]
+
+
+@pytest.fixture(params=[Template, IsolatedTemplate])
+def compile_template(request: pytest.FixtureRequest) -> Compile:
+    return request.param
 
 
 def unsafe(attribute: str, kind: str) -> str:
@@ -26,79 +38,7 @@ def unsafe(attribute: str, kind: str) -> str:
     )
 
 
-def grown(value: str, start: str = "'ha'", loops: int = 60) -> str:
-    """A template that sets `ns.x` to `value` again and again."""
-    return (
-        f"{{% set ns = namespace(x={start}) %}}{{% for i in range({loops}) %}}"
-        f"{{% set ns.x = {value} %}}{{% endfor %}}"
-    )
-
-
-BIG = "{% set x = 'a' * 1000000 %}"
-LITERAL = "{% for i in range(100000) %}" + "b" * 60_000 + "{% endfor %}"
-
-HOSTILE = {
-    # Time.
-    "loops": (
-        "{% for a in range(100000) %}{% for b in range(100000) %}{% endfor %}{% endfor %}",
-        TOO_LONG,
-    ),
-    "loop of tests": (
-        "{% for a in range(100000) %}{% for b in range(100000) %}{% if b is divisibleby 3 %}"
-        "{% endif %}{% endfor %}{% endfor %}",
-        TOO_LONG,
-    ),
-    "endless source": ("{{a+a}}{{[a]}}" * 4300, TOO_LONG),
-    # Size.
-    "repeated text": ("{{ 'a' * 10**9 }}", TOO_MUCH),
-    "repeated list": ("{{ [messages] * 10**7 }}", TOO_MUCH),
-    "doubling by ~": (grown("ns.x ~ ns.x"), TOO_MUCH),
-    "doubling by +": (grown("ns.x + ns.x"), TOO_MUCH),
-    "doubling wide text": (grown("ns.x ~ ns.x", "'\U0001f600'"), TOO_MUCH),
-    "doubling a list": (grown("ns.x + ns.x", "[1]"), TOO_MUCH),
-    "nested lists": (grown("[ns.x, ns.x]") + "{{ ns.x }}", TOO_MUCH),
-    "nested tuples": (grown("(ns.x, ns.x)") + "{{ ns.x == (1,) }}", TOO_MUCH),
-    "nested dicts": (grown("{'a': ns.x, 'b': ns.x}") + "{{ ns.x|tojson }}", TOO_MUCH),
-    "nested dict calls": (grown("dict(a=ns.x, b=ns.x)") + "{{ ns.x }}", TOO_MUCH),
-    "nested varargs": (
-        "{% macro m(n) %}{% set n.x = varargs %}{% endmacro %}{% set ns = namespace(x='ha') %}"
-        "{% for i in range(60) %}{{ m(ns, ns.x, ns.x) }}{% endfor %}{{ ns.x }}",
-        TOO_MUCH,
-    ),
-    "power": ("{{ 10 ** (10 ** 8) }}", TOO_MUCH),
-    "squaring": (grown("ns.x * ns.x", "7"), TOO_MUCH),
-    "width": ("{{ '%1000000000d' % 1 }}", TOO_MUCH),
-    "width as an argument": ("{{ '%*d' % (1000000000, 1) }}", TOO_MUCH),
-    "replace": (BIG + "{{ x.replace('a', x) }}", TOO_MUCH),
-    "replace filter": (BIG + "{{ x|replace('a', x) }}", TOO_MUCH),
-    "join": (BIG + "{{ x.join(['b'] * 1000) }}", TOO_MUCH),
-    "join filter": (BIG + "{{ range(1000)|join(x) }}", TOO_MUCH),
-    "join of defaults": (BIG + "{{ range(1000)|map('default', x, true)|join }}", TOO_MUCH),
-    "sort of defaults": (
-        BIG + "{{ range(9999)|map(attribute='a', default=x)|sort }}",
-        TOO_MUCH,
-    ),
-    "split": ("{{ ('a,' * 1000000).split(',') }}", TOO_MUCH),
-    "split at spaces": ("{{ ('a ' * 1000000).split() }}", TOO_MUCH),
-    "splitlines": ("{{ ('a\\n' * 1000000).splitlines() }}", TOO_MUCH),
-    "list of characters": (BIG + "{{ x|list }}", TOO_MUCH),
-    "lists": ("{% for i in range(9) %}{% set x = range(100000)|list %}{% endfor %}", TOO_MUCH),
-    "indent": ("{{ 'a\nb'|indent(1000000000) }}", TOO_MUCH),
-    "indent of JSON": ("{{ [1]|tojson(indent=1000000000) }}", TOO_MUCH),
-    "output": ("{% for i in range(100000) %}{{ 'a' * 9999 }}{% endfor %}", TOO_MUCH),
-    "output of literals": (LITERAL, TOO_MUCH),
-    "block of literals": ("{% set x %}" + LITERAL + "{% endset %}", TOO_MUCH),
-    "macro of literals": ("{% macro m() %}" + LITERAL + "{% endmacro %}{{ m() }}", TOO_MUCH),
-    "date": ("{{ strftime_now('%Y' * 1000) }}", TOO_MUCH),
-    "range": (
-        "{{ range(10**9)|list }}",
-        "The chat template fails: Range too big. The sandbox blocks ranges larger than "
-        "MAX_RANGE (100000).",
-    ),
-    "source": (
-        "a" * 70_000,
-        "The chat template has 70000 characters; at most 65536 are read.",
-    ),
+REFUSED = {
     # Depth.
     "macro": ("{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}", TOO_DEEP),
     "recursive loop": ("{% for x in [1] recursive %}{{ loop([1]) }}{% endfor %}", TOO_DEEP),
@@ -111,8 +51,6 @@ HOSTILE = {
         unsafe("__init__", "type"),
     ),
     "function": ("{{ raise_exception.__globals__.sys }}", unsafe("__globals__", "function")),
-    "format": ("{{ '{:>1000000000}'.format(1) }}", unsafe("format", "str")),
-    "format_map": ("{{ '{a:>9999999999}'.format_map({'a': 1}) }}", unsafe("format_map", "str")),
     "center": ("{{ 'a'.center(1000000000) }}", unsafe("center", "str")),
     "zfill": ("{{ 'a'.zfill(1000000000) }}", unsafe("zfill", "str")),
     "expandtabs": ("{{ '\\t'.expandtabs(1000000000) }}", unsafe("expandtabs", "str")),
@@ -144,75 +82,49 @@ HOSTILE = {
         "The chat template fails: Exceeds the limit (4300 digits) for integer string conversion: "
         "value has 5000 digits; use sys.set_int_max_str_digits() to increase the limit.",
     ),
+    "an argument too many": (
+        "{% call raise_exception() %}x{% endcall %}",
+        "The chat template fails: _raise_exception() got an unexpected keyword argument 'caller'.",
+    ),
+    "unclosed": ("{% for", "The chat template is wrong in line 1: unexpected 'end of template'."),
+    "range": (
+        "{{ range(10**9)|list }}",
+        "The chat template fails: Range too big. The sandbox blocks ranges larger than "
+        "MAX_RANGE (100000).",
+    ),
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("name", HOSTILE)
-def test_hostile_templates_end_in_one_sentence(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.5)
-    source, message = HOSTILE[name]
-    if message != TOO_LONG:  # an overloaded machine shall not turn one answer into another
-        monkeypatch.setattr(sandbox, "MAX_SECONDS", 60.0)
-    tracemalloc.start()
-    try:
-        with pytest.raises(PromptError) as error:
-            Template(source).render({"messages": [{"role": "user", "content": "hi"}], "a": 1})
-        peak = tracemalloc.get_traced_memory()[1]
-    finally:
-        tracemalloc.stop()
+@pytest.mark.parametrize("name", REFUSED)
+def test_a_template_is_refused_in_one_sentence(compile_template: Compile, name: str) -> None:
+    source, message = REFUSED[name]
+    with pytest.raises(PromptError) as error:
+        compile_template(source).render({"messages": [{"role": "user", "content": "hi"}], "a": 1})
     assert str(error.value) == message
-    assert error.value.hint == sandbox.HINT
-    assert peak < 50e6
-
-
-def test_big_is_within_the_budget() -> None:
-    assert Template(BIG + "{{ x|length }}").render({}) == "1000000"
+    assert error.value.hint == HINT
 
 
 @pytest.mark.parametrize(
     "source",
     ["{{ ''['__class__'] }}", "{{ raise_exception.__globals__ }}", "{{ self.__init__ }}"],
 )
-def test_private_attributes_print_as_nothing(source: str) -> None:
-    assert Template(source).render({}) == ""
+def test_private_attributes_print_as_nothing(compile_template: Compile, source: str) -> None:
+    assert compile_template(source).render({}) == ""
 
 
-def test_a_namespace_that_holds_itself_prints() -> None:
-    source = "{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }} {{ [ns] }}"
-    assert Template(source).render({}) == "<Namespace> [<Namespace>]"
-
-
-def test_a_template_refuses_in_its_own_words() -> None:
+def test_a_template_refuses_in_its_own_words(compile_template: Compile) -> None:
     with pytest.raises(PromptError) as error:
-        Template("{{ raise_exception('Roles must\n alternate!.') }}").render({})
+        compile_template("{{ raise_exception('Roles must\n alternate!.') }}").render({})
     assert str(error.value) == (
         "The model's chat template refuses this conversation: Roles must alternate!."
     )
     assert error.value.hint == "Arrange the messages as the template asks."
 
 
-def test_long_messages_are_cut() -> None:
+def test_long_messages_are_cut(compile_template: Compile) -> None:
     with pytest.raises(PromptError) as error:
-        Template("{{ raise_exception('ab ' * 500) }}").render({})
+        compile_template("{{ raise_exception('ab ' * 500) }}").render({})
     assert len(str(error.value)) < 300
-
-
-def test_a_step_that_stalls_below_python_is_left_behind(monkeypatch: pytest.MonkeyPatch) -> None:
-    released = threading.Event()
-    monkeypatch.setattr(sandbox, "MAX_SECONDS", 0.1)
-    monkeypatch.setattr(sandbox, "_strftime_now", lambda form: released.wait(60))
-    try:
-        with pytest.raises(PromptError) as error:
-            Template("{{ strftime_now('%Y') }}").render({})
-    finally:
-        released.set()
-    assert str(error.value) == "The chat template ran for more than 0.1 seconds and was stopped."
-
-
-def test_tracing_stays_with_the_callers_thread() -> None:
-    before = sys.gettrace()
-    Template("{{ 1 }}").render({})
-    assert sys.gettrace() is before
 
 
 @pytest.mark.parametrize(
@@ -243,24 +155,37 @@ def test_tracing_stays_with_the_callers_thread() -> None:
          "{% set ns.n = ns.n + a * b %}{% endfor %}{{ ns.n }}", "14"),
         ("{% set x %}a{{ 1 }}{% endset %}{{ x }}{{ 2 ** 10 }} {{ 7 % 4 }} {{ none }}",
          "a11024 3 None"),
+        ("{% set ns = namespace() %}{% set ns.x = ns %}{{ ns }}",
+         "<Namespace {'x': <Namespace {...}>}>"),
+        ("{{ '{:>3}|{a}'.format(1, a='b') }}", "  1|b"),
         ("{{ missing }}{{ missing is defined }}{{ missing|default('d') }}", "Falsed"),
     ],
 )  # fmt: skip
-def test_well_meant_templates(source: str, text: str) -> None:
-    assert Template(source).render({}) == text
+def test_well_meant_templates(compile_template: Compile, source: str, text: str) -> None:
+    assert compile_template(source).render({}) == text
 
 
-def test_a_long_conversation_fits() -> None:
+def test_a_long_conversation_fits(compile_template: Compile) -> None:
     """A template that rebuilds its text with each message, with 120,000 words to build."""
     source = (
         "{% set ns = namespace(text='') %}{% for m in messages %}"
         "{% set ns.text = ns.text ~ '<' + m.role + '>' + m.content %}{% endfor %}{{ ns.text }}"
     )
     messages: list[dict[str, Any]] = [{"role": "u", "content": "word " * 3000}] * 40
-    assert Template(source).render({"messages": messages}) == ("<u>" + "word " * 3000) * 40
+    rendered = compile_template(source).render({"messages": messages})
+    assert rendered == ("<u>" + "word " * 3000) * 40
 
 
-def test_names_that_a_template_reads() -> None:
-    template = Template("{{ messages[0]['tools'] }}{{ m.tool_calls }}{% set x = tools %}{{ x }}")
+def test_names_that_a_template_reads(compile_template: Compile) -> None:
+    template = compile_template(
+        "{{ messages[0]['tools'] }}{{ m.tool_calls }}{% set x = tools %}{{ x }}"
+    )
     assert template.variables == {"messages", "m", "tools"}
     assert template.keys >= {"tools", "tool_calls"}
+
+
+def test_every_kind_of_value_reaches_a_template(compile_template: Compile) -> None:
+    value = {"a": [1, 2.5, True, None, {"é": "日\ud800\U00012000"}], "b": ""}
+    assert compile_template("{{ x.a[4]['é'] }}{{ x.a[:4] }}").render({"x": value}) == (
+        "日\ud800\U00012000[1, 2.5, True, None]"
+    )

@@ -213,7 +213,7 @@ def test_tokenizer_config_overrides_added_tokens(models: Models) -> None:
     assert reasoning.encode("<think> I </think>", control=True) == [100350, 40, 100351]
 
 
-def test_slots_are_control_tokens_of_multimodal_alone(models: Models) -> None:
+def test_placeholders_are_control_tokens_of_multimodal_alone(models: Models) -> None:
     assert models["phi-4-multimodal"][0].control_tokens["<|endoftext10|>"] == 200010
     assert "<|endoftext10|>" not in models["phi-4-mini"][0].control_tokens
 
