@@ -1,32 +1,31 @@
-"""Splits a model's reply, as it arrives, into text, reasoning and tool calls.
-
-Knows nothing of the prompt: what a user wrote cannot change how the reply is read.
-"""
+"""Splits a model's reply, as it arrives, into text, reasoning and tool calls."""
 
 from __future__ import annotations
 
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Literal
 
 from phimlx.prompt.tools import ToolCall, read_calls, read_json_text
 
-Kind = Literal["text", "reasoning"]
+ReplyKind = Literal["text", "reasoning"]
 
 THINK, END_THINK = "<think>", "</think>"
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
+MAX_SPACE = 64  # white space that may part what opens a call from its JSON
 
 
 @dataclass(frozen=True)
-class Part:
+class ReplyPart:
     """A stretch of a reply, of one kind."""
 
-    kind: Kind
+    kind: ReplyKind
     text: str
 
 
-def _partial(literal: str, then: str = "") -> str:
+def _partial(literal: str, then: str) -> str:
     """A pattern for `literal` broken off anywhere; after all of it, `then` may follow."""
     pattern = f"{re.escape(literal[-1])}{then}"
     for character in reversed(literal[:-1]):
@@ -36,17 +35,18 @@ def _partial(literal: str, then: str = "") -> str:
 
 # `functools` opens a call where a JSON object, or a list of them, follows it. It is a word of prose
 # and of Python programs everywhere else.
+_SPACE = rf"\s{{0,{MAX_SPACE}}}"
 _WORD = r"(?<![\w.])"
+_TAG = re.escape(CALL)
 _OPENED = re.compile(
-    rf"{re.escape(CALL)}\s*(?P<tag>[\[{{])|{_WORD}functools\s*(?P<word>\[\s*\{{|\{{)"
+    rf"{_TAG}{_SPACE}(?P<tag>[\[{{])"
+    rf"|(?P<bare>{_TAG})(?={_SPACE}[^\s\[{{]|\s{{{MAX_SPACE + 1}}})"
+    rf"|{_WORD}functools{_SPACE}(?P<word>\[{_SPACE}\{{|\{{)"
 )
-_BARE_CALL = re.compile(rf"{re.escape(CALL)}(?=\s*[^\s\[{{])")
-_CLOSED = re.compile(rf"\s*(?:{re.escape(END_CALL)}\s*)?")
-# The same, as far as they may have come when the next piece arrives.
-_OPENING = re.compile(
-    "(?:" + _partial(CALL, r"\s*") + "|" + _WORD + _partial("functools", r"\s*(?:\[\s*)?") + r")\Z"
-)
-_CLOSING = re.compile(r"\s*(?:" + _partial(END_CALL, r"\s*") + r")?\Z")
+# The same, as far as it may have come when the next piece arrives.
+_WORD_BEGUN = _partial("functools", rf"{_SPACE}(?:\[{_SPACE})?")
+_OPENING = re.compile(rf"(?:{_partial(CALL, _SPACE)}|{_WORD}{_WORD_BEGUN})\Z")
+_BLANK = re.compile(r"\s+")
 _STRING_OR_BRACKET = re.compile(rf'"|[\[{{]|[\]}}]|{re.escape(END_CALL)}')
 _STRING_END = re.compile(r'["\\]')
 
@@ -63,20 +63,25 @@ class ReplyParser:
     text. A call that cannot be read stays in the text as it is and adds to `warnings`; a missing
     `<|/tool_call|>` is forgiven. Without `tools` the text is left alone.
 
-    Text is handed on at once, but for what may still turn out to be a tag or a call.
+    Text is handed on at once, but for what may still turn out to be a tag or a call. A piece costs
+    time in proportion to its own length; `text` and `reasoning` are joined when they are read.
     """
 
     def __init__(self, tools: bool, starts_in_reasoning: bool = False) -> None:
         self.tool_calls: list[ToolCall] = []
         self.warnings: list[str] = []
         self._tools = tools
-        self._said: dict[Kind, list[str]] = {"text": [], "reasoning": []}
-        self._parts: list[Part] = []
-        self._held = ""  # arrived, and not decided on yet
-        self._before = ""  # the last character handed on as text
+        self._decided: dict[ReplyKind, list[str]] = {"text": [], "reasoning": []}
+        self._new: list[tuple[ReplyKind, str]] = []
+        # What is not decided on begins at `_at`; a character that is may stand before it.
+        self._held = ""
+        self._at = 0
+        self._blank: list[str] = []  # white space that is dropped where a tag follows
         self._ended = False
-        # The JSON of an open call: how far it is scanned, how deep, and whether inside a string.
-        self._scanned = self._json = self._depth = 0
+        # A call that is open: what opened it, its JSON so far, and how that stands.
+        self._opener = ""
+        self._json: list[str] = []
+        self._depth = 0
         self._quoted = False
         # Each step takes what it can decide from `_held` and says whether it is done with it.
         self._step: Callable[[], bool] = self._reason_start if starts_in_reasoning else self._start
@@ -84,166 +89,189 @@ class ReplyParser:
     @property
     def text(self) -> str:
         """The answer so far: the reply without reasoning and calls."""
-        return "".join(self._said["text"])
+        return "".join(self._decided["text"])
 
     @property
     def reasoning(self) -> str:
         """The reasoning so far."""
-        return "".join(self._said["reasoning"])
+        return "".join(self._decided["reasoning"])
 
-    def feed(self, text: str) -> list[Part]:
-        """Take the next piece of the reply; what it decides."""
+    def feed(self, text: str) -> list[ReplyPart]:
+        """Take the next piece of the reply; return what it decides."""
         self._held += text
         return self._run()
 
-    def finish(self) -> list[Part]:
-        """The reply has ended; what was held back."""
+    def finish(self) -> list[ReplyPart]:
+        """Take the end of the reply; return what was held back."""
         self._ended = True
         return self._run()
 
-    def _run(self) -> list[Part]:
-        while self._held and self._step():
+    def _run(self) -> list[ReplyPart]:
+        while self._step():
             pass
-        parts, self._parts = self._parts, []
-        return parts
+        seen = max(0, self._at - 1)
+        self._held, self._at = self._held[seen:], self._at - seen
+        new, self._new = self._new, []
+        return [
+            ReplyPart(kind, "".join(text for _, text in parts))
+            for kind, parts in groupby(new, key=lambda part: part[0])
+        ]
 
-    def _say(self, kind: Kind, size: int) -> None:
-        """Hand on the first `size` characters held."""
-        said, self._held = self._held[:size], self._held[size:]
-        if not said:
-            return
-        self._said[kind].append(said)
-        if kind == "text":
-            self._before = said[-1]
-        if self._parts and self._parts[-1].kind == kind:
-            said = self._parts.pop().text + said
-        self._parts.append(Part(kind, said))
+    def _hand_on(self, kind: ReplyKind, *texts: str) -> None:
+        said = [text for text in texts if text]
+        self._decided[kind] += said
+        self._new += [(kind, text) for text in said]
+
+    def _take(self, end: int) -> str:
+        """What is held from `_at` to `end`, which is decided on with it."""
+        text = self._held[self._at : end]
+        self._at = end
+        return text
+
+    def _take_blank(self) -> bool:
+        """Set leading white space aside; whether anything follows it."""
+        if blank := _BLANK.match(self._held, self._at):
+            self._blank.append(self._take(blank.end()))
+        return self._at < len(self._held)
+
+    def _drop_blank(self) -> bool:
+        """Drop leading white space; whether anything follows it."""
+        follows = self._take_blank()
+        self._blank.clear()
+        return follows
 
     def _start(self) -> bool:
         """Whether the reply opens with reasoning."""
-        opening = self._held.lstrip()
-        if opening.startswith(THINK):
-            self._held = opening[len(THINK) :]
+        self._take_blank()
+        if self._held.startswith(THINK, self._at):
+            self._take(self._at + len(THINK))
             self._step = self._reason_start
-        elif self._ended or not THINK.startswith(opening):
+        elif self._ended or not self._may_follow(THINK):
+            self._hand_on("text", *self._blank)
+            self._blank.clear()
             self._step = self._text
         else:
             return False
         return True
 
     def _reason_start(self) -> bool:
-        self._held = self._held.lstrip()
-        if self._held:
+        follows = self._drop_blank()
+        if follows:
             self._step = self._reason
-        return bool(self._held)
+        return follows
 
     def _reason(self) -> bool:
-        found = self._held.find(END_THINK)
-        if found >= 0:
-            kept = len(self._held[:found].rstrip())
-            self._say("reasoning", kept)
-            self._held = self._held[found - kept + len(END_THINK) :]
+        self._take_blank()
+        found = self._held.find(END_THINK, self._at)
+        closed = found >= 0
+        if self._ended and not closed:
+            self._hand_on("reasoning", *self._blank, self._take(len(self._held)))
+            return False
+        end = found if closed else len(self._held) - self._begun(END_THINK)
+        said = self._held[self._at : end].rstrip()
+        if said:
+            self._hand_on("reasoning", *self._blank, self._take(self._at + len(said)))
+            self._blank.clear()
+        if closed:
+            self._take(found + len(END_THINK))
             self._step = self._text_start
-            return True
-        self._say("reasoning", len(self._held) if self._ended else self._before_tag())
-        return False
+        return closed
 
-    def _before_tag(self) -> int:
-        """How much is held before white space and a `</think>` that may have begun."""
-        sizes = range(len(END_THINK) - 1, 0, -1)
-        begun = next((size for size in sizes if self._held.endswith(END_THINK[:size])), 0)
-        return len(self._held[: len(self._held) - begun].rstrip())
+    def _may_follow(self, tag: str) -> bool:
+        """Whether a tag stands or begins where the reply is not decided on."""
+        return tag.startswith(self._held[self._at : self._at + len(tag)])
+
+    def _begun(self, tag: str) -> int:
+        """How many characters of a tag have come at the end of what is held."""
+        sizes = range(len(tag) - 1, 0, -1)
+        return next((size for size in sizes if self._held.endswith(tag[:size], self._at)), 0)
 
     def _text_start(self) -> bool:
-        self._held = self._held.lstrip()
-        if self._held:
+        follows = self._drop_blank()
+        if follows:
             self._step = self._text
-        return bool(self._held)
+        return follows
 
     def _text(self) -> bool:
         """Text, up to where a call opens."""
-        if not self._tools:
-            self._say("text", len(self._held))
-            return False
-        window = self._before + self._held
-        base = len(self._before)
-        opened = _OPENED.search(window, base)
-        bare = _BARE_CALL.search(window, base)
-        if bare and not (opened and opened.start() < bare.start()):
-            self._say("text", bare.end() - base)
+        opened = _OPENED.search(self._held, self._at) if self._tools else None
+        if opened and opened["bare"]:
+            self._hand_on("text", self._take(opened.end()))
             self._warn("no JSON follows it")
             return True
         if opened:
-            self._say("text", opened.start() - base)
-            self._json = len(opened[0]) - len(opened["tag"] or opened["word"])
-            self._scanned, self._depth, self._quoted = self._json, 0, False
+            self._hand_on("text", self._take(opened.start()))
+            self._opener = self._take(opened.start("tag" if opened["tag"] else "word"))
+            self._json, self._depth, self._quoted = [], 0, False
             self._step = self._call
             return True
-        if self._ended:
-            if CALL in self._held:
-                self._warn("the reply ended inside it")
-            self._say("text", len(self._held))
-            return False
-        begun = _OPENING.search(window, base)
-        self._say("text", (begun.start() if begun else len(window)) - base)
+        begun = None
+        if self._tools and not self._ended:
+            begun = _OPENING.search(self._held, self._at)
+        if self._tools and self._ended and CALL in self._held[self._at :]:
+            self._warn("the reply ended inside it")
+        self._hand_on("text", self._take(begun.start() if begun else len(self._held)))
         return False
 
     def _call(self) -> bool:
         """A call, up to where its JSON ends."""
-        end = self._scan()
-        if end is None and not self._ended:
+        closed = self._scan()
+        if not closed and not self._ended:
             return False
+        if not closed:
+            self._json.append(self._take(len(self._held)))
         self._step = self._text
-        if end is None:
-            self._warn("the reply ended inside it")
-            self._say("text", len(self._held))
-            return False
+        call = "".join(self._json)
         try:
-            calls = read_calls(read_json_text(self._held[self._json : end]))
+            if not closed:
+                raise ValueError("the reply ended inside it")
+            self.tool_calls += read_calls(read_json_text(call))
+            self._step = self._call_end
         except ValueError as error:
             self._warn(str(error))
-            self._say("text", end)
-            return True
-        self.tool_calls += calls
-        self._held = self._held[end:]
-        self._before = ""
-        self._step = self._call_end
-        return True
+            self._hand_on("text", self._opener, call)
+        return closed
 
     def _call_end(self) -> bool:
-        """After a call: its closing tag, and white space."""
-        if not self._ended and _CLOSING.match(self._held):
+        """After a call: white space, and its closing tag."""
+        if not self._drop_blank():
             return False
-        self._held = self._held[_CLOSED.match(self._held).end() :]  # type: ignore[union-attr]
-        self._step = self._text
+        if self._held.startswith(END_CALL, self._at):
+            self._take(self._at + len(END_CALL))
+            self._step = self._text_start
+        elif self._ended or not END_CALL.startswith(
+            self._held[self._at : self._at + len(END_CALL)]
+        ):
+            self._step = self._text
+        else:
+            return False
         return True
 
-    def _scan(self) -> int | None:
-        """Where the JSON that is held ends; None where it does not end yet.
+    def _scan(self) -> bool:
+        """Take the JSON of a call as far as it has come; whether it ends there.
 
         The closing tag ends it too, as do brackets that close more than was opened.
         """
-        while True:
-            found = (_STRING_END if self._quoted else _STRING_OR_BRACKET).search(
-                self._held, self._scanned
-            )
-            if found is None:
-                # A closing tag may be cut off at the end.
-                self._scanned = max(self._scanned, len(self._held) - len(END_CALL) + 1)
-                return None
-            mark, end = found[0], found.end()
+        place = self._at
+        while found := (_STRING_END if self._quoted else _STRING_OR_BRACKET).search(
+            self._held, place
+        ):
+            mark, place = found[0], found.end()
             if mark == "\\":
-                self._scanned = end + 1  # whatever is escaped, once it is there
-                continue
-            self._scanned = end
-            if mark == '"':
+                if place == len(self._held):  # what is escaped has not come yet
+                    self._json.append(self._take(found.start()))
+                    return False
+                place += 1
+            elif mark == '"':
                 self._quoted = not self._quoted
-            elif mark == END_CALL:
-                return end
             else:
-                self._depth += 1 if mark in "[{" else -1
-                if self._depth <= 0:
-                    return end
+                self._depth += {"[": 1, "{": 1}.get(mark, -1)
+                if self._depth <= 0 or mark == END_CALL:
+                    self._json.append(self._take(place))
+                    return True
+        begun = 0 if self._quoted else self._begun(END_CALL)
+        self._json.append(self._take(max(place, len(self._held) - begun)))
+        return False
 
     def _warn(self, reason: str) -> None:
         self.warnings.append(f"A tool call could not be read and stays in the text: {reason}.")

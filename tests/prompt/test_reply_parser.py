@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from phimlx.prompt.reply_parser import Part, ReplyParser
+from phimlx.prompt.reply_parser import ReplyParser, ReplyPart
 from phimlx.prompt.tools import ToolCall
 
 TAG, END = "<|tool_call|>", "<|/tool_call|>"
@@ -177,10 +177,9 @@ def test_tags_never_leak_and_text_is_never_delayed() -> None:
     told = [
         parser.feed(piece) for piece in ["<th", "ink>Hm", " </", "b", "> x", "</thi", "nk>", "Yes"]
     ]
-    reasoning = [
-        [], [Part("reasoning", "Hm")], [], [Part("reasoning", " </b")], [Part("reasoning", "> x")],
-        [], [], [Part("text", "Yes")],
-    ]  # fmt: skip
+    said = ["", "Hm", "", " </b", "> x", "", ""]
+    reasoning = [[ReplyPart("reasoning", text)] if text else [] for text in said]
+    reasoning.append([ReplyPart("text", "Yes")])
     assert told == reasoning
     told = [
         parser.feed(piece)
@@ -209,7 +208,7 @@ def test_tags_never_leak_and_text_is_never_delayed() -> None:
 def test_text_arrives_at_once() -> None:
     parser = ReplyParser(tools=True)
     for word in ["The", " quick", " brown", " dog,", " 3 < 4", " [", "{", "}", "]"]:
-        assert parser.feed(word) == [Part("text", word)]
+        assert parser.feed(word) == [ReplyPart("text", word)]
 
 
 def cut(reply: str, places: list[int]) -> list[str]:
@@ -282,3 +281,56 @@ def test_every_well_formed_call_is_read(
     parser = read(f"Hm. {TAG}{listed}{END}" if tag else f"Hm. functools{listed}")
     assert parser.tool_calls == [ToolCall(*call) for call in given_calls]
     assert parser.text == "Hm. "
+
+
+TOKENS = 32_000
+
+
+@pytest.mark.parametrize(
+    ("opening", "piece", "most"),
+    [
+        ("<think>", " thinking", 16),
+        ("<think>", " ", 16),
+        ("<think>", "</thin", 16),
+        ("", "  ", 16),
+        ("", " text", 16),
+        ("", "<|tool_cal", 16),
+        (TAG, " ", 128),
+        ("functools", " ", 128),
+        ("functools [", " ", 128),
+        (f"{TAG}[{CALL}]", " ", 16),
+        (f"{TAG}[{CALL}]{END}", "\n", 16),
+        (f"{TAG}[", '{"name": "f"}, ', 16),
+        (f'{TAG}[{{"name": "', "\\\\x", 16),
+        (f'{TAG}[{{"name": "', "\\", 16),
+        (f"{TAG}[", "<|/tool_cal", 16),
+    ],
+)
+def test_a_piece_costs_its_own_length(opening: str, piece: str, most: int) -> None:
+    """What is looked at again with the next piece is bounded, and nothing is joined unread."""
+    parser = ReplyParser(tools=True)
+    parser.feed(opening)
+    handed_on = 0
+    for _ in range(TOKENS):
+        handed_on += sum(len(part.text) for part in parser.feed(piece))
+        assert len(parser._held) <= most
+    assert handed_on <= len(opening) + TOKENS * len(piece)
+    reply = opening + piece * TOKENS
+    rest = parser.finish()
+    whole = ReplyParser(tools=True)
+    whole.feed(reply)
+    whole.finish()
+    assert outcome(parser) == outcome(whole)
+    total = len(parser.text) + len(parser.reasoning)
+    assert handed_on + sum(len(part.text) for part in rest) == total
+
+
+@given(st.lists(st.sampled_from([TAG, "functools", " " * 63, " " * 2, "[", "{", "x"]), max_size=9))
+@settings(max_examples=200, deadline=None)
+def test_white_space_before_a_call_is_bounded_however_it_arrives(pieces: list[str]) -> None:
+    reply = "".join(pieces)
+    parser = ReplyParser(tools=True)
+    for piece in pieces:
+        parser.feed(piece)
+    parser.finish()
+    assert outcome(parser) == outcome(read(reply))

@@ -172,7 +172,7 @@ class Worker:
         return bytes(found)
 
     def _check_memory(self) -> None:
-        """Raises PromptError where the process has outgrown a limit that its system does not set."""
+        """Raises PromptError where the process is too large: not every system holds its limit."""
         import psutil
 
         try:
