@@ -17,8 +17,7 @@ from typing import Any
 import phimlx
 from convert.quantize.recipe import UNIFORM, Quantization, Recipe, part_of
 from phimlx.catalog import Model
-from phimlx.files import read_json
-from phimlx.hub.transfer import record_of
+from phimlx.hub.destination import origin_of
 from phimlx.models.config import hub_dialect
 
 CARD = """\
@@ -96,7 +95,7 @@ def model_card(
         "pipeline_tag": task,
         "tags": ["mlx", "phimlx"] if format == "mlx" else ["phimlx"],
     }
-    repository, revision = published_as(source)
+    repository, revision = origin_of(source) or (None, None)
     base = repository
     if known is not None:
         about["license"] = known.licence.lower()
@@ -125,23 +124,6 @@ def model_card(
         rows.append(("all others", str(recipe.default)))
         text += "\n## Layers\n\n" + "".join(f"| {left} | {right} |\n" for left, right in rows)
     return text
-
-
-def published_as(folder: Path) -> tuple[str | None, str | None]:
-    """Repository and commit that a folder came from, by its place in the Hub's cache or its record.
-
-    Each is None where nothing tells.
-    """
-    if folder.parent.name == "snapshots":
-        name, commit = folder.parent.parent.name.removeprefix("models--"), folder.name
-        repository = name.replace("--", "/", 1)
-    else:
-        value = read_json(record_of(folder), missing_ok=True)
-        repository, commit = str(value.get("repository")), str(value.get("commit"))
-    return (
-        repository if re.fullmatch(r"[\w.-]+/[\w.-]+", repository, re.ASCII) else None,
-        commit if re.fullmatch("[0-9a-f]{40}", commit) else None,
-    )
 
 
 def _exceptions(recipe: Recipe, layers: Mapping[str, Quantization | None]) -> list[tuple[str, str]]:

@@ -16,30 +16,10 @@ from pathlib import Path
 
 from phimlx.errors import ConversionError
 from phimlx.files import read_json, sync, translate_write_errors, write_json
-from phimlx.hub import transfer
+from phimlx.hub import model_files, transfer
 from phimlx.sizes import size_text
 
-# What goes along with the weights, where the source has it. Never code.
-COMPANIONS = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "merges.txt",
-    "chat_template.jinja",
-    "chat_template.json",
-    "generation_config.json",
-    "preprocessor_config.json",
-    "processor_config.json",
-    "LICENSE",
-    "LICENSE.md",
-    "LICENSE.txt",
-    "NOTICE",
-    "NOTICE.md",
-)
 JOURNAL = ".journal.json"
-MAX_COMPANION_BYTES = 64 << 20  # Phi-4-mini's tokenizer.json has 16 MB
 
 
 @dataclass(frozen=True)
@@ -183,36 +163,13 @@ def check_space(out: Path, needed: int) -> None:
 
 
 def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, template, licence: what of `COMPANIONS` is there, links followed.
+    """Copy tokenizer, template, licence: what of `model_files.COMPANIONS` is there, links followed.
 
     Raises:
         ConversionError: for one that is too large, no file, or a link out of the source.
     """
-    for name, file in companions(source).items():
+    for name, file in model_files.companions(source).items():
         shutil.copyfile(file, folder / name)
-
-
-def companions(source: Path) -> dict[str, Path]:
-    """Name and real file of each; see `copy_companions`."""
-    home = source.resolve()
-    if home.parent.name == "snapshots":
-        home = home.parent.parent  # the Hub's cache keeps a snapshot's files in ../../blobs
-    found = {}
-    for name in COMPANIONS:
-        if not os.path.lexists(source / name):
-            continue
-        file = Path(os.path.realpath(source / name))  # a link to itself raises nothing here
-        if not file.is_file():
-            raise ConversionError(f"{name} is not a file.")
-        if not file.is_relative_to(home):
-            raise ConversionError(
-                f"{name} is a link to a file outside the model's folder.",
-                hint="Put the file itself there.",
-            )
-        if file.stat().st_size > MAX_COMPANION_BYTES:
-            raise ConversionError(f"{name} is larger than {MAX_COMPANION_BYTES >> 20} MB.")
-        found[name] = file
-    return found
 
 
 def claim(partial: Path, out: Path) -> int:

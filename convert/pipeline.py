@@ -20,7 +20,6 @@ from convert.card import model_card, model_config
 from convert.folder import (
     Journal,
     check_space,
-    companions,
     copy_companions,
     new_folder,
     refuse_existing,
@@ -37,6 +36,8 @@ from phimlx import catalog
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
+from phimlx.hub import model_files
+from phimlx.hub.layout import model_name
 from phimlx.models import registry
 
 SHARD_BYTES = 5 << 30  # as mlx-lm's
@@ -215,7 +216,7 @@ class Plan:
     def _describe(self, folder: Path) -> None:
         """Write the model card and, last of all, config.json."""
         source = self.checkpoint.folder.resolve()
-        known = catalog.by_config(self.checkpoint.config, source)
+        known = catalog.by_config(self.checkpoint.config, model_name(source))
         card = model_card(
             self.out.name,
             source,
@@ -330,7 +331,7 @@ def plan(
             hint="Choose fewer bits, or convert the original model: what quantization took away "
             "does not come back.",
         )
-    small = sum(file.stat().st_size for file in companions(checkpoint.folder).values())
+    small = sum(file.stat().st_size for file in model_files.companions(checkpoint.folder).values())
     spare = planned.files.spare if lesson is None else lesson.spare(planned.layout.nbytes)
     check_space(out, planned.layout.nbytes + spare + small)
     return planned

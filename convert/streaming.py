@@ -16,10 +16,11 @@ from pathlib import Path
 from convert.folder import claim, refuse_existing, writing
 from convert.read import WeightFiles
 from phimlx.errors import CheckpointError, DownloadError
-from phimlx.hub import resolve as hub
+from phimlx.hub import download, resolve
 from phimlx.hub.client import Remote, RemoteFile, Repository
-from phimlx.hub.transfer import PlainFolder
-from phimlx.hub.transfer import Plan as Transfer
+from phimlx.hub.destination import FolderDestination
+from phimlx.hub.layout import RepositoryFolder
+from phimlx.hub.transfer import DownloadPlan
 
 MAX_HEADER_BYTES = 100_000_000  # as safetensors' own parser
 ELSEWHERE = "choose for the output"  # what a message about a full disk says
@@ -52,8 +53,7 @@ class Arriving(WeightFiles):
     @property
     def folder(self) -> Path:
         """Named as in huggingface_hub's cache, so that name and revision can be told from it."""
-        repository = f"models--{self.repository.name.replace('/', '--')}"
-        return self.home / repository / "snapshots" / self.repository.commit
+        return RepositoryFolder(self.home, self.repository.name).snapshot(self.repository.commit)
 
     @property
     def nbytes(self) -> int:
@@ -113,7 +113,7 @@ class Arriving(WeightFiles):
 
     def _transfer(self, file: RemoteFile, folder: Path) -> None:
         is_weights = file in self.shards
-        destination = PlainFolder(folder, self.repository, ELSEWHERE)
+        destination = FolderDestination(folder, self.repository, ELSEWHERE)
 
         def report(_: RemoteFile, nbytes: int) -> None:
             if self.stopped.is_set():
@@ -126,7 +126,7 @@ class Arriving(WeightFiles):
                 raise StoppedError
             self.remote.wait(seconds)
 
-        transfer = Transfer(self.repository, destination, (file,))
+        transfer = DownloadPlan(self.repository, destination, (file,))
         transfer.check_space()
         transfer.run(replace(self.remote, wait=wait), report)
 
@@ -149,8 +149,8 @@ def arriving(
     """
     out = out.absolute()
     refuse_existing(out)
-    repository = remote.repository(hub.repositories(name, original=True)[0], revision)
-    files = hub.make_plan(repository, remote).files
+    repository = remote.repository(resolve.repositories(name, original=True)[0], revision)
+    files = download.plan_download(repository, remote).files
     shards = tuple(file for file in files if file.name.endswith(".safetensors"))
     home = out.parent / f".{out.name}.source"
     with writing(out):

@@ -23,7 +23,8 @@ from phimlx.generation.media_inputs import Beside, fill, name_slots, sources_in
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.generation.stop import StopStrings
 from phimlx.generation.stream import Reply, Stream
-from phimlx.hub import resolve as hub
+from phimlx.hub.layout import model_name
+from phimlx.hub.resolve import resolve
 from phimlx.models.base import CausalLM
 from phimlx.prompt.media_parts import FRAMES
 
@@ -68,7 +69,7 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
-    return Phi(hub.resolve(source), dtype, adapter)
+    return Phi(resolve(source), dtype, adapter)
 
 
 class Phi:
@@ -95,7 +96,7 @@ class Phi:
             from phimlx.adapters.attach import load_adapter
 
             load_adapter(self.model, adapter, self.path, self.config)
-        known = catalog.by_config(self.config, self.path)
+        known = catalog.by_config(self.config, model_name(self.path))
         self.name = known.alias if known else self.path.resolve().name
         self.context_length = self.model.config.max_position_embeddings
         slots = self.model.placeholders

@@ -8,7 +8,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 
@@ -193,18 +192,15 @@ def find(name: str) -> Model | None:
 DEFAULT = _BY_NAME["phi-4-mini"]
 
 
-def by_config(config: Mapping[str, Any], folder: str | Path = "") -> Model | None:
-    """The model that a local folder holds, or None where its name or its shape says otherwise.
+def by_config(config: Mapping[str, Any], folder_name: str = "") -> Model | None:
+    """Find the model that a local folder holds; None where its name or its shape says otherwise.
 
     Args:
         config: its `config.json`, where `_name_or_path` may tell the model's name.
-        folder: its path, which may tell it: `…/Phi-4-mini-instruct-4bit`, or
-            `…/models--microsoft--phi-4/snapshots/<revision>` in the Hub's cache.
+        folder_name: what else may tell it: `Phi-4-mini-instruct-4bit`, or its repository
+            `microsoft/phi-4`; see `phimlx.hub.layout.model_name`.
     """
-    path = Path(folder)
-    in_cache = path.parent.name == "snapshots"
-    repository = path.parent.parent.name.removeprefix("models--").replace("--", "/")
-    for name in (config.get("_name_or_path"), repository if in_cache else path.name):
+    for name in (config.get("_name_or_path"), folder_name):
         last = str(name or "").rstrip("/").rpartition("/")[2].lower()
         model = _BY_NAME.get(last) or _BY_NAME.get(_CONVERTED.sub("", last))
         if model is not None and model.has_shape_of(config):

@@ -133,6 +133,26 @@ def parse_json_object(
     return value
 
 
+def is_file(path: Path) -> bool:
+    """Whether a regular file is there, links followed; raises OSError where that is not known."""
+    try:
+        return stat.S_ISREG(os.stat(path).st_mode)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+
+
+@contextmanager
+def translate_read_errors(
+    place: Path, error: type[PhimlxError], hint: str | None = None
+) -> Iterator[None]:
+    """Turn OSErrors of the block into `error`: which file or folder of `place` cannot be read."""
+    try:
+        yield
+    except OSError as failure:
+        which = failure.filename or place
+        raise error(f"{which} cannot be read: {reason(failure)}.", hint) from failure
+
+
 @contextmanager
 def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Give a new file beside `path`, to be filled; it becomes `path` when the block ends well.

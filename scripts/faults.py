@@ -20,11 +20,11 @@ from unittest.mock import patch
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from huggingface_hub import constants, snapshot_download
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download
 from huggingface_hub.utils import disable_progress_bars, logging
 
 from phimlx.errors import PhimlxError
-from phimlx.hub import resolve as hub
+from phimlx.hub import download
 from phimlx.hub.client import Remote
 from tests.hub.loopback_hub import Fault, Hub, serve
 
@@ -36,18 +36,25 @@ FILES = {
     WEIGHTS: random.Random(0).randbytes(2_000_000),
 }
 SIZE = len(FILES[WEIGHTS])
-OURS = "from phimlx import hub; hub.download('someone/tune')"
-THEIRS = "from huggingface_hub import snapshot_download; snapshot_download('someone/tune')"
+OURS = "from phimlx.hub import download; download.download('someone/tune')"
+THEIRS = "from huggingface_hub import hf_hub_download as get; [get('someone/tune', n) for n in {}]"
+SNAPSHOT = "from huggingface_hub import snapshot_download; snapshot_download('someone/tune')"
+THEIRS = THEIRS.format(list(FILES))
 
 
 @dataclass(frozen=True)
 class Case:
-    """One fault: what the weights' next answers get wrong, or what else is prepared."""
+    """One fault: what the weights' next answers get wrong, or what else is prepared.
+
+    Attributes:
+        spoil: what happens to a whole copy that is here, before it is asked for again.
+    """
 
     name: str
     faults: list[Fault] = field(default_factory=list)
     prepare: Callable[[Hub], None] = lambda server: None
     unreachable: bool = False
+    spoil: Callable[[Path], object] | None = None
     other: str = ""  # what becomes of another download that came half-way: killed, goes on
 
 
@@ -57,6 +64,20 @@ def hostile_name(name: str) -> Callable[[Hub], None]:
 
 def busy(status: int, **headers: str) -> Fault:
     return Fault(status=status, headers={name.replace("_", "-"): headers[name] for name in headers})
+
+
+def blob_of_weights(cache: Path) -> Path:
+    (blob,) = (path for path in cache.glob("models--*/blobs/*") if path.stat().st_size == SIZE)
+    return blob
+
+
+def flip(path: Path) -> None:
+    """Change one byte in the middle."""
+    with path.open("r+b") as file:
+        file.seek(SIZE // 2)
+        byte = file.read(1)
+        file.seek(SIZE // 2)
+        file.write(bytes([byte[0] ^ 1]))
 
 
 CASES = [
@@ -87,6 +108,9 @@ CASES = [
         server.repos.update({"someone/new": server.repos.pop(REPO)}),
         server.moved.update({REPO: "someone/new"}),
     )[0]),
+    Case("whole, then a byte changes", spoil=lambda cache: flip(blob_of_weights(cache))),
+    Case("whole, then cut short", spoil=lambda cache: os.truncate(blob_of_weights(cache), 9)),
+    Case("whole, then removed", spoil=lambda cache: blob_of_weights(cache).unlink()),
     Case("a name ../x.json", prepare=hostile_name("../x.json")),
     Case("a name /etc/x.json", prepare=hostile_name("/etc/x.json")),
     Case("a name ..\\x.json", prepare=hostile_name("..\\x.json")),
@@ -99,13 +123,29 @@ CASES = [
 def ours(server: Hub) -> str:
     waited: list[float] = []
     try:
-        done = hub.download(REPO, remote=Remote(wait=waited.append))
+        done = download.download(REPO, remote=Remote(wait=waited.append))
     except PhimlxError as error:
         return f"error: {error}"
     return outcome(done.folder, server, waited)
 
 
 def theirs(server: Hub) -> str:
+    """Download file by file, then compare all hashes; what is wrong is fetched once more."""
+    waited: list[float] = []
+    with patch("time.sleep", waited.append):
+        try:
+            for again in (False, True):
+                paths = [Path(hf_hub_download(REPO, name, force_download=again)) for name in FILES]
+                compared = HfApi().verify_repo_checksums(REPO)
+                if not (compared.mismatches or compared.missing_paths):
+                    return outcome(paths[0].parent, server, waited)
+        except Exception as error:
+            return f"error: {type(error).__name__}"
+    return "error: hashes do not match, twice"
+
+
+def unchecked(server: Hub) -> str:
+    """Take a snapshot, as most programs do."""
     waited: list[float] = []
     with patch("time.sleep", waited.append):
         try:
@@ -137,7 +177,7 @@ def start(code: str, server: Hub, cache: Path) -> subprocess.Popen[bytes]:
     return child
 
 
-def run(case: Case, download: Callable[[Hub], str], code: str) -> str:
+def run(case: Case, get: Callable[[Hub], str], code: str) -> str:
     """The outcome of one download through one fault, with an empty cache."""
     with serve() as server, tempfile.TemporaryDirectory() as folder:
         server.repos[REPO] = dict(FILES)
@@ -150,16 +190,29 @@ def run(case: Case, download: Callable[[Hub], str], code: str) -> str:
             patch.object(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template),
             patch.object(constants, "HF_HUB_CACHE", folder),
         ):
+            if case.spoil is not None:
+                get(server)
+                server.served.clear()
+                case.spoil(Path(folder))
+                server.served[WEIGHTS] = SIZE
+                return get(server)
             if not case.other:
-                return download(server).replace(url, "the Hub")
+                return get(server).replace(url, "the Hub")
             child = start(code, server, Path(folder))
             if case.other == "killed":
                 child.kill()
                 child.wait()
             threading.Timer(0.5, server.release.set).start()
-            result = download(server)
+            result = get(server)
             child.wait()
             return result
+
+
+SIDES = {
+    "phimlx": (ours, OURS),
+    "hf_hub_download, verify_repo_checksums": (theirs, THEIRS),
+    "snapshot_download": (unchecked, SNAPSHOT),
+}
 
 
 def main() -> None:
@@ -167,9 +220,9 @@ def main() -> None:
     os.environ["HF_HUB_DISABLE_PROGRESS_BARS"] = "1"
     disable_progress_bars()
     for case in CASES:
-        print(f"{case.name}")
-        print(f"    phimlx           {run(case, ours, OURS)}")
-        print(f"    huggingface_hub  {run(case, theirs, THEIRS)}", flush=True)
+        print(case.name)
+        for side, (get, code) in SIDES.items():
+            print(f"    {side:<40}{run(case, get, code)}", flush=True)
 
 
 if __name__ == "__main__":

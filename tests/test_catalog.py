@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from phimlx import catalog
 from phimlx.checkpoint.load import build_model
+from phimlx.hub.layout import model_name
 from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
 from phimlx.models.phi3 import Phi3Config
 
@@ -171,7 +172,7 @@ PHI_4 = {"model_type": "phi3", "num_hidden_layers": 40, "hidden_size": 5120, "vo
     ],
 )
 def test_local_folders(config: dict[str, object], folder: str, alias: str | None) -> None:
-    model = catalog.by_config(config, folder)
+    model = catalog.by_config(config, model_name(Path(folder)))
     assert (model.alias if model else None) == alias
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from phimlx.errors import PhimlxError
-from phimlx.hub import resolve as hub
+from phimlx.hub import download
 from phimlx.hub.client import Remote
 
 REPO = "someone/tune"
@@ -33,8 +33,8 @@ class Witness:
 
     def get(self, repo: str = REPO, local_dir: Path | None = None) -> Path:
         self.counted = 0
-        remote = Remote(wait=self.waits.append, tell=self.said.append)
-        plan = hub.make_plan(remote.repository(repo), remote, local_dir)
+        remote = Remote(wait=self.waits.append, log=self.said.append)
+        plan = download.plan_download(remote.repository(repo), remote, local_dir)
         return plan.run(remote, self.count)
 
     def count(self, file: object, nbytes: int) -> None:

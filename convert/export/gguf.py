@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO
 import mlx.core as mx
 
 import phimlx
-from convert.folder import Journal, check_space, companions, new_file, refuse_existing, stamps
+from convert.folder import Journal, check_space, new_file, refuse_existing, stamps
 from convert.pipeline import BATCHES_AHEAD, JOURNAL_BYTES, Conversion, check_purpose
 from convert.read import WeightFiles, read_blocks
 from convert.steps import Step, Steps
@@ -27,6 +27,8 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import ConversionError, shortened
 from phimlx.extras import import_extra
 from phimlx.files import read_json
+from phimlx.hub import model_files
+from phimlx.hub.layout import model_name
 from phimlx.models import registry
 from phimlx.models.base import ModelConfig
 from phimlx.models.registry import GGUF
@@ -65,7 +67,7 @@ class GgufPlan:
     def digest(self) -> str:
         """Of everything that decides the bytes of the file."""
         described = [self.checkpoint.folder / "config.json"]
-        described += companions(self.checkpoint.folder).values()
+        described += model_files.companions(self.checkpoint.folder).values()
         versions = [phimlx.__version__, *map(version, ("mlx", "gguf")), str(mx.default_device())]
         decisive = (versions, stamps([*described, *self.checkpoint.files]), self.steps, self.kind)
         return hashlib.sha256(repr(decisive).encode()).hexdigest()
@@ -256,7 +258,7 @@ def plan_gguf(
     planned = GgufPlan(
         checkpoint, config, out, replace(steps, steps=typed), kind, files or WeightFiles()
     )
-    companions(checkpoint.folder)  # which refuses links that lead elsewhere
+    model_files.companions(checkpoint.folder)  # which refuses links that lead elsewhere
     read_vocabulary(checkpoint.folder, config.vocab_size)
     check_space(out, 2 * sum(step.size for step in typed) + planned.files.spare)
     return planned
@@ -319,7 +321,7 @@ def _add_settings(
 ) -> None:
     import gguf
 
-    known = catalog.by_config(checkpoint.config, checkpoint.folder.resolve())
+    known = catalog.by_config(checkpoint.config, model_name(checkpoint.folder.resolve()))
     if known is not None:
         writer.add_name(known.alias)
         writer.add_license(known.licence.lower())

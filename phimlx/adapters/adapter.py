@@ -11,8 +11,8 @@ from typing import Any
 import mlx.core as mx
 
 from phimlx import catalog
-from phimlx.files import read_json
-from phimlx.hub.transfer import record_of
+from phimlx.hub.destination import origin_of
+from phimlx.hub.layout import model_name
 from phimlx.models.lora import LoRA
 
 KINDS = ("lora", "dora", "full")
@@ -34,14 +34,11 @@ class Base:
     @classmethod
     def of(cls, folder: Path, config: Mapping[str, Any]) -> Base:
         """The model in a folder whose `config.json` is given."""
-        known = catalog.by_config(config, folder)
+        known = catalog.by_config(config, model_name(folder))
         name = folder.resolve().name if known is None else known.repo or known.alias
-        repository, commit = folder.parent.parent.name.removeprefix("models--"), folder.name
-        if folder.parent.name != "snapshots":
-            kept = read_json(record_of(folder), missing_ok=True)
-            repository, commit = str(kept.get("repository")), str(kept.get("commit"))
+        repository, commit = origin_of(folder) or (None, None)
         # Another repository's commit, a quantized one's say, is none of this one.
-        return cls(name, commit if repository.replace("--", "/") == name else None)
+        return cls(name, commit if repository == name else None)
 
 
 @dataclass(frozen=True)

@@ -16,6 +16,7 @@ from phimlx.adapters.files import CONFIG, some
 from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import PACKED_DTYPES
 from phimlx.errors import CheckpointError
+from phimlx.hub.layout import model_name
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import LoRALinear, input_dims
 
@@ -67,7 +68,7 @@ def check_fit(
             "between adapters of its own."
         )
     if adapter.base is not None and config is not None:
-        known = catalog.by_config(config, folder or "")
+        known = catalog.by_config(config, model_name(folder) if folder else "")
         trained = catalog.by_config({**config, "_name_or_path": adapter.base.name})
         if known is not None and trained is not None and known != trained:
             raise CheckpointError(

@@ -11,41 +11,41 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 
 from phimlx.errors import ModelAbsentError
 from phimlx.hub.client import Remote, RemoteFile
-from phimlx.hub.transfer import Plan, Report
+from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from phimlx.sizes import size_text
 from phimlx.terminal.output import Output
 
 ASK_ABOVE = 1_000_000_000  # bytes
 
 
-def watcher(
-    output: Output, agree: Callable[[Plan], None] = lambda plan: None
-) -> Callable[[Plan], AbstractContextManager[Report]]:
-    """What `phimlx.hub.resolve.download` may be given as `watch`.
+def download_bars(
+    output: Output, agree: Callable[[DownloadPlan], None] = lambda plan: None
+) -> Callable[[DownloadPlan], AbstractContextManager[ProgressCallback]]:
+    """Make what `phimlx.hub.download.download` may be given as `show_progress`.
 
     Args:
         agree: called with the plan first; raises where it is not to be carried out.
     """
 
     @contextmanager
-    def watch(plan: Plan) -> Iterator[Report]:
+    def show_progress(plan: DownloadPlan) -> Iterator[ProgressCallback]:
         if plan.repository.is_renamed:
             output.note(f"{plan.repository.name} is called {plan.repository.current_name} now.")
         agree(plan)
         if not output.as_json:
             output.note(describe(plan))
         try:
-            with bars(plan, output) as report:
-                yield report
+            with bars(plan, output) as progress:
+                yield progress
         except KeyboardInterrupt:
             output.note("Stopped. What has come stays: the same command goes on from there.")
             raise
 
-    return watch
+    return show_progress
 
 
 @contextmanager
-def bars(plan: Plan, output: Output) -> Iterator[Report]:
+def bars(plan: DownloadPlan, output: Output) -> Iterator[ProgressCallback]:
     """A bar for everything and, where there are several files, one for the file that is coming."""
     several = len(plan.files) > 1
     with ExitStack() as whole, ExitStack() as part:
@@ -53,7 +53,7 @@ def bars(plan: Plan, output: Output) -> Iterator[Report]:
         current: RemoteFile | None = None
         bar = total
 
-        def report(file: RemoteFile, nbytes: int) -> None:
+        def progress(file: RemoteFile, nbytes: int) -> None:
             nonlocal current, bar
             if several and file is not current:
                 part.close()
@@ -65,13 +65,13 @@ def bars(plan: Plan, output: Output) -> Iterator[Report]:
                 bar.update(nbytes)
             total.update(nbytes)
 
-        yield report
+        yield progress
 
 
-def teller(output: Output) -> Callable[[str], None]:
-    """What `phimlx.hub.client.Remote` may be given as `tell`: remarks that leave the bars whole."""
+def logger(output: Output) -> Callable[[str], None]:
+    """Make what `phimlx.hub.client.Remote` may be given as `log`; its notes leave bars whole."""
 
-    def tell(text: str) -> None:
+    def log(text: str) -> None:
         if not output.is_watched:
             output.note(text)
             return
@@ -80,7 +80,7 @@ def teller(output: Output) -> Callable[[str], None]:
         with tqdm.external_write_mode(file=sys.stderr):
             output.note(text)
 
-    return tell
+    return log
 
 
 @contextmanager
@@ -102,10 +102,10 @@ def upload_bars(output: Output) -> Iterator[None]:
         enable_progress_bars()
 
 
-def describe(plan: Plan) -> str:
+def describe(plan: DownloadPlan) -> str:
     """What a download brings, in a sentence."""
     here = plan.nbytes - plan.remaining
-    places = {"is here": here, "is copied from the Hub's cache": plan.nearby}
+    places = {"is here": here, "is copied from the Hub's cache": plan.copied}
     known = [f"{size_text(nbytes)} {where}" for where, nbytes in places.items() if nbytes]
     return (
         f"Downloading {plan.repository.name} ({plan.repository.commit[:7]}): "
@@ -114,15 +114,15 @@ def describe(plan: Plan) -> str:
     )
 
 
-def bring(model: str | None, output: Output, absent: ModelAbsentError) -> None:
+def download_missing(model: str | None, output: Output, absent: ModelAbsentError) -> None:
     """Download a model that a command needs; raise `absent` where nobody wants or can say so."""
     import click
     from huggingface_hub import constants
 
     from phimlx import catalog
-    from phimlx.hub import resolve as hub
+    from phimlx.hub.download import download
 
-    def agree(plan: Plan) -> None:
+    def agree(plan: DownloadPlan) -> None:
         if plan.remaining > ASK_ABOVE:
             question = f"Download {plan.repository.name}, {size_text(plan.remaining)}, now?"
             if not click.confirm(question, default=True, err=True):
@@ -131,8 +131,9 @@ def bring(model: str | None, output: Output, absent: ModelAbsentError) -> None:
     if constants.HF_HUB_OFFLINE or not can_ask():
         raise absent
     output.note(str(absent))
-    remote = Remote(tell=teller(output))
-    hub.download(model or catalog.DEFAULT.alias, remote=remote, watch=watcher(output, agree))
+    remote = Remote(log=logger(output))
+    name = model or catalog.DEFAULT.alias
+    download(name, remote=remote, show_progress=download_bars(output, agree))
 
 
 def can_ask() -> bool:

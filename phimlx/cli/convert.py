@@ -227,7 +227,7 @@ def command(
     from convert.quantize.recipe import PARTS
     from phimlx.cli.publish import check_target, existing, publish
     from phimlx.cli.report import add_report, read_text
-    from phimlx.hub import resolve as hub
+    from phimlx.hub.resolve import resolve
 
     groups = int(group_size) if group_size else None
     chosen: Quantization | Recipe | str | None = None
@@ -255,7 +255,7 @@ def command(
         form["adapter"] = adapter
     name = source or named or ""
     try:
-        folder = hub.resolve(name, original=True)
+        folder = resolve(name, original=True)
     except ModelAbsentError as absent:
         if report and not keep_original:
             raise click.UsageError(
@@ -280,7 +280,7 @@ def command(
 def _publish_only(out: Path, name: str, token: str | None, private: bool, output: Output) -> None:
     """Upload a folder that was converted before."""
     from phimlx.cli.publish import check_target, publish
-    from phimlx.hub.upload import model_files
+    from phimlx.hub.upload import published_files
 
     given = click.get_current_context().get_parameter_source
     idle = ("out", "upload_repo", "private", "token", "as_json", "debug")
@@ -289,7 +289,7 @@ def _publish_only(out: Path, name: str, token: str | None, private: bool, output
             raise click.UsageError(f"MODEL is missing: {parameter.opts[0]} goes with a conversion.")
     if not out.is_dir():
         raise click.UsageError(f"MODEL is missing, and there is no folder {out} to upload.")
-    model_files(out)  # refuses half a model before the Hub is asked
+    published_files(out)  # refuses half a model before the Hub is asked
     published = publish(out, check_target(name, token, private, output), output)
     output.json({"path": str(out), **published})
 
@@ -329,15 +329,15 @@ def _from_hub(
     from huggingface_hub import constants
 
     from convert.streaming import arriving
-    from phimlx.cli.bars import teller, watcher
-    from phimlx.hub import resolve as hub
+    from phimlx.cli.bars import download_bars, logger
     from phimlx.hub.client import Remote
+    from phimlx.hub.download import download
 
     if constants.HF_HUB_OFFLINE:
         raise absent
-    remote = Remote(token, tell=teller(output))
+    remote = Remote(token, log=logger(output))
     if keep_original:
-        here = hub.download(name, original=True, remote=remote, watch=watcher(output))
+        here = download(name, original=True, remote=remote, show_progress=download_bars(output))
         return _from_folder(here.folder, out, form, output)
     with arriving(name, out, remote) as model, _what_stays(output):
         planned = _plan(model.folder, out, form, model)

@@ -44,22 +44,23 @@ def command(
     interrupted, the same command goes on where it stopped. Every file is checked against the
     hash that the Hub has of it, what is here already too; a folder as MODEL is only checked.
     """
-    from phimlx.cli.bars import teller, watcher
-    from phimlx.hub import resolve as hub
+    from phimlx.cli.bars import download_bars, logger
     from phimlx.hub.client import Remote
+    from phimlx.hub.download import download
+    from phimlx.hub.resolve import is_folder
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
-    if hub.is_folder(model):
+    if is_folder(model):
         check(model, output)
         return
-    done = hub.download(
+    done = download(
         model,
         revision,
         original=original,
         local_dir=local_dir,
-        remote=Remote(token, tell=teller(output)),
-        watch=watcher(output),
+        remote=Remote(token, log=logger(output)),
+        show_progress=download_bars(output),
     )
     output.json(
         {
@@ -80,13 +81,13 @@ def command(
 def check(source: str, output: Output) -> None:
     """Compare a folder with the hashes that came with it, and read its headers."""
     from phimlx.checkpoint.folder import Checkpoint
-    from phimlx.hub import cache as store
-    from phimlx.hub import resolve as hub
+    from phimlx.hub import cache
+    from phimlx.hub.resolve import resolve
     from phimlx.sizes import size_text
 
-    folder = hub.resolve(source)
-    with output.progress(store.recorded_bytes(folder), "Checking", "B") as bar:
-        right, unrecorded = store.verify(folder, lambda file, nbytes: bar.update(nbytes))
+    folder = resolve(source)
+    with output.progress(cache.recorded_bytes(folder), "Checking", "B") as bar:
+        right, unrecorded = cache.verify(folder, lambda file, nbytes: bar.update(nbytes))
     files = Checkpoint(folder).files
     tensors = len(Checkpoint(folder).tensors)
     nbytes = sum(file.stat().st_size for file in files)

@@ -80,9 +80,9 @@ def command(
         raise click.UsageError("--model is missing: name the model that the adapter is for.")
 
     from convert import plan
-    from phimlx.hub import resolve as hub
+    from phimlx.hub.resolve import resolve
 
-    source = hub.resolve(model)
+    source = resolve(model)
     planned = plan(source, out, dtype=dtype, dequantize=dequantize, adapter=adapter)
     with output.progress(planned.bytes_before, "Fusing", "B") as bar:
         result = planned.run(bar.update)
@@ -119,9 +119,9 @@ def _export(
         from phimlx.adapters.attach import check_fit
         from phimlx.checkpoint.folder import Checkpoint
         from phimlx.checkpoint.load import build_model, stored_parameters
-        from phimlx.hub import resolve as hub
+        from phimlx.hub.resolve import resolve
 
-        checkpoint = Checkpoint(hub.resolve(model))
+        checkpoint = Checkpoint(resolve(model))
         empty = build_model(checkpoint.config)
         stored_parameters(checkpoint, empty)
         check_fit(found, empty, checkpoint.folder, checkpoint.config)

@@ -6,12 +6,15 @@ Knows how the answer is told; what there is, `phimlx.hub.cache` knows.
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
+
+if TYPE_CHECKING:
+    from phimlx.hub.cache import CachedModel
 
 
 @click.command()
@@ -22,15 +25,15 @@ def command(as_json: bool) -> None:
     Each by the name that --model takes. They lie in the Hub's cache, whoever brought them there;
     models of other families that lie there too are left out.
     """
-    from phimlx.hub import cache as store
-    from phimlx.hub import resolve as hub
+    from phimlx.hub import cache, resolve
+    from phimlx.hub.layout import cache_folder
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
-    bundled = map(describe_bundled, (hub.NANO, hub.NANO_MULTIMODAL))
-    entries = [*bundled, *map(describe, store.models())]
+    bundled = map(describe_bundled, (resolve.NANO, resolve.NANO_MULTIMODAL))
+    entries = [*bundled, *map(describe, cache.list_models())]
     total = sum(entry["bytes"] for entry in entries if entry["repository"])
-    output.json({"store": str(store.cache()), "bytes": total, "models": entries})
+    output.json({"store": str(cache_folder()), "bytes": total, "models": entries})
     if as_json:
         return
     output.table(
@@ -47,39 +50,43 @@ def command(as_json: bool) -> None:
         ],
     )
     output.text()
-    output.text(f"{size_text(total)} in {store.cache()}")
+    output.text(f"{size_text(total)} in {cache_folder()}")
     for entry in entries:
+        if entry["problem"]:
+            output.warning(entry["problem"])
         if entry["state"] == "partial":
             output.note(f"Go on with: phimlx download {entry['name']}")
 
 
-def describe(stored: Any) -> dict[str, Any]:
-    """A model of the store, as `--json` prints it."""
+def describe(model: CachedModel) -> dict[str, Any]:
+    """A model of the cache, as `--json` prints it."""
     from phimlx import catalog
 
-    known = catalog.find(stored.repository)
-    aliased = known is not None and stored.repository == known.quantized_repo
+    known = catalog.find(model.repository)
+    aliased = known is not None and model.repository == known.quantized_repo
     return {
-        "name": stored.alias if aliased else stored.repository,
-        "repository": stored.repository,
-        "path": None if stored.snapshot is None else str(stored.snapshot),
-        "bytes": stored.nbytes,
-        "bits": stored.bits,
-        "state": "partial" if stored.snapshot is None else "complete",
-        "last_used": stored.last_used and stored.last_used.isoformat(timespec="seconds"),
+        "name": model.alias if aliased else model.repository,
+        "repository": model.repository,
+        "path": None if model.snapshot is None else str(model.snapshot),
+        "bytes": model.nbytes,
+        "bits": model.bits,
+        "state": model.state,
+        "problem": model.problem,
+        "last_used": model.last_used and model.last_used.isoformat(timespec="seconds"),
     }
 
 
 def describe_bundled(folder: Path) -> dict[str, Any]:
     """A model that comes along, in the same form."""
-    from phimlx.hub import cache as store
+    from phimlx.hub.cache import bits_of
 
     return {
         "name": folder.name,
         "repository": None,
         "path": str(folder),
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),
-        "bits": store.bits_of(folder),
+        "bits": bits_of(folder),
         "state": "complete",
+        "problem": None,
         "last_used": None,
     }

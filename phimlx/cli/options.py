@@ -160,8 +160,8 @@ def load_model(model: str | None, output: Output, adapter: Path | None = None) -
         with output.status(loading):
             return api.load(model, adapter)
     except ModelAbsentError as absent:
-        from phimlx.cli.bars import bring
+        from phimlx.cli.bars import download_missing
 
-        bring(model, output, absent)
+        download_missing(model, output, absent)
     with output.status(loading):
         return api.load(model, adapter)

@@ -10,7 +10,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.cli.bars import teller, upload_bars
+from phimlx.cli.bars import logger, upload_bars
 from phimlx.errors import UploadError
 from phimlx.sizes import size_text
 from phimlx.terminal.output import Output
@@ -24,7 +24,7 @@ def check_target(name: str, token: str | None, private: bool, output: Output) ->
     from phimlx.hub.client import Remote
     from phimlx.hub.upload import check
 
-    target = check(name, Remote(token, tell=teller(output)), private)
+    target = check(name, Remote(token, log=logger(output)), private)
     if target.exists:
         output.note(f"{name} exists: this becomes its next commit.")
     return target
@@ -37,9 +37,9 @@ def publish(folder: Path, target: Target, output: Output) -> dict[str, Any]:
         UploadError: with the command that goes on.
     """
     import phimlx
-    from phimlx.hub.upload import model_files, upload
+    from phimlx.hub.upload import published_files, upload
 
-    files = model_files(folder)
+    files = published_files(folder)
     nbytes = sum(file.stat().st_size for file in files.values())
     output.note(f"Uploading {len(files)} files, {size_text(nbytes)}, to {target.name}.")
     again = f"phimlx convert --mlx-path {shlex.quote(str(folder))} --upload-repo {target.name}"

@@ -23,32 +23,31 @@ def command(model: str, original: bool, yes: bool, as_json: bool) -> None:
     from phimlx import catalog
     from phimlx.cli.bars import can_ask
     from phimlx.errors import ModelNotFoundError
-    from phimlx.hub import cache as store
-    from phimlx.hub import resolve as hub
+    from phimlx.hub import cache, resolve
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
     known = catalog.find(model)
     if known is not None and known.repo is None:
         raise ModelNotFoundError(f"{model} comes with phimlx and goes with it.")
-    if hub.is_folder(model):
+    if resolve.is_folder(model):
         raise ModelNotFoundError(
             f"{model} is a folder; only models in the Hub's cache are removed.",
             hint="Delete the folder yourself.",
         )
-    found = map(store.read, hub.repositories(model, original))
-    stored = next((each for each in found if each is not None), None)
-    if stored is None:
+    found = map(cache.find_model, resolve.repositories(model, original))
+    cached = next((each for each in found if each is not None), None)
+    if cached is None:
         raise ModelNotFoundError(
             f"{model} is not on this machine.", hint="See what is with: phimlx list"
         )
     if not yes:
         if not can_ask():
             raise click.UsageError("Nobody can be asked here: add --yes to delete without asking.")
-        question = f"Delete {stored.repository}, {size_text(stored.nbytes)}?"
+        question = f"Delete {cached.repository}, {size_text(cached.nbytes)}?"
         if not click.confirm(question, err=True):
             output.note("Nothing is deleted.")
             raise click.Abort
-    store.remove(stored)
-    output.json({"model": model, "repository": stored.repository, "bytes": stored.nbytes})
-    output.text(f"Deleted {stored.repository}: {size_text(stored.nbytes)} are free again.")
+    cache.remove(cached)
+    output.json({"model": model, "repository": cached.repository, "bytes": cached.nbytes})
+    output.text(f"Deleted {cached.repository}: {size_text(cached.nbytes)} are free again.")

@@ -38,12 +38,12 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
     """
     from phimlx import catalog
     from phimlx.errors import ModelAbsentError
-    from phimlx.hub import resolve as hub
+    from phimlx.hub.resolve import resolve
 
     shape: Shape
     output = Output(json=as_json)
     try:
-        about, shape = describe_folder(hub.resolve(model))
+        about, shape = describe_folder(resolve(model))
     except ModelAbsentError as absent:
         known = catalog.DEFAULT if model is None else catalog.find(model)
         if known is not None:
@@ -74,6 +74,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     from phimlx.checkpoint.load import build_model, stored_parameters
     from phimlx.files import read_json
     from phimlx.generation.sampler import Sampling
+    from phimlx.hub.layout import model_name
 
     checkpoint = Checkpoint(folder)
     model = build_model(checkpoint.config)
@@ -83,7 +84,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     parameters = sizes.total()
     stored = stored_parameters(checkpoint, model).values()
     nbytes = sum(info.nbytes for info in stored)
-    known = catalog.by_config(checkpoint.config, folder.resolve())
+    known = catalog.by_config(checkpoint.config, model_name(folder.resolve()))
     settings = read_json(folder / "generation_config.json", missing_ok=True)
     sampling = asdict(Sampling.defaults(settings, known.sampling if known else {}))
     usual = asdict(Sampling())
@@ -113,9 +114,9 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
 
 def describe_absent(known: Model, name: str) -> dict[str, Any]:
     """Describe a model that is not on this machine, in the form that `name` means."""
-    from phimlx.hub import resolve as hub
+    from phimlx.hub.resolve import repositories
 
-    repository = hub.repositories(name)[0]
+    repository = repositories(name)[0]
     quantized = repository == known.quantized_repo
     nbytes = known.quantized_nbytes if quantized else known.nbytes
     return {

@@ -167,15 +167,15 @@ def _open(given: Mapping[str, Any], resume: bool, machines: Machines, output: Ou
 
 def _model_folder(model: str | None, output: Output) -> Path:
     """The folder of a model, which comes here where it is not and somebody can say so."""
-    from phimlx.hub import resolve as hub
+    from phimlx.hub.resolve import resolve
 
     try:
-        return hub.resolve(model)
+        return resolve(model)
     except ModelAbsentError as absent:
-        from phimlx.cli.bars import bring
+        from phimlx.cli.bars import download_missing
 
-        bring(model, output, absent)
-    return hub.resolve(model)
+        download_missing(model, output, absent)
+    return resolve(model)
 
 
 def _read(session: Session, output: Output) -> dict[str, Dataset]:
@@ -226,7 +226,7 @@ def _train(
     session: Session, data: Mapping[str, Dataset], ignore_memory: bool, output: Output
 ) -> None:
     from phimlx import api
-    from phimlx.cli.bars import teller
+    from phimlx.cli.bars import logger
     from phimlx.errors import TrainingError
     from phimlx.machine.memory import machine_memory
     from phimlx.terminal.training import Show
@@ -247,7 +247,7 @@ def _train(
             phi = api.load(session.folder)
             run = session.run(phi, data)
         interrupted = stack.enter_context(signals(output))
-        show = stack.enter_context(Show(session, run, output, teller(output)).watching())
+        show = stack.enter_context(Show(session, run, output, logger(output)).watching())
         outcome = run.go(show, interrupted)
         if session.machines.is_first:
             show.finish(outcome)

@@ -1,57 +1,59 @@
-"""The models on this machine: which there are, how much they take, whether they are whole.
-
-Knows the layout of huggingface_hub's cache, where they lie; knows nothing of the network.
-"""
+"""The models on this machine: which there are, how much they take, whether they are whole."""
 
 from __future__ import annotations
 
-import json
-import os
-import re
 import shutil
-from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from phimlx import catalog
-from phimlx.errors import DownloadError
-from phimlx.hub.client import RemoteFile, explained
-from phimlx.hub.transfer import PARTIAL, Report, is_right, locked, record_of
+from phimlx.errors import ConfigError, DownloadError
+from phimlx.files import is_file, read_json, translate_read_errors
+from phimlx.hub.client import RemoteFile, translate_errors
+from phimlx.hub.destination import PARTIAL, read_record
+from phimlx.hub.layout import (
+    RepositoryFolder,
+    cache_folder,
+    model_folders,
+    recorded_hash,
+)
+from phimlx.hub.model_files import ADAPTER_FILES, entries_of, files_of, is_whole
+from phimlx.hub.transfer import ProgressCallback, locked, matches_hash, no_progress
 from phimlx.models import registry
 
-# All that a model may have below its top folder, whatever a Hub or a record may name.
-ADAPTER_FILES = tuple(
-    f"{folder}/{name}"
-    for folder in registry.adapter_folders()
-    for name in ("adapter_config.json", "adapter_model.safetensors")
-)
-
 _DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
-_CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Stored:
-    """A repository of which something is in the store.
+class CachedModel:
+    """A repository of which something is in the cache.
 
     Attributes:
         repository: its name on the Hub.
-        home: the folder with all of it, partial files among it.
+        home: its place in the cache.
         snapshot: the folder of the model, or None where no whole copy is here.
         bits: of a weight, or None where its config does not tell.
         nbytes: on disk, partial files among them.
         last_used: when its largest file was last read, as exactly as the file system notes it.
+        problem: why nothing more is known of it, in a sentence; None where it can be read.
     """
 
     repository: str
-    home: Path
-    snapshot: Path | None
-    bits: int | None
-    nbytes: int
-    last_used: datetime | None
+    home: RepositoryFolder
+    snapshot: Path | None = None
+    bits: int | None = None
+    nbytes: int = 0
+    last_used: datetime | None = None
+    problem: str | None = None
+
+    @property
+    def state(self) -> str:
+        """`complete`, `partial` or `unreadable`."""
+        if self.problem is not None:
+            return "unreadable"
+        return "partial" if self.snapshot is None else "complete"
 
     @property
     def alias(self) -> str | None:
@@ -60,108 +62,104 @@ class Stored:
         return known.alias if known else None
 
 
-def cache() -> Path:
-    """huggingface_hub's cache."""
-    from huggingface_hub import constants
-
-    return Path(constants.HF_HUB_CACHE)
-
-
-def home_of(repo: str) -> Path:
-    """Where the cache keeps a repository."""
-    return cache() / f"models--{repo.replace('/', '--')}"
-
-
 def find_snapshot(repo: str, revision: str | None = None) -> Path | None:
-    """The newest whole copy of a repository in the cache, its main branch first.
+    """Find the newest whole copy of a repository in the cache, its main branch first.
 
     Args:
         revision: a branch, tag or commit that the copy must be of.
+
+    Raises:
+        DownloadError: where the cache cannot be read.
     """
-    home = home_of(repo)
-    named = home / "refs" / (revision or "main")
-    pinned = [home / "snapshots" / named.read_text().strip()] if named.is_file() else []
-    if revision is not None:
-        candidates = pinned or [home / "snapshots" / revision]
-    else:
-        newest = sorted(home.glob("snapshots/*"), key=lambda path: path.stat().st_mtime)
-        candidates = [*pinned, *reversed(newest)]
-    return next((folder for folder in candidates if is_whole(folder)), None)
+    home = RepositoryFolder(cache_folder(), repo)
+    with _readable(home.path):
+        commit = home.noted_commit(revision or "main")
+        candidates = [] if commit is None else [home.snapshot(commit)]
+        if revision is not None:
+            candidates = candidates or [home.snapshot(revision)]
+        else:
+            candidates += reversed(home.list_snapshots())
+        return next((folder for folder in candidates if is_whole(folder)), None)
 
 
-def is_whole(folder: Path) -> bool:
-    """Whether a downloaded folder has its config, its tokenizer and every weight file.
+def list_models() -> list[CachedModel]:
+    """List every model of the family that is in the cache, whole or not, by name.
 
-    A file gets its name when it is complete, so what is there is whole.
+    A folder that cannot be read may be one too, so it is listed with its problem.
+
+    Raises:
+        DownloadError: where the cache itself cannot be read.
     """
-    if not all((folder / name).is_file() for name in ("config.json", "tokenizer.json")):
-        return False
-    index = folder / "model.safetensors.index.json"
-    if not index.is_file():
-        return (folder / "model.safetensors").is_file()
-    weight_map = _read_json(index).get("weight_map")
-    if not isinstance(weight_map, dict) or not weight_map:
-        return False
-    names = set(map(str, weight_map.values()))
-    return all((folder / name).is_file() for name in names)
-
-
-def models() -> list[Stored]:
-    """Every model of the family that is in the cache, whole or not, by name."""
+    root = cache_folder()
+    with _readable(root):
+        homes = model_folders(root)
     found = []
-    for home in sorted(cache().glob("models--*--*")):
-        repo = home.name.removeprefix("models--").replace("--", "/", 1)
-        stored = read(repo)
-        if stored is not None and _is_family(stored):
-            found.append(stored)
+    for home in homes:
+        try:
+            with _readable(home.path):
+                model = find_model(home.name) if _is_family(home) else None
+        except DownloadError as error:
+            model = CachedModel(home.name, home, problem=str(error))
+        if model is not None:
+            found.append(model)
     return found
 
 
-def read(repo: str) -> Stored | None:
-    """What is in the cache of one repository, or None where nothing is."""
-    home = home_of(repo)
-    if not home.is_dir():
-        return None
-    snapshot = find_snapshot(repo)
-    begun = (path.parent for path in home.glob("snapshots/*/config.json"))
-    folder = snapshot or next(begun, None)
-    stats = [file.stat() for file in _files(home)]
+def find_model(repo: str) -> CachedModel | None:
+    """Find what is in the cache of one repository; None where nothing is.
+
+    Raises:
+        DownloadError: where it cannot be read.
+    """
+    home = RepositoryFolder(cache_folder(), repo)
+    snapshot = bits = problem = None
+    with _readable(home.path):
+        if not home.path.is_dir():
+            return None
+        try:
+            snapshot = find_snapshot(repo)
+            begun = (path for path in home.list_snapshots() if is_file(path / "config.json"))
+            folder = snapshot or next(begun, None)
+            bits = None if folder is None else bits_of(folder)
+        except ConfigError as error:
+            problem = str(error)
+        stats = list(home.contents())
     largest = max(stats, key=lambda stat: stat.st_size, default=None)
-    return Stored(
+    return CachedModel(
         repository=repo,
         home=home,
-        snapshot=snapshot,
-        bits=None if folder is None else bits_of(folder),
+        snapshot=None if problem else snapshot,
+        bits=bits,
         nbytes=sum(stat.st_size for stat in stats),
         last_used=None if largest is None else datetime.fromtimestamp(largest.st_atime, UTC),
+        problem=problem,
     )
 
 
-def remove(stored: Stored) -> None:
+def remove(model: CachedModel) -> None:
     """Delete a repository from the cache: every revision of it, and partial files.
 
     Raises:
         DownloadError: where a download of it is under way, or the disk refuses.
     """
-    if stored.home.is_symlink():
+    home = model.home
+    if home.path.is_symlink():
         raise DownloadError(
-            f"{stored.home} is a link to another place, so it is left alone.",
+            f"{home.path} is a link to another place, so it is left alone.",
             hint="Delete the folder that it points to, then the link.",
         )
-    root = stored.home.parent
-    locks = root / ".locks" / stored.home.name
-    with explained(stored.repository, place=root), ExitStack() as held:
-        for lock in sorted(locks.glob("*.lock")):
-            held.enter_context(locked(lock, lambda: _refuse(stored)))
-        _release_shared(root, stored.home)
+    with translate_errors(model.repository, place=home.root), ExitStack() as held:
+        for lock in sorted(home.locks.glob("*.lock")):
+            held.enter_context(locked(lock, lambda: _refuse(model)))
+        _release_shared(home)
         # What points to contents goes first: an interruption leaves nothing that looks whole.
-        for folder in (stored.home / "snapshots", stored.home):
+        for folder in (home.snapshots, home.path):
             if folder.exists():
                 shutil.rmtree(folder)
-        shutil.rmtree(locks, ignore_errors=True)
+        shutil.rmtree(home.locks, ignore_errors=True)
 
 
-def verify(folder: Path, report: Report = lambda file, nbytes: None) -> tuple[int, list[str]]:
+def verify(folder: Path, progress: ProgressCallback = no_progress) -> tuple[int, list[str]]:
     """Check the files of a model folder against the hashes that came with them.
 
     Returns:
@@ -169,17 +167,18 @@ def verify(folder: Path, report: Report = lambda file, nbytes: None) -> tuple[in
         nothing is recorded.
 
     Raises:
-        DownloadError: naming what is missing or damaged.
+        DownloadError: naming what is missing, damaged or cannot be read.
     """
-    recorded = _recorded(folder)
-    here = files_of(folder)
-    missing = sorted(recorded.keys() - here)
-    wrong = [
-        name
-        for name in sorted(recorded.keys() & here)
-        if (folder / name).stat().st_size != recorded[name].size
-        or not is_right(folder / name, recorded[name], report)
-    ]
+    with _readable(folder):
+        recorded = _recorded(folder)
+        here = files_of(folder)
+        missing = sorted(recorded.keys() - here)
+        wrong = [
+            name
+            for name in sorted(recorded.keys() & here)
+            if (folder / name).stat().st_size != recorded[name].size
+            or not matches_hash(folder / name, recorded[name], progress)
+        ]
     for what, which in (("lacks", missing), ("is damaged:", wrong)):
         if which:
             raise DownloadError(
@@ -191,87 +190,17 @@ def verify(folder: Path, report: Report = lambda file, nbytes: None) -> tuple[in
 
 def recorded_bytes(folder: Path) -> int:
     """Size of the files that `verify` reads."""
-    return sum(file.size for file in _recorded(folder).values())
-
-
-def files_of(folder: Path) -> dict[str, Path]:
-    """A model's files by their names in the repository, links followed, hidden ones left out."""
-    return {name: path for name, path in _entries(folder).items() if path.is_file()}
-
-
-def _entries(folder: Path) -> dict[str, Path]:
-    """What may be a model's file, by name."""
-    entries = {path.name: path for path in folder.iterdir() if path.name[0] != "."}
-    return entries | {name: folder / name for name in ADAPTER_FILES}
-
-
-def _recorded(folder: Path) -> dict[str, RemoteFile]:
-    """What is known of a folder's files: by a download's record, or by the names of blobs."""
-    entries = _read_json(record_of(folder)).get("files") if record_of(folder).is_file() else None
-    if isinstance(entries, dict):
-        try:
-            return {
-                name: RemoteFile(name, int(entry["size"]), str(entry["hash"]))
-                for name, entry in entries.items()
-                if "/" not in name or name in ADAPTER_FILES
-            }
-        except (KeyError, TypeError, ValueError):
-            return {}
-    found = {}
-    for name, path in _entries(folder).items():
-        blob = Path(os.readlink(path)) if path.is_symlink() else path
-        if blob.parent.name == "blobs" and _CONTENT_HASH.fullmatch(blob.name):
-            size = path.stat().st_size if path.exists() else 0
-            found[name] = RemoteFile(name, size, blob.name)
-    return found
-
-
-def _refuse(stored: Stored) -> None:
-    raise DownloadError(
-        f"{stored.repository} is being downloaded right now.",
-        hint="Wait for that download, or stop it, then run this again.",
-    )
-
-
-def _release_shared(root: Path, home: Path) -> None:
-    """Have huggingface_hub delete a repository that shares contents with others in its cache.
-
-    From its version 2 on, blobs may be links into one store for all repositories; only it knows
-    which of those contents nobody else needs.
-    """
-    if not any(path.is_symlink() for path in home.glob("blobs/*")):
-        return
-    from huggingface_hub import scan_cache_dir
-
-    # By revisions it would delete copies too: repositories that were duplicated share commits.
-    nothing = scan_cache_dir(root).delete_revisions()
-    replace(nothing, repos=frozenset({home})).execute()
-
-
-def _is_family(stored: Stored) -> bool:
-    configs = [_config(path.parent) for path in stored.home.glob("snapshots/*/config.json")]
-    if configs:
-        return any(registry.find(config.get("model_type")) for config in configs)
-    return stored.alias is not None or any(stored.home.glob(f"blobs/*{PARTIAL}"))
-
-
-def _files(home: Path) -> Iterator[Path]:
-    """The files that hold contents: blobs, and in snapshots what is no link to one."""
-    for path in home.glob("blobs/*"):
-        if path.is_file():
-            yield path
-    for path in home.glob("snapshots/*/**/*"):
-        if path.is_file() and not path.is_symlink():
-            yield path
-
-
-def _config(snapshot: Path) -> dict[str, Any]:
-    return _read_json(snapshot / "config.json")
+    with _readable(folder):
+        return sum(file.size for file in _recorded(folder).values())
 
 
 def bits_of(folder: Path) -> int | None:
-    """Bits of a weight, or None where the folder's config does not tell."""
-    config = _config(folder)
+    """Bits of a weight, or None where the folder's config does not tell.
+
+    Raises:
+        ConfigError: where that cannot be read.
+    """
+    config = read_json(folder / "config.json", hint="Download the model again.")
     quantization = config.get("quantization")
     if isinstance(quantization, dict):
         bits = quantization.get("bits")
@@ -279,10 +208,59 @@ def bits_of(folder: Path) -> int | None:
     return _DTYPE_BITS.get(str(config.get("dtype") or config.get("torch_dtype")))
 
 
-def _read_json(file: Path) -> dict[str, Any]:
-    """A JSON object, or an empty one where the file holds none."""
-    try:
-        value = json.loads(file.read_bytes())
-    except (ValueError, RecursionError):
-        return {}
-    return value if isinstance(value, dict) else {}
+def _recorded(folder: Path) -> dict[str, RemoteFile]:
+    """What is known of a folder's files: by a download's record, or by the names of blobs."""
+    record = read_record(folder)
+    if record is not None:
+        known = record.files.items()
+        return {name: file for name, file in known if "/" not in name or name in ADAPTER_FILES}
+    found = {}
+    for name, path in entries_of(folder).items():
+        hash = recorded_hash(path)
+        if hash is not None:
+            size = path.stat().st_size if path.exists() else 0
+            found[name] = RemoteFile(name, size, hash)
+    return found
+
+
+def _refuse(model: CachedModel) -> None:
+    raise DownloadError(
+        f"{model.repository} is being downloaded right now.",
+        hint="Wait for that download, or stop it, then run this again.",
+    )
+
+
+def _release_shared(home: RepositoryFolder) -> None:
+    """Have huggingface_hub delete a repository that shares contents with others in its cache.
+
+    From its version 2 on, blobs may be links into one store for all repositories; only it knows
+    which of those contents nobody else needs.
+    """
+    if not any(path.is_symlink() for path in home.blobs.glob("*")):
+        return
+    from huggingface_hub import scan_cache_dir
+
+    # By revisions it would delete copies too: repositories that were duplicated share commits.
+    nothing = scan_cache_dir(home.root).delete_revisions()
+    replace(nothing, repos=frozenset({home.path})).execute()
+
+
+def _is_family(home: RepositoryFolder) -> bool:
+    """Whether a config says so; where none is here or can be read, the name or a download of ours.
+
+    Raises:
+        OSError: where the repository's folder cannot be read.
+    """
+    told = []
+    for snapshot in home.list_snapshots():
+        if is_file(snapshot / "config.json"):
+            with suppress(ConfigError):
+                told.append(read_json(snapshot / "config.json").get("model_type"))
+    if told:
+        return any(registry.find(each) for each in told)
+    return catalog.find(home.name) is not None or home.has_blob_like(PARTIAL)
+
+
+def _readable(place: Path) -> AbstractContextManager[None]:
+    hint = "Make it yours to read, or set HF_HOME to another folder."
+    return translate_read_errors(place, DownloadError, hint)

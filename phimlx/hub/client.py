@@ -1,7 +1,6 @@
 """The Hub over HTTPS: what a repository holds, the bytes of its files, and its errors as sentences.
 
-huggingface_hub does the talking: endpoint, token, headers, addresses, errors. Knows nothing of
-where files are kept.
+huggingface_hub does the talking: endpoint, token, headers, addresses, errors.
 
 Files come by plain HTTPS from their `resolve` addresses, which answer ranges for every repository,
 also for those that the Hub keeps in Xet. Xet's own protocol would save bytes only where parts of
@@ -22,7 +21,15 @@ from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
-from phimlx.errors import DownloadError, ModelNotFoundError, shortened
+from phimlx.errors import (
+    DownloadError,
+    ModelNotFoundError,
+    PhimlxError,
+    TrainingError,
+    shortened,
+)
+from phimlx.files import reason
+from phimlx.hub.layout import COMMIT, CONTENT_HASH, RepositoryType
 from phimlx.sizes import size_text
 
 if TYPE_CHECKING:
@@ -31,8 +38,12 @@ if TYPE_CHECKING:
 BACKOFF = (1, 2, 4, 8, 16, 30)  # seconds before each further try that brings nothing
 LONGEST_WAIT = 120  # seconds that the Hub may ask for; beyond that the user decides
 
-_COMMIT = re.compile(r"[0-9a-f]{40}")
-_CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
+# What a repository is called, and what it is where the Hub has none of that name.
+_KINDS: dict[RepositoryType, tuple[str, type[PhimlxError]]] = {
+    "model": ("model", ModelNotFoundError),
+    "dataset": ("data set", TrainingError),
+}
+
 _UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]|(^|/)(\.{0,2})(/|$)")
 
 Result = TypeVar("Result")
@@ -53,14 +64,14 @@ class RemoteFile:
     hash: str
 
     def within(self, limit: int) -> int:
-        """Its size; raises DownloadError where that is beyond any sense."""
+        """Return its size; raises DownloadError where that is beyond any sense."""
         if self.size > limit:
             size = size_text(self.size)
             raise DownloadError(f"{self.name} has {size}, more than any model needs.")
         return self.size
 
     def hasher(self) -> _Hash:
-        """A new computation of `hash`; it takes the contents."""
+        """Begin a computation of `hash`; it takes the contents."""
         if len(self.hash) == 64:
             return hashlib.sha256()
         return hashlib.sha1(b"blob %d\0" % self.size, usedforsecurity=False)
@@ -71,7 +82,7 @@ class Repository:
     """What a repository holds at one commit.
 
     Attributes:
-        name: as it was asked for; the store keeps it under this name.
+        name: as it was asked for; the cache keeps it under this name.
         current_name: what the Hub calls it now.
         revision: the branch, tag or commit that was asked for.
         commit: what that means today.
@@ -82,13 +93,14 @@ class Repository:
     revision: str
     commit: str
     files: tuple[RemoteFile, ...]
+    type: RepositoryType = "model"
 
     @property
     def is_renamed(self) -> bool:
         return self.name.lower() != self.current_name.lower()
 
     def file(self, name: str) -> RemoteFile | None:
-        """The file of that name, or None."""
+        """Find the file of that name; None where there is none."""
         return next((file for file in self.files if file.name == name), None)
 
 
@@ -99,35 +111,39 @@ class Remote:
     Attributes:
         token: to use instead of the one that the environment or a login gives.
         wait: lets seconds pass.
-        tell: takes a sentence about a pause.
+        log: takes a sentence about a pause.
     """
 
     token: str | None = None
     wait: Callable[[float], None] = time.sleep
-    tell: Callable[[str], None] = lambda text: None
+    log: Callable[[str], None] = lambda text: None
 
-    def repository(self, name: str, revision: str | None = None) -> Repository:
+    def repository(
+        self, name: str, revision: str | None = None, type: RepositoryType = "model"
+    ) -> Repository:
         """Ask what a repository holds.
 
         Raises:
             ModelNotFoundError, DownloadError: where the Hub does not tell, or tells what no Hub
                 should: names that would leave a folder, hashes that are none.
+            TrainingError: where it has no such data set.
         """
         from huggingface_hub import HfApi, constants
 
         def ask() -> Any:
-            return HfApi().model_info(
+            return HfApi().repo_info(
                 name,
+                repo_type=type,
                 revision=revision,
                 files_metadata=True,
                 token=self.token,
                 timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
             )
 
-        with explained(name, revision):
+        with translate_errors(name, revision, type=type):
             try:
-                info = self.patiently(ask)
-                files = tuple(listed_file(sibling) for sibling in info.siblings or ())
+                info = self.with_retries(ask)
+                files = tuple(_listed_file(sibling) for sibling in info.siblings or ())
                 commit = str(info.sha)
             except (ValueError, KeyError, TypeError, AttributeError) as error:
                 raise DownloadError(
@@ -135,13 +151,18 @@ class Remote:
                     hint="Check HF_ENDPOINT, and whether a log-in page stands in between.",
                 ) from error
         _check(name, commit, files)
-        return Repository(name, str(info.id), revision or "main", commit, files)
+        return Repository(name, str(info.id), revision or "main", commit, files, type)
 
     def url(self, repository: Repository, file: RemoteFile) -> str:
-        """Where the Hub keeps a file."""
+        """The address at which the Hub keeps a file."""
         from huggingface_hub import hf_hub_url
 
-        return hf_hub_url(repository.current_name, file.name, revision=repository.commit)
+        return hf_hub_url(
+            repository.current_name,
+            file.name,
+            repo_type=repository.type,
+            revision=repository.commit,
+        )
 
     @contextmanager
     def open(
@@ -149,7 +170,7 @@ class Remote:
     ) -> Iterator[tuple[int, Iterator[bytes]]]:
         """Ask for the bytes of a file from `start`, up to `stop` where that is given.
 
-        Yields where the bytes begin and the bytes, piece by piece; they begin at 0 where the
+        Yields where the bytes begin and the bytes, chunk by chunk; they begin at 0 where the
         server ignores ranges. There are none where it has none from `start` on.
 
         Raises huggingface_hub's errors. A redirect to another host is followed without the token.
@@ -179,22 +200,22 @@ class Remote:
             yield begin, response.iter_bytes()
 
     def read(self, repository: Repository, file: RemoteFile, start: int, stop: int) -> bytes:
-        """Some bytes of a file, and no others; fewer where it is shorter."""
+        """Read some bytes of a file, and no others; fewer where it is shorter."""
 
         def ask() -> bytes:
             data = bytearray()
-            with self.open(repository, file, start, stop) as (begin, pieces):
-                for piece in pieces:
-                    data += piece
+            with self.open(repository, file, start, stop) as (begin, chunks):
+                for chunk in chunks:
+                    data += chunk
                     if begin + len(data) > stop:
                         break  # a server that ignores ranges sends all of it
             return bytes(data[start - begin : stop - begin])
 
-        with explained(repository.name, repository.revision):
-            return self.patiently(ask)
+        with translate_errors(repository.name, repository.revision, type=repository.type):
+            return self.with_retries(ask)
 
-    def patiently(self, ask: Callable[[], Result]) -> Result:
-        """The answer of a Hub that may be busy; where it cannot be reached, that is the answer."""
+    def with_retries(self, ask: Callable[[], Result]) -> Result:
+        """Return the answer of a Hub that may be busy; raise at once where it cannot be reached."""
         from huggingface_hub import errors
 
         failures = 0
@@ -216,7 +237,7 @@ class Remote:
         seconds: float | None = BACKOFF[failures - 1] if failures <= len(BACKOFF) else None
         if isinstance(error, errors.HfHubHTTPError):
             status = error.response.status_code
-            asked = asked_wait(error.response.headers)
+            asked = retry_after(error.response.headers)
             if status not in (408, 429) and status < 500:
                 seconds = None
             elif seconds is not None and asked is not None:
@@ -226,11 +247,11 @@ class Remote:
             what = "The connection was lost"
         if seconds is None:
             raise error
-        self.tell(f"{what}; trying again in {seconds:g} s.")
+        self.log(f"{what}; trying again in {seconds:g} s.")
         self.wait(seconds)
 
 
-def asked_wait(headers: Mapping[str, str]) -> float | None:
+def retry_after(headers: Mapping[str, str]) -> float | None:
     """Seconds that an answer asks to wait: Retry-After (RFC 9110), else RateLimit's reset."""
     value = headers.get("Retry-After", "").strip()
     if value.isascii() and value.isdigit():
@@ -245,7 +266,7 @@ def asked_wait(headers: Mapping[str, str]) -> float | None:
     return float(limit[1]) if limit else None
 
 
-def listed_file(sibling: Any) -> RemoteFile:
+def _listed_file(sibling: Any) -> RemoteFile:
     """A file as the Hub's API lists it; raises where what it says is no listing."""
     if sibling.lfs is not None:
         return RemoteFile(sibling.rfilename, int(sibling.lfs.size), str(sibling.lfs.sha256))
@@ -258,25 +279,29 @@ def _check(name: str, commit: str, files: tuple[RemoteFile, ...]) -> None:
     for file in files:
         if _UNSAFE.search(file.name):
             raise DownloadError(
-                f"{name} lists a file {shortened(file.name)}, which would leave the model's "
+                f"{name} lists a file {shortened(file.name)}, which would leave its "
                 "folder; nothing of it is downloaded."
             )
         if file.name in seen:
             raise DownloadError(f"{name} lists the file {shortened(file.name)} twice.")
         seen.add(file.name)
-        if not _CONTENT_HASH.fullmatch(file.hash) or file.size < 0:
+        if not CONTENT_HASH.fullmatch(file.hash) or file.size < 0:
             raise DownloadError(
                 f"{name} lists {shortened(file.name)} without a hash, so what comes could not be "
                 "checked.",
                 hint="Unset HF_ENDPOINT to use the Hub itself.",
             )
-    if not _COMMIT.fullmatch(commit):
+    if not COMMIT.fullmatch(commit):
         raise DownloadError(f"{name} names {shortened(commit)} as its commit, which is none.")
 
 
 @contextmanager
-def explained(
-    repo: str, revision: str | None = None, place: Path | None = None, elsewhere: str = ""
+def translate_errors(
+    repo: str,
+    revision: str | None = None,
+    place: Path | None = None,
+    elsewhere: str = "",
+    type: RepositoryType = "model",
 ) -> Iterator[None]:
     """Turn what huggingface_hub and the disk raise into a sentence and the next step.
 
@@ -289,13 +314,15 @@ def explained(
     try:
         yield
     except errors.GatedRepoError as error:
+        page = repo if type == "model" else f"{type}s/{repo}"
         raise DownloadError(
             f"{repo} is only for those who have accepted its terms.",
-            hint=f"Accept them at {constants.ENDPOINT}/{repo}, then log in with: hf auth login",
+            hint=f"Accept them at {constants.ENDPOINT}/{page}, then log in with: hf auth login",
         ) from error
     except errors.RepositoryNotFoundError as error:
-        raise ModelNotFoundError(
-            f"The Hub has no model {repo}, or it is private.",
+        what, not_found = _KINDS[type]
+        raise not_found(
+            f"The Hub has no {what} {repo}, or it is private.",
             hint="Check the name; for a private one log in first with: hf auth login",
         ) from error
     except errors.RevisionNotFoundError as error:
@@ -322,8 +349,8 @@ def explained(
                 hint=f"Free some space and run it again, or {elsewhere} a folder on a larger disk.",
             ) from error
         raise DownloadError(
-            f"{error.filename or place} cannot be written: {error.strerror or error}.",
-            hint=f"Make it writable, or {elsewhere} another folder.",
+            f"{error.filename or place} cannot be used: {reason(error)}.",
+            hint=f"Make it yours to read and write, or {elsewhere} another folder.",
         ) from error
 
 
@@ -335,7 +362,7 @@ def _refusal(repo: str, response: Any) -> DownloadError:
             hint="Log in again with: hf auth login, or correct or unset HF_TOKEN.",
         )
     if status == 429:
-        asked = asked_wait(response.headers)
+        asked = retry_after(response.headers)
         again = "in a few minutes" if asked is None else f"in {asked:,.0f} s"
         return DownloadError(
             "The Hub has had too many requests from here.",

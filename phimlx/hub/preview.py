@@ -1,7 +1,4 @@
-"""A model of the Hub as it would look here, from its config and headers alone.
-
-Knows where a safetensors file has its header; knows nothing of what the tensors mean.
-"""
+"""A model of the Hub as it would look here, from its config and headers alone."""
 
 from __future__ import annotations
 
@@ -12,8 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from phimlx.errors import DownloadError
-from phimlx.hub.client import Remote, RemoteFile, Repository, explained
-from phimlx.hub.resolve import LONGEST_JSON, make_plan
+from phimlx.hub.client import Remote, RemoteFile, Repository, translate_errors
+from phimlx.hub.download import LONGEST_JSON, plan_download
 from phimlx.sizes import size_text
 
 FIRST_BYTES = 128 << 10  # holds most headers whole
@@ -29,7 +26,7 @@ JSON = (
 
 @contextmanager
 def preview(repo: str, remote: Remote | None = None) -> Iterator[tuple[Path, Repository]]:
-    """A folder that stands for a repository of the Hub while the block runs.
+    """Make a folder that stands for a repository of the Hub while the block runs.
 
     Its JSON files are whole. Its weight files have their header and their size; the rest is a
     hole, which takes no space on the disk and must not be read.
@@ -39,10 +36,10 @@ def preview(repo: str, remote: Remote | None = None) -> Iterator[tuple[Path, Rep
     """
     remote = remote or Remote()
     repository = remote.repository(repo)
-    files = make_plan(repository, remote).files
+    files = plan_download(repository, remote).files
     with tempfile.TemporaryDirectory(prefix="phimlx-") as temporary:
         folder = Path(temporary) / repository.current_name.rpartition("/")[2]
-        with explained(repo, place=folder):
+        with translate_errors(repo, place=folder):
             for file in files:
                 path = folder / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -58,7 +55,7 @@ def preview(repo: str, remote: Remote | None = None) -> Iterator[tuple[Path, Rep
 
 
 def read_header(remote: Remote, repository: Repository, file: RemoteFile) -> bytes:
-    """The length and the header of a safetensors file, perhaps with a few bytes that follow.
+    """Read the length and the header of a safetensors file, perhaps with a few bytes that follow.
 
     Source: https://github.com/huggingface/safetensors#format
     """

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from convert.folder import companions
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import UploadError, shortened
-from phimlx.hub.client import Remote, asked_wait
+from phimlx.hub.client import Remote, retry_after
+from phimlx.hub.model_files import companions
 
 if TYPE_CHECKING:
     from huggingface_hub import HfApi
@@ -92,10 +92,10 @@ def check(name: str, remote: Remote, private: bool = False) -> Target:
             hint=f"Make one at {constants.ENDPOINT}/{TOKENS}, then log in with: hf auth login",
         )
     api = HfApi(token=token, library_name="phimlx")
-    with explained(name):
-        _check_account(remote.patiently(api.whoami), owner, name)
+    with translate_upload_errors(name):
+        _check_account(remote.with_retries(api.whoami), owner, name)
         try:
-            info: Any = remote.patiently(lambda: api.model_info(name))
+            info: Any = remote.with_retries(lambda: api.model_info(name))
         except RepositoryNotFoundError:
             return Target(name, private, None, remote)
     if private and not info.private:
@@ -124,7 +124,7 @@ def upload(folder: Path, target: Target, message: str) -> Upload:
     """
     from huggingface_hub import CommitOperationAdd, CommitOperationDelete, HfApi
 
-    files = model_files(folder)
+    files = published_files(folder)
     api = HfApi(token=target.remote.token, library_name="phimlx")
 
     def commit() -> Any:
@@ -139,10 +139,10 @@ def upload(folder: Path, target: Target, message: str) -> Upload:
             target.name, [*deletions, *additions], commit_message=message, num_threads=1
         )
 
-    with explained(target.name):
+    with translate_upload_errors(target.name):
         if not target.exists:
             _create(api, target)
-        done = target.remote.patiently(lambda: _sending(commit))
+        done = target.remote.with_retries(lambda: _sending(commit))
     return Upload(
         repository=target.name,
         url=f"{api.endpoint}/{target.name}",
@@ -152,8 +152,8 @@ def upload(folder: Path, target: Target, message: str) -> Upload:
     )
 
 
-def model_files(folder: Path) -> dict[str, Path]:
-    """What of a folder is the model: no journal, no report with paths of this machine, no code.
+def published_files(folder: Path) -> dict[str, Path]:
+    """List what of a folder is the model: no journal, no code, no report with this machine's paths.
 
     Raises:
         ConfigError, CheckpointError: where it is not a whole model.
@@ -167,7 +167,7 @@ def model_files(folder: Path) -> dict[str, Path]:
 
 
 @contextmanager
-def explained(repo: str) -> Iterator[None]:
+def translate_upload_errors(repo: str) -> Iterator[None]:
     """Turn what huggingface_hub raises while it writes into a sentence and the next step."""
     from huggingface_hub import constants, errors
 
@@ -193,7 +193,7 @@ def explained(repo: str) -> Iterator[None]:
 
 def _create(api: HfApi, target: Target) -> None:
     """Make the repository; where one has appeared since the check, it must do as well."""
-    created = target.remote.patiently(
+    created = target.remote.with_retries(
         lambda: api.create_repo(target.name, private=target.private or None, exist_ok=True)
     )
     if target.private and not api.model_info(created.repo_id).private:
@@ -282,7 +282,7 @@ def _refusal(repo: str, error: Any) -> UploadError:
             hint=f"Check what the token may do at {constants.ENDPOINT}/{TOKENS}.",
         )
     if status == 429:
-        asked = asked_wait(error.response.headers)
+        asked = retry_after(error.response.headers)
         again = "in a few minutes" if asked is None else f"in {asked:,.0f} s"
         return UploadError(
             "The Hub has had too many requests from here.", hint=f"Try again {again}."

@@ -18,7 +18,7 @@ from phimlx.cli import bars
 from phimlx.cli.group import cli
 from phimlx.cli.options import load_model
 from phimlx.errors import ModelAbsentError
-from phimlx.hub import resolve as hub
+from phimlx.hub.cache import find_snapshot
 from phimlx.hub.transfer import fetch
 from phimlx.terminal.output import Output
 from tests.cli.terminal import CTRL_C, Terminal
@@ -157,7 +157,7 @@ def test_ctrl_c_on_a_terminal_stops_at_once_and_loses_nothing(server: Hub, tmp_p
         terminal.expect("Stopped. What has come stays: the same command goes on from there.")
         assert terminal.wait() == 130
     server.release.set()
-    assert hub.find_snapshot(QUANTIZED) is None
+    assert find_snapshot(QUANTIZED) is None
     assert run("download", "phi-4-mini").exit_code == 0
     assert server.ranges["model.safetensors"] == [0, 7_000]
 
@@ -318,4 +318,4 @@ def test_offline_nothing_is_asked(
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelAbsentError):
         load_model("phi-4-mini", Output())
-    assert hub.find_snapshot(QUANTIZED) is None
+    assert find_snapshot(QUANTIZED) is None

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
 from phimlx.cli.group import cli
-from phimlx.hub import resolve as hub
+from phimlx.hub import resolve
 from phimlx.sizes import size_text
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -54,8 +54,8 @@ def test_an_empty_store(cache: Path) -> None:
     lines = result.stdout.splitlines()
     assert lines[0].split() == ["model", "size", "bits", "state", "last", "used"]
     assert [line.split() for line in lines[2:4]] == [
-        ["nano", *size_of(hub.NANO), "16", "complete"],
-        ["nano-multimodal", *size_of(hub.NANO_MULTIMODAL), "16", "complete"],
+        ["nano", *size_of(resolve.NANO), "16", "complete"],
+        ["nano-multimodal", *size_of(resolve.NANO_MULTIMODAL), "16", "complete"],
     ]
     assert lines[4:] == ["", f"0 bytes in {cache}"]
     assert result.stderr == ""
@@ -86,8 +86,11 @@ def test_json(cache: Path) -> None:
     nbytes = sum(file.stat().st_size for file in snapshot.iterdir())
     assert (about["store"], about["bytes"]) == (str(cache), nbytes)
     nano, multimodal, model = about["models"]
-    assert (nano["name"], nano["path"], nano["state"]) == ("nano", str(hub.NANO), "complete")
-    assert (multimodal["name"], multimodal["path"]) == ("nano-multimodal", str(hub.NANO_MULTIMODAL))
+    assert (nano["name"], nano["path"], nano["state"]) == ("nano", str(resolve.NANO), "complete")
+    assert (multimodal["name"], multimodal["path"]) == (
+        "nano-multimodal",
+        str(resolve.NANO_MULTIMODAL),
+    )
     assert model == {
         "name": "phi-4",
         "repository": "mlx-community/phi-4-4bit",
@@ -95,5 +98,6 @@ def test_json(cache: Path) -> None:
         "bytes": nbytes,
         "bits": 4,
         "state": "complete",
+        "problem": None,
         "last_used": "2023-12-31T05:20:00+00:00",
     }

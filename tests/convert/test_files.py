@@ -13,7 +13,7 @@ from safetensors import safe_open
 
 from convert import Quantization, Recipe, plan
 from convert import convert as convert_model
-from convert.card import model_card, published_as
+from convert.card import model_card
 from phimlx.catalog import find
 from tests.convert.tiny import (
     MINI,
@@ -156,7 +156,7 @@ def test_the_card_of_an_unknown_model_names_no_path(tmp_path: Path) -> None:
     assert "weights in float32" in card
 
 
-RECORD = {"repository": "someone/tune", "revision": "main", "commit": "0123456789" * 4}
+RECORD = {"repository": "someone/tune", "revision": "main", "commit": "0123456789" * 4, "files": {}}
 
 
 def test_the_card_of_a_download_names_its_repository(tmp_path: Path) -> None:
@@ -170,13 +170,6 @@ def test_the_card_of_a_download_names_its_repository(tmp_path: Path) -> None:
     origin = f"[someone/tune](https://huggingface.co/someone/tune) at revision `{'0123456789' * 4}`"
     assert f"\n{origin} converted to MLX" in card
     assert "license" not in card
-
-
-@pytest.mark.parametrize("record", [{}, {"repository": "a/[b](c)", "commit": "main"}])
-def test_a_record_that_names_none(tmp_path: Path, record: dict[str, str]) -> None:
-    (tmp_path / ".cache" / "phimlx").mkdir(parents=True)
-    (tmp_path / ".cache" / "phimlx" / "download.json").write_text(json.dumps(record))
-    assert published_as(tmp_path) == (None, None)
 
 
 LAYERS = """

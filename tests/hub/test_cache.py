@@ -14,11 +14,21 @@ from huggingface_hub import scan_cache_dir
 from huggingface_hub.utils import WeakFileLock  # type: ignore[attr-defined]
 
 from phimlx.errors import DownloadError
-from phimlx.hub import cache as store
-from phimlx.hub import resolve as hub
+from phimlx.hub import download
+from phimlx.hub.cache import (
+    CachedModel,
+    find_model,
+    find_snapshot,
+    list_models,
+    recorded_bytes,
+    remove,
+    verify,
+)
 from phimlx.hub.client import Remote
+from phimlx.hub.destination import origin_of
 from tests.hub.loopback_hub import Fault, Hub, serve_alone
 
+ORIGIN = {"repository": "someone/tune", "commit": "0123456789" * 4}
 REPO = "someone/tune"
 QUANTIZED = "mlx-community/phi-4-4bit"
 CONFIG = b'{"model_type": "phi3", "dtype": "bfloat16"}'
@@ -37,7 +47,7 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
 
 def get(repo: str, local_dir: Path | None = None) -> Path:
     remote = Remote(wait=lambda seconds: None)
-    return hub.download(repo, local_dir=local_dir, remote=remote).folder
+    return download.download(repo, local_dir=local_dir, remote=remote).folder
 
 
 def get_half(server: Hub, repo: str = REPO) -> None:
@@ -46,8 +56,8 @@ def get_half(server: Hub, repo: str = REPO) -> None:
         get(repo)
 
 
-def stored(repo: str = REPO) -> store.Stored:
-    found = store.read(repo)
+def stored(repo: str = REPO) -> CachedModel:
+    found = find_model(repo)
     assert found is not None
     return found
 
@@ -56,15 +66,15 @@ def stored(repo: str = REPO) -> store.Stored:
 
 
 def test_nothing_is_here(server: Hub) -> None:
-    assert store.models() == []
-    assert store.read(REPO) is None
+    assert list_models() == []
+    assert find_model(REPO) is None
 
 
 def test_what_is_here(server: Hub) -> None:
     folder, quantized = get(REPO), get(QUANTIZED)
     for path in folder.iterdir():
         os.utime(path, (1_700_000_000, 1_600_000_000))
-    first, second = store.models()
+    first, second = list_models()
     assert (first.repository, first.alias, first.snapshot) == (QUANTIZED, "phi-4", quantized)
     assert (second.repository, second.alias, second.snapshot) == (REPO, None, folder)
     assert (first.bits, second.bits) == (4, 16)
@@ -74,7 +84,7 @@ def test_what_is_here(server: Hub) -> None:
 
 def test_half_a_model_counts_with_the_bytes_that_are_here(server: Hub) -> None:
     get_half(server)
-    (half,) = store.models()
+    (half,) = list_models()
     assert (half.snapshot, half.bits) == (None, 16)
     assert half.nbytes == SIZE - 6000
 
@@ -83,7 +93,7 @@ def test_a_partial_file_alone_is_a_model_that_has_begun(server: Hub, tmp_path: P
     server.faults["config.json"] = [Fault(cut=5), Fault(status=403)]
     with pytest.raises(DownloadError):
         get(REPO)
-    (begun,) = store.models()
+    (begun,) = list_models()
     assert (begun.repository, begun.nbytes, begun.bits, begun.snapshot) == (REPO, 5, None, None)
 
 
@@ -91,7 +101,7 @@ def test_a_partial_file_alone_is_a_model_that_has_begun(server: Hub, tmp_path: P
 def test_other_families_are_left_out(server: Hub, config: bytes) -> None:
     server.repos[REPO] = {**FILES, "config.json": config}
     get(REPO)
-    assert store.models() == []
+    assert list_models() == []
     assert stored().bits is None
 
 
@@ -105,26 +115,26 @@ def test_removing_takes_everything_of_it_and_nothing_else(server: Hub, tmp_path:
     get(REPO)
     get_half(server, QUANTIZED)
     other = stored(QUANTIZED)
-    store.remove(stored())
+    remove(stored())
     assert sorted(path.name for path in (tmp_path / "hub").iterdir()) == [
         ".locks",
         "models--mlx-community--phi-4-4bit",
     ]
-    assert [path.name for path in (tmp_path / "hub" / ".locks").iterdir()] == [other.home.name]
+    assert [path.name for path in (tmp_path / "hub" / ".locks").iterdir()] == [other.home.path.name]
     assert stored(QUANTIZED) == other
 
 
 def test_removing_half_a_model(server: Hub) -> None:
     get_half(server)
-    store.remove(stored())
-    assert store.read(REPO) is None
+    remove(stored())
+    assert find_model(REPO) is None
 
 
 def test_a_model_that_is_coming_is_not_removed(server: Hub, tmp_path: Path) -> None:
     get_half(server)
     (lock, *_) = (tmp_path / "hub" / ".locks" / "models--someone--tune").iterdir()
     with WeakFileLock(lock), pytest.raises(DownloadError) as caught:
-        store.remove(stored())
+        remove(stored())
     assert str(caught.value) == f"{REPO} is being downloaded right now."
     assert caught.value.hint == "Wait for that download, or stop it, then run this again."
     assert stored().nbytes == SIZE - 6000
@@ -136,9 +146,9 @@ def test_a_link_is_not_followed(server: Hub, tmp_path: Path) -> None:
     home.rename(tmp_path / "elsewhere")
     home.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(DownloadError) as caught:
-        store.remove(stored())
+        remove(stored())
     assert str(caught.value) == f"{home} is a link to another place, so it is left alone."
-    assert hub.find_snapshot(REPO) is not None
+    assert find_snapshot(REPO) is not None
 
 
 def test_contents_shared_by_huggingface_hub_go_when_nobody_else_needs_them(
@@ -161,10 +171,10 @@ def test_contents_shared_by_huggingface_hub_go_when_nobody_else_needs_them(
             assert shared.try_link_from_shared_store(**arguments, expected_size=size)
         assert blob.is_symlink()
     payload = cache / "blobs" / "aa" / digest
-    store.remove(stored(REPO))
+    remove(stored(REPO))
     assert payload.exists()
-    assert hub.find_snapshot(QUANTIZED) is not None
-    store.remove(stored(QUANTIZED))
+    assert find_snapshot(QUANTIZED) is not None
+    remove(stored(QUANTIZED))
     assert not payload.exists()
     assert not scan_cache_dir(cache).repos
 
@@ -176,10 +186,10 @@ def test_contents_shared_by_huggingface_hub_go_when_nobody_else_needs_them(
 def test_a_folder_as_it_came(server: Hub, tmp_path: Path, local: bool) -> None:
     folder = get(REPO, tmp_path / "mine" if local else None)
     counted: list[int] = []
-    assert store.verify(folder, lambda file, nbytes: counted.append(nbytes)) == (3, [])
-    assert sum(counted) == store.recorded_bytes(folder) == SIZE
+    assert verify(folder, lambda file, nbytes: counted.append(nbytes)) == (3, [])
+    assert sum(counted) == recorded_bytes(folder) == SIZE
     (folder / "notes.txt").write_text("mine")
-    assert store.verify(folder) == (3, ["notes.txt"])
+    assert verify(folder) == (3, ["notes.txt"])
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -188,11 +198,11 @@ def test_a_damaged_folder(server: Hub, tmp_path: Path, local: bool, content: byt
     folder = get(REPO, tmp_path / "mine" if local else None)
     (folder / "model.safetensors").write_bytes(content)
     with pytest.raises(DownloadError) as caught:
-        store.verify(folder)
+        verify(folder)
     assert str(caught.value) == f"{folder} is damaged: model.safetensors."
     assert caught.value.hint == "Download it again; what is right stays as it is."
     get(REPO, tmp_path / "mine" if local else None)
-    assert store.verify(folder) == (3, [])
+    assert verify(folder) == (3, [])
 
 
 @pytest.mark.parametrize("local", [False, True])
@@ -200,25 +210,44 @@ def test_a_folder_that_lacks_something(server: Hub, tmp_path: Path, local: bool)
     folder = get(REPO, tmp_path / "mine" if local else None)
     (folder / "model.safetensors").resolve().unlink()
     with pytest.raises(DownloadError) as caught:
-        store.verify(folder)
+        verify(folder)
     assert str(caught.value) == f"{folder} lacks model.safetensors."
 
 
 @pytest.mark.parametrize(
-    "record",
+    ("record", "message"),
     [
-        "{",
-        "[]",
-        '{"files": 3}',
-        '{"files": {"config.json": 3}}',
-        '{"files": {"config.json": {"size": "x", "hash": "y"}}}',
+        ("{", " is not JSON (line 1, column 2: "),
+        ("[]", " is not a JSON object."),
+        (b"\xff", " is not UTF-8 text."),
+        ("[" * 100_000, " is nested too deeply."),
+        *(
+            (json.dumps({**ORIGIN, **change}), " is damaged: it is no record of a download.")
+            for change in (
+                {"files": 3},
+                {"files": {"config.json": 3}},
+                {"files": {"config.json": {"size": "x", "hash": "y"}}},
+                {"files": {"config.json": {"size": 2, "hash": "0" * 39}}},
+                {"files": {"config.json": {"size": 2, "hash": 3}}},
+                {"repository": "a/[b](c)"},
+                {"repository": 3},
+                {"commit": "main"},
+                {"commit": None},
+            )
+        ),
+        (json.dumps(ORIGIN), " is damaged: it is no record of a download."),
     ],
 )
-def test_a_record_that_says_nothing(tmp_path: Path, record: str) -> None:
+def test_a_damaged_record_is_said(tmp_path: Path, record: str | bytes, message: str) -> None:
+    path = tmp_path / ".cache" / "phimlx" / "download.json"
+    path.parent.mkdir(parents=True)
+    path.write_bytes(record if isinstance(record, bytes) else record.encode())
     (tmp_path / "config.json").write_text("{}")
-    (tmp_path / ".cache" / "phimlx").mkdir(parents=True)
-    (tmp_path / ".cache" / "phimlx" / "download.json").write_text(record)
-    assert store.verify(tmp_path) == (0, ["config.json"])
+    for ask in (verify, recorded_bytes, origin_of):
+        with pytest.raises(DownloadError) as caught:
+            ask(tmp_path)
+        assert str(caught.value).startswith(f"{path}{message}")
+        assert caught.value.hint == "Download the model again; what is right stays as it is."
 
 
 ADAPTER = "vision-lora/adapter_model.safetensors"
@@ -235,14 +264,14 @@ def native(server: Hub) -> Hub:
 @pytest.mark.parametrize("local", [False, True])
 def test_an_adapter_is_checked_too(native: Hub, tmp_path: Path, local: bool) -> None:
     folder = get(REPO, tmp_path / "mine" if local else None)
-    assert store.verify(folder) == (4, [])
+    assert verify(folder) == (4, [])
     (folder / ADAPTER).resolve().write_bytes(bytes(499) + b"x")
     with pytest.raises(DownloadError) as caught:
-        store.verify(folder)
+        verify(folder)
     assert str(caught.value) == f"{folder} is damaged: {ADAPTER}."
     (folder / ADAPTER).resolve().unlink()
     with pytest.raises(DownloadError) as caught:
-        store.verify(folder)
+        verify(folder)
     assert str(caught.value) == f"{folder} lacks {ADAPTER}."
 
 
@@ -251,7 +280,7 @@ def test_what_else_lies_in_a_folder_of_ones_own(native: Hub, tmp_path: Path) -> 
     for name in ("speech-lora/adapter_config.json", "runs/step-1/adapter_model.safetensors"):
         (folder / name).parent.mkdir(parents=True)
         (folder / name).write_text("{}")
-    assert store.verify(folder) == (4, ["speech-lora/adapter_config.json"])
+    assert verify(folder) == (4, ["speech-lora/adapter_config.json"])
 
 
 @pytest.mark.parametrize(
@@ -266,9 +295,9 @@ def test_what_else_lies_in_a_folder_of_ones_own(native: Hub, tmp_path: Path) -> 
     ],
 )
 def test_a_record_reaches_no_other_folder(tmp_path: Path, name: str) -> None:
-    record = {"files": {name.format(folder=tmp_path): {"size": 1, "hash": "0" * 40}}}
+    record = {**ORIGIN, "files": {name.format(folder=tmp_path): {"size": 1, "hash": "0" * 40}}}
     (tmp_path / "a" / "vision-lora").mkdir(parents=True)
     (tmp_path / "a" / ".cache" / "phimlx").mkdir(parents=True)
     (tmp_path / "a" / ".cache" / "phimlx" / "download.json").write_text(json.dumps(record))
     (tmp_path / "secret").write_text("x")
-    assert store.verify(tmp_path / "a") == (0, [])
+    assert verify(tmp_path / "a") == (0, [])

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phimlx.hub.client import BACKOFF, asked_wait
+from phimlx.hub.client import BACKOFF, retry_after
 from tests.hub.loopback_hub import Fault, Hub, serve_alone
 from tests.witness import FILES, REPO, Witness, contents
 
@@ -118,10 +118,10 @@ def test_refusals_of_a_file(
 
 
 def test_a_date_to_wait_for() -> None:
-    assert asked_wait({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
-    assert asked_wait({"Retry-After": "soon"}) is None
-    assert asked_wait({}) is None
-    assert asked_wait({"RateLimit": '"api";r=3;t=55'}) is None
+    assert retry_after({"Retry-After": "Wed, 21 Oct 2015 07:28:00 GMT"}) == 0
+    assert retry_after({"Retry-After": "soon"}) is None
+    assert retry_after({}) is None
+    assert retry_after({"RateLimit": '"api";r=3;t=55'}) is None
 
 
 # Names and hashes that no Hub should give
@@ -150,8 +150,7 @@ def test_names_that_leave_the_folder_are_refused(
     server.repos[REPO][name] = b"x"
     error = witness.fails()
     assert str(error) == (
-        f"{REPO} lists a file {name!r}, which would leave the model's folder; nothing of it is "
-        "downloaded."
+        f"{REPO} lists a file {name!r}, which would leave its folder; nothing of it is downloaded."
     )
     assert server.requested == []
     assert not cache.exists()

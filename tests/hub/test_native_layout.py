@@ -24,12 +24,11 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
 from phimlx.errors import DownloadError, PhimlxError
-from phimlx.hub import cache as store
-from phimlx.hub import resolve as hub
-from phimlx.hub import transfer
+from phimlx.hub import download, model_files, transfer
+from phimlx.hub.cache import find_model, find_snapshot, list_models, recorded_bytes, remove, verify
 from phimlx.hub.client import Remote, RemoteFile
 from phimlx.hub.preview import preview
-from phimlx.hub.transfer import Plan, Report
+from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from tests.checkpoint.test_multimodal import save, write_native
 from tests.convert.tiny import write_index
 from tests.hub.loopback_hub import COMMIT, Fault, Hub, serve_alone
@@ -67,8 +66,8 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield running
 
 
-def get(local_dir: Path | None = None) -> hub.Download:
-    return hub.download(REPO, local_dir=local_dir, remote=Remote(wait=lambda seconds: None))
+def get(local_dir: Path | None = None) -> download.DownloadResult:
+    return download.download(REPO, local_dir=local_dir, remote=Remote(wait=lambda seconds: None))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,8 +89,8 @@ def test_the_adapters_come_along(server: Hub, tmp_path: Path, local: bool) -> No
     assert contents(done.folder) == FILES
     assert (done.files, done.nbytes) == (len(FILES), sum(map(len, FILES.values())))
     assert sorted(server.requested) == sorted([*FILES, "config.json"])
-    assert store.verify(done.folder) == (len(FILES), [])
-    assert store.recorded_bytes(done.folder) == done.nbytes
+    assert verify(done.folder) == (len(FILES), [])
+    assert recorded_bytes(done.folder) == done.nbytes
 
 
 def test_the_base_comes_last(server: Hub) -> None:
@@ -109,7 +108,7 @@ def test_folders_that_hold_the_adapters_again_stay_away(server: Hub, config: byt
 def test_without_such_folders_nothing_more_is_asked(server: Hub) -> None:
     server.repos[REPO] = dict(BASE)
     remote = Remote()
-    made = hub.make_plan(remote.repository(REPO), remote)
+    made = download.plan_download(remote.repository(REPO), remote)
     assert [file.name for file in made.files] == sorted(BASE, key=lambda name: (".s" in name, name))
     assert server.requested == []
 
@@ -117,7 +116,7 @@ def test_without_such_folders_nothing_more_is_asked(server: Hub) -> None:
 def test_a_repository_without_a_config_has_no_adapters(server: Hub) -> None:
     del server.repos[REPO]["config.json"]
     remote = Remote()
-    made = hub.make_plan(remote.repository(REPO), remote)
+    made = download.plan_download(remote.repository(REPO), remote)
     assert {file.name for file in made.files} == BASE.keys() - {"config.json"}
 
 
@@ -129,11 +128,20 @@ def test_the_adapters_alone_are_no_model(server: Hub) -> None:
     assert server.requested == []
 
 
-@pytest.mark.parametrize("config", [b"", b"{", b"[]", b"\xff", b"[" * 100_000])
-def test_a_config_that_is_none(server: Hub, config: bytes) -> None:
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (b"", "is not JSON (line 1, column 1: Expecting value)."),
+        (b"{", "is not JSON (line 1, column 2: "),
+        (b"[]", "is not a JSON object."),
+        (b"\xff", "is not UTF-8 text."),
+        (b"[" * 100_000, "is nested too deeply."),
+    ],
+)
+def test_a_config_that_is_none(server: Hub, config: bytes, reason: str) -> None:
     server.repos[REPO]["config.json"] = config
     error = failing()
-    assert str(error) == f"config.json of {REPO} is not a JSON object."
+    assert str(error).startswith(f"config.json of {REPO} {reason}")
     assert error.hint == "It may have been damaged on its way: try again, or choose another model."
 
 
@@ -164,11 +172,11 @@ def test_what_huggingface_hub_brought_is_checked_too(server: Hub) -> None:
     server.requested.clear()
     assert get().folder == folder
     assert server.requested == ["config.json"]
-    right, unrecorded = store.verify(folder)
+    right, unrecorded = verify(folder)
     assert (right, unrecorded) == (len(FILES), [])
     (folder / VISION).resolve().write_bytes(b"VISION'S")
     with pytest.raises(DownloadError) as caught:
-        store.verify(folder)
+        verify(folder)
     assert str(caught.value) == f"{folder} is damaged: {VISION}."
 
 
@@ -189,7 +197,7 @@ def test_adapters_with_the_same_contents(server: Hub, tmp_path: Path) -> None:
 
 
 @contextmanager
-def until_the_base(plan: Plan) -> Iterator[Report]:
+def until_the_base(plan: DownloadPlan) -> Iterator[ProgressCallback]:
     def report(file: RemoteFile, nbytes: int) -> None:
         if file.name == "model.safetensors":
             raise KeyboardInterrupt
@@ -204,10 +212,10 @@ def test_an_interrupt_before_the_base_leaves_no_model(
     folder = tmp_path / "mine" if local else tmp_path / "hub" / "models--someone--sees-and-hears"
     folder = folder if local else folder / "snapshots" / COMMIT
     with pytest.raises(KeyboardInterrupt):
-        hub.download(REPO, local_dir=folder if local else None, watch=until_the_base)
+        download.download(REPO, local_dir=folder if local else None, show_progress=until_the_base)
     assert contents(folder) == {k: v for k, v in FILES.items() if k != "model.safetensors"}
-    assert not store.is_whole(folder)
-    assert hub.find_snapshot(REPO) is None
+    assert not model_files.is_whole(folder)
+    assert find_snapshot(REPO) is None
     server.requested.clear()
     assert get(folder if local else None).folder == folder
     assert contents(folder) == FILES
@@ -217,13 +225,13 @@ def test_an_interrupt_before_the_base_leaves_no_model(
 CHILD = """
 import sys
 from contextlib import contextmanager
-from phimlx.hub import resolve as hub
+from phimlx.hub.download import download
 
 @contextmanager
 def watch(plan):
     yield lambda file, nbytes: print(file.name, nbytes, flush=True)
 
-hub.download(sys.argv[1], watch=watch)
+download(sys.argv[1], show_progress=watch)
 """
 
 
@@ -246,8 +254,8 @@ def test_after_sigkill_only_the_rest_is_fetched(server: Hub, tmp_path: Path, stu
     child.send_signal(signal.SIGKILL)
     child.communicate()
     server.release.set()
-    assert hub.find_snapshot(REPO) is None
-    (begun,) = store.models()
+    assert find_snapshot(REPO) is None
+    (begun,) = list_models()
     assert (begun.repository, begun.snapshot) == (REPO, None)
     folder = get().folder
     expected = {name: server.repos[REPO][name] for name in FILES}
@@ -268,10 +276,10 @@ def test_offline(server: Hub, tmp_path: Path, local: bool, monkeypatch: pytest.M
 
 def test_removing_takes_them_along(server: Hub, tmp_path: Path) -> None:
     get()
-    found = store.read(REPO)
+    found = find_model(REPO)
     assert found is not None
     assert found.nbytes == sum(map(len, FILES.values()))
-    store.remove(found)
+    remove(found)
     assert contents(tmp_path / "hub") == {}
 
 
@@ -367,9 +375,9 @@ FOUR = Quantization(32, 4)
 def expected_of(tmp_path: Path) -> dict[str, bytes]:
     """What a conversion makes of the model after a download; the download goes again."""
     convert_model(get().folder, tmp_path / "expected" / "out", FOUR, parts=["adapters"])
-    downloaded = store.read(REPO)
+    downloaded = find_model(REPO)
     assert downloaded is not None
-    store.remove(downloaded)
+    remove(downloaded)
     return contents(tmp_path / "expected" / "out")
 
 

@@ -14,10 +14,10 @@ import pytest
 from huggingface_hub import constants
 
 from phimlx.errors import ModelNotFoundError, PhimlxError
-from phimlx.hub import resolve as hub
-from phimlx.hub import transfer
+from phimlx.hub import download, resolve, transfer
+from phimlx.hub.cache import find_snapshot
 from phimlx.hub.client import Remote
-from phimlx.hub.transfer import Plan, Report
+from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from tests.hub.loopback_hub import COMMIT, Hub, serve_alone
 
 QUANTIZED = "mlx-community/Phi-4-mini-instruct-4bit"
@@ -52,7 +52,7 @@ def keep(cache: Path, repo: str, commit: str = COMMIT, main: bool = True, **file
 
 def resolving(source: str | Path | None, **options: bool) -> ModelNotFoundError:
     with pytest.raises(ModelNotFoundError) as caught:
-        hub.resolve(source, **options)
+        resolve.resolve(source, **options)
     return caught.value
 
 
@@ -60,37 +60,39 @@ def resolving(source: str | Path | None, **options: bool) -> ModelNotFoundError:
 
 
 def test_nano_comes_along() -> None:
-    assert hub.resolve("nano") == hub.resolve("phi-4-NANO") == hub.NANO
-    assert (hub.NANO / "config.json").is_file()
-    assert hub.resolve("nano-multimodal") == hub.resolve("nano-mm") == hub.NANO_MULTIMODAL
+    assert resolve.resolve("nano") == resolve.resolve("phi-4-NANO") == resolve.NANO
+    assert (resolve.NANO / "config.json").is_file()
+    assert (
+        resolve.resolve("nano-multimodal") == resolve.resolve("nano-mm") == resolve.NANO_MULTIMODAL
+    )
 
 
 @pytest.mark.parametrize("source", [None, "phi-4-mini", "PHI-4-mini-instruct"])
 def test_an_alias_prefers_the_quantized_model(cache: Path, source: str | None) -> None:
     original = keep(cache, ORIGINAL)
-    assert hub.resolve(source) == original
+    assert resolve.resolve(source) == original
     quantized = keep(cache, QUANTIZED)
-    assert hub.resolve(source) == quantized
+    assert resolve.resolve(source) == quantized
     if source is not None:
-        assert hub.resolve(source, original=True) == original
+        assert resolve.resolve(source, original=True) == original
 
 
 def test_a_hub_id_means_itself(cache: Path) -> None:
     original, quantized = keep(cache, ORIGINAL), keep(cache, QUANTIZED)
-    assert hub.resolve(ORIGINAL) == hub.resolve(ORIGINAL.upper()) == original
-    assert hub.resolve(QUANTIZED) == quantized
+    assert resolve.resolve(ORIGINAL) == resolve.resolve(ORIGINAL.upper()) == original
+    assert resolve.resolve(QUANTIZED) == quantized
     tune = keep(cache, "someone/My-Phi-4")
-    assert hub.resolve("someone/My-Phi-4") == tune
+    assert resolve.resolve("someone/My-Phi-4") == tune
 
 
 def test_the_main_branch_comes_first_then_the_newest(cache: Path) -> None:
     pinned = keep(cache, QUANTIZED, OTHER_COMMIT, main=False)
-    assert hub.resolve("phi-4-mini") == pinned
+    assert resolve.resolve("phi-4-mini") == pinned
     main = keep(cache, QUANTIZED)
     os.utime(main, (1, 1))
-    assert hub.resolve("phi-4-mini") == main
+    assert resolve.resolve("phi-4-mini") == main
     (main / "model.safetensors").unlink()
-    assert hub.resolve("phi-4-mini") == pinned
+    assert resolve.resolve("phi-4-mini") == pinned
 
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
@@ -127,27 +129,27 @@ def test_a_sharded_model_counts_when_all_of_it_is_there(cache: Path) -> None:
             "model-2.safetensors": "x",
         },
     )
-    assert hub.resolve(QUANTIZED) == folder
+    assert resolve.resolve(QUANTIZED) == folder
 
 
 def test_folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("mine", "phi-4", "someone/tune"):
         Path(name).mkdir(parents=True)
     for source in ("mine", "./mine", "mine/", "../work/mine", str(Path("mine").absolute())):
-        assert hub.resolve(source) == Path(source)
-    assert hub.resolve("someone/tune") == Path("someone/tune")
-    assert hub.resolve(Path("phi-4")) == Path("phi-4")
+        assert resolve.resolve(source) == Path(source)
+    assert resolve.resolve("someone/tune") == Path("someone/tune")
+    assert resolve.resolve(Path("phi-4")) == Path("phi-4")
     monkeypatch.setenv("HOME", str(tmp_path / "work"))
-    assert hub.resolve("~/mine") == tmp_path / "work" / "mine"
+    assert resolve.resolve("~/mine") == tmp_path / "work" / "mine"
 
 
 def test_a_folder_named_as_an_alias_counts_where_it_holds_a_model(cache: Path) -> None:
     snapshot = keep(cache, "microsoft/phi-4")
     Path("phi-4").mkdir()
-    assert hub.resolve("phi-4") == snapshot
+    assert resolve.resolve("phi-4") == snapshot
     Path("phi-4/config.json").write_text("{}")
-    assert hub.resolve("phi-4") == Path("phi-4")
-    assert hub.resolve("./phi-4") == Path("phi-4")
+    assert resolve.resolve("phi-4") == Path("phi-4")
+    assert resolve.resolve("./phi-4") == Path("phi-4")
 
 
 @pytest.mark.parametrize(
@@ -237,8 +239,8 @@ def test_a_file_is_no_folder() -> None:
 
 def test_folders_and_nano_need_no_huggingface_hub(tmp_path: Path) -> None:
     code = (
-        "import sys; from phimlx import hub; hub.resolve('nano'); hub.resolve(sys.argv[1]); "
-        "print('huggingface_hub' in sys.modules, 'mlx' in sys.modules)"
+        "import sys; from phimlx.hub.resolve import resolve; resolve('nano'); resolve(sys.argv[1])"
+        "; print('huggingface_hub' in sys.modules, 'mlx' in sys.modules)"
     )
     run = subprocess.run(
         [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
@@ -293,13 +295,13 @@ def test_download_brings_what_is_needed_and_resolve_finds_it(
     server: Hub, cache: Path, source: str, repo: str
 ) -> None:
     server.repos[repo] = {**FILES, **UNWANTED}
-    done = hub.download(source)
+    done = download.download(source)
     folder = done.folder
     assert folder == cache / f"models--{repo.replace('/', '--')}" / "snapshots" / COMMIT
     assert {file.name: file.read_bytes() for file in folder.iterdir()} == FILES
     # Once more: folders of adapters raise the question which layout this is.
     assert sorted(server.requested) == sorted([*FILES, "config.json"])
-    assert hub.resolve(source) == folder
+    assert resolve.resolve(source) == folder
     size = sum(map(len, FILES.values()))
     assert (done.repository, done.commit, done.files, done.nbytes) == (
         repo,
@@ -311,13 +313,13 @@ def test_download_brings_what_is_needed_and_resolve_finds_it(
 
 def test_the_original_of_an_alias(server: Hub, cache: Path) -> None:
     server.repos[ORIGINAL] = dict(FILES)
-    folder = hub.download("phi-4-mini", original=True).folder
-    assert hub.resolve("phi-4-mini", original=True) == folder
+    folder = download.download("phi-4-mini", original=True).folder
+    assert resolve.resolve("phi-4-mini", original=True) == folder
 
 
 def test_weights_come_last(server: Hub) -> None:
     server.repos[QUANTIZED] = dict(sorted(FILES.items(), reverse=True))
-    hub.download("phi-4-mini")
+    download.download("phi-4-mini")
     assert server.requested[-2:] == [
         "model-00001-of-00002.safetensors",
         "model-00002-of-00002.safetensors",
@@ -326,27 +328,27 @@ def test_weights_come_last(server: Hub) -> None:
 
 def test_what_is_here_is_not_fetched_again(server: Hub) -> None:
     server.repos[QUANTIZED] = dict(FILES)
-    folder = hub.download("phi-4-mini").folder
+    folder = download.download("phi-4-mini").folder
     (folder / "LICENSE").unlink()
     server.requested.clear()
-    hub.download("phi-4-mini")
+    download.download("phi-4-mini")
     assert (folder / "LICENSE").is_file()
     assert server.requested == []
 
 
 def test_a_revision_is_found_afterwards(server: Hub, cache: Path) -> None:
     server.repos["someone/tune"] = dict(FILES)
-    folder = hub.download("someone/tune", "v1").folder
-    assert hub.resolve("someone/tune") == folder
+    folder = download.download("someone/tune", "v1").folder
+    assert resolve.resolve("someone/tune") == folder
     assert (cache / "models--someone--tune" / "refs" / "v1").read_text() == COMMIT
-    assert hub.find_snapshot("someone/tune", "v1") == folder
-    assert hub.find_snapshot("someone/tune", COMMIT) == folder
-    assert hub.find_snapshot("someone/tune", "main") is None
+    assert find_snapshot("someone/tune", "v1") == folder
+    assert find_snapshot("someone/tune", COMMIT) == folder
+    assert find_snapshot("someone/tune", "main") is None
 
 
 def test_nano_is_here_already(server: Hub) -> None:
-    done = hub.download("nano")
-    assert (done.folder, done.repository, done.commit) == (hub.NANO, None, None)
+    done = download.download("nano")
+    assert (done.folder, done.repository, done.commit) == (resolve.NANO, None, None)
     assert server.requested == []
 
 
@@ -354,13 +356,13 @@ def test_the_watch_sees_the_plan_before_anything_is_fetched(server: Hub) -> None
     server.repos["someone/tune"] = dict(FILES)
 
     @contextmanager
-    def refuse(plan: Plan) -> Iterator[Report]:
+    def refuse(plan: DownloadPlan) -> Iterator[ProgressCallback]:
         assert plan.remaining == plan.nbytes == sum(map(len, FILES.values()))
         raise KeyboardInterrupt
         yield
 
     with pytest.raises(KeyboardInterrupt):
-        hub.download("someone/tune", watch=refuse)
+        download.download("someone/tune", show_progress=refuse)
     assert server.requested == []
 
 
@@ -375,11 +377,11 @@ def offline(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.usefixtures("offline")
 def test_offline_the_store_answers(cache: Path, tmp_path: Path) -> None:
     folder = keep(cache, QUANTIZED)
-    done = hub.download("phi-4-mini")
+    done = download.download("phi-4-mini")
     assert (done.folder, done.repository, done.commit) == (folder, QUANTIZED, COMMIT)
     assert (done.files, done.nbytes) == (3, 5)
-    assert hub.download("phi-4-mini", COMMIT).folder == folder
-    assert hub.download("phi-4-mini", local_dir=folder).folder == folder
+    assert download.download("phi-4-mini", COMMIT).folder == folder
+    assert download.download("phi-4-mini", local_dir=folder).folder == folder
 
 
 @pytest.mark.usefixtures("offline")
@@ -393,7 +395,7 @@ def test_offline_half_a_model_is_an_error(cache: Path, revision: str | None, wha
 
 def downloading(source: str, revision: str | None = None) -> PhimlxError:
     with pytest.raises(PhimlxError) as caught:
-        hub.download(source, revision, remote=Remote(wait=lambda seconds: None))
+        download.download(source, revision, remote=Remote(wait=lambda seconds: None))
     return caught.value
 
 
@@ -488,8 +490,8 @@ def test_a_cache_that_cannot_be_written(server: Hub, cache: Path) -> None:
     cache.write_text("a file where a folder should be")
     error = downloading("phi-4-mini")
     assert str(error).startswith(f"{cache}/.locks/models--mlx-community--Phi-4-mini-instruct-4bit")
-    assert str(error).endswith(" cannot be written: Not a directory.")
-    assert error.hint == "Make it writable, or set HF_HOME to another folder."
+    assert str(error).endswith(" cannot be used: not a directory.")
+    assert error.hint == "Make it yours to read and write, or set HF_HOME to another folder."
 
 
 @pytest.mark.parametrize("revision", ["../../x", "/etc", "a//b", "a b", "", "refs/../x", "-\n"])

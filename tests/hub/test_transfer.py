@@ -15,11 +15,10 @@ import pytest
 from huggingface_hub import constants, scan_cache_dir, snapshot_download, try_to_load_from_cache
 
 from phimlx.errors import DownloadError
-from phimlx.hub import cache as store
-from phimlx.hub import resolve as hub
-from phimlx.hub import transfer
+from phimlx.hub import download, transfer
+from phimlx.hub.cache import find_snapshot, verify
 from phimlx.hub.client import BACKOFF, Remote
-from phimlx.hub.transfer import HubCache, PlainFolder
+from phimlx.hub.destination import CacheDestination, FolderDestination
 from tests.hub.loopback_hub import COMMIT, Fault, Hub, serve_alone
 from tests.witness import FILES, REPO, SHA256, WEIGHTS, Witness, contents
 
@@ -86,8 +85,8 @@ def test_a_folder_of_ones_own_takes_what_the_cache_has(
 ) -> None:
     snapshot = witness.get()
     server.requested.clear()
-    plan = hub.make_plan(Remote().repository(REPO), Remote(), tmp_path / "mine")
-    assert (plan.nearby, plan.remaining) == (plan.nbytes, plan.nbytes)
+    plan = download.plan_download(Remote().repository(REPO), Remote(), tmp_path / "mine")
+    assert (plan.copied, plan.remaining) == (plan.nbytes, plan.nbytes)
     folder = witness.get(local_dir=tmp_path / "mine")
     assert contents(folder) == FILES
     assert server.requested == []
@@ -177,7 +176,7 @@ def test_where_nothing_comes_it_gives_up_and_the_next_run_goes_on(
     assert str(error) == f"The Hub cannot be reached at {server.url}."
     assert error.hint == "Check the network, then run it again; what has come stays."
     assert witness.waits == list(BACKOFF)
-    assert hub.find_snapshot(REPO) is None
+    assert find_snapshot(REPO) is None
     assert contents(witness.get()) == FILES
     assert server.served["model.safetensors"] == len(WEIGHTS)
     assert witness.counted == sum(map(len, FILES.values()))
@@ -192,7 +191,7 @@ def test_a_server_that_ignores_ranges_and_cuts_is_given_up(witness: Witness, ser
 
 def test_an_interrupt_leaves_what_has_come(witness: Witness, server: Hub, cache: Path) -> None:
     remote = Remote(wait=witness.waits.append)
-    plan = hub.make_plan(remote.repository(REPO), remote)
+    plan = download.plan_download(remote.repository(REPO), remote)
 
     def interrupt(file: object, nbytes: int) -> None:
         witness.counted += nbytes
@@ -213,14 +212,14 @@ def test_an_interrupt_leaves_what_has_come(witness: Witness, server: Hub, cache:
 
 CHILD = """
 import sys
-from phimlx.hub import resolve as hub
+from phimlx.hub import download, transfer
 from phimlx.hub.client import Remote
 
 def report(file, nbytes):
     print(file.name, nbytes, flush=True)
 
 remote = Remote()
-plan = hub.make_plan(remote.repository(sys.argv[1]), remote)
+plan = download.plan_download(remote.repository(sys.argv[1]), remote)
 plan.run(remote, report)
 print("done", flush=True)
 """
@@ -246,7 +245,7 @@ def test_after_sigkill_only_the_rest_is_fetched(witness: Witness, server: Hub, c
     child.send_signal(signal.SIGKILL)
     child.communicate()
     server.release.set()
-    assert hub.find_snapshot(REPO) is None
+    assert find_snapshot(REPO) is None
     assert contents(witness.get()) == FILES
     assert server.ranges["model.safetensors"] == [0, 123_456]
     assert server.served["model.safetensors"] == len(WEIGHTS)
@@ -260,13 +259,13 @@ def test_two_at_once_fetch_every_byte_once(witness: Witness, server: Hub, cache:
         pass
     # The first holds the file and waits for the server; it goes on when the second waits for it.
     server.faults["model.safetensors"] = []
-    remote = Remote(wait=witness.waits.append, tell=lambda text: told(text))
+    remote = Remote(wait=witness.waits.append, log=lambda text: told(text))
 
     def told(text: str) -> None:
         witness.said.append(text)
         server.release.set()
 
-    folder = hub.make_plan(remote.repository(REPO), remote).run(remote)
+    folder = download.plan_download(remote.repository(REPO), remote).run(remote)
     out, _ = first.communicate()
     assert out.endswith("done\n")
     assert witness.said == [transfer.WAITING]
@@ -344,7 +343,7 @@ def test_what_is_wrong_twice_is_dropped(
     )
     assert server.requested.count(name) == 2
     assert not any(blob.endswith(".incomplete") for blob in blobs(cache))
-    assert hub.find_snapshot(REPO) is None
+    assert find_snapshot(REPO) is None
 
 
 def test_an_answer_that_ends_early_and_says_so(witness: Witness, server: Hub) -> None:
@@ -370,7 +369,7 @@ def test_a_damaged_file_here_is_mended(
     server.requested.clear()
     assert contents(witness.get()) == FILES
     assert server.requested == ["model.safetensors"]
-    assert store.verify(folder) == (3, [])
+    assert verify(folder) == (3, [])
 
 
 def test_a_slow_trickle_comes_whole(witness: Witness, server: Hub) -> None:
@@ -401,7 +400,7 @@ def test_a_link_in_place_of_a_partial_file_is_not_followed(
     partial = cache / "models--someone--tune" / "blobs" / (SHA256 + ".phimlx.incomplete")
     partial.parent.mkdir(parents=True)
     partial.symlink_to(victim)
-    assert str(witness.fails()).startswith(f"{partial} cannot be written: ")
+    assert str(witness.fails()).startswith(f"{partial} cannot be used: ")
     assert victim.read_bytes() == b"precious"
 
 
@@ -428,7 +427,7 @@ def test_the_space_is_checked_with_five_percent_to_spare(
     server.repos[REPO] = {"model.safetensors": bytes(200_000)}
     remote = Remote()
     local_dir = tmp_path / "mine" if local else None
-    plan = hub.make_plan(remote.repository(REPO), remote, local_dir)
+    plan = download.plan_download(remote.repository(REPO), remote, local_dir)
     monkeypatch.setattr(transfer, "free_space", lambda folder: 210_000)
     plan.check_space()
     monkeypatch.setattr(transfer, "free_space", lambda folder: 209_999)
@@ -446,7 +445,7 @@ def test_the_space_is_checked_with_five_percent_to_spare(
 def test_what_is_here_needs_no_space(witness: Witness, monkeypatch: pytest.MonkeyPatch) -> None:
     witness.get()
     monkeypatch.setattr(transfer, "free_space", lambda folder: 0)
-    plan = hub.make_plan(Remote().repository(REPO), Remote())
+    plan = download.plan_download(Remote().repository(REPO), Remote())
     assert plan.remaining == 0
     plan.check_space()
 
@@ -461,8 +460,8 @@ def test_what_is_here_needs_no_space(witness: Witness, monkeypatch: pytest.Monke
         ),
         (
             errno.EROFS,
-            "{cache} cannot be written: Read-only file system.",
-            "Make it writable, or set HF_HOME to another folder.",
+            "{cache} cannot be used: read-only file system.",
+            "Make it yours to read and write, or set HF_HOME to another folder.",
         ),
     ],
 )
@@ -477,7 +476,7 @@ def test_a_disk_that_refuses(
     def refuse(*arguments: object) -> None:
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(transfer._Growing, "add", refuse)
+    monkeypatch.setattr(transfer._PartialFile, "append", refuse)
     error = witness.fails()
     assert str(error) == message.format(cache=cache)
     assert error.hint == hint
@@ -488,9 +487,9 @@ def test_destinations_name_their_places(witness: Witness, tmp_path: Path) -> Non
     file = repository.file("config.json")
     assert file is not None
     home = tmp_path / "models--someone--tune"
-    cached = HubCache(tmp_path, repository)
+    cached = CacheDestination(tmp_path, repository)
     assert cached.content(file) == home / "blobs" / file.hash
     assert cached.lock(file) == tmp_path / ".locks" / home.name / f"{file.hash}.lock"
-    plain = PlainFolder(tmp_path, repository)
+    plain = FolderDestination(tmp_path, repository)
     assert plain.content(file) == tmp_path / "config.json"
     assert repository.file("none") is None

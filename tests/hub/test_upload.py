@@ -13,7 +13,7 @@ from convert import Quantization
 from convert import convert as convert_model
 from phimlx.errors import CheckpointError, PhimlxError
 from phimlx.hub.client import BACKOFF, Remote
-from phimlx.hub.upload import Upload, check, model_files, upload
+from phimlx.hub.upload import Upload, check, published_files, upload
 from tests.convert.tiny import write_model
 from tests.hub.loopback_hub import Fault
 from tests.hub.loopback_upload import ACCOUNT, Desk, serve_desk
@@ -105,7 +105,7 @@ def test_what_is_there_is_not_sent_again(desk: Desk, folder: Path) -> None:
 def test_half_a_model_is_not_published(desk: Desk, folder: Path) -> None:
     (folder / "model.safetensors").unlink()
     with pytest.raises(CheckpointError):
-        model_files(folder)
+        published_files(folder)
     with pytest.raises(CheckpointError):
         publish(folder)
     assert desk.commits == []

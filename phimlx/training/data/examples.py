@@ -16,7 +16,7 @@ import numpy as np
 
 from phimlx.errors import TrainingError
 from phimlx.hub.client import Remote
-from phimlx.hub.resolve import Watch, unwatched
+from phimlx.hub.download import ProgressContext, without_progress
 from phimlx.training.data.batches import Example
 from phimlx.training.data.lengths import Tokens, exchanges, windows
 from phimlx.training.data.loss_mask import Codec, LossOn, learned_length
@@ -202,7 +202,7 @@ def load_data(
     seed: int = 0,
     on_progress: Progress = lambda done, total: None,
     remote: Remote | None = None,
-    watch: Watch = unwatched,
+    show_progress: ProgressContext = without_progress,
 ) -> dict[str, Dataset]:
     """The data sets that `source` means: "train", and "valid" and "test" where there are some.
 
@@ -215,16 +215,16 @@ def load_data(
             it comes without validation data.
         seed: draws them.
         on_progress: takes the bytes that have been read, and how many there are.
-        remote, watch: for what comes from the Hub, as for `find_splits`.
+        remote, show_progress: for what comes from the Hub, as for `find_splits`.
 
     Raises:
         DataError: naming file, line and reason of what cannot be learned from.
         TrainingError: where there is no data, or nothing in it to learn.
         DownloadError: where it cannot come from the Hub.
     """
-    splits = find_splits(source, remote, watch)
+    splits = find_splits(source, remote, show_progress)
     if valid is not None:
-        splits["valid"] = find_splits(valid, remote, watch)["train"]
+        splits["valid"] = find_splits(valid, remote, show_progress)["train"]
     total = sum(file.path.stat().st_size for files in splits.values() for file in files)
     found, before = {}, 0
     for split, files in splits.items():

@@ -16,8 +16,8 @@ from typing import Any
 
 from phimlx.errors import TrainingError
 from phimlx.hub.client import Remote
-from phimlx.hub.datasets import bring
-from phimlx.hub.resolve import Watch, unwatched
+from phimlx.hub.datasets import download_missing
+from phimlx.hub.download import ProgressContext, without_progress
 from phimlx.training.data.rows import READERS, DataFile
 
 SPLITS = ("train", "valid", "test")
@@ -42,7 +42,9 @@ Splits = dict[str, list[DataFile]]
 
 
 def find_splits(
-    source: str | Path, remote: Remote | None = None, watch: Watch = unwatched
+    source: str | Path,
+    remote: Remote | None = None,
+    show_progress: ProgressContext = without_progress,
 ) -> Splits:
     """The files that `source` means, brought here from the Hub where they are not.
 
@@ -52,7 +54,7 @@ def find_splits(
             followed by a colon and a configuration or else a split to learn from:
             `owner/name:train_sft`. What is on this machine comes before what the Hub has under the
             same name.
-        watch: is shown a download before it begins, and takes part in its progress.
+        show_progress: called with the plan of a download; its context lasts as long as that.
 
     Raises:
         TrainingError: where there is no such data, or it cannot be told what is for training.
@@ -72,7 +74,13 @@ def find_splits(
         return {"train": [DataFile(path, path.name)]}
     name, config = found.groups()
     choose = partial(_choose, name, config)
-    return _ordered(bring(name, choose, remote or Remote(), watch))
+    folder, chosen = download_missing(name, choose, remote or Remote(), show_progress)
+    return _ordered(
+        {
+            split: [DataFile(folder / each, each) for each in names]
+            for split, names in chosen.items()
+        }
+    )
 
 
 def _in_folder(folder: Path) -> Splits:

@@ -17,6 +17,7 @@ from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint, TensorInfo
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import TrainingError
+from phimlx.hub.layout import model_name
 from phimlx.models.base import ModelConfig
 from phimlx.training.data.batches import Batches
 from phimlx.training.data.examples import Dataset, Settings, load_data
@@ -67,7 +68,7 @@ class Session:
 
     @cached_property
     def codec(self) -> Codec:
-        known = catalog.by_config(self.checkpoint.config, self.folder)
+        known = catalog.by_config(self.checkpoint.config, model_name(self.folder))
         return Codec.load(self.folder, known.alias if known else self.folder.resolve().name)
 
     @cached_property

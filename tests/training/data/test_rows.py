@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from phimlx.errors import DownloadError, PhimlxError, TrainingError
 from phimlx.hub.client import Remote
-from phimlx.hub.transfer import Plan, Report
+from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from phimlx.training.data.rows import DataFile, Problem, Row, read_rows
 from phimlx.training.data.sources import find_splits
 from tests.hub.loopback_datasets import serve_datasets
@@ -328,13 +328,13 @@ def test_a_download_is_shown_before_it_begins(hub: Hub) -> None:
     seen: list[Any] = []
 
     @contextmanager
-    def watch(plan: Plan) -> Iterator[Report]:
+    def watch(plan: DownloadPlan) -> Iterator[ProgressCallback]:
         assert not plan.repository.is_renamed
         seen.append((plan.repository.name, plan.nbytes, plan.remaining))
         yield lambda file, nbytes: seen.append((file.name, nbytes))
 
     find_splits("o/d", quick(), watch)
-    assert seen == [("datasets/o/d", 3, 3), (SHARDS[0], 1), (SHARDS[1], 2)]
+    assert seen == [("o/d", 3, 3), (SHARDS[0], 1), (SHARDS[1], 2)]
 
 
 def test_rows_come_from_the_hub_once(hub: Hub, capfd: pytest.CaptureFixture[str]) -> None:
@@ -375,8 +375,8 @@ def test_wrong_bytes_twice_are_an_error(hub: Hub) -> None:
     with pytest.raises(DownloadError) as caught:
         find_splits("o/d", quick())
     assert str(caught.value) == (
-        "train.jsonl of datasets/o/d came twice with contents that are not what the Hub says "
-        "they are; they are deleted."
+        "train.jsonl of o/d came twice with contents that are not what the Hub says they are; "
+        "they are deleted."
     )
 
 
@@ -386,7 +386,7 @@ def test_wrong_bytes_twice_are_an_error(hub: Hub) -> None:
         (lambda hub: None, "The Hub has no data set o/d, or it is private."),
         (
             lambda hub: hub.refusals.update({"o/d": (403, {"X-Error-Code": "GatedRepo"})}),
-            "datasets/o/d is only for those who have accepted its terms.",
+            "o/d is only for those who have accepted its terms.",
         ),
         (
             lambda hub: hub.repos.update({"o/d": {"model.bin": b"x"}}),
@@ -398,8 +398,8 @@ def test_wrong_bytes_twice_are_an_error(hub: Hub) -> None:
         ),
         (
             lambda hub: hub.repos.update({"o/d": {"../train.csv": b"x"}}),
-            "The data set o/d lists a file '../train.csv', which would leave its folder; nothing "
-            "of it is downloaded.",
+            "o/d lists a file '../train.csv', which would leave its folder; nothing of it is "
+            "downloaded.",
         ),
         (
             lambda hub: hub.repos.update({"o/d": {"README.md": b"---\na: [\n---\n"}}),
@@ -418,13 +418,22 @@ def test_what_the_hub_cannot_give(hub: Hub, prepare: Any, message: str) -> None:
     assert str(caught.value) == message
 
 
-@pytest.mark.parametrize("said", [{"size": None}, {"blobId": "../../../x"}])
-def test_a_hub_that_is_none(hub: Hub, said: dict[str, Any]) -> None:
+@pytest.mark.parametrize(
+    ("said", "message"),
+    [
+        ({"size": None}, "What answers at {hub.url} does not speak as the Hub does."),
+        (
+            {"blobId": "../../../x"},
+            "o/d lists 'train.jsonl' without a hash, so what comes could not be checked.",
+        ),
+    ],
+)
+def test_a_hub_that_is_none(hub: Hub, said: dict[str, Any], message: str) -> None:
     hub.repos["o/d"] = {"train.jsonl": jsonl(ROWS)}
     hub.listed["o/d", "train.jsonl"] = said
     with pytest.raises(DownloadError) as caught:
         find_splits("o/d", quick())
-    assert str(caught.value) == f"What answers at {hub.url} does not speak as the Hub does."
+    assert str(caught.value) == message.format(hub=hub)
 
 
 def test_a_hub_that_stops_answering(hub: Hub) -> None:
@@ -432,7 +441,7 @@ def test_a_hub_that_stops_answering(hub: Hub) -> None:
     hub.faults["train.jsonl"] = [Fault(status=503) for _ in range(99)]
     with pytest.raises(DownloadError) as caught:
         find_splits("o/d", quick())
-    assert str(caught.value) == "The Hub answers with an error (503) for datasets/o/d."
+    assert str(caught.value) == "The Hub answers with an error (503) for o/d."
 
 
 def test_a_download_goes_on_where_it_stopped(hub: Hub) -> None:
