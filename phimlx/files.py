@@ -45,7 +45,7 @@ def read_bytes(
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
             data = file.read() if status.st_size <= limit else None
-    except FileNotFoundError:
+    except (FileNotFoundError, ValueError):  # a NUL names nothing
         raise error(f"There is no file {path}.", hint) from None
     except OSError as failure:
         if failure.errno in _NOT_REGULAR:
@@ -137,7 +137,7 @@ def is_file(path: Path) -> bool:
     """Whether a regular file is there, links followed; raises OSError where that is not known."""
     try:
         return stat.S_ISREG(os.stat(path).st_mode)
-    except (FileNotFoundError, NotADirectoryError):
+    except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL names nothing
         return False
 
 

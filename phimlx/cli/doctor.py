@@ -35,10 +35,11 @@ def command(self_test: bool, as_json: bool) -> None:
 
 
 def examine_machine(output: Output) -> bool:
+    from phimlx.hub.layout import cache_folder
     from phimlx.machine import doctor
 
     with output.status("Looking…"):
-        findings = list(doctor.run_checks())
+        findings = list(doctor.run_checks(cache_folder()))
     rows = [(MARKS[finding.state], finding.subject, finding.found) for finding in findings]
     output.table(["", "what", "found"], rows)
     hints = [finding for finding in findings if finding.hint]

@@ -8,7 +8,8 @@ import re
 from pathlib import Path
 
 from phimlx import catalog
-from phimlx.errors import ModelAbsentError, ModelNotFoundError
+from phimlx.errors import CheckpointError, ModelAbsentError, ModelNotFoundError
+from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.cache import find_snapshot
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -31,19 +32,18 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
     Raises:
         ModelAbsentError: where it is not here; the hint says how it comes here.
         ModelNotFoundError: where the name means nothing.
-        DownloadError: where what is here of it cannot be read.
+        CheckpointError: where it is a folder that cannot be read.
+        DownloadError: where what is in huggingface_hub's cache cannot be read.
     """
-    if isinstance(source, Path) or (source is not None and looks_like_path(source)):
-        return _folder(source)
-    model = catalog.DEFAULT if source is None else catalog.find(source)
     if source is not None:
-        folder = Path(source)
-        holds_model = (folder / "config.json").is_file()
-        if source and (holds_model or (model is None and folder.is_dir())):
+        with translate_read_errors(Path(source), CheckpointError):
+            folder = _local_folder(source)
+        if folder is not None:
             return folder
+    name = catalog.DEFAULT.alias if source is None else str(source)
+    model = catalog.find(name)
     if model is not None and model.repo is None:
         return ASSETS / model.alias
-    name = catalog.DEFAULT.alias if source is None else source
     candidates = repositories(name, original)
     for repo in candidates:
         snapshot = find_snapshot(repo)
@@ -96,14 +96,19 @@ def looks_like_path(source: str) -> bool:
     return source.startswith((".", "/", "~")) or source.endswith("/") or source.count("/") > 1
 
 
-def _folder(source: str | Path) -> Path:
-    folder = Path(os.path.expanduser(source))
-    if folder.is_dir():
-        return folder
-    what = "is a file, not a folder" if folder.is_file() else "is no folder on this machine"
-    raise ModelNotFoundError(
-        f"{source} {what}.", hint="Give a model's folder, or an alias such as phi-4-mini."
-    )
+def _local_folder(source: str | Path) -> Path | None:
+    """Find the folder that a name means; None where it is an alias or a Hub id."""
+    if isinstance(source, Path) or looks_like_path(source):
+        folder = Path(os.path.expanduser(source))
+        if folder.is_dir():
+            return folder
+        what = "is a file, not a folder" if is_file(folder) else "is no folder on this machine"
+        raise ModelNotFoundError(
+            f"{source} {what}.", hint="Give a model's folder, or an alias such as phi-4-mini."
+        )
+    folder = Path(source)
+    is_model = is_file(folder / "config.json") or (catalog.find(source) is None and folder.is_dir())
+    return folder if source and is_model else None
 
 
 def suggestion(name: str) -> str:

@@ -6,7 +6,7 @@ import os
 import platform
 import shutil
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -36,9 +36,13 @@ class Finding:
     hint: str | None = None
 
 
-def run_checks() -> Iterator[Finding]:
-    """Every finding, in order; the last one may wait for the network."""
-    for check in CHECKS:
+def run_checks(cache: Path) -> Iterator[Finding]:
+    """Yield every finding, in order; the last one may wait for the network.
+
+    Args:
+        cache: the folder that models are kept in.
+    """
+    for check in (_versions, _system, _backend, _memory, lambda: _store(cache), _hub):
         yield check()
 
 
@@ -107,17 +111,14 @@ def _memory() -> Finding:
     return Finding("memory", found)
 
 
-def _store() -> Finding:
-    from huggingface_hub import constants
-
-    store = Path(constants.HF_HUB_CACHE)
-    there = next(folder for folder in (store, *store.parents) if folder.is_dir())
+def _store(cache: Path) -> Finding:
+    there = next(folder for folder in (cache, *cache.parents) if os.path.isdir(folder))
     free = shutil.disk_usage(there).free
-    found = f"{store}, {size_text(free)} free"
-    if not os.access(there, os.W_OK):
-        return Finding(
-            "model store", found, "problem", "It cannot be written; set HF_HOME to another folder."
-        )
+    found = f"{cache}, {size_text(free)} free"
+    for mode, what in ((os.R_OK | os.X_OK, "read"), (os.W_OK, "written")):
+        if not os.access(there, mode, effective_ids=os.access in os.supports_effective_ids):
+            hint = f"It cannot be {what}; set HF_HOME to another folder."
+            return Finding("model store", found, "problem", hint)
     needed = catalog.DEFAULT.quantized_nbytes
     if free < 1.05 * needed:
         hint = f"{catalog.DEFAULT.alias} at 4 bits takes {size_text(needed)}; set HF_HOME to a "
@@ -149,6 +150,3 @@ def _is_installed(package: str) -> bool:
     except PackageNotFoundError:
         return False
     return True
-
-
-CHECKS: tuple[Callable[[], Finding], ...] = (_versions, _system, _backend, _memory, _store, _hub)

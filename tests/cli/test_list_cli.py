@@ -13,6 +13,7 @@ from huggingface_hub import constants
 from phimlx.cli.group import cli
 from phimlx.hub import resolve
 from phimlx.sizes import size_text
+from tests.locked_out import locked_out, open_folder
 
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
@@ -101,3 +102,63 @@ def test_json(cache: Path) -> None:
         "problem": None,
         "last_used": "2023-12-31T05:20:00+00:00",
     }
+
+
+@pytest.mark.parametrize("dangling", ["config.json", "tokenizer.json", "model.safetensors"])
+def test_a_link_that_leads_nowhere_ends_no_list(cache: Path, dangling: str) -> None:
+    keep(cache, "mlx-community/phi-4-4bit", quantization={"bits": 4})
+    snapshot = keep(cache, "microsoft/Phi-4-mini-instruct")
+    (snapshot / dangling).unlink()
+    (snapshot / dangling).symlink_to("../../blobs/gone")
+    (snapshot.parent / "gone").symlink_to("nowhere")
+    (snapshot.parents[1] / "blobs" / "gone").symlink_to("nowhere")
+    (cache / "models--microsoft--phi-4").symlink_to("nowhere")
+    result = run("--json")
+    assert (result.exit_code, result.stderr) == (0, "")
+    found = [(each["name"], each["state"]) for each in json.loads(result.stdout)["models"][2:]]
+    assert found == [("microsoft/Phi-4-mini-instruct", "partial"), ("phi-4", "complete")]
+
+
+@pytest.mark.parametrize("locked", [".", "snapshots", f"snapshots/{COMMIT}", "blobs"])
+def test_an_unreadable_model_ends_no_list(monkeypatch: pytest.MonkeyPatch, locked: str) -> None:
+    with open_folder() as cache:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        keep(cache, "mlx-community/phi-4-4bit", quantization={"bits": 4})
+        home = keep(cache, "someone/tune").parents[1]
+        assert json.loads(run("--json").stdout)["models"][3]["state"] == "complete"
+        with locked_out(home / locked):
+            result = run()
+            about = json.loads(run("--json").stdout)["models"]
+    assert result.exit_code == 0
+    rows = [" ".join(line.split()) for line in result.stdout.splitlines()[4:6]]
+    assert rows == ["phi-4 12.1 kB 4 complete 2023-12-31", "someone/tune 0 bytes unreadable"]
+    (line,) = result.stderr.splitlines()
+    assert line.startswith(f"Warning: {home}")
+    assert line.endswith(" cannot be read: permission denied.")
+    assert [each["problem"] is None for each in about] == [True, True, True, False]
+
+
+def test_an_unreadable_store_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_folder() as folder:
+        cache = folder / "hub"
+        cache.mkdir()
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        assert run().exit_code == 0
+        with locked_out(cache):
+            result = run()
+    assert result.exit_code == 1
+    assert result.stderr == (
+        f"Error: {cache} cannot be read: permission denied.\n"
+        "Hint: Make it yours to read, or set HF_HOME to another folder.\n"
+    )
+
+
+def test_a_damaged_config_is_said(cache: Path) -> None:
+    snapshot = keep(cache, "mlx-community/phi-4-4bit")
+    (snapshot / "config.json").write_text("{")
+    result = run()
+    assert result.exit_code == 0
+    assert " ".join(result.stdout.splitlines()[4].split()) == (
+        "phi-4 12.0 kB unreadable 2023-12-31"
+    )
+    assert result.stderr.startswith(f"Warning: {snapshot / 'config.json'} is not JSON (line 1")

@@ -13,12 +13,13 @@ from pathlib import Path
 import pytest
 from huggingface_hub import constants
 
-from phimlx.errors import ModelNotFoundError, PhimlxError
+from phimlx.errors import CheckpointError, DownloadError, ModelNotFoundError, PhimlxError
 from phimlx.hub import download, resolve, transfer
 from phimlx.hub.cache import find_snapshot
 from phimlx.hub.client import Remote
 from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from tests.hub.loopback_hub import COMMIT, Hub, serve_alone
+from tests.locked_out import locked_out, open_folder
 
 QUANTIZED = "mlx-community/Phi-4-mini-instruct-4bit"
 ORIGINAL = "microsoft/Phi-4-mini-instruct"
@@ -150,6 +151,26 @@ def test_a_folder_named_as_an_alias_counts_where_it_holds_a_model(cache: Path) -
     Path("phi-4/config.json").write_text("{}")
     assert resolve.resolve("phi-4") == Path("phi-4")
     assert resolve.resolve("./phi-4") == Path("phi-4")
+
+
+def test_what_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    with open_folder() as folder:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+        snapshot = keep(folder / "hub", "someone/tune")
+        assert resolve.resolve("someone/tune") == snapshot
+        for locked in (snapshot, snapshot.parent, snapshot.parents[1], folder / "hub"):
+            with locked_out(locked), pytest.raises(DownloadError) as caught:
+                resolve.resolve("someone/tune")
+            assert str(caught.value).startswith(f"{locked}")
+            assert str(caught.value).endswith(" cannot be read: permission denied.")
+            assert caught.value.hint == "Make it yours to read, or set HF_HOME to another folder."
+        monkeypatch.chdir(folder)
+        Path("phi-4").mkdir()
+        for source in ("phi-4", "phi-4/mine", "./phi-4/mine"):
+            with locked_out(Path("phi-4")), pytest.raises(CheckpointError) as refused:
+                resolve.resolve(source)
+            assert str(refused.value).startswith("phi-4/")
+            assert str(refused.value).endswith(" cannot be read: permission denied.")
 
 
 @pytest.mark.parametrize(

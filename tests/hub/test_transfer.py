@@ -17,9 +17,10 @@ from huggingface_hub import constants, scan_cache_dir, snapshot_download, try_to
 from phimlx.errors import DownloadError
 from phimlx.hub import download, transfer
 from phimlx.hub.cache import find_snapshot, verify
-from phimlx.hub.client import BACKOFF, Remote
+from phimlx.hub.client import BACKOFF, Remote, RemoteFile
 from phimlx.hub.destination import CacheDestination, FolderDestination
 from tests.hub.loopback_hub import COMMIT, Fault, Hub, serve_alone
+from tests.locked_out import locked_out, open_folder
 from tests.witness import FILES, REPO, SHA256, WEIGHTS, Witness, contents
 
 
@@ -493,3 +494,37 @@ def test_destinations_name_their_places(witness: Witness, tmp_path: Path) -> Non
     plain = FolderDestination(tmp_path, repository)
     assert plain.content(file) == tmp_path / "config.json"
     assert repository.file("none") is None
+
+
+def test_a_cache_that_cannot_be_read(
+    server: Hub, witness: Witness, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with open_folder() as folder:
+        monkeypatch.setattr(constants, "HF_HUB_CACHE", str(folder))
+        home = witness.get().parents[1]
+        plan = download.plan_download(Remote().repository(REPO), Remote())
+        assert plan.remaining == 0
+        for locked in (home / "blobs", home, folder):
+            with locked_out(locked):
+                for ask in (lambda: plan.remaining, plan.check_space, lambda: plan.run(Remote())):
+                    with pytest.raises(DownloadError) as caught:
+                        ask()
+                    assert str(caught.value).endswith(" cannot be used: permission denied.")
+
+
+def test_a_partial_file_that_cannot_be_read_leaves_no_descriptor(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(self: object, chunk: bytes) -> None:
+        raise OSError(5, "Input/output error")
+
+    (tmp_path / "partial").write_bytes(b"123")
+    monkeypatch.setattr(transfer._PartialFile, "_count", fail)
+    before = os.listdir("/dev/fd")
+    file = RemoteFile("x", 5, "0" * 40)
+    with (
+        pytest.raises(OSError, match="Input/output"),
+        transfer._PartialFile(tmp_path / "partial", file, transfer.no_progress),
+    ):
+        pass
+    assert os.listdir("/dev/fd") == before

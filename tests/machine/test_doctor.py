@@ -13,6 +13,7 @@ import pytest
 
 from phimlx.machine import doctor
 from phimlx.machine.doctor import Finding
+from tests.locked_out import locked_out, open_folder
 
 Memory = namedtuple("Memory", "total available")
 
@@ -101,20 +102,17 @@ def test_little_memory(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_the_model_store(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    from huggingface_hub import constants
-
     store = tmp_path / "hub"
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(store))
     usage = namedtuple("usage", "total used free")
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(9e9, 8e9, 1e9))
-    assert doctor._store() == Finding(
+    assert doctor._store(store) == Finding(
         "model store",
         f"{store}, 1.00 GB free",
         "warning",
         "phi-4-mini at 4 bits takes 2.16 GB; set HF_HOME to a folder with more room.",
     )
-    monkeypatch.setattr(os, "access", lambda *_: False)
-    assert doctor._store() == Finding(
+    monkeypatch.setattr(os, "access", lambda _, mode, **__: mode != os.W_OK)
+    assert doctor._store(store) == Finding(
         "model store",
         f"{store}, 1.00 GB free",
         "problem",
@@ -137,3 +135,16 @@ def test_the_hub(monkeypatch: pytest.MonkeyPatch) -> None:
     assert doctor._hub() == Finding(
         "Hub", "offline mode", "warning", "Unset HF_HUB_OFFLINE to download models."
     )
+
+
+def test_a_model_store_that_cannot_be_read() -> None:
+    with open_folder() as folder:
+        (folder / "hub").mkdir()
+        assert "free" in doctor._store(folder / "hub").found
+        for locked in (folder / "hub", folder):
+            with locked_out(locked):
+                found = doctor._store(folder / "hub")
+            assert (found.state, found.hint) == (
+                "problem",
+                "It cannot be read; set HF_HOME to another folder.",
+            )
