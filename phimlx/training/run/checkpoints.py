@@ -32,7 +32,7 @@ MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 CHECKPOINTS = "checkpoints"
 NAME = re.compile(r"step-(\d{7,})")
-FORMAT = 1
+FORMAT = 2
 TAKEN = {RUN: "a run", WEIGHTS: "an adapter", "config.json": "a model"}
 
 

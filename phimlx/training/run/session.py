@@ -17,6 +17,8 @@ from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint, TensorInfo
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import TrainingError
+from phimlx.files import is_file, translate_read_errors
+from phimlx.hub.content_hash import content_hash
 from phimlx.hub.layout import model_name
 from phimlx.models.base import ModelConfig
 from phimlx.training.data.batches import Batches
@@ -35,7 +37,6 @@ if TYPE_CHECKING:
 
 MAX_TOKENS = 2048  # of a row, where nothing is said and the model holds as many
 VALID_FRACTION = 0.05  # of the rows, where nothing is said and the data has no valid file
-SAMPLED = 1 << 20  # bytes of a weight file's beginning and end that tell it from another
 ROOMY = 0.85  # part of the memory below which a forecast is no matter for a warning
 
 
@@ -287,19 +288,17 @@ def resumed_settings(about: Mapping[str, Any], given: Mapping[str, Any]) -> Trai
 
 
 def fingerprint(folder: Path) -> str:
-    """SHA-256 that tells a model from another: its config, its tokenizer, and of each file with
-    weights the name, the size, the beginning and the end."""
+    """SHA-256 that tells a model from another: names and contents of its config, its tokenizer and
+    its weights.
+
+    Raises:
+        TrainingError: where a file cannot be read.
+    """
+    names = [folder / name for name in ("config.json", "tokenizer.json")]
     digest = hashlib.sha256()
-    for name in ("config.json", "tokenizer.json"):
-        path = folder / name
-        digest.update(path.read_bytes() if path.is_file() else b"")
-    for path in Checkpoint(folder).files:
-        size = path.stat().st_size
-        digest.update(f"{path.name} {size}".encode())
-        with path.open("rb") as file:
-            digest.update(file.read(SAMPLED))
-            file.seek(max(0, size - SAMPLED))
-            digest.update(file.read())
+    with translate_read_errors(folder, TrainingError):
+        for path in [*filter(is_file, names), *Checkpoint(folder).files]:
+            digest.update(f"{path.relative_to(folder)} {content_hash(path)}\n".encode())
     return digest.hexdigest()
 
 
