@@ -70,6 +70,8 @@ class LibraryVocabulary:
 
         try:
             tokenizer = Tokenizer.from_file(str(path))
+        except MemoryError:
+            raise
         except Exception as error:  # the library raises bare Exception
             raise TokenizerError(
                 f"{path} is damaged: {error}.", hint="Download the model again."
