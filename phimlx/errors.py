@@ -67,6 +67,10 @@ class TrainingError(PhimlxError):
     """Training data, settings or a run that cannot be used."""
 
 
+class SettingsError(PhimlxError):
+    """A setting that is unknown, out of bounds or in conflict with another."""
+
+
 class SessionError(PhimlxError):
     """A saved conversation that cannot be read or written."""
 

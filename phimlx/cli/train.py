@@ -11,15 +11,15 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from phimlx.cli.options import json_option
-from phimlx.errors import ModelAbsentError, shortened
+from phimlx.errors import ModelAbsentError
+from phimlx.options import click_options, from_file, from_flags
 from phimlx.terminal.output import Output
-from phimlx.training.option_types import Kind, Switch
-from phimlx.training.settings import TABLE, read_file, read_settings, spelled
+from phimlx.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from phimlx.training.data.examples import Dataset
@@ -27,40 +27,9 @@ if TYPE_CHECKING:
     from phimlx.training.run.loop import Outcome
     from phimlx.training.run.session import Session
 
-Command = TypeVar("Command", bound=Callable[..., Any])
-
-
-class Value(click.ParamType[Any]):
-    """An option's value, read as it is from a file."""
-
-    def __init__(self, kind: Kind) -> None:
-        self.kind = kind
-        self.name = kind.metavar
-
-    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
-        try:
-            return self.kind.read(value)
-        except (ValueError, TypeError):
-            self.fail(f"{shortened(value)} is not {self.kind.what}.", param, ctx)
-
-
-def settings_options(command: Command) -> Command:
-    """Add a flag for each setting; one that was not given arrives as None."""
-    for name, field in reversed(TABLE.items()):
-        kind, text = field.metadata["kind"], field.metadata["help"]
-        if field.default not in (None, (), False) and "[default" not in text:
-            text = f"{text.removesuffix('.')}  [default: {field.default}]"
-        flags = [*spelled(name), name]
-        if isinstance(kind, Switch):
-            option = click.option(*flags, is_flag=True, default=None, help=text)
-        else:
-            option = click.option(*flags, type=Value(kind), metavar=kind.metavar, help=text)
-        command = option(command)
-    return command
-
 
 @click.command()
-@settings_options
+@click_options(TrainSettings)
 @click.option(
     "--mask-prompt",
     is_flag=True,
@@ -89,7 +58,7 @@ def command(
     ignore_memory: bool,
     train: bool,
     as_json: bool,
-    **values: Any,
+    **flags: Any,
 ) -> None:
     """Fine-tune a model on your own data, with adapters or as a whole.
 
@@ -107,17 +76,14 @@ def command(
     and of the last one elsewhere; a log, a curve of the loss, and checkpoints/, of which the newest
     few and the best are kept.
     """
-    given = {name: value for name, value in values.items() if value is not None}
-    if mask_prompt and given.setdefault("loss_on", "assistant") != "assistant":
-        raise click.UsageError(
-            f"--mask-prompt and --loss-on {given['loss_on']} exclude each other."
-        )
-    if config is not None:
-        given = read_file(config) | given
-    if given.get("data") is None and not resume:
+    if mask_prompt:
+        loss_on = flags["loss_on"] = flags["loss_on"] or "assistant"
+        if loss_on != "assistant":
+            raise click.UsageError(f"--mask-prompt and --loss-on {loss_on} exclude each other.")
+    file = None if config is None else from_file(TrainSettings, config)
+    given = from_flags(TrainSettings, flags, file)
+    if given.data is None and not resume:
         raise click.UsageError("--data is missing: name what to learn from.")
-    if given.get("iters") is not None and values["epochs"] is None:
-        given.pop("epochs", None)  # a flag comes before a file
 
     from phimlx.training.distributed import Machines
 
@@ -147,20 +113,17 @@ class Silent(Output):
         """Nothing."""
 
 
-def _open(given: Mapping[str, Any], resume: bool, machines: Machines, output: Output) -> Session:
+def _open(given: TrainSettings, resume: bool, machines: Machines, output: Output) -> Session:
     from phimlx.training.run.checkpoints import Store
-    from phimlx.training.run.session import Session, resumed_settings
-    from phimlx.training.settings import TrainSettings
-
-    about = None
-    if resume:
-        store = Store(Path(given.get("adapter_path", TrainSettings.adapter_path)), 1)
-        about = machines.share_json(store.about() if machines.is_first else None)
-        settings = resumed_settings(about, {**given, "adapter_path": str(store.folder)})
-    else:
-        settings = read_settings(given)
     from phimlx.training.run.log import check_sinks
+    from phimlx.training.run.session import Session, resumed_settings
 
+    about, settings = None, given
+    if resume:
+        store = Store(Path(given.adapter_path), 1)
+        about = machines.share_json(store.about() if machines.is_first else None)
+        folder = {"adapter_path": given.adapter_path}  # wherever the run's folder was before
+        settings = resumed_settings(about, given.model_copy(update=folder))
     check_sinks(settings.report_to)
     return Session(settings, _model_folder(settings.model, output), machines, about)
 

@@ -118,11 +118,11 @@ def forecast(
     widths = _Widths.of(shape)
     layer = _kept(shape, widths, settings, load, itemsize) * tokens
     trained_layers = _trained_layers(shape, settings)
-    full = settings.fine_tune_type == "full"
+    full = settings.trains_whole_layers
     trained = _trained(shape, widths, settings, trained_layers) * (itemsize if full else FLOAT32)
     widest = largest = max(width * height for width, height in widths.projections.values())
     head_bytes = shape.vocab_size * shape.hidden_size * itemsize
-    if full and settings.num_layers < 0 and settings.layers is None:
+    if full and settings.trains_every_layer:
         largest = max(largest, shape.vocab_size * shape.hidden_size)
         head_gradient = head_bytes
     else:
@@ -166,7 +166,7 @@ def remedies(
     shape: Shape, weights: int, settings: TrainSettings, load: Load, itemsize: int, room: int
 ) -> Iterator[tuple[str, int]]:
     """What to change so that a run fits, and what it would need then: the mildest first."""
-    checkpointing = replace(settings, grad_checkpoint=True)
+    checkpointing = settings.model_copy(update={"grad_checkpoint": True})
     options = [("--grad-checkpoint", checkpointing, load, weights)]
     rows = load.rows
     while rows > 1:
@@ -230,7 +230,7 @@ def _kept(shape: Shape, widths: _Widths, settings: TrainSettings, load: Load, it
         + 5 * intermediate  # gate, up, sigmoid, their products
     )
     kept = numbers * itemsize
-    adapted = widths.adapted(settings) if settings.fine_tune_type != "full" else []
+    adapted = widths.adapted(settings) if not settings.trains_whole_layers else []
     kept += len(adapted) * settings.rank * FLOAT32
     if itemsize < FLOAT32:
         kept += sum(width for width, _ in adapted) * FLOAT32  # the adapters' input in their type
@@ -250,7 +250,7 @@ def _trained(shape: Shape, widths: _Widths, settings: TrainSettings, layers: int
     """How many numbers are trained."""
     if settings.layers is not None:
         layers = settings.layers[1] - settings.layers[0] + 1
-    if settings.fine_tune_type != "full":
+    if not settings.trains_whole_layers:
         sizes = [
             settings.rank * (width + height) + (height if settings.fine_tune_type == "dora" else 0)
             for width, height in widths.adapted(settings)
@@ -258,7 +258,7 @@ def _trained(shape: Shape, widths: _Widths, settings: TrainSettings, layers: int
         return layers * sum(sizes)
     inside = sum(width * height for width, height in widths.projections.values())
     count = layers * (inside + 2 * shape.hidden_size)
-    if settings.num_layers < 0 and settings.layers is None:
+    if settings.trains_every_layer:
         heads = 1 if shape.tie_word_embeddings else 2
         count += heads * shape.vocab_size * shape.hidden_size + shape.hidden_size
     return count

@@ -48,10 +48,12 @@ def learning_rate(settings: TrainSettings, steps: int) -> Rate:
     It rises in a straight line, reaches its highest when the warmup is over, and then falls.
     """
     warmup = warmup_steps(settings, steps)
-    falling = SCHEDULES[settings.lr_schedule](settings.rate, max(1, steps - warmup))
+    falling = SCHEDULES[settings.lr_schedule](settings.peak_learning_rate, max(1, steps - warmup))
     if not warmup:
         return falling
-    rising = optim.linear_schedule(settings.rate / (warmup + 1), settings.rate, warmup)
+    rising = optim.linear_schedule(
+        settings.peak_learning_rate / (warmup + 1), settings.peak_learning_rate, warmup
+    )
     return optim.join_schedules([rising, falling], [warmup])
 
 

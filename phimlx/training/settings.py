@@ -1,322 +1,277 @@
-"""What a person may set about a training run: names, bounds and help, for flags and files alike.
-
-Knows one table of options and how a file spells them; what each does is its user's affair.
-"""
+"""What a person may set about a training run: names, bounds and help, for flags and files alike."""
 
 from __future__ import annotations
 
-import difflib
-import importlib
-import tomllib
-from collections.abc import Mapping, Sequence
-from dataclasses import Field, asdict, dataclass, field, fields
-from pathlib import Path
-from typing import Any
+import math
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, Literal
 
-from phimlx.errors import TrainingError, shortened
-from phimlx.files import read_text
-from phimlx.training.option_types import Kind, Number, Pairs, Several, Span, Switch, Text, Word
+from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, StringConstraints
 
-OPTIMIZERS = ("adamw", "adam", "adafactor", "lion", "muon", "sgd")
-SCHEDULES = ("cosine", "linear", "constant")
-SINKS = ("wandb", "swanlab", "tensorboard")
-MAX_FILE_BYTES = 1 << 20
+from phimlx.errors import PhimlxError, TrainingError, shortened
+from phimlx.options import (
+    Count,
+    Fraction,
+    NonNegative,
+    OptionError,
+    Options,
+    Positive,
+    PositiveCount,
+    Text,
+    option,
+    read,
+    schemas,
+)
+
+MAX_RANK = 1 << 14  # as of adapters in configurations, which are read where MLX is loaded
 
 
-def _option(
-    default: Any, kind: Kind, text: str, *flags: str, decides: bool = True, section: str = ""
-) -> Any:
-    """A field of `TrainSettings`.
+def _split_range(value: Any) -> Any:
+    """Read `8-23`; what is no text is the two numbers already."""
+    return [int(each) for each in value.split("-")] if isinstance(value, str) else value
 
-    Args:
-        flags: on the command line; the field's name with dashes where none is given.
-        decides: whether another value gives other losses, so that a run cannot go on with it.
+
+def _check_range(layers: tuple[int, int]) -> tuple[int, int]:
+    if not 0 <= layers[0] <= layers[1]:
+        raise ValueError(layers)
+    return layers
+
+
+def _split_pairs(value: Any) -> Any:
+    """Read `a=b,c=d`, or a list of such texts; what is neither is a table already."""
+    if isinstance(value, str):
+        value = value.split(",")
+    if isinstance(value, list):
+        return dict(str(pair).split("=", 1) for pair in value)
+    return value
+
+
+def _check_layer_count(value: int) -> int:
+    if value == 0 or value < -1:
+        raise ValueError(value)
+    return value
+
+
+LayerRange = Annotated[
+    tuple[StrictInt, StrictInt], BeforeValidator(_split_range), AfterValidator(_check_range)
+]
+Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+Pairs = Annotated[dict[Name, Name], BeforeValidator(_split_pairs)]
+LayerCount = Annotated[int, AfterValidator(_check_layer_count)]
+
+
+class TrainSettings(Options):
+    """All of a run's options. None stands for a default that follows from others.
+
+    `decides=False` marks those of which another value gives the same losses, so that a run can go
+    on with it.
     """
-    about = {"kind": kind, "help": text, "flags": flags, "decides": decides}
-    return field(default=default, metadata=about)
 
-
-COUNT = Number(1, whole=True)
-COUNT_OR_NONE = Number(0, whole=True)
-POSITIVE = Number(0, above=True, metavar="X")
-SHARE = Number(0, 1, below=True, metavar="X")
-
-
-@dataclass(frozen=True)
-class TrainSettings:
-    """All of a run's options. None stands for a default that follows from others."""
-
-    model: str | None = _option(
-        None, Text("MODEL"), "An alias, a Hub id or a folder", decides=False
+    error: ClassVar[type[PhimlxError]] = TrainingError
+    hint: ClassVar[str | None] = "See phimlx train --help."
+    exclusive: ClassVar[tuple[tuple[str, str], ...]] = (
+        ("iters", "epochs"),
+        ("layers", "num_layers"),
     )
-    data: str | None = _option(
+    # What mlx-lm's files call otherwise.
+    other_names: ClassVar[dict[str, str]] = {
+        "lora_rank": "rank",
+        "keys": "targets",
+        "grad_accumulation": "grad_accumulation_steps",
+        "mask_prompt": "loss_on",
+    }
+
+    model: Text | None = option(
+        None, "An alias, a Hub id or a folder", metavar="MODEL", decides=False
+    )
+    data: Text | None = option(
         None,
-        Text("DATA"),
         "A file (JSONL, JSON, CSV, parquet), a folder with train, valid and test files, or a data "
         "set of the Hub.",
+        metavar="DATA",
         decides=False,
     )
-    adapter_path: str = _option(
-        "adapters", Text("FOLDER"), "Where the run and what it learns go.", decides=False
+    adapter_path: Text = option(
+        "adapters", "Where the run and what it learns go.", metavar="FOLDER", decides=False
     )
 
-    loss_on: str = _option(
-        "assistant",
-        Word(("assistant", "last", "all")),
-        "Learn every answer, the last one, or all text.",
+    loss_on: Literal["assistant", "last", "all"] = option(
+        "assistant", "Learn every answer, the last one, or all text."
     )
-    max_seq_length: int | None = _option(
+    max_seq_length: Annotated[int, Field(ge=2)] | None = option(
+        None, "Longest row, in tokens  [default: 2048, or what the model holds]"
+    )
+    overlong: Literal["refuse", "cut", "split"] = option("refuse", "What becomes of longer rows.")
+    mapping: Pairs = option(
+        {},
+        "Columns of other names, such as prompt=question,completion=answer.",
+        metavar="NAME=COLUMN,…",
+        what="pairs such as prompt=question",
+    )
+    valid_fraction: Fraction | None = option(
         None,
-        Number(2, whole=True),
-        "Longest row, in tokens  [default: 2048, or what the model holds]",
-    )
-    overlong: str = _option(
-        "refuse", Word(("refuse", "cut", "split")), "What becomes of longer rows."
-    )
-    mapping: tuple[tuple[str, str], ...] = _option(
-        (), Pairs(), "Columns of other names, such as prompt=question,completion=answer."
-    )
-    valid_fraction: float | None = _option(
-        None,
-        SHARE,
         "Part of the rows kept for validation where the data has no valid file  [default: 0.05]",
     )
-    pack: bool = _option(
-        False, Switch(), "Put several examples into each row of --max-seq-length tokens."
-    )
+    pack: bool = option(False, "Put several examples into each row of --max-seq-length tokens.")
 
-    fine_tune_type: str = _option(
-        "lora", Word(("lora", "dora", "full")), "Adapters, or all weights."
+    fine_tune_type: Literal["lora", "dora", "full"] = option("lora", "Adapters, or all weights.")
+    rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = option(
+        16, "Rank of the adapters.", "--rank", "--lora-rank"
     )
-    rank: int = _option(16, COUNT, "Rank of the adapters.", "--rank", "--lora-rank")
-    alpha: float | None = _option(
-        None, POSITIVE, "Adapters are scaled by alpha / rank  [default: twice the rank]"
+    alpha: Positive | None = option(
+        None, "Adapters are scaled by alpha / rank  [default: twice the rank]"
     )
-    dropout: float = _option(0.0, SHARE, "Part of an adapter's input that is dropped.")
-    rslora: bool = _option(False, Switch(), "Scale by alpha / √rank instead.")
-    targets: tuple[str, ...] = _option(
-        (), Several(Text("NAME")), "Projections that get an adapter  [default: all of a layer]"
+    dropout: Fraction = option(0.0, "Part of an adapter's input that is dropped.")
+    rslora: bool = option(False, "Scale by alpha / √rank instead.")
+    targets: tuple[Text, ...] = option(
+        (),
+        "Projections that get an adapter  [default: all of a layer]",
+        metavar="NAME,…",
+        commas=True,
     )
-    num_layers: int = _option(
-        -1, Number(-1, whole=True), "Last layers to train; -1 for all.", "--num-layers"
+    num_layers: LayerCount = option(
+        -1, "Last layers to train; -1 for all.", what="a whole number above 0, or -1"
     )
-    layers: tuple[int, int] | None = _option(
-        None, Span(), "Layers to train instead, counted from 0, such as 8-23."
-    )
-
-    epochs: float = _option(3, Number(0, above=True, metavar="X"), "Times through the data.")
-    iters: int | None = _option(None, COUNT, "Steps of the run, instead of --epochs.")
-    batch_size: int = _option(4, COUNT, "Rows in a batch, over all machines together.")
-    grad_accumulation_steps: int = _option(1, COUNT, "Batches whose gradients make one step.")
-    learning_rate: float | None = _option(
-        None, POSITIVE, "At its highest  [default: 1e-4, with all weights 1e-5]"
-    )
-    lr_schedule: str = _option("cosine", Word(SCHEDULES), "How it falls after the warmup.")
-    warmup: int | None = _option(
-        None, COUNT_OR_NONE, "Steps in which it rises  [default: 3 % of all, at most 100]"
-    )
-    optimizer: str = _option("adamw", Word(OPTIMIZERS), "What updates the weights.")
-    weight_decay: float = _option(0.01, Number(0, metavar="X"), "Where the optimizer has it.")
-    clip: float = _option(
-        1.0, Number(0, metavar="X"), "Largest norm of all gradients together; 0 for none."
-    )
-    grad_checkpoint: bool = _option(
-        False, Switch(), "Compute activations twice rather than keep them.", decides=False
-    )
-    seed: int = _option(0, Number(0, 2**63, below=True, whole=True), "For everything drawn.")
-
-    dpo: bool = _option(
-        False, Switch(), "Learn from rows of prompt, chosen and rejected which answer is preferred."
-    )
-    beta: float = _option(0.1, POSITIVE, "How far --dpo holds on to the model without adapter.")
-
-    steps_per_report: int = _option(10, COUNT, "Steps from report to report.", decides=False)
-    steps_per_eval: int | None = _option(
-        None, COUNT, "Steps between validations  [default: a tenth of the run]", decides=False
-    )
-    val_batches: int = _option(
-        -1, Number(-1, whole=True), "Batches of a validation, always the same; -1 for all."
-    )
-    save_every: int | None = _option(
-        None, COUNT, "Steps between checkpoints  [default: as --steps-per-eval]", decides=False
-    )
-    keep: int = _option(
-        3, COUNT, "Newest checkpoints kept; the best one is kept beside them.", decides=False
-    )
-    early_stop: int = _option(
-        0,
-        COUNT_OR_NONE,
-        "End after this many validations without a better one; 0 for never.",
-        decides=False,
-    )
-    sample_prompts: int = _option(
-        0,
-        COUNT_OR_NONE,
-        "Validation rows that the model answers after each validation.",
-        decides=False,
-    )
-    log: str | None = _option(
+    layers: LayerRange | None = option(
         None,
-        Text("FILE"),
+        "Layers to train instead, counted from 0, such as 8-23.",
+        metavar="A-B",
+        what="a range such as 8-23",
+    )
+
+    epochs: Positive = option(3.0, "Times through the data  [default: 3]")
+    iters: PositiveCount | None = option(None, "Steps of the run, instead of --epochs.")
+    batch_size: PositiveCount = option(4, "Rows in a batch, over all machines together.")
+    grad_accumulation_steps: PositiveCount = option(1, "Batches whose gradients make one step.")
+    learning_rate: Positive | None = option(
+        None, "At its highest  [default: 1e-4, with all weights 1e-5]"
+    )
+    lr_schedule: Literal["cosine", "linear", "constant"] = option(
+        "cosine", "How it falls after the warmup."
+    )
+    warmup: Count | None = option(
+        None, "Steps in which it rises  [default: 3 % of all, at most 100]"
+    )
+    optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = option(
+        "adamw", "What updates the weights."
+    )
+    weight_decay: NonNegative = option(0.01, "Where the optimizer has it.")
+    clip: NonNegative = option(1.0, "Largest norm of all gradients together; 0 for none.")
+    grad_checkpoint: bool = option(
+        False, "Compute activations twice rather than keep them.", decides=False
+    )
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "For everything drawn.")
+
+    dpo: bool = option(
+        False, "Learn from rows of prompt, chosen and rejected which answer is preferred."
+    )
+    beta: Positive = option(0.1, "How far --dpo holds on to the model without adapter.")
+
+    steps_per_report: PositiveCount = option(10, "Steps from report to report.", decides=False)
+    steps_per_eval: PositiveCount | None = option(
+        None, "Steps between validations  [default: a tenth of the run]", decides=False
+    )
+    val_batches: Annotated[int, Field(ge=-1)] = option(
+        -1, "Batches of a validation, always the same; -1 for all."
+    )
+    save_every: PositiveCount | None = option(
+        None, "Steps between checkpoints  [default: as --steps-per-eval]", decides=False
+    )
+    keep: PositiveCount = option(
+        3, "Newest checkpoints kept; the best one is kept beside them.", decides=False
+    )
+    early_stop: Count = option(
+        0, "End after this many validations without a better one; 0 for never.", decides=False
+    )
+    sample_prompts: Count = option(
+        0, "Validation rows that the model answers after each validation.", decides=False
+    )
+    log: Text | None = option(
+        None,
         "Every report as a line of JSON  [default: log.jsonl in --adapter-path]",
+        metavar="FILE",
         decides=False,
     )
-    report_to: tuple[str, ...] = _option(
-        (), Several(Word(SINKS)), "Send reports there too.", decides=False
+    report_to: tuple[Literal["wandb", "swanlab", "tensorboard"], ...] = option(
+        (), "Send reports there too.", commas=True, decides=False
     )
+
+    @classmethod
+    def rename(cls, table: Mapping[str, Any]) -> dict[str, Any]:
+        """Return a file's table under the names of the fields, mlx-lm's files included.
+
+        Raises:
+            OptionError: for a setting that is given twice, and what is no table or no number.
+        """
+        outer = super().rename(table)
+        outer.pop("train", None)  # where training is another word of the same command
+        section = outer.pop("lora_parameters", None) or {}
+        if not isinstance(section, Mapping):
+            raise OptionError(f"lora_parameters is {shortened(section)}, not a table of values.")
+        inner = super().rename(section)
+        scale = inner.pop("scale", None)
+        found: dict[str, Any] = {}
+        for name, value in [*outer.items(), *inner.items()]:
+            if value is None:
+                continue
+            if name == "mask_prompt":
+                value = _mask_prompt(value)
+            name = cls.other_names.get(name, name)
+            if name in found:
+                raise OptionError(f"{name} is given twice.")
+            found[name] = value
+        if scale is not None:
+            found.setdefault("alpha", _alpha(scale, found))
+        return found
 
     @property
-    def rate(self) -> float:
+    def peak_learning_rate(self) -> float:
         """The learning rate at its highest."""
         usual = 1e-5 if self.fine_tune_type == "full" else 1e-4
         return usual if self.learning_rate is None else self.learning_rate
 
     @property
-    def scaled_by(self) -> float:
-        """Alpha of the adapters."""
-        return 2.0 * self.rank if self.alpha is None else self.alpha
+    def scale(self) -> float:
+        """What B A is multiplied by: alpha / rank, or alpha / √rank (arXiv 2312.03732)."""
+        alpha = 2.0 * self.rank if self.alpha is None else self.alpha
+        return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def trains_whole_layers(self) -> bool:
+        """Whether the model's own weights are trained rather than adapters."""
+        return self.fine_tune_type == "full"
+
+    @property
+    def trains_every_layer(self) -> bool:
+        """Whether no layers were chosen: with whole layers embeddings are then trained too."""
+        return self.num_layers < 0 and self.layers is None
 
     def as_object(self) -> dict[str, Any]:
         """Everything, as JSON keeps it."""
-        return {name: _plain(value) for name, value in asdict(self).items()}
+        return self.model_dump(mode="json")
 
-    def differences(self, other: Mapping[str, Any]) -> list[str]:
-        """How these settings, where they decide about losses, differ from those of a run."""
+    def differences(self, before: TrainSettings) -> list[str]:
+        """Say how these settings, where they decide about losses, differ from those of a run."""
+        old, new = before.as_object(), self.as_object()
         return [
-            f"{name} was {other[name]!r}, is {value!r}"
-            for name, value in self.as_object().items()
-            if TABLE[name].metadata["decides"] and name in other and other[name] != value
+            f"{name} was {old[name]!r}, is {new[name]!r}"
+            for name, schema in schemas(TrainSettings).items()
+            if schema.get("decides", True) and old[name] != new[name]
         ]
 
 
-def _plain(value: Any) -> Any:
-    return [_plain(item) for item in value] if isinstance(value, tuple) else value
-
-
-TABLE: dict[str, Field[Any]] = {each.name: each for each in fields(TrainSettings)}
-"""The options by name; `metadata` holds kind, help, flags and decides."""
-
-# What mlx-lm's files call otherwise.
-ALIASES = {
-    "lora_rank": "rank",
-    "keys": "targets",
-    "grad_accumulation": "grad_accumulation_steps",
-}
-SECTIONS = ("lora_parameters",)  # tables whose entries count as if they stood outside
-IGNORED = ("train",)  # where training is another word of the same command
-
-
-def read_settings(values: Mapping[str, Any], place: str = "") -> TrainSettings:
-    """Settings by name, each held to its bounds.
-
-    Args:
-        place: what the values come from, for messages.
-
-    Raises:
-        TrainingError: naming the first that is unknown, out of bounds or in conflict.
-    """
-    before = f"{place}: " if place else ""
-    found: dict[str, Any] = {}
-    for name, value in values.items():
-        if name not in TABLE:
-            close = difflib.get_close_matches(name, [*TABLE, *ALIASES, "mask_prompt"], 1)
-            raise TrainingError(
-                f"{before}there is no setting {name}.",
-                hint=f"Did you mean {close[0]}?" if close else "See phimlx train --help.",
-            )
-        if value is not None:
-            found[name] = read_value(name, value, place)
-    if found.get("iters") is not None and "epochs" in found:
-        raise TrainingError(f"{before}iters and epochs exclude each other.", hint="Give one.")
-    if found.get("layers") is not None and found.get("num_layers", -1) != -1:
-        raise TrainingError(f"{before}layers and num_layers exclude each other.", hint="Give one.")
-    return TrainSettings(**found)
-
-
-def read_value(name: str, value: Any, place: str = "") -> Any:
-    """One value as it is kept; raises TrainingError that says what it must be."""
-    kind: Kind = TABLE[name].metadata["kind"]
-    try:
-        return kind.read(value)
-    except (ValueError, TypeError):
-        before = f"{place}: " if place else ""
-        raise TrainingError(
-            f"{before}{name} is {shortened(value)}; it must be {kind.what}."
-        ) from None
-
-
-def read_file(path: Path) -> dict[str, Any]:
-    """The settings that a YAML or TOML file gives, under the names of `TrainSettings`.
-
-    Dashes count as underscores, and what mlx-lm's files call otherwise is understood.
-
-    Raises:
-        TrainingError: for a file that cannot be read, and for a setting given twice.
-    """
-    table = _parse(path)
-    sections = [(name, table.pop(name)) for name in SECTIONS if name in table]
-    found: dict[str, Any] = {}
-    scale = None
-    for name, part in [("", table), *sections]:
-        if not isinstance(part, Mapping):
-            raise TrainingError(f"{path}: {name} is {shortened(part)}, not a table of values.")
-        for key, value in part.items():
-            key = str(key).replace("-", "_")
-            if key in IGNORED or value is None:
-                continue
-            if key == "mask_prompt":
-                key, value = "loss_on", mask_prompt(value, path)
-            elif name and key == "scale":
-                scale = value
-                continue
-            key = ALIASES.get(key, key)
-            if key in found:
-                raise TrainingError(f"{path}: {key} is given twice.")
-            found[key] = value
-    if scale is not None:
-        rank = read_value("rank", found.get("rank", TrainSettings.rank), str(path))
-        found.setdefault("alpha", POSITIVE.read(scale) * rank)
-    read_settings(found, str(path))
-    return found
-
-
-def mask_prompt(value: object, path: Path) -> str:
-    """What mlx-lm's `mask_prompt` says about `loss_on`."""
+def _mask_prompt(value: object) -> str:
+    """Return what mlx-lm's `mask_prompt` says about `loss_on`."""
     if not isinstance(value, bool):
-        raise TrainingError(f"{path}: mask_prompt is {shortened(value)}; it must be true or false.")
+        raise OptionError(f"mask_prompt is {shortened(value)}; it must be true or false.")
     return "assistant" if value else "all"
 
 
-def _parse(path: Path) -> dict[str, Any]:
-    readers = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
-    if path.suffix not in readers:
-        raise TrainingError(
-            f"{path} is neither YAML nor TOML.", hint="Name it .yaml, .yml or .toml."
-        )
-    text = read_text(path, TrainingError, limit=MAX_FILE_BYTES)
-    table = readers[path.suffix](text, path)
-    if not isinstance(table, dict):
-        raise TrainingError(f"{path} is not a table of settings.")
-    return table
-
-
-def _toml(text: str, path: Path) -> Any:
+def _alpha(scale: Any, found: Mapping[str, Any]) -> float:
+    """Return the alpha that makes mlx-lm's `scale`, at the rank that the file gives."""
     try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise TrainingError(f"{path} is not TOML ({error}).") from None
-
-
-def _yaml(text: str, path: Path) -> Any:
-    yaml = importlib.import_module("yaml")  # huggingface_hub and mlx-lm bring it
-    try:
-        return yaml.safe_load(text) or {}
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}" if mark else "nested too deeply"
-        raise TrainingError(f"{path} is not YAML ({place}).") from None
-
-
-def spelled(name: str) -> Sequence[str]:
-    """How an option is spelled on the command line."""
-    return TABLE[name].metadata["flags"] or (f"--{name.replace('_', '-')}",)
+        factor = read(TrainSettings, {"alpha": scale}).alpha
+    except TrainingError:
+        raise OptionError(f"scale is {shortened(scale)}; it must be a number, above 0.") from None
+    assert factor is not None
+    return factor * read(TrainSettings, {"rank": found.get("rank")}).rank

@@ -23,7 +23,8 @@ from phimlx.errors import CheckpointError, ConfigError, PhimlxError
 from phimlx.models.lora import LoRA
 from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
 from phimlx.models.phi4mm.features import Placeholders
-from phimlx.training.trainable import AdapterSettings, adapter_of, attach
+from phimlx.training.settings import TrainSettings
+from phimlx.training.trainable import adapter_of, attach
 from tests.convert.tiny import MINI, PHI_4, parameters, write_model
 
 IDS = mx.array([[5, 6, 7, 8, 9, 10, 11, 40, 3]])
@@ -77,12 +78,12 @@ def adapter_in(folder: Path, **config: Any) -> Path:
 
 
 SETTINGS = {
-    "lora": AdapterSettings(rank=4, alpha=3),
-    "dora": AdapterSettings(kind="dora", rank=3, scale=1.5),
-    "last layer": AdapterSettings(rank=2, num_layers=1, targets=("qkv_proj", "down_proj")),
-    "first layer": AdapterSettings(kind="dora", rank=2, layers=(0, 0), targets=("mlp.*",)),
-    "full": AdapterSettings(kind="full"),
-    "last layer, full": AdapterSettings(kind="full", num_layers=1),
+    "lora": TrainSettings(rank=4, alpha=3),
+    "dora": TrainSettings(fine_tune_type="dora", rank=3, alpha=4.5),
+    "last layer": TrainSettings(rank=2, num_layers=1, targets=("qkv_proj", "down_proj")),
+    "first layer": TrainSettings(fine_tune_type="dora", rank=2, layers=(0, 0), targets=("mlp.*",)),
+    "full": TrainSettings(fine_tune_type="full"),
+    "last layer, full": TrainSettings(fine_tune_type="full", num_layers=1),
 }
 
 
@@ -147,7 +148,7 @@ def test_what_mlx_lm_trains_is_the_same_here(
 
 def test_the_folder_says_what_was_trained_on_what(tmp_path: Path) -> None:
     model = ours()
-    settings = AdapterSettings(rank=4, alpha=3, num_layers=1, dropout=0.1)
+    settings = TrainSettings(rank=4, alpha=3, num_layers=1, dropout=0.1)
     attach(model, settings)
     base = Base("microsoft/phi-4", "0" * 40)
     write_adapter(tmp_path, adapter_of(model, settings, base))

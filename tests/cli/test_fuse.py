@@ -14,7 +14,8 @@ from phimlx.adapters.adapter import Base
 from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.adapters.read import read_adapter
 from phimlx.cli.group import cli
-from phimlx.training.trainable import AdapterSettings, adapter_of, attach
+from phimlx.training.settings import TrainSettings
+from phimlx.training.trainable import adapter_of, attach
 
 
 def run(*arguments: str | Path) -> Result:
@@ -26,7 +27,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """One that makes nano say something else."""
     folder = tmp_path_factory.mktemp("adapter")
     phi = phimlx.load("nano")
-    settings = AdapterSettings(rank=4, seed=1)
+    settings = TrainSettings(rank=4, seed=1)
     attach(phi.model, settings)
     for number, layer in enumerate(phi.model.layers):
         for linear in (layer.self_attn.qkv_proj, layer.mlp.gate_up_proj, layer.mlp.down_proj):

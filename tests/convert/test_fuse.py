@@ -18,18 +18,19 @@ from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConversionError
-from phimlx.training.trainable import AdapterSettings, adapter_of, attach
+from phimlx.training.settings import TrainSettings
+from phimlx.training.trainable import adapter_of, attach
 from tests.convert.tiny import MINI, PHI_4, same_bits, weights_of, write_model
 
 IDS = mx.arange(40)[None]
 SETTINGS = {
-    "lora": AdapterSettings(rank=4, scale=2.0),
-    "dora": AdapterSettings(kind="dora", rank=3, num_layers=1),
-    "full": AdapterSettings(kind="full", num_layers=1),
+    "lora": TrainSettings(rank=4, alpha=8.0),
+    "dora": TrainSettings(fine_tune_type="dora", rank=3, num_layers=1),
+    "full": TrainSettings(fine_tune_type="full", num_layers=1),
 }
 
 
-def adapter_for(source: Path, folder: Path, settings: AdapterSettings) -> Path:
+def adapter_for(source: Path, folder: Path, settings: TrainSettings) -> Path:
     """An adapter folder with numbers in it."""
     model = load_model(Checkpoint(source))
     attach(model, settings)
@@ -156,7 +157,7 @@ def test_another_adapter_does_not_go_on_where_one_was_stopped(tmp_path: Path) ->
         plan(
             source, tmp_path / "out", adapter=adapter_for(source, tmp_path / str(rank), settings)
         ).digest
-        for rank, settings in enumerate((AdapterSettings(rank=2), AdapterSettings(rank=2)))
+        for rank, settings in enumerate((TrainSettings(rank=2), TrainSettings(rank=2)))
     }
     assert len({*digests, plan(source, tmp_path / "out").digest}) == 3
 

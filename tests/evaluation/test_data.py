@@ -26,7 +26,8 @@ from phimlx.evaluation.data import (
 )
 from phimlx.training.data.batches import Example
 from phimlx.training.data.examples import Settings
-from phimlx.training.trainable import AdapterSettings, attach
+from phimlx.training.settings import TrainSettings
+from phimlx.training.trainable import attach
 from tests.training.models import tiny
 
 ROWS: list[dict[str, Any]] = [
@@ -58,7 +59,7 @@ def write(folder: Path, rows: list[dict[str, Any]], name: str = "rows.jsonl") ->
 def test_the_loss_is_that_of_each_example_by_itself(adapted: bool) -> None:
     model = tiny()
     if adapted:
-        attach(model, AdapterSettings(rank=2, dropout=0.5))  # which drops nothing here
+        attach(model, TrainSettings(rank=2, dropout=0.5))  # which drops nothing here
     drawn = np.random.default_rng(2).integers(3, 300, (9, 45)).astype(np.int32)
     examples = [
         Example(tokens[: 5 + 5 * i], np.arange(5 + 5 * i) > i, f"row {i}")

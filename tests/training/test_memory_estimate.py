@@ -17,7 +17,7 @@ from phimlx.training.memory_estimate import Load, forecast, remedies
 from phimlx.training.schedule import make_optimizer
 from phimlx.training.settings import TrainSettings
 from phimlx.training.step import Step
-from phimlx.training.trainable import AdapterSettings, attach
+from phimlx.training.trainable import attach
 
 CONFIG = {
     "hidden_size": 128,
@@ -80,7 +80,7 @@ def test_within_15_percent_of_the_measured_peak(name: str) -> None:
     (batch,) = Batches(examples, 4).epoch(0)
     expected = forecast(config, weights_of(model), settings, Load.of(batch), 4).total
 
-    attach(model, AdapterSettings(settings.fine_tune_type, settings.rank, alpha=32.0))
+    attach(model, settings)
     step = Step(
         model, make_optimizer(settings, 3), clip=1.0, checkpointing=settings.grad_checkpoint
     )

@@ -12,7 +12,8 @@ from mlx.utils import tree_flatten
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.data.batches import Example
 from phimlx.training.preference import PairBatches, PreferenceStep, without_adapter
-from phimlx.training.trainable import AdapterSettings, attach
+from phimlx.training.settings import TrainSettings
+from phimlx.training.trainable import attach
 from tests.training.models import tiny
 from tests.training.test_step import Recorder
 
@@ -36,7 +37,7 @@ def pairs(count: int = 5) -> list[Example]:
 def adapted(kind: str = "lora") -> Phi3ForCausalLM:
     """A model whose adapter has moved away from its beginning."""
     model = tiny()
-    attach(model, AdapterSettings(kind=kind, rank=4))
+    attach(model, TrainSettings(fine_tune_type=kind, rank=4))
     mx.random.seed(5)
     moved = [
         (name, array + 0.02 * mx.random.normal(array.shape))
@@ -90,7 +91,7 @@ def test_loss_and_gradients_are_the_papers(kind: str, batch_size: int) -> None:
 
 def test_before_the_first_step_nothing_is_preferred() -> None:
     model = tiny()
-    attach(model, AdapterSettings(rank=4))
+    attach(model, TrainSettings(rank=4))
     result = PreferenceStep(model, Recorder()).evaluate(PairBatches(pairs(), 3).epoch(0))
     assert result.loss == pytest.approx(np.log(2), rel=1e-6)
     assert result.metrics == {"accuracy": 0, "margin": 0}
@@ -98,7 +99,7 @@ def test_before_the_first_step_nothing_is_preferred() -> None:
 
 def test_the_better_answers_come_to_be_preferred() -> None:
     model = tiny()
-    attach(model, AdapterSettings(rank=4))
+    attach(model, TrainSettings(rank=4))
     step = PreferenceStep(model, optim.AdamW(5e-3), beta=BETA)
     batches = list(PairBatches(pairs(), 5).epoch(0))
     results = [step(number, batches) for number in range(1, 16)]

@@ -8,8 +8,8 @@ import mlx.core as mx
 import mlx.nn as nn
 import pytest
 
-from phimlx.training.schedule import learning_rate, make_optimizer, warmup_steps
-from phimlx.training.settings import OPTIMIZERS, TrainSettings
+from phimlx.training.schedule import OPTIMIZERS, learning_rate, make_optimizer, warmup_steps
+from phimlx.training.settings import TrainSettings
 
 
 def rates(settings: TrainSettings, steps: int) -> list[float]:

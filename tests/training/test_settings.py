@@ -8,14 +8,27 @@ from typing import Any
 import pytest
 
 from phimlx.errors import TrainingError
-from phimlx.training.settings import TrainSettings, read_file, read_settings
+from phimlx.models.adapters import MAX_RANK
+from phimlx.options import from_file, from_flags, override, read, schemas
+from phimlx.training.memory_estimate import MOMENTS
+from phimlx.training.run.log import SINKS
+from phimlx.training.schedule import OPTIMIZERS, SCHEDULES
+from phimlx.training.settings import TrainSettings
 
 
 def test_defaults() -> None:
-    settings = read_settings({})
+    settings = read(TrainSettings, {})
     assert settings == TrainSettings()
-    assert (settings.rank, settings.scaled_by, settings.rate) == (16, 32.0, 1e-4)
-    assert read_settings({"fine_tune_type": "full"}).rate == 1e-5
+    assert (settings.rank, settings.scale, settings.peak_learning_rate) == (16, 2.0, 1e-4)
+    assert read(TrainSettings, {"fine_tune_type": "full"}).peak_learning_rate == 1e-5
+
+
+def test_each_word_has_something_behind_it() -> None:
+    words = schemas(TrainSettings)
+    assert set(words["optimizer"]["enum"]) == OPTIMIZERS.keys() == MOMENTS.keys()
+    assert set(words["lr_schedule"]["enum"]) == SCHEDULES.keys()
+    assert set(words["report_to"]["items"]["enum"]) == SINKS.keys()
+    assert words["rank"]["maximum"] == MAX_RANK
 
 
 @pytest.mark.parametrize(
@@ -46,6 +59,19 @@ def test_defaults() -> None:
             "report_to is 'email'; it must be a list, each one of wandb, swanlab, tensorboard.",
             None,
         ),
+        ({"rank": 0}, "rank is 0; it must be a whole number, 1 or more, 16384 at most.", None),
+        (
+            {"rank": 2**15},
+            "rank is 32768; it must be a whole number, 1 or more, 16384 at most.",
+            None,
+        ),
+        ({"num_layers": 0}, "num_layers is 0; it must be a whole number above 0, or -1.", None),
+        ({"layers": 3}, "layers is 3; it must be a range such as 8-23.", None),
+        ({"layers": [True, 3]}, "layers is [True, 3]; it must be a range such as 8-23.", None),
+        ({"epochs": True}, "epochs is True; it must be a number, above 0.", None),
+        ({"targets": ["a", ""]}, "targets is ['a', '']; it must be a list, each a text.", None),
+        ({"model": 3}, "model is 3; it must be a text.", None),
+        ({"lorarank": 3}, "there is no setting lorarank.", "Did you mean lora_rank?"),
         ({"iters": 5, "epochs": 2}, "iters and epochs exclude each other.", "Give one."),
         (
             {"layers": "0-1", "num_layers": 2},
@@ -58,7 +84,7 @@ def test_what_does_not_hold_is_named(
     values: dict[str, Any], message: str, hint: str | None
 ) -> None:
     with pytest.raises(TrainingError) as error:
-        read_settings(values)
+        read(TrainSettings, values)
     assert (str(error.value), error.value.hint) == (message, hint)
 
 
@@ -68,11 +94,11 @@ def test_a_toml_file(tmp_path: Path) -> None:
         'model = "nano"\nlearning-rate = 2e-4\ntargets = ["qkv_proj", "o_proj"]\n'
         'layers = [1, 3]\n[mapping]\nprompt = "question"\n'
     )
-    settings = read_settings(read_file(path))
-    assert settings.rate == 2e-4
+    settings = from_file(TrainSettings, path)
+    assert settings.peak_learning_rate == 2e-4
     assert settings.targets == ("qkv_proj", "o_proj")
     assert settings.layers == (1, 3)
-    assert settings.mapping == (("prompt", "question"),)
+    assert settings.mapping == {"prompt": "question"}
 
 
 def test_a_file_of_mlx_lm(tmp_path: Path) -> None:
@@ -81,9 +107,9 @@ def test_a_file_of_mlx_lm(tmp_path: Path) -> None:
         "model: nano\ntrain: true\nmask_prompt: false\niters: 10\nlearning_rate: 1e-5\n"
         "lora_parameters:\n  keys: [qkv_proj]\n  rank: 8\n  scale: 20.0\n  dropout: 0.1\n"
     )
-    settings = read_settings(read_file(path))
-    assert (settings.loss_on, settings.iters, settings.rate) == ("all", 10, 1e-5)
-    assert (settings.rank, settings.scaled_by, settings.dropout) == (8, 160.0, 0.1)
+    settings = from_file(TrainSettings, path)
+    assert (settings.loss_on, settings.iters, settings.peak_learning_rate) == ("all", 10, 1e-5)
+    assert (settings.rank, settings.scale, settings.dropout) == (8, 20.0, 0.1)
     assert settings.targets == ("qkv_proj",)
 
 
@@ -107,20 +133,42 @@ def test_a_file_that_does_not_hold(tmp_path: Path, name: str, text: str, message
     path = tmp_path / name
     path.write_bytes(text.encode("latin-1"))
     with pytest.raises(TrainingError) as error:
-        read_file(path)
+        from_file(TrainSettings, path)
     assert str(error.value) == message.format(path=path)
 
 
 def test_a_file_must_be_there(tmp_path: Path) -> None:
     with pytest.raises(TrainingError) as error:
-        read_file(tmp_path / "a.toml")
+        from_file(TrainSettings, tmp_path / "a.toml")
     assert str(error.value) == f"There is no file {tmp_path / 'a.toml'}."
 
 
 def test_differences_are_those_that_decide() -> None:
-    before = TrainSettings(targets=("o_proj",), keep=3).as_object()
+    before = TrainSettings(targets=("o_proj",), keep=3)
     now = TrainSettings(targets=("qkv_proj",), keep=5, seed=2)
     assert now.differences(before) == [
         "targets was ['o_proj'], is ['qkv_proj']",
         "seed was 0, is 2",
     ]
+
+
+def test_a_flag_takes_the_place_of_what_it_excludes_in_a_file(tmp_path: Path) -> None:
+    path = tmp_path / "run.yaml"
+    path.write_text("epochs: 2\nlayers: 0-1\nrank: 4\n")
+    file = from_file(TrainSettings, path)
+    settings = from_flags(TrainSettings, {"iters": 7, "epochs": None, "num_layers": 1}, file)
+    assert settings.model_fields_set == {"iters", "num_layers", "rank"}
+    assert (settings.iters, settings.epochs, settings.layers, settings.rank) == (7, 3, None, 4)
+    with pytest.raises(TrainingError, match="iters and epochs exclude each other"):
+        from_flags(TrainSettings, {"iters": 7, "epochs": 2.0})
+    assert override(settings, TrainSettings(epochs=1)).iters is None
+
+
+def test_settings_survive_their_file() -> None:
+    settings = read(
+        TrainSettings,
+        {"layers": "1-3", "mapping": "prompt=q,completion=a", "report_to": "wandb,swanlab"},
+    )
+    assert settings.as_object()["layers"] == [1, 3]
+    again = settings.as_object() | {"num_layers": None, "epochs": None}
+    assert read(TrainSettings, again) == settings

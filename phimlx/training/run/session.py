@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -21,19 +21,19 @@ from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
 from phimlx.hub.layout import model_name
 from phimlx.models.base import ModelConfig
+from phimlx.options import override, read
 from phimlx.training.data.batches import Batches
 from phimlx.training.data.examples import Dataset, Settings, load_data
 from phimlx.training.data.loss_mask import Codec
 from phimlx.training.data.rows import Progress
 from phimlx.training.distributed import Machines
 from phimlx.training.memory_estimate import Forecast, Load, forecast, remedies
-from phimlx.training.run.checkpoints import Saved, Store
+from phimlx.training.run.checkpoints import RUN, Saved, Store
 from phimlx.training.run.loop import Plan, Run, make_batches, make_step
-from phimlx.training.settings import TrainSettings, read_settings
+from phimlx.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
-    from phimlx.training.trainable import AdapterSettings
 
 MAX_TOKENS = 2048  # of a row, where nothing is said and the model holds as many
 VALID_FRACTION = 0.05  # of the rows, where nothing is said and the data has no valid file
@@ -57,7 +57,7 @@ class Session:
     def __post_init__(self) -> None:
         if self.settings.max_seq_length is None:
             longest = min(MAX_TOKENS, self.config.max_position_embeddings)
-            self.settings = replace(self.settings, max_seq_length=longest)
+            self.settings = self.settings.model_copy(update={"max_seq_length": longest})
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
@@ -88,14 +88,13 @@ class Session:
                 f"max_seq_length is {settings.max_seq_length:,}, but the model holds {longest:,} "
                 "tokens."
             )
-        for name, conflict in (("pack", settings.pack), ("full", _is_full(settings))):
+        for name, conflict in (("pack", settings.pack), ("full", settings.trains_whole_layers)):
             if settings.dpo and conflict:
                 raise TrainingError(
                     f"dpo does not go with {name}.",
                     hint="Pairs stay together, and are measured against the model without its "
                     "adapter.",
                 )
-        self.adapter_settings  # noqa: B018 (raises)
         if self.resumed is None and self.machines.is_first:
             self.store.refuse_existing()
 
@@ -176,23 +175,6 @@ class Session:
             return f"{said}. {hint}"
         raise TrainingError(f"{said}.", hint=f"{hint} To try all the same: --ignore-memory.")
 
-    @cached_property
-    def adapter_settings(self) -> AdapterSettings:
-        from phimlx.training.trainable import AdapterSettings
-
-        settings = self.settings
-        return AdapterSettings(
-            kind=settings.fine_tune_type,
-            rank=settings.rank,
-            alpha=settings.scaled_by,
-            dropout=settings.dropout,
-            rslora=settings.rslora,
-            targets=settings.targets,
-            num_layers=None if settings.num_layers < 0 else settings.num_layers,
-            layers=settings.layers,
-            seed=settings.seed,
-        )
-
     def about(self, data: Mapping[str, Dataset]) -> dict[str, Any]:
         """What the run is, as its folder keeps it."""
         return {
@@ -221,7 +203,7 @@ class Session:
         if self.resumed is not None:
             _same_run(self.resumed, about)
             saved = self._last()
-        attach(phi.model, self.adapter_settings)
+        attach(phi.model, self.settings)
         train, valid = self.batches(data)
         steps = Plan.of(self.settings, len(train)).steps
         step = make_step(
@@ -237,7 +219,7 @@ class Session:
             run.restore(saved)
         elif self.machines.is_first:
             base = Base.of(self.folder, self.checkpoint.config)
-            adapter = adapter_of(phi.model, self.adapter_settings, base)
+            adapter = adapter_of(phi.model, self.settings, base)
             self.store.begin(about, adapter_config(adapter))
         return run
 
@@ -266,18 +248,20 @@ class Session:
         }
 
 
-def resumed_settings(about: Mapping[str, Any], given: Mapping[str, Any]) -> TrainSettings:
-    """The settings of a run to go on with, and what was given now in their place.
+def resumed_settings(about: Mapping[str, Any], given: TrainSettings) -> TrainSettings:
+    """Return the settings of a run to go on with, and what was given now in their place.
 
     Raises:
         TrainingError: where something else was given that decides about losses.
     """
-    known = {each.name for each in fields(TrainSettings)}
-    before = {name: value for name, value in about["settings"].items() if name in known}
-    # One of the two stands for nothing where the other is set.
-    idle = "epochs" if before.get("iters") is not None else "iters"
-    values = {name: value for name, value in before.items() if name != idle} | dict(given)
-    settings = read_settings(values)
+    defaults = TrainSettings().as_object()
+    kept = {
+        name: value
+        for name, value in about["settings"].items()
+        if name in defaults and value != defaults[name]
+    }
+    before = read(TrainSettings, kept, RUN)
+    settings = override(before, given)
     differences = settings.differences(before)
     if differences:
         raise TrainingError(
@@ -312,7 +296,3 @@ def _same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
                 f"The {what} data is not what the run began with.",
                 hint=hint,
             )
-
-
-def _is_full(settings: TrainSettings) -> bool:
-    return settings.fine_tune_type == "full"

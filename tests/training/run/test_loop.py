@@ -21,7 +21,7 @@ from phimlx.training.run.events import Event, Kept, Report, Sample, Validation
 from phimlx.training.run.loop import COMPLETE, STOPPED_EARLY, Plan, Run, make_batches, make_step
 from phimlx.training.settings import TrainSettings
 from phimlx.training.step import NonFiniteError
-from phimlx.training.trainable import AdapterSettings, attach
+from phimlx.training.trainable import attach
 from tests.training.models import tiny
 
 
@@ -38,7 +38,7 @@ def examples(count: int = 12, seed: int = 0) -> list[Example]:
 def make(folder: Path, rate: float = 1e-2, **options: Any) -> Run:
     settings = TrainSettings(batch_size=4, steps_per_report=2, **options)
     model = tiny()
-    attach(model, AdapterSettings(rank=4, alpha=8.0))
+    attach(model, TrainSettings(rank=4, alpha=8.0))
     machines = Machines()
     store = Store(folder, settings.keep)
     folder.mkdir()
