@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phimlx.adapters.adapter import Adapter, Base
 from phimlx.errors import TrainingError, shortened
 from phimlx.models.base import CausalLM
-from phimlx.models.lora import MAX_RANK, LoRA, input_dims
+from phimlx.models.lora import LoRA, input_dims
 from phimlx.training.forward import Dropout
 from phimlx.training.settings import TrainSettings
 

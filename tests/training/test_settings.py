@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from phimlx.errors import TrainingError
-from phimlx.models.adapters import MAX_RANK
+from phimlx.models.lora import MAX_RANK
 from phimlx.options import from_file, from_flags, override, read, schemas
 from phimlx.training.memory_estimate import MOMENTS
 from phimlx.training.run.log import SINKS
