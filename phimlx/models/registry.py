@@ -220,9 +220,10 @@ def of_config(config: Config) -> Architecture:
     """
     architecture = find(config.get("model_type"))
     if architecture is None:
+        known = ", ".join(each.model_type for each in ARCHITECTURES)
         raise ConfigError(
             f"config.json: model_type is {shortened(config.get('model_type'))}, but phimlx runs "
-            f"the Phi family: {', '.join(sorted(_BY_TYPE))}."
+            f"the Phi family: {known}."
         )
     return architecture
 
