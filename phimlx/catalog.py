@@ -97,6 +97,22 @@ PHI_4_MINI: dict[str, Any] = {
     "longrope_step": 4096,
 }
 
+PHI_3_MINI: dict[str, Any] = {
+    "parameters": 3_821_079_552,
+    "num_hidden_layers": 32,
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 32,
+    "head_dim": 96,
+    "vocab_size": 32_064,
+    "tied": False,
+}
+PHI_3_MEDIUM: dict[str, Any] = {
+    **PHI_4,
+    "parameters": 13_960_238_080,
+    "vocab_size": 32_064,
+}
+LONG: dict[str, Any] = {"context_length": 131_072, "longrope_step": 4096}
 NANO: dict[str, Any] = {
     "repo": None,
     "quantized_repo": None,
@@ -168,6 +184,46 @@ FAMILY: tuple[Model, ...] = (
             "parameters": 5_574_460_384,
             "whole_parameters": 5_574_460_384 - PHI_4_MINI["parameters"],  # encoders, adapters
         },
+    ),
+    Model(
+        alias="phi-3.5-mini",
+        repo="microsoft/Phi-3.5-mini-instruct",
+        quantized_repo="mlx-community/Phi-3.5-mini-instruct-4bit",
+        other_names=("phi-3.5-mini-instruct", "phi3.5-mini"),
+        **LONG,
+        **PHI_3_MINI,
+    ),
+    Model(
+        alias="phi-3-mini",
+        repo="microsoft/Phi-3-mini-4k-instruct",
+        quantized_repo="mlx-community/Phi-3-mini-4k-instruct-4bit",
+        other_names=("phi-3-mini-4k-instruct", "phi-3-mini-4k", "phi3-mini"),
+        context_length=4096,
+        **PHI_3_MINI,
+    ),
+    Model(
+        alias="phi-3-mini-128k",
+        repo="microsoft/Phi-3-mini-128k-instruct",
+        quantized_repo="mlx-community/Phi-3-mini-128k-instruct-4bit",
+        other_names=("phi-3-mini-128k-instruct",),
+        **LONG,
+        **PHI_3_MINI,
+    ),
+    Model(
+        alias="phi-3-medium",
+        repo="microsoft/Phi-3-medium-4k-instruct",
+        quantized_repo=None,
+        other_names=("phi-3-medium-4k-instruct", "phi-3-medium-4k", "phi3-medium"),
+        context_length=4096,
+        **PHI_3_MEDIUM,
+    ),
+    Model(
+        alias="phi-3-medium-128k",
+        repo="microsoft/Phi-3-medium-128k-instruct",
+        quantized_repo=None,
+        other_names=("phi-3-medium-128k-instruct",),
+        **LONG,
+        **PHI_3_MEDIUM,
     ),
     Model(alias="nano", other_names=("phi-4-nano",), **NANO),
     Model(
