@@ -22,6 +22,7 @@ from phimlx.adapters.attach import check_fit
 from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, stored_parameters
+from phimlx.machine.reductions import sum_of_squares
 from phimlx.models.lora import LoRA
 
 
@@ -120,8 +121,8 @@ class Fusing(Change):
             after.parts,
             before.sound,
             after.fits,
-            (kept - merged).square().sum(),
-            (merged - plain).square().sum(),
+            sum_of_squares(kept - merged),
+            sum_of_squares(merged - plain),
         )
 
     def _unpacked(self, parts: tuple[mx.array, ...]) -> mx.array:

@@ -20,6 +20,7 @@ from convert.steps import Step, Steps
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, stored_parameters
 from phimlx.errors import PhimlxError
+from phimlx.machine.reductions import log_softmax, long_sum, sum_of_squares
 from phimlx.models.base import CausalLM, ModelConfig
 
 WINDOW = 512  # tokens; a window past the LongRoPE step has up to as many more than the step
@@ -188,13 +189,13 @@ def _sums(
         sums = [0.0] * 4
         for begin in range(0, length, HEAD_ROWS):
             rows = slice(begin, min(begin + HEAD_ROWS, length))
-            p = _log_softmax(before[0].head(first[rows]))  # [rows, vocab]
-            q = _log_softmax(after[0].head(second[rows]))
+            p = log_softmax(before[0].head(first[rows]))  # [rows, vocab]
+            q = log_softmax(after[0].head(second[rows]))
             target = input_ids[0, rows.start + 1 : rows.stop + 1, None]
             parts = (
                 -mx.take_along_axis(p, target, axis=-1).sum(),
                 -mx.take_along_axis(q, target, axis=-1).sum(),
-                (mx.exp(p) * (p - q)).sum(),
+                long_sum(mx.exp(p) * (p - q)).sum(),
                 (mx.argmax(p, axis=-1) == mx.argmax(q, axis=-1)).sum(),
             )
             mx.eval(parts)
@@ -202,10 +203,6 @@ def _sums(
         found.append(sums)
         advance(1 / len(inputs))
     return found
-
-
-def _log_softmax(logits: mx.array) -> mx.array:
-    return logits - mx.logsumexp(logits, axis=-1, keepdims=True)
 
 
 def _agreement(windows: Windows, sums: Sequence[Sequence[float]]) -> Agreement:
@@ -254,7 +251,7 @@ def layer_errors(
             step.change.apply([_widened(array) for array in stored]).parts[step.change.name]
             for step, stored in zip(matrices[index], (stored_before, stored_after), strict=True)
         )
-        difference, norm = mx.square(y - x).sum(), mx.square(x).sum()
+        difference, norm = sum_of_squares(y - x), sum_of_squares(x)
         mx.eval(difference, norm)
         differences[index] += float(difference)
         norms[index] += float(norm)

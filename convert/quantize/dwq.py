@@ -22,6 +22,7 @@ from convert.quantize.tensor import is_finite
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, load_model, stored_parameters
 from phimlx.errors import ConversionError
+from phimlx.machine.reductions import log_softmax, long_sum
 from phimlx.models.base import CausalLM
 from phimlx.models.phi3 import DecoderLayer
 
@@ -230,8 +231,8 @@ def divergence(
     for window in windows:
         input_ids = mx.array(window)[None]
         p, q = targets(input_ids, 0, "valid"), student(input_ids)
-        p, q = (logits - mx.logsumexp(logits, axis=-1, keepdims=True) for logits in (p, q))
-        total += float((mx.exp(p) * (p - q)).sum(axis=-1).mean())
+        p, q = log_softmax(p), log_softmax(q)
+        total += float(long_sum(mx.exp(p) * (p - q)).mean())
     return total / len(windows)
 
 

@@ -17,6 +17,7 @@ from phimlx.api import Phi
 from phimlx.errors import PromptError, TokenizerError, TrainingError
 from phimlx.extras import import_extra
 from phimlx.generation.engine import PREFILL_TOKENS
+from phimlx.machine.reductions import log_softmax
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
 from phimlx.training.loss import CHUNK_ROWS
@@ -117,8 +118,7 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
         ) -> tuple[mx.array, Cache]:
             cache = phi.model.make_cache()
             hidden = _fed(phi.model, np.array([prompt]), None, cache)
-            logits = phi.model.head(hidden[:, -1]).astype(mx.float32)  # [1, vocab]
-            return logits - mx.logsumexp(logits, axis=-1, keepdims=True), cache
+            return log_softmax(phi.model.head(hidden[:, -1])), cache  # [1, vocab]
 
         def _score_fn(
             self, inputs: Any, cache: Cache | None = None, step_size: int = PREFILL_TOKENS
@@ -191,9 +191,9 @@ def _scored(model: CausalLM, hidden: mx.array, targets: mx.array) -> tuple[mx.ar
     scores, likeliest = [], []
     for begin in range(0, math.prod(targets.shape), CHUNK_ROWS):
         here = slice(begin, begin + CHUNK_ROWS)
-        logits = model.head(flat[here]).astype(mx.float32)  # [chunk, vocab]
-        chosen = mx.take_along_axis(logits, wanted[here, None], axis=-1).squeeze(-1)
-        scores.append(chosen - mx.logsumexp(logits, axis=-1))
+        logits = model.head(flat[here])  # [chunk, vocab]
+        chosen = mx.take_along_axis(log_softmax(logits), wanted[here, None], axis=-1)
+        scores.append(chosen.squeeze(-1))
         likeliest.append(mx.argmax(logits, axis=-1) == wanted[here])
         mx.eval(scores[-1], likeliest[-1])
     shape = targets.shape

@@ -1,7 +1,4 @@
-"""Logits -> the next token: penalties, temperature, top-k, top-p, min-p, in that order.
-
-Knows one row of logits at a time and the tokens before it; knows nothing of models or text.
-"""
+"""Logits -> the next token: penalties, temperature, top-k, top-p, min-p, in that order."""
 
 from __future__ import annotations
 
@@ -156,10 +153,7 @@ def restrict(logits: mx.array, settings: Sampling) -> mx.array:
         logits = mx.where(logits < least, -mx.inf, logits)
     if settings.top_p < 1:
         order = mx.argsort(-logits, axis=-1)
-        likelihoods = mx.softmax(mx.take_along_axis(logits, order, axis=-1), axis=-1)
-        likelier = mx.cumsum(likelihoods, axis=-1) - likelihoods  # held by the tokens before
-        # The likeliest token stays whatever rounding makes of the sum before it.
-        kept = (likelier < settings.top_p) | (mx.arange(vocabulary) == 0)
+        kept = nucleus(mx.take_along_axis(logits, order, axis=-1), settings.top_p)
         logits = mx.where(
             mx.put_along_axis(mx.zeros_like(kept), order, kept, axis=-1), logits, -mx.inf
         )
@@ -167,3 +161,26 @@ def restrict(logits: mx.array, settings: Sampling) -> mx.array:
         least = logits.max(axis=-1, keepdims=True) + math.log(settings.min_p)
         logits = mx.where(logits < least, -mx.inf, logits)
     return logits
+
+
+def nucleus(logits: mx.array, top_p: float) -> mx.array:
+    """Whether each token is among the likeliest that together hold the probability `top_p`.
+
+    Likelihoods are added as whole numbers, which is exact in any order and on any device: near 1 a
+    float32 sum is coarser than a token of a large vocabulary. Each token is judged by what it and
+    those after it hold, for that is the smaller side, whose digits a float32 keeps.
+
+    Args:
+        logits: float32 `[..., vocab]`, falling.
+
+    Source: nucleus sampling, arXiv 1904.09751, section 3.1.
+    """
+    vocabulary = logits.shape[-1]
+    unit = 2.0 ** -(62 - vocabulary.bit_length())  # so that all of them together stay below 2^62
+    likelihoods = mx.exp(logits - logits[..., :1])
+    counts = (likelihoods / unit).astype(mx.int64)
+    up_to_here = mx.cumsum(counts, axis=-1)
+    total = up_to_here[..., -1:]
+    rest = (total - up_to_here + counts).astype(mx.float32)
+    # The likeliest token stays whatever rounding makes of it.
+    return (rest > (1 - top_p) * total.astype(mx.float32)) | (mx.arange(vocabulary) == 0)

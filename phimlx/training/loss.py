@@ -1,7 +1,4 @@
-"""The training loss: output head and cross-entropy in one, chunk by chunk, over supervised rows.
-
-Knows hidden states and targets; knows nothing of batches, adapters or optimizers.
-"""
+"""The training loss: output head and cross-entropy in one, chunk by chunk, over supervised rows."""
 
 from __future__ import annotations
 
@@ -10,6 +7,8 @@ from typing import cast
 
 import mlx.core as mx
 import mlx.nn as nn
+
+from phimlx.machine.reductions import long_sum
 
 CHUNK_ROWS = 128  # rows whose logits exist at one time
 
@@ -21,8 +20,8 @@ def token_losses(
 ) -> mx.array:
     """Cross-entropy of each row's logits, never holding `[n, vocab]` as a whole.
 
-    The gradient with respect to `hidden` is computed on the way forward, chunk by chunk, while the
-    logits are there; the way back only scales it. The head itself gets none: for one that is
+    The gradient with respect to `hidden` is computed in the forward pass, chunk by chunk, while the
+    logits are there; the backward pass only scales it. The head itself gets none: for one that is
     trained, see `linear_cross_entropy`.
 
     Args:
@@ -59,7 +58,7 @@ def token_losses(
 def measured_losses(
     head: nn.Module, hidden: mx.array, targets: mx.array, rows: int = CHUNK_ROWS
 ) -> mx.array:
-    """The same as `token_losses` for half the work, where no gradient will be asked for."""
+    """Compute what `token_losses` does for half the work, where no gradient will be asked for."""
     found: list[mx.array] = []
     for here, x in _chunks(hidden, rows, [found]):
         found.append(_cross_entropy(_projection(head)(x), targets[here])[0])
@@ -69,10 +68,10 @@ def measured_losses(
 def linear_cross_entropy(
     head: nn.Module, hidden: mx.array, targets: mx.array, weights: mx.array, rows: int = CHUNK_ROWS
 ) -> mx.array:
-    """Σ weights · cross-entropy, whose gradients reach `hidden` and a head that is trained.
+    """Sum up weights · cross-entropy, whose gradients reach `hidden` and a head that is trained.
 
     Args:
-        weights: float32 `[n]`; 0 for rows that only fill the shape up. The rest as `token_losses`.
+        weights: float32 `[n]`; 0 for rows of padding. The rest as `token_losses`.
 
     Returns:
         The sum, float32 scalar.
@@ -105,7 +104,7 @@ def linear_cross_entropy(
 
 
 def _projection(head: nn.Module) -> Head:
-    """Hidden states to logits, by a head that is an embedding too or one of its own."""
+    """The map from hidden states to logits: a tied embedding's, or the head itself."""
     return head.as_linear if hasattr(head, "as_linear") else head
 
 
@@ -125,9 +124,16 @@ def _chunks(
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Each row's loss, and softmax(logits) − onehot(targets) in the logits' own type."""
+    """Each row's loss, and softmax(logits) − onehot(targets) in the logits' own type.
+
+    The loss is taken of logits less their maximum: log Σ exp(logits) is a large number beside it
+    where the target is the likeliest, and its last digit all that would be left of the loss.
+    """
     wide = logits.astype(mx.float32)  # [rows, vocab]
-    normalizer = mx.logsumexp(wide, axis=-1, keepdims=True)
-    loss = (normalizer - mx.take_along_axis(wide, targets[:, None], axis=-1)).squeeze(-1)
-    excess = mx.exp(wide - normalizer).at[mx.arange(targets.size), targets].add(-1)
+    largest = wide.max(axis=-1, keepdims=True)
+    likelihoods = mx.exp(wide - largest)
+    total = long_sum(likelihoods)[:, None]
+    target = mx.take_along_axis(wide, targets[:, None], axis=-1)
+    loss = (mx.log(total) - (target - largest)).squeeze(-1)
+    excess = (likelihoods / total).at[mx.arange(targets.size), targets].add(-1)
     return loss, excess.astype(logits.dtype)

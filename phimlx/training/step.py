@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from phimlx.errors import TrainingError
 from phimlx.machine.device import on_gpu
+from phimlx.machine.reductions import euclidean_norm
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch
 from phimlx.training.forward import inputs_of, supervised_states
@@ -223,6 +224,5 @@ class Step:
 
 def _norm(gradients: Tree) -> float:
     """The Euclidean norm of all gradients together."""
-    arrays = dict(tree_flatten(gradients)).values()
-    squares = [array.astype(mx.float32).square().sum() for array in arrays]
-    return float(mx.sqrt(mx.stack(squares).sum()))
+    arrays: dict[str, mx.array] = dict(tree_flatten(gradients))
+    return float(euclidean_norm(arrays.values()))

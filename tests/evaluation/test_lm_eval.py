@@ -8,12 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import mlx.nn as nn
+import numpy as np
 import pytest
 
 import phimlx
 from phimlx.api import Phi
 from phimlx.errors import TrainingError
-from phimlx.evaluation.lm_eval import run_tasks
+from phimlx.evaluation.lm_eval import _scored, run_tasks
 
 QUESTIONS = [
     {"q": "What is 3 + 4?", "choices": ["7", "a cat"], "gold": 0},
@@ -60,6 +62,24 @@ def log_likelihood(phi: Phi, context: list[int], tokens: list[int]) -> float:
     logits = phi.model(mx.array([tokens]))[0].astype(mx.float32)
     logits = logits - mx.logsumexp(logits, axis=-1, keepdims=True)
     return sum(float(logits[i - 1, tokens[i]]) for i in range(len(context), len(tokens)))
+
+
+def test_likelihoods_over_a_large_vocabulary_are_those_of_float64() -> None:
+    class LogitsAsStates(nn.Module):
+        def head(self, x: mx.array) -> mx.array:
+            return x
+
+    random = np.random.default_rng(3)
+    logits = (3 * random.standard_normal((2, 4, 200_064))).astype(np.float32)
+    targets = logits.argmax(axis=-1)
+    targets[0, 0] = 7
+    model: Any = LogitsAsStates()
+    scores, likeliest = _scored(model, mx.array(logits), mx.array(targets))
+    wide = logits.astype(np.float64)
+    expected = wide - np.log(np.exp(wide).sum(axis=-1, keepdims=True))
+    expected = np.take_along_axis(expected, targets[..., None], axis=-1)[..., 0]
+    assert np.abs(np.array(scores) - expected).max() < 2e-6
+    assert np.array(likeliest).sum() == 7
 
 
 def test_tasks_are_answered_by_our_model(nano: Phi, tasks: Path) -> None:

@@ -6,6 +6,7 @@ import math
 from collections import Counter
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 from phimlx.errors import GenerationError
@@ -44,6 +45,24 @@ def kept(**settings: float) -> list[int]:
 )
 def test_what_is_kept(settings: dict[str, float], expected: list[int]) -> None:
     assert kept(**settings) == expected
+
+
+@pytest.mark.parametrize("seed", range(5))
+@pytest.mark.parametrize("spread", [0.1, 1, 2, 3])
+def test_top_p_of_a_large_vocabulary_keeps_what_a_float64_sum_keeps(
+    seed: int, spread: float
+) -> None:
+    values = np.random.default_rng(seed).standard_normal(200_064) * spread
+    logits = mx.array(values.astype(np.float32))[None]
+    wide = np.array(logits[0]).astype(np.float64)
+    order = np.argsort(-wide, kind="stable")
+    likelihoods = np.exp(wide[order] - wide.max())
+    before = (np.cumsum(likelihoods) - likelihoods) / likelihoods.sum()
+    for top_p in (0.3, 0.9, 0.99, 0.999):
+        found = restrict(logits, Sampling(temperature=1.0, top_p=top_p))[0]
+        expected = np.zeros(wide.size, bool)
+        expected[order[before < top_p]] = True
+        assert (np.isfinite(np.array(found)) == expected).all(), top_p
 
 
 def test_frequencies_follow_the_distribution() -> None:

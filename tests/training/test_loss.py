@@ -1,14 +1,22 @@
-"""The fused loss against MLX's own cross-entropy over all logits."""
+"""The fused loss against MLX's own cross-entropy over all logits, and against float64.
+
+The bounds of the latter are made by `scripts/goldens/loss_goldens.py`.
+"""
 
 from __future__ import annotations
 
+import json
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 import pytest
 
 from phimlx.training.loss import linear_cross_entropy, measured_losses, token_losses
+
+GOLDEN = json.loads((Path(__file__).parents[1] / "goldens" / "loss.json").read_text())
 
 VOCABULARY, HIDDEN, ROWS = 1000, 128, 300
 
@@ -143,3 +151,44 @@ def test_half_precision_stays_near_float32(dtype: mx.Dtype) -> None:
     found = linear_cross_entropy(head, hidden.astype(dtype), targets, weights)
     assert found.dtype == mx.float32
     assert close(found, expected, 1e-2)
+
+
+@pytest.mark.parametrize("case", GOLDEN["cases"], ids=lambda c: f"{c['spread']}-{c['target']}")
+def test_a_large_vocabulary_loses_no_more_digits_than_torch(case: dict[str, Any]) -> None:
+    """Against float64, with the errors of torch's float32 as the bounds."""
+    rows, vocabulary = GOLDEN["rows"], 200_064
+    random = np.random.default_rng([GOLDEN["seed"], case["spread"], case["target"]])
+    values = (case["spread"] * random.standard_normal((rows, vocabulary))).astype(np.float32)
+    targets = random.integers(0, vocabulary, rows)
+    values[np.arange(rows), targets] = case["target"]
+    wide = values.astype(np.float64)
+    shifted = wide - wide.max(axis=-1, keepdims=True)
+    totals = np.exp(shifted).sum(axis=-1, keepdims=True)
+    expected = np.log(totals[:, 0]) - shifted[np.arange(rows), targets]
+    of_logits = np.exp(shifted) / totals
+    of_logits[np.arange(rows), targets] -= 1
+
+    # Rows of an identity matrix: the head's weight holds the logits, and its gradient theirs.
+    head = nn.Linear(rows, vocabulary, bias=False)
+    head.weight = mx.array(values.T)
+    hidden, answers = mx.eye(rows), mx.array(targets)
+
+    def loss(weight: mx.array, x: mx.array) -> mx.array:
+        head.weight = weight
+        return linear_cross_entropy(head, x, answers, mx.ones(rows))
+
+    weight = head.weight
+    total, (of_weight, of_hidden) = mx.value_and_grad(loss, argnums=(0, 1))(weight, hidden)
+    head.weight = weight
+    measured = np.array(measured_losses(head, hidden, answers))
+    head.freeze()
+    frozen = mx.grad(lambda x: token_losses(head, x, answers).sum())(hidden)
+
+    def error(found: mx.array, exact: np.ndarray) -> float:
+        return float(np.linalg.norm(np.array(found) - exact) / np.linalg.norm(exact))
+
+    assert np.abs(measured / expected - 1).max() <= case["loss"]
+    assert abs(total.item() / expected.sum() - 1) <= case["loss"]
+    assert error(of_weight, of_logits.T) <= case["logits"]
+    assert error(of_hidden, of_logits @ wide.T) <= case["hidden"]
+    assert error(frozen, of_logits @ wide.T) <= case["hidden"]
