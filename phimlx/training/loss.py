@@ -8,6 +8,7 @@ from typing import cast
 import mlx.core as mx
 import mlx.nn as nn
 
+from phimlx.machine.order import after
 from phimlx.machine.reductions import long_sum
 
 CHUNK_ROWS = 128  # rows whose logits exist at one time
@@ -117,10 +118,7 @@ def _chunks(
     """
     for start in range(0, hidden.shape[0], rows):
         here = slice(start, start + rows)
-        x = hidden[here]
-        if start:
-            x = mx.depends([x], [result[-1] for result in results])[0]
-        yield here, x
+        yield here, after(hidden[here], *(result[-1] for result in results if result))
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:

@@ -1,6 +1,7 @@
-"""Phi-4-multimodal's ear: the conformer over log-mel frames, and its projections.
+"""Phi-4-multimodal's audio encoder: the conformer over log-mel frames, and its projections.
 
-Knows frames and their lengths; knows nothing of samples, prompts or the language model.
+How long clips are is worked out in numpy, by `audio_layouts`; what is computed of frames waits for
+no value, and so can be differentiated and compiled.
 Source: the checkpoint's own `speech_conformer_encoder.py`; transformers
 `models/phi4_multimodal/modeling_phi4_multimodal.py`, whose mask of padded clips is not followed.
 """
@@ -8,14 +9,17 @@ Source: the checkpoint's own `speech_conformer_encoder.py`; transformers
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
-from typing import Literal
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
 
 import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
+from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
+from phimlx.machine.order import after
 from phimlx.models.phi4mm.config import AudioConfig as AudioConfig
 from phimlx.models.phi4mm.vision import gelu
 from phimlx.models.rope import fuse
@@ -145,15 +149,15 @@ class Subsampling(nn.Module):
         """
         count = audio_tokens(len(frames))
         layers = [layer.often() if isinstance(layer, Pointwise) else layer for layer in self.conv]
-        blocks = []
+        blocks: list[mx.array] = []
         for start in range(0, count, BLOCK_TOKENS):
             early = min(start, 1)
             x = frames[None, 8 * (start - early) : 8 * (start + BLOCK_TOKENS), :, None]
+            x = after(x, *blocks[-1:])
             for layer in layers:
                 x = layer(x)  # [1, tokens, bins / 8, channels] in the end
             x = x[0, early:].transpose(0, 2, 1)
             blocks.append(self.out(x.reshape(len(x), -1)))
-            mx.eval(blocks[-1])
         return mx.concatenate(blocks)
 
 
@@ -309,25 +313,70 @@ class Encoder(nn.Module):
             x = mx.pad(x, [(0, MAX_TOKENS - rest), (0, 0)])
         whole = len(x) - len(x) % MAX_TOKENS
         chunks = x[:whole].reshape(-1, MAX_TOKENS, x.shape[-1])
-        parts = [
-            self._attend(chunks[i : i + CHUNKS_AT_ONCE])
-            for i in range(0, len(chunks), CHUNKS_AT_ONCE)
-        ]
+        parts = [chunks[i : i + CHUNKS_AT_ONCE] for i in range(0, len(chunks), CHUNKS_AT_ONCE)]
         if whole < len(x):
-            parts.append(self._attend(x[None, whole:]))
-        return mx.concatenate(parts)[:tokens]
+            parts.append(x[None, whole:])
+        encoded: list[mx.array] = []
+        for part in parts:
+            encoded.append(self._attend(after(part, *encoded[-1:])))
+        return mx.concatenate(encoded)[:tokens]
 
     def _attend(self, x: mx.array) -> mx.array:
         """`[chunks, length, attention_dim]` through the layers, as `[tokens, attention_dim]`."""
         bias = self.relative_attention_bias_layer(x.shape[1]).astype(x.dtype)
         for layer in self.encoders:
             x = layer(x, bias)
-        mx.eval(x)
         return x.reshape(-1, x.shape[-1])
 
 
+@dataclass(frozen=True)
+class AudioLayout:
+    """How long a clip is.
+
+    Attributes:
+        tokens: of the clip's frames.
+        placeholders: of the prompt that it fills, at most as many.
+        pad: as in `Encoder`.
+    """
+
+    tokens: int
+    placeholders: int
+    pad: bool
+
+
+def audio_layouts(
+    shape: Sequence[int],
+    audio_embed_sizes: NDArray[np.integer],
+    audio_attention_mask: NDArray[Any] | None,
+) -> list[AudioLayout]:
+    """Find out how long each clip is.
+
+    Args:
+        shape: of the log-mel frames, `[clips, frames, bins]`.
+        audio_embed_sizes: `[clips]`, tokens of each.
+        audio_attention_mask: `[clips, frames]`, 0 at padding; None where there is none.
+
+    Raises:
+        MediaError: for a clip with fewer frames than its tokens need.
+    """
+    frames = np.full(shape[0], shape[1])
+    if audio_attention_mask is not None:
+        frames = (audio_attention_mask != 0).sum(axis=1)
+    layouts = []
+    for i, (count, wanted) in enumerate(zip(frames, audio_embed_sizes, strict=True), 1):
+        tokens = audio_tokens(int(count))
+        if not 0 < wanted <= tokens:
+            raise MediaError(
+                f"Audio clip {i} has {tokens} tokens in {count} frames, but audio_embed_sizes has "
+                f"{wanted}.",
+                hint="The arrays must come from one call of the processor.",
+            )
+        layouts.append(AudioLayout(tokens, int(wanted), pad=audio_attention_mask is None))
+    return layouts
+
+
 class AudioEmbedding(nn.Module):
-    """Clips to rows of the language model."""
+    """Clips to features of the language model."""
 
     def __init__(self, config: AudioConfig, hidden_size: int) -> None:
         super().__init__()
@@ -342,44 +391,30 @@ class AudioEmbedding(nn.Module):
         }
 
     def encode(
-        self,
-        input_audio_embeds: mx.array,
-        audio_embed_sizes: mx.array,
-        audio_attention_mask: mx.array | None,
+        self, input_audio_embeds: mx.array, layouts: Sequence[AudioLayout]
     ) -> list[mx.array]:
         """Features of each clip, before a projection.
 
         Args:
             input_audio_embeds: `[clips, frames, bins]`, log-mel, zeros after a clip's end.
-            audio_embed_sizes: `[clips]`, tokens of each.
-            audio_attention_mask: `[clips, frames]`, 0 at padding; None where there is none.
+            layouts: from `audio_layouts`.
 
         Returns:
-            For each clip `[audio_embed_sizes[i], attention_dim]`.
-
-        Raises:
-            MediaError: for a clip with fewer frames than its tokens need.
+            For each clip `[placeholders, attention_dim]`.
         """
-        clips, length, _ = input_audio_embeds.shape
-        frames = np.full(clips, length)
-        if audio_attention_mask is not None:
-            frames = (np.array(audio_attention_mask) != 0).sum(axis=1)
-        features = []
-        for i, wanted in enumerate(np.array(audio_embed_sizes)):
-            tokens = audio_tokens(int(frames[i]))
-            if not 0 < wanted <= tokens:
-                raise MediaError(
-                    f"Audio clip {i + 1} has {tokens} tokens in {frames[i]} frames, but "
-                    f"audio_embed_sizes has {wanted}.",
-                    hint="The arrays must come from one call of the processor.",
-                )
-            seen = input_audio_embeds[i, : 8 * tokens]
-            features.append(self.encoder(seen, tokens, pad=audio_attention_mask is None)[:wanted])
+        features: list[mx.array] = []
+        for clip, layout in zip(input_audio_embeds, layouts, strict=True):
+            frames = after(clip[: 8 * layout.tokens], *features[-1:])
+            encoded = self.encoder(frames, layout.tokens, layout.pad)
+            features.append(encoded[: layout.placeholders])
         return features
 
     def project(self, features: mx.array, mode: Literal["speech", "vision"]) -> mx.array:
-        """`[tokens, attention_dim]` to `[tokens, hidden]`: `vision` where a picture is seen in the
-        same prompt, `speech` where none is."""
+        """Project `[tokens, attention_dim]` to `[tokens, hidden]`.
+
+        Args:
+            mode: `vision` where the same prompt holds an image, `speech` where none.
+        """
         up, _, down = self.audio_projection[mode]
         return down(gelu(up(features)))
 

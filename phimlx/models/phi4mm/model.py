@@ -20,9 +20,9 @@ from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.cache.kv import Cache, with_past
 from phimlx.models.lora import MAX_RANK, LoRALinear, Routing
 from phimlx.models.phi3 import Phi3Config, Phi3Model
-from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding
+from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding, audio_layouts
 from phimlx.models.phi4mm.features import ADAPTERS, Features, MediaCache, Placeholders
-from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig
+from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig, image_layouts
 
 # What the checkpoint's code hard-codes, for configs that do not say it.
 PUBLISHED_IDS = {"image_token_id": 200010, "audio_token_id": 200011}
@@ -165,11 +165,16 @@ class Phi4MMForCausalLM(CausalLM):
             if mask is None:
                 side = self.config.vision.side
                 mask = mx.ones((*pixels.shape[:2], side, side))
-            images = mx.concatenate(extend.image_embed(pixels, mask, sizes))  # [tokens, hidden]
+            places = image_layouts(np.array(mask), np.array(sizes), self.config.vision)
+            images = mx.concatenate(extend.image_embed(pixels, places))  # [tokens, hidden]
         frames = _given(input_audio_embeds)
         if frames is not None:
             sizes = _needed(audio_embed_sizes, "audio_embed_sizes", "input_audio_embeds")
-            clips = extend.audio_embed.encode(frames, sizes, _given(audio_attention_mask))
+            mask = _given(audio_attention_mask)
+            lengths = audio_layouts(
+                frames.shape, np.array(sizes), None if mask is None else np.array(mask)
+            )
+            clips = extend.audio_embed.encode(frames, lengths)
             audio = mx.concatenate(clips)  # [tokens, attention_dim]
         return Features(images, audio)
 

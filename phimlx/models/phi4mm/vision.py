@@ -1,6 +1,7 @@
-"""Phi-4-multimodal's eye: the SigLIP tower over crops, and their assembly into a prompt's rows.
+"""Phi-4-multimodal's image encoder: the SigLIP tower over crops, and their assembly into features.
 
-Knows pixels, patch masks and crop grids; knows nothing of files, prompts or the language model.
+Where images lie in their crops is worked out in numpy, by `image_layouts`; what is computed of
+pixels waits for no value, and so can be differentiated and compiled.
 Source: the checkpoint's own `vision_siglip_navit.py` and `modeling_phi4mm.py`; transformers
 `models/phi4_multimodal/modeling_phi4_multimodal.py`.
 """
@@ -8,9 +9,10 @@ Source: the checkpoint's own `vision_siglip_navit.py` and `modeling_phi4mm.py`; 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -18,13 +20,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
-from phimlx.machine.device import on_gpu, suited
+from phimlx.machine.device import crops_at_once, on_gpu
+from phimlx.machine.order import after
 from phimlx.models.phi4mm.config import VisionConfig as VisionConfig
 from phimlx.models.rope import fuse
-
-# The attention scores of one crop are heads · 1024² numbers: more crops at once fill the memory
-# without filling a GPU any better, and two already leave a CPU's cache.
-CROPS_AT_ONCE = suited(gpu=4, cpu=1)
 
 # Metal's fused attention has these head sizes; SigLIP's 72 becomes 80 by zeros.
 FUSED_HEAD_DIMS = (64, 80, 128)
@@ -139,7 +138,8 @@ class Embeddings(nn.Module):
         self.position_embedding = nn.Embedding(config.side**2, config.hidden_size)
 
     def __call__(self, pixels: mx.array, rows: int, columns: int) -> mx.array:
-        """Patches of crops whose first `rows` × `columns` patches are picture."""
+        """`[crops, 3, height, width]` to `[crops, patches, hidden]`, of which the first `rows` ×
+        `columns` show the image."""
         size = self.patch_embedding.size
         height, width = pixels.shape[2] // size, pixels.shape[3] // size
         ids = np.zeros((height, width), dtype=np.int32)
@@ -151,7 +151,7 @@ class Embeddings(nn.Module):
 
 @lru_cache(maxsize=256)
 def buckets(count: int, side: int) -> NDArray[np.intp]:
-    """The position, of `side` ones, of each of `count` patches spread over a crop's whole side.
+    """Position embedding, of `side` ones, of each of `count` patches spread over a crop's side.
 
     NaViT's fractional coordinates. Every step is rounded to float32 as the reference rounds it: at
     a bucket's edge one unit in the last place chooses another position.
@@ -177,11 +177,16 @@ class Tower(nn.Module):
         self.encoder = Encoder(config)
 
     def __call__(self, pixels: mx.array, rows: int, columns: int) -> mx.array:
-        """`[crops, 3, size, size]`, of whose patches the first `rows` × `columns` are picture, to
-        `[crops, ⌈rows / 2⌉, ⌈columns / 2⌉, hidden]`.
+        """Encode crops of whose patches the first `rows` × `columns` show the image.
 
-        Padding patches are neither attended to nor seen afterwards, so they are cut off; where an
+        Padding patches are neither attended to nor used afterwards, so they are cut off; where an
         odd row or column is pooled with a padding one, that one is computed, and masked as a key.
+
+        Args:
+            pixels: `[crops, 3, size, size]`.
+
+        Returns:
+            `[crops, ⌈rows / 2⌉, ⌈columns / 2⌉, hidden]`.
         """
         size = self.embeddings.patch_embedding.size
         height, width = rows + rows % 2, columns + columns % 2
@@ -196,9 +201,13 @@ class Tower(nn.Module):
 
 
 @dataclass(frozen=True)
-class Picture:
-    """Where one picture lies in its crops: a grid of `rows` × `columns` crops, of whose patches
-    the first `height` × `width` are picture."""
+class ImageLayout:
+    """Where an image lies in its crops.
+
+    Attributes:
+        rows, columns: of the grid of crops.
+        height, width: patches of the grid that show the image, from its upper left corner.
+    """
 
     rows: int
     columns: int
@@ -206,8 +215,26 @@ class Picture:
     width: int
 
 
+def image_layouts(
+    image_attention_mask: NDArray[Any], image_sizes: NDArray[np.integer], config: VisionConfig
+) -> list[ImageLayout]:
+    """Find out where each image lies in its crops.
+
+    Args:
+        image_attention_mask: `[images, crops, 32, 32]`, 0 at patches of padding.
+        image_sizes: `[images, 2]`, height and width of the grid in pixels.
+
+    Raises:
+        MediaError: for arrays that no image has.
+    """
+    return [
+        _layout(mask != 0, size, config, index)
+        for index, (mask, size) in enumerate(zip(image_attention_mask, image_sizes, strict=True))
+    ]
+
+
 class ImageEmbedding(nn.Module):
-    """Pictures to rows of the language model."""
+    """Images to features of the language model."""
 
     def __init__(self, config: VisionConfig, hidden_size: int) -> None:
         super().__init__()
@@ -222,60 +249,64 @@ class ImageEmbedding(nn.Module):
         ]
 
     def __call__(
-        self, input_image_embeds: mx.array, image_attention_mask: mx.array, image_sizes: mx.array
+        self, input_image_embeds: mx.array, layouts: Sequence[ImageLayout]
     ) -> list[mx.array]:
-        """Rows of each picture, in the order of its prompt placeholders.
+        """Features of each image, in the order of its placeholders.
 
         Args:
             input_image_embeds: `[images, crops, 3, 448, 448]`: the global view, then the grid's
                 crops row by row, then padding up to the batch's largest.
-            image_attention_mask: `[images, crops, 32, 32]`, 0 at patches of padding.
-            image_sizes: `[images, 2]`, height and width of the grid in pixels.
+            layouts: from `image_layouts`.
 
         Returns:
-            For each picture `[tokens, hidden]`: the grid's rows, each ended by `sub_GN`; `glb_GN`;
+            For each image `[tokens, hidden]`: the grid's rows, each ended by `sub_GN`; `glb_GN`;
             the global view's rows, each ended by `sub_GN`. A crop's 32 × 32 patches become
-            16 × 16 rows, of which only those on the picture are kept.
+            16 × 16 features, of which only those that show the image are kept.
+        """
+        features: dict[tuple[int, int], mx.array] = {}  # by (image, crop)
+        pooled: list[mx.array] = []
+        for shown, crops in self._batches(layouts):
+            pixels = mx.stack([input_image_embeds[crop] for crop in crops])
+            pooled = [self.img_processor(after(pixels, *pooled), *shown)]
+            features.update(zip(crops, pooled[0], strict=True))
+        return [self._assemble(i, layout, features) for i, layout in enumerate(layouts)]
 
-        Raises:
-            MediaError: for arrays that no picture has.
+    def _batches(
+        self, layouts: Sequence[ImageLayout]
+    ) -> Iterator[tuple[tuple[int, int], list[tuple[int, int]]]]:
+        """Batches of crops that show equally much and so need no padding among each other.
+
+        Yields:
+            Rows and columns of patches that each of them shows, and (image, crop) of each.
         """
         side = self.config.side
-        masks = np.array(image_attention_mask) != 0
-        pictures = [
-            _locate(masks[i], size, self.config, i) for i, size in enumerate(np.array(image_sizes))
-        ]
-        # Crops that show equally much need no padding among each other.
         alike: dict[tuple[int, int], list[tuple[int, int]]] = {}
-        for i, picture in enumerate(pictures):
+        for i, layout in enumerate(layouts):
             alike.setdefault((side, side), []).append((i, 0))
-            for k in range(picture.rows * picture.columns):
-                row, column = divmod(k, picture.columns)
-                seen = (
-                    min(picture.height - row * side, side),
-                    min(picture.width - column * side, side),
+            for k in range(layout.rows * layout.columns):
+                row, column = divmod(k, layout.columns)
+                shown = (
+                    min(layout.height - row * side, side),
+                    min(layout.width - column * side, side),
                 )
-                if min(seen) > 0:
-                    alike.setdefault(seen, []).append((i, 1 + k))
-        features: dict[tuple[int, int], mx.array] = {}  # by (picture, crop)
-        for seen, places in alike.items():
-            for start in range(0, len(places), CROPS_AT_ONCE):
-                chosen = places[start : start + CROPS_AT_ONCE]
-                pixels = mx.stack([input_image_embeds[place] for place in chosen])
-                pooled = self.img_processor(pixels, *seen)
-                mx.eval(pooled)
-                features.update(zip(chosen, pooled, strict=True))
-        return [self._assemble(i, picture, features) for i, picture in enumerate(pictures)]
+                if min(shown) > 0:
+                    alike.setdefault(shown, []).append((i, 1 + k))
+        size = crops_at_once()
+        for shown, crops in alike.items():
+            for start in range(0, len(crops), size):
+                yield shown, crops[start : start + size]
 
     def _assemble(
-        self, index: int, picture: Picture, features: Mapping[tuple[int, int], mx.array]
+        self, index: int, layout: ImageLayout, features: Mapping[tuple[int, int], mx.array]
     ) -> mx.array:
-        def grid_row(row: int) -> mx.array:
-            crops = [1 + row * picture.columns + column for column in range(picture.columns)]
-            seen = [features[index, crop] for crop in crops if (index, crop) in features]
-            return mx.concatenate(seen, axis=1)
+        """Features `[tokens, hidden]` of one image, of its crops' by (image, crop)."""
 
-        used = math.ceil(picture.height / self.config.side)
+        def grid_row(row: int) -> mx.array:
+            crops = [1 + row * layout.columns + column for column in range(layout.columns)]
+            shown = [features[index, crop] for crop in crops if (index, crop) in features]
+            return mx.concatenate(shown, axis=1)
+
+        used = math.ceil(layout.height / self.config.side)
         grid = mx.concatenate([grid_row(row) for row in range(used)], axis=0)
         rows = mx.concatenate(
             [self._end_rows(grid), self.glb_GN[0], self._end_rows(features[index, 0])]
@@ -289,10 +320,10 @@ class ImageEmbedding(nn.Module):
         return mx.concatenate([grid, ends], axis=1).reshape(-1, grid.shape[-1])
 
 
-def _locate(
-    mask: NDArray[np.bool_], size: NDArray[np.int64], config: VisionConfig, index: int
-) -> Picture:
-    """A picture's place, from its crops' masks `[crops, side, side]` and its grid's pixels."""
+def _layout(
+    mask: NDArray[np.bool_], size: NDArray[np.integer], config: VisionConfig, index: int
+) -> ImageLayout:
+    """The layout of one image, from its crops' masks `[crops, side, side]` and grid's pixels."""
     side = config.side
     rows, columns = (int(pixels) // config.image_size for pixels in size)
     if rows < 1 or columns < 1 or rows * columns >= len(mask):
@@ -315,4 +346,4 @@ def _locate(
             "with padding to its right and below.",
             hint="The arrays must come from one call of the processor.",
         )
-    return Picture(rows, columns, height, width)
+    return ImageLayout(rows, columns, height, width)
