@@ -1,6 +1,6 @@
-"""What the device that computes asks of the code: a GPU is filled, a CPU's cache is not left.
+"""How much to compute at once on MLX's default device: a GPU is filled, a CPU's cache is not left.
 
-Knows MLX's default device; knows nothing of models.
+Everything is a function, for the default device may change while the process lives.
 """
 
 from __future__ import annotations
@@ -16,3 +16,17 @@ def on_gpu() -> bool:
 def suited(*, gpu: int, cpu: int) -> int:
     """How much to compute at once on this device."""
     return gpu if on_gpu() else cpu
+
+
+def prefill_tokens() -> int:
+    """Tokens of a prompt in one forward pass, which bounds working memory."""
+    return suited(gpu=2048, cpu=512)
+
+
+def crops_at_once() -> int:
+    """Crops of images in one pass through the image encoder.
+
+    The attention scores of one crop are heads · 1024² numbers: more crops fill the memory without
+    filling a GPU any better, and two already leave a CPU's cache.
+    """
+    return suited(gpu=4, cpu=1)

@@ -1,16 +1,11 @@
-"""How much memory a model takes at a given context, and how much this machine has.
-
-Knows shapes and bytes; knows nothing of files, and allocates nothing.
-"""
+"""Estimates of the memory that a model takes at a given context, and what this machine has."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from typing import Protocol
 
-from phimlx.generation.engine import PREFILL_TOKENS
-from phimlx.models.phi4mm.config import VisionConfig
-from phimlx.models.phi4mm.vision import CROPS_AT_ONCE
+from phimlx.machine.device import crops_at_once, prefill_tokens
 
 
 class Shape(Protocol):
@@ -22,6 +17,21 @@ class Shape(Protocol):
     def num_key_value_heads(self) -> int: ...
     @property
     def head_dim(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+class ImageEncoderShape(Protocol):
+    """What of an image encoder's configuration decides about memory."""
+
+    @property
+    def side(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
     @property
     def hidden_size(self) -> int: ...
     @property
@@ -59,13 +69,13 @@ def footprint(shape: Shape, weights: int, context: int, itemsize: int = 2) -> Fo
         context=context,
         weights=weights,
         cache=context * cache_bytes_per_token(shape, itemsize),
-        working=min(context, PREFILL_TOKENS) * _activations(shape) * itemsize,
+        working=min(context, prefill_tokens()) * _activations(shape) * itemsize,
     )
 
 
 def longest_context(shape: Shape, weights: int, memory: int, itemsize: int = 2) -> int:
     """How many tokens fit into `memory` bytes beside the weights; 0 where none do."""
-    left = memory - weights - PREFILL_TOKENS * _activations(shape) * itemsize
+    left = memory - weights - prefill_tokens() * _activations(shape) * itemsize
     return max(0, left // cache_bytes_per_token(shape, itemsize))
 
 
@@ -75,20 +85,21 @@ def cache_bytes_per_token(shape: Shape, itemsize: int = 2) -> int:
     return heads * shape.head_dim * itemsize
 
 
-def picture_bytes(vision: VisionConfig, crops: int, itemsize: int = 2) -> int:
-    """What seeing a picture takes beside the weights, before its tokens are read; an estimate.
+def picture_bytes(vision: ImageEncoderShape, crops: int, itemsize: int = 2) -> int:
+    """Estimate what encoding an image takes beside the weights, before its tokens are read.
 
-    That is its pixels and those of the whole view in float32, and the activations of the crops that
-    are seen at once, attention's scores in float32 among them (fused attention does without).
+    That is its pixels and those of the global view in float32, and the activations of the crops
+    that are encoded at once, attention's scores in float32 among them, which fused attention does
+    without.
 
     Args:
-        crops: of the picture; 36 at most as published.
+        crops: of the image; 36 at most as published.
     """
     patches = vision.side**2
     pixels = (1 + crops) * 3 * vision.image_size**2 * 4
     scores = 2 * vision.num_attention_heads * patches**2 * 4
     rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
-    return pixels + min(1 + crops, CROPS_AT_ONCE) * (scores + rows)
+    return pixels + min(1 + crops, crops_at_once()) * (scores + rows)
 
 
 def machine_memory() -> int:

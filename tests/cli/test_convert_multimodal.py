@@ -112,7 +112,7 @@ def test_a_baked_conversion(theirs: Path, tmp_path: Path) -> None:
 
 @pytest.fixture
 def machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("phimlx.machine.memory.CROPS_AT_ONCE", 4)  # as on a GPU
+    monkeypatch.setattr("phimlx.machine.memory.crops_at_once", lambda: 4)  # as on a GPU
     monkeypatch.setattr("phimlx.machine.memory.machine_memory", lambda: 16_000_000_000)
 
 
@@ -157,7 +157,7 @@ def test_show_the_published_model(source: Path, machine: None) -> None:
 def test_a_picture_of_one_crop(monkeypatch: pytest.MonkeyPatch) -> None:
     """Seeing it and its overview at once was measured on the CPU to take 300 MB in bfloat16,
     370 MB in float32."""
-    monkeypatch.setattr("phimlx.machine.memory.CROPS_AT_ONCE", 4)
+    monkeypatch.setattr("phimlx.machine.memory.crops_at_once", lambda: 4)
     vision = VisionConfig.from_dict({})
     for itemsize, measured in ((2, 300e6), (4, 370e6)):
         assert measured < picture_bytes(vision, 1, itemsize) < 1.25 * measured

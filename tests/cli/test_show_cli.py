@@ -27,7 +27,7 @@ def machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """16 GB, prompts computed as on a GPU, and no model."""
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
     monkeypatch.setattr("phimlx.machine.memory.machine_memory", lambda: 16_000_000_000)
-    monkeypatch.setattr("phimlx.machine.memory.PREFILL_TOKENS", 2048)
+    monkeypatch.setattr("phimlx.machine.memory.prefill_tokens", lambda: 2048)
     monkeypatch.chdir(tmp_path)
 
 
