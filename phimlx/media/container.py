@@ -59,7 +59,7 @@ def open_container(data: bytes, form: ContainerFormat, name: str) -> Iterator[In
     """
     av = _import_av(form, name)
     try:
-        with av.open(io.BytesIO(data), format=form.demuxer, metadata_errors="replace") as container:
+        with av.open(io.BytesIO(data), format=form.demuxer, **_tolerance(av)) as container:
             yield container
     except MemoryError as error:  # FFmpeg's own, ENOMEM, among them
         raise out_of_memory(name) from error
@@ -82,6 +82,11 @@ def too_long(name: str, limits: Limits) -> MediaError:
     return MediaError(
         f"{name} is longer than {limits.max_seconds:g} s.", hint=raising("max_seconds")
     )
+
+
+def _tolerance(av: Any) -> dict[str, str]:
+    """Arguments that let a title be in another encoding than UTF-8, as PyAV 19 always does."""
+    return {"metadata_errors": "replace"} if int(av.__version__.partition(".")[0]) < 19 else {}
 
 
 def _import_av(form: ContainerFormat, name: str) -> Any:

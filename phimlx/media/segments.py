@@ -97,7 +97,7 @@ def _pieces(blocks: Iterable[Samples], rate: int, max_seconds: float) -> Iterato
         held = held[end:]
         start += end
     if start == 0:
-        if len(held) and _loudness(held, step).max() > SILENCE:
+        if len(held) and np.max(_loudness(held, step)) > SILENCE:
             yield Segment(0.0, len(held) / rate, held.copy(), rate)
     else:
         yield from _trimmed(held, start, rate)
@@ -120,7 +120,7 @@ def _cut_point(loudness: NDArray[np.float64], step: int) -> int:
     if candidates := late or early:
         first, last = max(candidates, key=lambda pause: (pause[1] - pause[0], pause[0]))
         return (first + last) // 2 * step
-    return (quarter + int(loudness[quarter:-1].argmin())) * step
+    return (quarter + int(np.argmin(loudness[quarter:-1]))) * step
 
 
 def _quiet_level(loudness: NDArray[np.float64]) -> float:

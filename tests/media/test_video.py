@@ -65,6 +65,14 @@ def test_frames_are_those_shown_in_the_middle_of_equal_spans(clip: str, frames: 
         np.testing.assert_array_equal(np.array(frame.image), pictures[index])
 
 
+@pytest.mark.parametrize("clip", ["mp4", "mkv"])
+def test_a_tag_in_another_encoding_is_no_error(clip: str) -> None:
+    data = av_video(10, **CLIPS[clip])
+    assert b"Lavf" in data
+    [frame] = read_video(data.replace(b"Lavf", b"\xe9\xe9vf"), 1)
+    assert frame.image.size == (64, 48)
+
+
 def turned(data: bytes, matrix: tuple[int, int, int, int]) -> bytes:
     """An MP4 whose track is shown through another display matrix (16.16 fixed point)."""
     place = data.index(b"tkhd") + 4 + 40
