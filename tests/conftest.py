@@ -5,19 +5,29 @@ from __future__ import annotations
 import ctypes
 import glob
 import os
+import signal
 from pathlib import Path
 
 import pytest
+
+from tests.bundled import unpack
 
 # MLX's Linux wheel carries a slow BLAS; the system's, loaded first, takes its place.
 for library in glob.glob("/usr/lib/*/openblas-pthread/libopenblas.so.0"):
     ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 
+# A shell that runs the tests in the background has them ignore Ctrl-C, and so every process they
+# start; what a test interrupts must listen.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+
 
 @pytest.fixture(scope="session")
-def data() -> Path:
-    """Folder of real tokenizers, configs and checkpoints, named by PHIMLX_TEST_DATA."""
-    folder = os.environ.get("PHIMLX_TEST_DATA")
-    if not folder:
-        pytest.skip("PHIMLX_TEST_DATA is not set: no folder of real tokenizers and checkpoints")
-    return Path(folder).resolve()
+def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Folder of real tokenizers, configs and checkpoints: what travels with the tests.
+
+    PHIMLX_TEST_DATA names a folder that takes its place and has more.
+    """
+    if folder := os.environ.get("PHIMLX_TEST_DATA"):
+        return Path(folder).resolve()
+    return unpack(tmp_path_factory.mktemp("data"))

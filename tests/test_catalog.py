@@ -15,6 +15,7 @@ from phimlx.checkpoint.load import build_model
 from phimlx.hub.layout import model_name
 from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
 from phimlx.models.phi3 import Phi3Config
+from tests.bundled import present
 
 PUBLISHED = {
     "phi-4": "phi-4",
@@ -35,9 +36,7 @@ def test_shapes_are_those_of_the_published_configs(data: Path, alias: str, folde
 def test_sampling_is_that_of_the_published_generation_configs(
     data: Path, alias: str, folder: str
 ) -> None:
-    file = data / "hf" / folder / "generation_config.json"
-    if not file.is_file():
-        pytest.skip(f"the generation_config.json of {folder} is not in the data")
+    file = present(data / "hf" / folder / "generation_config.json")
     published = json.loads(file.read_text())
     sampling = {k: published[k] for k in ("temperature", "top_p", "top_k") if k in published}
     model = catalog.find(alias)

@@ -67,7 +67,7 @@ class Terminal:
     ) -> None:
         if self._process.poll() is None:
             self._process.kill()
-            self._process.wait()
+            self._process.wait(DEADLINE)
         os.close(self._master)
 
     @property
@@ -87,9 +87,7 @@ class Terminal:
             if found >= 0:
                 start, self._read_to = self._read_to, found + len(text)
                 return shown[start : self._read_to]
-            rest = max(0.0, deadline - time.monotonic())
-            more = select.select([self._master], [], [], rest)[0] and self._read()
-            assert more, f"{text!r} was not shown after:\n{shown}"
+            assert self._shows_more(deadline), f"{text!r} was not shown after:\n{shown}"
 
     def type(self, *keys: str) -> None:
         """Send keys, or text."""
@@ -97,7 +95,8 @@ class Terminal:
 
     def wait(self) -> int:
         """Read until the program ends; return its exit status."""
-        while self._read():
+        deadline = time.monotonic() + DEADLINE
+        while self._shows_more(deadline):
             pass
         return self._process.wait(DEADLINE)
 
@@ -105,7 +104,11 @@ class Terminal:
         """Whether the terminal shows keys as they are typed."""
         return bool(termios.tcgetattr(self._master)[3] & termios.ECHO)
 
-    def _read(self) -> bool:
+    def _shows_more(self, deadline: float) -> bool:
+        """Read what comes next; False where the program has ended or the deadline passes."""
+        rest = max(0.0, deadline - time.monotonic())
+        if not select.select([self._master], [], [], rest)[0]:
+            return False
         try:
             data = os.read(self._master, 65536)
         except OSError:  # Linux's way to say that the other end is closed

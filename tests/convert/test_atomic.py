@@ -35,7 +35,7 @@ planned.run(advance)
 def killed(source: Path, out: Path, tensors: int, journal_bytes: int) -> Path:
     """What a run leaves that is killed when it has dealt with so many tensors."""
     arguments = [str(source), str(out), str(tensors), str(journal_bytes)]
-    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=120)
     assert ended.returncode == -signal.SIGKILL
     assert not out.exists()
     leftover = out.parent / f".{out.name}.partial"

@@ -252,7 +252,7 @@ def test_after_sigkill_only_the_rest_is_fetched(server: Hub, tmp_path: Path, stu
         name, nbytes = child.stdout.readline().split()
         seen += int(nbytes) if name == stuck else 0
     child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.communicate(timeout=60)
     server.release.set()
     assert find_snapshot(REPO) is None
     (begun,) = list_models()

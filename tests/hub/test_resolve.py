@@ -264,7 +264,11 @@ def test_folders_and_nano_need_no_huggingface_hub(tmp_path: Path) -> None:
         "; print('huggingface_hub' in sys.modules, 'mlx' in sys.modules)"
     )
     run = subprocess.run(
-        [sys.executable, "-c", code, str(tmp_path)], capture_output=True, text=True, check=True
+        [sys.executable, "-c", code, str(tmp_path)],
+        capture_output=True,
+        text=True,
+        check=True,
+        timeout=60,
     )
     assert run.stdout == "False False\n"
 

@@ -244,7 +244,7 @@ def test_after_sigkill_only_the_rest_is_fetched(witness: Witness, server: Hub, c
         name, nbytes = child.stdout.readline().split()
         seen += int(nbytes) if name == "model.safetensors" else 0
     child.send_signal(signal.SIGKILL)
-    child.communicate()
+    child.communicate(timeout=60)
     server.release.set()
     assert find_snapshot(REPO) is None
     assert contents(witness.get()) == FILES
@@ -267,7 +267,7 @@ def test_two_at_once_fetch_every_byte_once(witness: Witness, server: Hub, cache:
         server.release.set()
 
     folder = download.plan_download(remote.repository(REPO), remote).run(remote)
-    out, _ = first.communicate()
+    out, _ = first.communicate(timeout=60)
     assert out.endswith("done\n")
     assert witness.said == [transfer.WAITING]
     assert contents(folder) == FILES

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from phimlx.media import log_mel as features
 from phimlx.media.audio import Audio, AudioClip, load_audio, log_mel, prepare_audio
 from phimlx.media.audio_file import open_audio
+from tests.bundled import present
 from tests.media.sounds import av_sound, noise, sound_file
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "audio" / "log_mel.npz"
@@ -83,7 +84,7 @@ def test_made_sounds_equal_the_published_extractor(
 def test_recordings_equal_the_published_extractor(
     name: str, goldens: dict[str, NDArray[Any]], data: Path
 ) -> None:
-    check_golden(prepare_audio([data / "audio" / name]), name, goldens)
+    check_golden(prepare_audio([present(data / "audio" / name)]), name, goldens)
 
 
 def test_features_equal_those_that_onnxruntime_expects(data: Path) -> None:
@@ -96,7 +97,7 @@ def test_features_equal_those_that_onnxruntime_expects(data: Path) -> None:
 def test_batch_has_the_sizes_that_onnxruntime_expects(data: Path) -> None:
     oracles = json.loads((data / "golden" / "expected_public_oracles.json").read_text())
     expected = oracles["phi4mm_audio_batch"]
-    audio = prepare_audio([data / "audio" / name for name in expected["files"]])
+    audio = prepare_audio([present(data / "audio" / name) for name in expected["files"]])
     # libsndfile drops an MP3's padding, ONNX Runtime's decoder does not: 12 frames, one token.
     assert expected["valid_frames"] == [1098, 1332, 1344]
     assert expected["embed_sizes"] == [138, 167, 168]
@@ -104,7 +105,7 @@ def test_batch_has_the_sizes_that_onnxruntime_expects(data: Path) -> None:
     assert audio.audio_attention_mask.sum(1).tolist() == [1098, 1332, 1332]
     assert audio.tokens == [138, 167, 167]
     eight = oracles["phi4mm_audio_8k"]
-    alone = prepare_audio([data / "audio" / eight["file"]])
+    alone = prepare_audio([present(data / "audio" / eight["file"])])
     assert list(alone.input_audio_embeds.shape) == eight["feature_shape"]
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +14,7 @@ from safetensors.numpy import load_file
 from phimlx.errors import MediaError
 from phimlx.media.image import CropLayout, Images, prepare_images
 from phimlx.media.limits import Limits
+from tests.bundled import present
 
 GOLDENS = Path(__file__).parents[1] / "goldens" / "images"
 EXACT = 1e-6  # of −1 to 1, where one of 256 levels is 0.008
@@ -45,8 +45,8 @@ def golden(name: str) -> dict[str, np.ndarray]:
     return load_file(GOLDENS / f"{name}.safetensors")
 
 
-def names(file: str) -> Iterator[str]:
-    return iter(sorted({key.rpartition("/")[0] for key in golden(file)}))
+def names(file: str) -> list[str]:
+    return sorted({key.rpartition("/")[0] for key in golden(file)})
 
 
 def assert_equal_to_reference(images: Images, reference: dict[str, np.ndarray], name: str) -> None:
@@ -65,13 +65,11 @@ def test_every_aspect_ratio_is_cut_as_the_reference_cuts_it(size: tuple[int, int
     assert_equal_to_reference(images, golden("synthetic"), "{}x{}".format(*size))
 
 
-def test_real_pictures_are_cut_as_the_reference_cuts_them(data: Path) -> None:
-    reference = golden("real")
-    found = sorted((data / "images").iterdir())
+@pytest.mark.parametrize("name", names("real"))
+def test_real_pictures_are_cut_as_the_reference_cuts_them(data: Path, name: str) -> None:
+    images = prepare_images([present(data / "images" / name)])
 
-    assert [path.name for path in found] == list(names("real"))
-    for path in found:
-        assert_equal_to_reference(prepare_images([path]), reference, path.name)
+    assert_equal_to_reference(images, golden("real"), name)
 
 
 def test_several_pictures_are_padded_as_the_reference_pads_them() -> None:
@@ -105,7 +103,7 @@ def test_published_token_counts(width: int, height: int, tokens: int) -> None:
 def test_token_counts_of_the_published_oracles(data: Path) -> None:
     oracles = json.loads((data / "golden" / "expected_public_oracles.json").read_text())
     expected = oracles["phi4mm_images"]
-    images = prepare_images([data / "images" / each["file"] for each in expected])
+    images = prepare_images([present(data / "images" / each["file"]) for each in expected])
 
     assert images.tokens == [each["num_img_tokens"] for each in expected]
     assert images.image_sizes.tolist() == [each["size_hw"] for each in expected]

@@ -16,6 +16,7 @@ from phimlx.media.audio import load_audio
 from phimlx.media.limits import Limits
 from phimlx.media.log_mel import AudioClip
 from phimlx.media.segments import SILENCE, STEP, TRAINED_SECONDS, Segment, split_audio
+from tests.bundled import present
 from tests.media.sounds import noise, sound_file
 
 RATE = 8000
@@ -139,7 +140,7 @@ def test_reading_in_blocks_gives_the_same_pieces(
 
 
 def test_speech_is_cut_between_words(data: Path) -> None:
-    clip = load_audio(data / "audio" / "jfk_16k.wav")
+    clip = load_audio(present(data / "audio" / "jfk_16k.wav"))
     samples = np.concatenate([clip.samples] * 6)
     pieces = cut(samples, clip.rate)
     check(pieces, samples, clip.rate, 40)

@@ -174,7 +174,7 @@ gguf.plan_gguf(sys.argv[1], sys.argv[2], "Q8_0").run(advance)
 def killed(source: Path, out: Path, blocks: int, journal_bytes: int) -> Path:
     """What a run leaves that is killed when it has dealt with so many blocks."""
     arguments = [str(source), str(out), str(blocks), str(journal_bytes)]
-    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], check=False)
+    ended = subprocess.run([sys.executable, "-c", KILLED, *arguments], timeout=120)
     assert ended.returncode == -signal.SIGKILL
     assert not out.exists()
     return out.parent / f".{out.name}.partial"

@@ -61,7 +61,7 @@ def kill(place: Path, name: str, how: str, step: int) -> subprocess.CompletedPro
     """Train in a process of its own, which is killed."""
     begin = [sys.executable, "-m", "tests.training.run.killed", how, str(step)]
     return subprocess.run(
-        [*begin, *arguments(place, name)], cwd=ROOT, capture_output=True, text=True
+        [*begin, *arguments(place, name)], cwd=ROOT, capture_output=True, text=True, timeout=300
     )
 
 
