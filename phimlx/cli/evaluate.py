@@ -140,9 +140,9 @@ def command(
     phi = load_model(model, output, adapter)
     found: dict[str, Any] = {"model": phi.name, "adapter": adapter and str(adapter)}
     if data is not None:
-        from phimlx.training.data.examples import Settings
+        from phimlx.training.data.examples import RowSettings
 
-        settings = Settings(
+        settings = RowSettings(
             loss_on=loss_on,  # type: ignore[arg-type]
             max_length=max_seq_length or phi.context_length,
             overlong=overlong,  # type: ignore[arg-type]

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Thread
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -23,7 +25,7 @@ from phimlx.training.settings import TrainSettings
 
 if TYPE_CHECKING:
     from phimlx.training.data.examples import Dataset
-    from phimlx.training.distributed import Machines
+    from phimlx.training.distributed import ProcessGroup
     from phimlx.training.run.loop import Outcome
     from phimlx.training.run.session import Session
 
@@ -85,13 +87,13 @@ def command(
     if given.data is None and not resume:
         raise click.UsageError("--data is missing: name what to learn from.")
 
-    from phimlx.training.distributed import Machines
+    from phimlx.training.distributed import ProcessGroup
 
-    machines = Machines.join()
+    processes = ProcessGroup.join()
     output = Output(json=as_json)
-    if not machines.is_first:
+    if not processes.is_main:
         output = Silent()
-    session = _open(given, resume, machines, output)
+    session = _open(given, resume, processes, output)
     session.check()
     data = _read(session, output)
     if check:
@@ -113,19 +115,19 @@ class Silent(Output):
         """Nothing."""
 
 
-def _open(given: TrainSettings, resume: bool, machines: Machines, output: Output) -> Session:
-    from phimlx.training.run.checkpoints import Store
-    from phimlx.training.run.log import check_sinks
+def _open(given: TrainSettings, resume: bool, processes: ProcessGroup, output: Output) -> Session:
+    from phimlx.training.run.checkpoints import RunFolder
     from phimlx.training.run.session import Session, resumed_settings
+    from phimlx.training.run.trackers import check_trackers
 
     about, settings = None, given
     if resume:
-        store = Store(Path(given.adapter_path), 1)
-        about = machines.share_json(store.about() if machines.is_first else None)
+        run_folder = RunFolder(Path(given.adapter_path), 1)
+        about = processes.broadcast_json(run_folder.description() if processes.is_main else None)
         folder = {"adapter_path": given.adapter_path}  # wherever the run's folder was before
         settings = resumed_settings(about, given.model_copy(update=folder))
-    check_sinks(settings.report_to)
-    return Session(settings, _model_folder(settings.model, output), machines, about)
+    check_trackers(settings.report_to)
+    return Session(settings, _model_folder(settings.model, output), processes, about)
 
 
 def _model_folder(model: str | None, output: Output) -> Path:
@@ -159,17 +161,17 @@ def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> Non
     from phimlx.machine.memory import machine_memory
     from phimlx.sizes import size_text
     from phimlx.terminal.training import show_examples
-    from phimlx.training.data.statistics import describe, summarize
-    from phimlx.training.run.loop import Plan
+    from phimlx.training.data.statistics import summarize, summary_table
+    from phimlx.training.run.loop import TrainingPlan
 
     settings = session.settings
     length = settings.max_seq_length if settings.pack else None
     summaries = {name: summarize(each, settings.batch_size, length) for name, each in data.items()}
-    head, *rows = describe(summaries)
+    head, *rows = summary_table(summaries)
     output.table(head, rows)
-    show_examples(data["train"], session.codec.tokenizer, output)
-    needed, memory = session.forecast(data), machine_memory()
-    plan = Plan.of(settings, len(session.batches(data)[0]))
+    show_examples(data["train"], session.encoder.tokenizer, output)
+    needed, memory = session.estimate_memory(data), machine_memory()
+    plan = TrainingPlan.of(settings, len(session.batches(data)[0]))
     output.text()
     output.table(["Memory at the peak", ""], needed.rows())
     output.text(f"This machine has {size_text(memory)} for it. The run has {plan.steps:,} steps.")
@@ -192,7 +194,7 @@ def _train(
     from phimlx.cli.bars import logger
     from phimlx.errors import TrainingError
     from phimlx.machine.memory import machine_memory
-    from phimlx.terminal.training import Show
+    from phimlx.terminal.training import RunDisplay
     from phimlx.training.run.loop import INTERRUPTED
 
     try:
@@ -204,16 +206,17 @@ def _train(
     if warning:
         output.warning(warning)
     with ExitStack() as stack:
-        if session.machines.is_first:
-            stack.enter_context(session.store.held())
+        if session.processes.is_main:
+            stack.enter_context(session.run_folder.locked())
         with output.status("Loading the model…"):
             phi = api.load(session.folder)
             run = session.run(phi, data)
-        interrupted = stack.enter_context(signals(output))
-        show = stack.enter_context(Show(session, run, output, logger(output)).watching())
-        outcome = run.go(show, interrupted)
-        if session.machines.is_first:
-            show.finish(outcome)
+        log = logger(output)
+        stop_requested = stack.enter_context(stop_requests(log))
+        display = stack.enter_context(RunDisplay(session, run, output, log).opened())
+        outcome = run.fit(display, stop_requested)
+        if session.processes.is_main:
+            display.finish(outcome)
     if outcome.ending == INTERRUPTED:
         output.note(f"Stopped after step {outcome.step:,}. Go on with: {_again(session)}")
         raise KeyboardInterrupt
@@ -230,24 +233,37 @@ def _as_object(session: Session, outcome: Outcome) -> dict[str, Any]:
 
 
 @contextmanager
-def signals(output: Output) -> Iterator[Callable[[], bool]]:
-    """Whether SIGINT or SIGTERM has come; a second one ends the process as it always does."""
+def stop_requests(log: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
+    """Give a function that tells whether SIGINT or SIGTERM has come.
+
+    The handler only takes note: what it interrupts may be printing. A thread says so. A second
+    signal ends the process as it always does.
+    """
     came = False
-    watched = (signal.SIGINT, signal.SIGTERM)
-    before = {each: signal.getsignal(each) for each in watched}
+    requests: SimpleQueue[bool] = SimpleQueue()  # whose put may interrupt itself
+    handled = (signal.SIGINT, signal.SIGTERM)
+    before = {each: signal.getsignal(each) for each in handled}
 
     def note(signum: int, frame: FrameType | None) -> None:
         nonlocal came
         came = True
-        for each in watched:
+        for each in handled:
             signal.signal(each, before[each])
-        output.note("Stopping after this step; once more stops at once.")
+        requests.put(True)
 
-    for each in watched:
+    def announce() -> None:
+        if requests.get():
+            log("Stopping after this step; once more stops at once.")
+
+    thread = Thread(target=announce, daemon=True)
+    thread.start()
+    for each in handled:
         if before[each] is not signal.SIG_IGN:
             signal.signal(each, note)
     try:
         yield lambda: came
     finally:
-        for each in watched:
+        for each in handled:
             signal.signal(each, before[each])
+        requests.put(False)
+        thread.join()

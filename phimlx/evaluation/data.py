@@ -20,9 +20,9 @@ from phimlx.errors import TrainingError
 from phimlx.generation.stream import Reply
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.data.examples import SHOWN, DataError, Dataset, Settings, tokenize
-from phimlx.training.data.loss_mask import Codec
-from phimlx.training.data.row_types import Conversation, read_shape
+from phimlx.training.data.examples import SHOWN, DataError, Dataset, RowSettings, tokenize
+from phimlx.training.data.loss_mask import RowEncoder
+from phimlx.training.data.row_types import Conversation, read_content
 from phimlx.training.data.rows import Problem, Row, read_rows
 from phimlx.training.data.sources import SPLITS, find_splits
 from phimlx.training.forward import inputs_of, supervised_states
@@ -131,14 +131,14 @@ def read_data(
     return [row for _, row in zip(range(limit), rows, strict=False)] if limit else list(rows)
 
 
-def examples_of(phi: Phi, rows: Iterable[Row | Problem], settings: Settings) -> Dataset:
+def examples_of(phi: Phi, rows: Iterable[Row | Problem], settings: RowSettings) -> Dataset:
     """The examples that rows make, all of them sound.
 
     Raises:
         DataError: naming what is wrong, row by row.
         TrainingError: where nothing is left to predict.
     """
-    data = tokenize(rows, Codec.of(phi), settings)
+    data = tokenize(rows, RowEncoder.of(phi), settings)
     if data.faults:
         raise DataError(data.problems[:SHOWN], data.faults)
     if not data.examples:
@@ -171,24 +171,24 @@ def measure_loss(
 
 
 def questions_of(
-    phi: Phi, rows: Iterable[Row | Problem], settings: Settings
+    phi: Phi, rows: Iterable[Row | Problem], settings: RowSettings
 ) -> tuple[list[Question], int]:
     """What rows ask, and the answers that they give: the last reply, of rows that end with one.
 
     Returns:
         The questions, and how many rows have none: texts, calls of functions.
     """
-    codec = Codec.of(phi)
+    encoder = RowEncoder.of(phi)
     questions, without = [], 0
     for row in rows:
         if isinstance(row, Problem):
             raise DataError([row], 1)
-        said = read_shape(row.values, settings.mapping)
+        said = read_content(row.values, settings.mapping)
         if not isinstance(said, Conversation) or not _ends_in_text(said):
             without += 1
             continue
         last = said.messages[-1]
-        tokens = codec.template.encode(said.messages[:-1], said.tools)
+        tokens = encoder.template.encode(said.messages[:-1], said.tools)
         questions.append(Question(row.place, tokens, last.content))
     return questions, without
 

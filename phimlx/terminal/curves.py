@@ -1,7 +1,4 @@
-"""A loss curve in characters: eight dots to each, for a terminal of any width.
-
-Knows points and cells; knows nothing of training.
-"""
+"""A loss curve in characters: eight dots to each, for a terminal of any width."""
 
 from __future__ import annotations
 

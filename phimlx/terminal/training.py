@@ -1,7 +1,4 @@
-"""A training run on the screen, in its log and its trackers: each event where it belongs.
-
-Knows what a run tells; knows nothing of how it is made.
-"""
+"""A training run on the screen, in its log and its trackers: each event where it belongs."""
 
 from __future__ import annotations
 
@@ -17,9 +14,18 @@ from phimlx.terminal.curves import draw, legend
 from phimlx.terminal.output import Output
 from phimlx.training.run.card import adapter_card
 from phimlx.training.run.checkpoints import writing
-from phimlx.training.run.events import Advanced, Event, Report, Sample, Validation
-from phimlx.training.run.log import Log, draw_png, numbers_of, open_sink, row_of
-from phimlx.training.run.loop import INTERRUPTED, Outcome, Run
+from phimlx.training.run.events import (
+    CheckpointSkipped,
+    Event,
+    SampleReply,
+    StepTaken,
+    TrainingReport,
+    Validation,
+)
+from phimlx.training.run.log import TrainingLog, row_of
+from phimlx.training.run.loop import INTERRUPTED, Outcome, TrainingRun
+from phimlx.training.run.loss_plot import draw_png
+from phimlx.training.run.trackers import Tracker, numbers_of, open_tracker
 
 if TYPE_CHECKING:
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
@@ -31,39 +37,39 @@ LOG, CURVE, CARD = "log.jsonl", "curve.png", "README.md"
 LEARNED = "bold"  # style of what is learned in an example
 
 
-class Show:
-    """Takes a run's events, on the machine that writes and prints.
+class RunDisplay:
+    """Shows and keeps a run's events, in the main process.
 
     Args:
-        tell: says what is read while the run goes on, and leaves the bar whole.
+        log: writes a line that is read while the run goes on, and leaves the bar whole.
     """
 
     def __init__(
-        self, session: Session, run: Run, output: Output, tell: Callable[[str], None]
+        self, session: Session, run: TrainingRun, output: Output, log: Callable[[str], None]
     ) -> None:
         self.session = session
         self.run = run
         self.output = output
-        self.tell = tell
-        self.folder = session.store.folder
-        self.log: Log | None = None
+        self.write_line = log
+        self.folder = session.run_folder.path
+        self.log: TrainingLog | None = None
         self.bar: Progress | None = None
-        self.sinks: list[Any] = []
+        self.trackers: list[Tracker] = []
 
     @contextmanager
-    def watching(self) -> Iterator[Show]:
+    def opened(self) -> Iterator[RunDisplay]:
         """Open log, trackers and bar while the block runs."""
-        if not self.session.machines.is_first:
+        if not self.session.processes.is_main:
             yield self
             return
         settings, step = self.session.settings, self.run.state.step
         path = Path(settings.log) if settings.log else self.folder / LOG
-        self.log = Log(path, step, resumed=self.session.resumed is not None)
+        self.log = TrainingLog(path, step, resumed=self.session.resumed is not None)
         with ExitStack() as stack:
             for name in settings.report_to:
-                sink = open_sink(name, self.folder, settings.as_object())
-                stack.callback(sink.close)
-                self.sinks.append(sink)
+                tracker = open_tracker(name, self.folder, settings.as_object())
+                stack.callback(tracker.close)
+                self.trackers.append(tracker)
             plan = self.run.plan
             if step:
                 self.output.note(f"Going on after step {step:,} of {plan.steps:,}.")
@@ -75,13 +81,13 @@ class Show:
         row = row_of(event)
         if row is not None and self.log is not None:
             self.log.add(row)
-            for sink in self.sinks:
-                sink.add(row["step"], numbers_of(row))
-        if isinstance(event, Advanced) and self.bar is not None:
+            for tracker in self.trackers:
+                tracker.add(row["step"], numbers_of(row))
+        if isinstance(event, StepTaken) and self.bar is not None:
             self.bar.update(1)
         line = LINES.get(type(event))
         if line is not None:
-            self.tell(line(event))
+            self.write_line(line(event))
 
     def finish(self, outcome: Outcome) -> None:
         """Write card and curve, and say what came of the run."""
@@ -108,19 +114,19 @@ class Show:
 
 
 def show_examples(data: Dataset, tokenizer: Tokenizer, output: Output) -> None:
-    """Some examples, what is learned in them in bold, or between ⟦ and ⟧ where nothing is bold."""
+    """Print some examples, what is learned in bold, or between ⟦ and ⟧ where nothing is bold."""
     from phimlx.training.data.statistics import abridged, rendered_samples
 
-    for source, spans in rendered_samples(data, tokenizer):
+    for source, pieces in rendered_samples(data, tokenizer):
         output.text(f"\n{source}", "dim")
-        for text, learned in abridged(spans):
+        for text, learned in abridged(pieces):
             if not output.is_terminal and learned:
                 text = f"⟦{text}⟧"
             output.write(text, LEARNED if learned else None)
         output.text()
 
 
-def _report(event: Report) -> str:
+def _report(event: TrainingReport) -> str:
     parts = [f"step {event.step:,}", f"loss {event.loss:.4f}"]
     parts += [f"{name} {value:.3f}" for name, value in event.metrics.items()]
     parts += [
@@ -138,7 +144,14 @@ def _validation(event: Validation) -> str:
     return f"step {event.step:,}  validation loss {event.loss:.4f}{metrics}{best}"
 
 
-def _sample(event: Sample) -> str:
+def _skipped(event: CheckpointSkipped) -> str:
+    return (
+        f"The checkpoint of step {event.step:,} is left out: {event.reason} The steps after the "
+        "last whole one are taken again."
+    )
+
+
+def _sample(event: SampleReply) -> str:
     return (
         f"step {event.step:,}  {event.source}\n"
         f"  expected {event.expected!r}\n  answered {event.answer!r}"
@@ -153,8 +166,9 @@ def clock(seconds: float) -> str:
 
 
 LINES: dict[type[Any], Callable[[Any], str]] = {
-    Report: _report,
+    TrainingReport: _report,
     Validation: _validation,
-    Sample: _sample,
+    SampleReply: _sample,
+    CheckpointSkipped: _skipped,
 }
 """What of a run a person reads while it goes on."""

@@ -22,7 +22,7 @@ class MachineLostError(TrainingError):
 
 
 @dataclass(frozen=True)
-class Machines:
+class ProcessGroup:
     """This machine's place among those of the run.
 
     Attributes:
@@ -32,7 +32,7 @@ class Machines:
     group: mx.distributed.Group | None = None
 
     @classmethod
-    def join(cls) -> Machines:
+    def join(cls) -> ProcessGroup:
         """Find the others, where `mlx.launch` started this process; else be alone."""
         group = mx.distributed.init()
         return cls(group if group.size() > 1 else None)
@@ -46,7 +46,7 @@ class Machines:
         return 1 if self.group is None else self.group.size()
 
     @property
-    def is_first(self) -> bool:
+    def is_main(self) -> bool:
         """Whether this is the one that writes and prints."""
         return self.rank == 0
 
@@ -56,21 +56,21 @@ class Machines:
             return mine
         return bool(self._sum(mx.array(int(mine))).item())
 
-    def share(self, data: bytes) -> bytes:
+    def broadcast(self, data: bytes) -> bytes:
         """What the first machine has, for all; they ask together."""
         if self.group is None:
             return data
-        with self.watched():
-            own = np.frombuffer(data if self.is_first else b"", np.uint8)
+        with self.translate_errors():
+            own = np.frombuffer(data if self.is_main else b"", np.uint8)
             length = int(self._sum(mx.array(len(own))))
             row = mx.zeros(length, mx.uint8) if len(own) < length else mx.array(own)
             return np.array(self._sum(row)).tobytes()
 
-    def share_json(self, value: Any) -> Any:
+    def broadcast_json(self, value: Any) -> Any:
         """The same for what JSON can hold."""
         if self.group is None:
             return value
-        return json.loads(self.share(json.dumps(value).encode()))
+        return json.loads(self.broadcast(json.dumps(value).encode()))
 
     def _sum(self, array: mx.array) -> mx.array:
         summed = mx.distributed.all_sum(array, group=self.group)
@@ -78,7 +78,7 @@ class Machines:
         return summed
 
     @contextmanager
-    def watched(self) -> Iterator[None]:
+    def translate_errors(self) -> Iterator[None]:
         """Work together with the others.
 
         Raises:

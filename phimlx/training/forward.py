@@ -26,7 +26,7 @@ def inputs_of(batch: Batch, rope: Rope) -> dict[str, mx.array]:
         float32 `[rows, 1, length, dims / 2]`, from the table that each example's own length calls
         for.
     """
-    names = ("tokens", "positions", "picked", "targets", "weights", "segments")
+    names = ("tokens", "positions", "target_indices", "targets", "weights", "segments")
     arrays = {name: getattr(batch, name) for name in names}
     inputs = {name: mx.array(array) for name, array in arrays.items() if array is not None}
     inputs["cos"], inputs["sin"] = _tables(rope, batch)
@@ -76,7 +76,7 @@ def supervised_states(
     forward = ForwardPass(inputs["positions"], mask, (inputs["cos"], inputs["sin"]))
     for layer, layer_key in zip(model.layers, mx.random.split(key, len(model.layers)), strict=True):
         x = _run(layer, x, forward, layer_key, checkpointing)
-    x = x.reshape(-1, x.shape[-1])[inputs["picked"]]
+    x = x.reshape(-1, x.shape[-1])[inputs["target_indices"]]
     return model.norm(x)
 
 

@@ -19,7 +19,7 @@ from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Rows
 from phimlx.training.forward import supervised_states
 from phimlx.training.loss import measured_losses, token_losses
-from phimlx.training.step import Step, Tree
+from phimlx.training.step import TrainingStep, Tree
 
 BETA = 0.1
 
@@ -43,7 +43,7 @@ class PairBatches(Batches):
         return 2 * count, length
 
 
-class PreferenceStep(Step):
+class PreferenceStep(TrainingStep):
     """Raises a better answer's probability over a worse one's, as far as the model without its
     adapter did not prefer it already.
 
@@ -51,7 +51,8 @@ class PreferenceStep(Step):
     probabilities and Δ₀ the same without the adapter; the mean is over pairs.
 
     Args:
-        beta: how far the model may move away; the smaller, the farther. The rest as in `Step`.
+        beta: how far the model may move away; the smaller, the farther. The rest as in
+            `TrainingStep`.
 
     Source: arXiv 2305.18290, equation 7.
     """
@@ -67,7 +68,7 @@ class PreferenceStep(Step):
 
     def inputs(self, batch: Batch, weight: int) -> dict[str, mx.array]:
         inputs = super().inputs(batch, 1)
-        inputs["owners"] = mx.array(batch.owners)
+        inputs["example_ids"] = mx.array(batch.example_ids)
         # One entry a row, though a machine may have rows without a pair in them.
         pairs = np.arange(batch.tokens.shape[0] // 2) < self.weight_of(batch)
         inputs["share"] = mx.array(pairs / np.float32(weight), mx.float32)
@@ -96,7 +97,7 @@ class PreferenceStep(Step):
         states = supervised_states(self.model, inputs, key, self.checkpointing)
         losses_of = token_losses if learning else measured_losses
         losses = losses_of(self.model.output_layer, states, inputs["targets"])
-        summed = mx.zeros(inputs["tokens"].shape[0]).at[inputs["owners"]]
+        summed = mx.zeros(inputs["tokens"].shape[0]).at[inputs["example_ids"]]
         probabilities = summed.add(-losses * inputs["weights"])  # log, of each row's answer
         return probabilities[::2] - probabilities[1::2]
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
 from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, StringConstraints
@@ -58,6 +59,11 @@ LayerRange = Annotated[
 Name = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
 Pairs = Annotated[dict[Name, Name], BeforeValidator(_split_pairs)]
 LayerCount = Annotated[int, AfterValidator(_check_layer_count)]
+
+
+def matches(target: str, path: str) -> bool:
+    """Whether a target, a name or a pattern, means a projection of that path in a layer."""
+    return fnmatchcase(path, target) or fnmatchcase(path.rpartition(".")[2], target)
 
 
 class TrainSettings(Options):
@@ -240,6 +246,10 @@ class TrainSettings(Options):
     def trains_whole_layers(self) -> bool:
         """Whether the model's own weights are trained rather than adapters."""
         return self.fine_tune_type == "full"
+
+    def adapts(self, path: str) -> bool:
+        """Whether a projection gets an adapter, by its path in a layer."""
+        return not self.targets or any(matches(each, path) for each in self.targets)
 
     @property
     def trains_every_layer(self) -> bool:

@@ -44,7 +44,7 @@ class NonFiniteError(TrainingError):
     """A loss or a gradient that is no number; the weights are as they were before the step."""
 
 
-class Step:
+class TrainingStep:
     """Trains what is not frozen in a model, a step at a time.
 
     The gradients are those of the mean loss over all supervised tokens of the step, however these

@@ -1,14 +1,10 @@
-"""What a fine-tuning trains: low-rank adapters beside some layers, or the layers themselves.
-
-Knows a model's layers; knows nothing of data, steps or files.
-"""
+"""What a fine-tuning trains: low-rank adapters beside some layers, or the layers themselves."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from fnmatch import fnmatchcase
 from typing import Any
 
 import mlx.core as mx
@@ -20,7 +16,7 @@ from phimlx.errors import TrainingError, shortened
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import LoRA, input_dims
 from phimlx.training.forward import Dropout
-from phimlx.training.settings import TrainSettings
+from phimlx.training.settings import TrainSettings, matches
 
 
 @dataclass(frozen=True)
@@ -108,7 +104,7 @@ def _targets(
     """Path and layer of each projection to train."""
     projections = model.architecture.projections
     for pattern in settings.targets:
-        if not any(_matches(pattern, name) for name in projections):
+        if not any(matches(pattern, name) for name in projections):
             names = [name.rpartition(".")[2] for name in projections]
             fused = model.architecture.fused_projections
             instead = next((own for own, parts in fused.items() if pattern in parts), None)
@@ -120,12 +116,8 @@ def _targets(
     for number in chosen:
         modules = dict(model.layers[number].named_modules())
         for name in projections:
-            if not settings.targets or any(_matches(each, name) for each in settings.targets):
+            if settings.adapts(name):
                 yield f"model.layers.{number}.{name}", modules[name]
-
-
-def _matches(pattern: str, name: str) -> bool:
-    return fnmatchcase(name, pattern) or fnmatchcase(name.rpartition(".")[2], pattern)
 
 
 def _adapted(linear: nn.Module, settings: TrainSettings, key: mx.array) -> nn.Module:

@@ -150,14 +150,14 @@ def phimlx_side(case: Case, tokens: Any) -> tuple[Any, int]:
 
     from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
     from phimlx.training.data.batches import Batches, Example
-    from phimlx.training.step import Step
+    from phimlx.training.step import TrainingStep
 
     model = Phi3ForCausalLM(Phi3Config.from_dict(CONFIG))
     base = prepared(model, case.dtype)
     first = round(case.length * case.masked)
     supervised = np.arange(case.length + 1) > first
     batch = next(Batches([Example(row, supervised) for row in tokens], ROWS).epoch(0))
-    step = Step(model, optim.Adam(learning_rate=1e-4), checkpointing=case.checkpointing)
+    step = TrainingStep(model, optim.Adam(learning_rate=1e-4), checkpointing=case.checkpointing)
     return lambda: step(1, [batch]).loss, base
 
 

@@ -11,7 +11,7 @@ from click.testing import CliRunner, Result
 import phimlx
 from phimlx.cli.group import cli
 from phimlx.evaluation.data import examples_of, measure_loss, read_data
-from phimlx.training.data.examples import Settings
+from phimlx.training.data.examples import RowSettings
 
 ROWS = [
     {"prompt": "What is 3 + 4?", "completion": "7"},
@@ -35,7 +35,7 @@ def rows(tmp_path: Path) -> Path:
 
 def test_loss_and_answers(rows: Path, tmp_path: Path) -> None:
     phi = phimlx.load("nano")
-    examples = examples_of(phi, read_data(rows), Settings()).examples
+    examples = examples_of(phi, read_data(rows), RowSettings()).examples
     loss = measure_loss(phi.model, examples, 8)
     saved = tmp_path / "answers.jsonl"
     flags = ("--data", rows, "--answers", "--max-tokens", "8", "--save-answers", saved)

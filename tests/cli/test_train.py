@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import os
+import signal
 import sys
+import threading
 from pathlib import Path
 
 import mlx.core as mx
@@ -12,6 +15,7 @@ from click.testing import CliRunner, Result
 
 from phimlx import api
 from phimlx.cli.group import cli
+from phimlx.cli.train import stop_requests
 from tests.training.folder import write_rows, write_tiny
 
 USAGE = "Usage: phimlx train [OPTIONS]\nTry 'phimlx train --help' for help.\n\nError: {}\n"
@@ -161,6 +165,24 @@ def test_preferences_are_learned_by_the_same_command(model: Path, tmp_path: Path
     assert first["loss"] == pytest.approx(0.6931472, rel=1e-4)  # log 2: nothing is learned yet
     assert last["loss"] < first["loss"]
     assert set(first["metrics"]) == {"accuracy", "margin"}
+
+
+def test_a_signal_is_noted_by_its_handler_and_told_by_another_thread() -> None:
+    told: list[tuple[str, bool]] = []
+
+    def log(text: str) -> None:
+        told.append((text, threading.current_thread() is threading.main_thread()))
+
+    before = signal.getsignal(signal.SIGTERM)
+    with stop_requests(log) as requested:
+        assert not requested()
+        os.kill(os.getpid(), signal.SIGTERM)
+        assert requested()
+        assert signal.getsignal(signal.SIGTERM) is before  # a second one ends the process
+    assert told == [("Stopping after this step; once more stops at once.", False)]
+    with stop_requests(log) as requested:
+        pass
+    assert len(told) == 1
 
 
 def test_all_weights_can_be_trained(model: Path, rows: Path, tmp_path: Path) -> None:

@@ -25,7 +25,7 @@ from phimlx.evaluation.data import (
     token_f1,
 )
 from phimlx.training.data.batches import Example
-from phimlx.training.data.examples import Settings
+from phimlx.training.data.examples import RowSettings
 from phimlx.training.settings import TrainSettings
 from phimlx.training.trainable import attach
 from tests.training.models import tiny
@@ -81,7 +81,7 @@ def test_the_loss_is_that_of_each_example_by_itself(adapted: bool) -> None:
 
 def test_rows_become_what_training_would_make_of_them(nano: Phi, tmp_path: Path) -> None:
     rows = read_data(write(tmp_path, ROWS))
-    examples = examples_of(nano, rows, Settings()).examples
+    examples = examples_of(nano, rows, RowSettings()).examples
     assert nano.tokenizer is not None
     learned = [nano.tokenizer.decode(e.tokens[e.supervised].tolist()) for e in examples]
     assert learned[:2] == ["7<|end|>", "4<|end|>It is certainly nine.<|end|>"]
@@ -89,7 +89,7 @@ def test_rows_become_what_training_would_make_of_them(nano: Phi, tmp_path: Path)
 
 
 def test_questions_and_answers(nano: Phi, tmp_path: Path) -> None:
-    questions, without = questions_of(nano, read_data(write(tmp_path, ROWS)), Settings())
+    questions, without = questions_of(nano, read_data(write(tmp_path, ROWS)), RowSettings())
     assert without == 1
     assert [q.expected for q in questions] == ["7", "It is certainly nine."]
     assert questions[0].tokens == nano.encode("What is 3 + 4?")
@@ -150,12 +150,12 @@ def test_data_that_cannot_be_measured(
     nano: Phi, rows: list[dict[str, Any]], message: str, tmp_path: Path
 ) -> None:
     with pytest.raises(PhimlxError) as caught:
-        examples_of(nano, read_data(write(tmp_path, rows)), Settings())
+        examples_of(nano, read_data(write(tmp_path, rows)), RowSettings())
     assert str(caught.value) == message
 
 
 def test_data_without_questions(nano: Phi, tmp_path: Path) -> None:
-    questions, without = questions_of(nano, read_data(write(tmp_path, ROWS[2:])), Settings())
+    questions, without = questions_of(nano, read_data(write(tmp_path, ROWS[2:])), RowSettings())
     assert without == 1
     with pytest.raises(TrainingError) as caught:
         ask(nano, questions)

@@ -13,10 +13,10 @@ from mlx.utils import tree_flatten
 
 from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.memory_estimate import Load, forecast, remedies
+from phimlx.training.memory_estimate import LargestBatch, estimate_memory, remedies
 from phimlx.training.schedule import make_optimizer
 from phimlx.training.settings import TrainSettings
-from phimlx.training.step import Step
+from phimlx.training.step import TrainingStep
 from phimlx.training.trainable import attach
 
 CONFIG = {
@@ -78,10 +78,10 @@ def test_within_15_percent_of_the_measured_peak(name: str) -> None:
         for _ in range(4)
     ]
     (batch,) = Batches(examples, 4).epoch(0)
-    expected = forecast(config, weights_of(model), settings, Load.of(batch), 4).total
+    expected = estimate_memory(config, weights_of(model), settings, LargestBatch.of(batch), 4).total
 
     attach(model, settings)
-    step = Step(
+    step = TrainingStep(
         model, make_optimizer(settings, 3), clip=1.0, checkpointing=settings.grad_checkpoint
     )
     mx.reset_peak_memory()
@@ -93,14 +93,14 @@ def test_within_15_percent_of_the_measured_peak(name: str) -> None:
 
 def test_the_mildest_remedy_that_fits_is_named() -> None:
     config, settings = Phi3Config.from_dict(MINI), TrainSettings()
-    load = Load(4, 2048, 8192)
+    load = LargestBatch(4, 2048, 8192)
 
     def first(memory: int) -> str | None:
         found = next(remedies(config, 2 * GB, settings, load, 2, memory), None)
         return None if found is None else found[0]
 
     needed = [
-        forecast(config, 2 * GB, TrainSettings(grad_checkpoint=True), each).total
+        estimate_memory(config, 2 * GB, TrainSettings(grad_checkpoint=True), each).total
         for each in (load, load.shrunk(2, 2048), load.shrunk(1, 1024))
     ]
     assert needed == sorted(needed, reverse=True)

@@ -11,7 +11,7 @@ from phimlx.errors import TrainingError
 from phimlx.models.lora import MAX_RANK
 from phimlx.options import from_file, from_flags, override, read, schemas
 from phimlx.training.memory_estimate import MOMENTS
-from phimlx.training.run.log import SINKS
+from phimlx.training.run.trackers import TRACKERS
 from phimlx.training.schedule import OPTIMIZERS, SCHEDULES
 from phimlx.training.settings import TrainSettings
 
@@ -27,7 +27,7 @@ def test_each_word_has_something_behind_it() -> None:
     words = schemas(TrainSettings)
     assert set(words["optimizer"]["enum"]) == OPTIMIZERS.keys() == MOMENTS.keys()
     assert set(words["lr_schedule"]["enum"]) == SCHEDULES.keys()
-    assert set(words["report_to"]["items"]["enum"]) == SINKS.keys()
+    assert set(words["report_to"]["items"]["enum"]) == TRACKERS.keys()
     assert words["rank"]["maximum"] == MAX_RANK
 
 

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.step import NonFiniteError, Step, _norm
+from phimlx.training.step import NonFiniteError, TrainingStep, _norm
 from tests.training.models import tiny
 
 LENGTHS = (5, 20, 31, 32, 33, 60, 12, 47)  # on both sides of the LongRoPE step at 32
@@ -80,7 +80,7 @@ def test_loss_and_gradients_equal_those_of_each_example_alone(way: str, tied: bo
     model, data, recorder = tiny(tied), examples(), Recorder()
     expected, gradients = plain(model, data)
     batches = list(Batches(data, seed=0, **options).epoch(0))
-    result = Step(model, recorder, checkpointing=checkpointing)(1, batches)
+    result = TrainingStep(model, recorder, checkpointing=checkpointing)(1, batches)
     assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.supervised_tokens == sum(int(each.supervised[1:].sum()) for each in data)
     assert result.real_tokens == sum(LENGTHS)
@@ -94,14 +94,14 @@ def test_loss_and_gradients_equal_those_of_each_example_alone(way: str, tied: bo
 def test_evaluating_finds_the_mean_over_all_batches(options: dict[str, Any]) -> None:
     model, data = tiny(), examples()
     expected, _ = plain(model, data)
-    result = Step(model, Recorder()).evaluate(Batches(data, 3, **options).epoch(0))
+    result = TrainingStep(model, Recorder()).evaluate(Batches(data, 3, **options).epoch(0))
     assert result.loss == pytest.approx(expected, rel=1e-5)
     assert result.supervised_tokens == sum(int(each.supervised[1:].sum()) for each in data)
 
 
 def test_clipping_scales_all_gradients_together() -> None:
     model, recorder = tiny(), Recorder()
-    result = Step(model, recorder, clip=0.01)(1, list(Batches(examples(), 8).epoch(0)))
+    result = TrainingStep(model, recorder, clip=0.01)(1, list(Batches(examples(), 8).epoch(0)))
     norm = mx.sqrt(sum(mx.square(g).sum() for g in recorder.seen.values()))
     assert result.gradient_norm > 0.01
     assert float(norm) == pytest.approx(0.01, rel=1e-5)
@@ -115,7 +115,7 @@ def test_the_norm_of_a_hundred_million_numbers() -> None:
 
 def test_a_step_learns() -> None:
     model = tiny()
-    step = Step(model, optim.AdamW(1e-3))
+    step = TrainingStep(model, optim.AdamW(1e-3))
     batches = list(Batches(examples(), 8).epoch(0))
     losses = [step(number, batches).loss for number in range(1, 31)]
     assert losses[-1] < losses[0] / 2
@@ -125,7 +125,7 @@ def test_a_step_learns() -> None:
 def test_a_compiled_step_finds_the_same() -> None:
     model, recorder = tiny(), Recorder()
     batches = list(Batches(examples(), 8).epoch(0))
-    step = Step(model, recorder)
+    step = TrainingStep(model, recorder)
     plain_loss = step(1, batches).loss
     gradients = recorder.seen
     step._traced = mx.compile(step._traced)
@@ -148,7 +148,7 @@ def test_the_example_that_makes_no_finite_loss_is_named_and_nothing_is_harmed() 
     optimizer = optim.AdamW(1e-3)
     before = tree_map(np.array, model.parameters())
     with pytest.raises(NonFiniteError) as error:
-        Step(model, optimizer)(7, list(Batches(data, 4).epoch(0)))
+        TrainingStep(model, optimizer)(7, list(Batches(data, 4).epoch(0)))
     assert str(error.value) == "Step 7: the loss of train.jsonl, line 4 is nan."
     assert error.value.hint == (
         "Look at that row, or lower the learning rate. The weights are those from before the step."

@@ -16,7 +16,7 @@ from phimlx.models.phi4mm.features import Placeholders
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.forward import Dropout
 from phimlx.training.settings import TrainSettings
-from phimlx.training.step import Step
+from phimlx.training.step import TrainingStep
 from phimlx.training.trainable import adapter_of, attach, counts
 from tests.training.models import tiny
 
@@ -60,7 +60,7 @@ def test_a_new_adapter_changes_nothing_and_a_step_moves_it_alone(
     parts = {name.rpartition(".")[2] for name in trained(model)}
     assert parts == ({"lora_a", "lora_b"} if kind == "lora" else {"lora_a", "lora_b", "m"})
     assert {array.dtype for array in trained(model).values()} == {mx.float32}
-    step = Step(model, optim.Adam(1e-2))
+    step = TrainingStep(model, optim.Adam(1e-2))
     losses = [step(number, list(data().epoch(0))).loss for number in range(6)]
     assert losses[-1] < losses[0] - 0.5
     for name, array in dict(tree_flatten(model.parameters())).items():
@@ -162,7 +162,7 @@ def test_an_adapter_is_what_was_trained() -> None:
     settings = TrainSettings(rank=4, seed=1)
     model = tiny()
     attach(model, settings)
-    Step(model, optim.Adam(1e-2))(0, list(data().epoch(0)))
+    TrainingStep(model, optim.Adam(1e-2))(0, list(data().epoch(0)))
     adapter = adapter_of(model, settings, Base("nano", "1234"))
     assert (adapter.base, adapter.blocks, adapter.kind) == (Base("nano", "1234"), 2, "lora")
     arrays = trained(model)

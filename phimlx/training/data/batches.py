@@ -44,10 +44,10 @@ class Batch:
     positions: np.ndarray  # int32 [rows, length], counted from 0 in each example
     segments: np.ndarray | None  # int32 [rows, length]: which example; -1 filling; None: unpacked
     lengths: np.ndarray  # int32 [rows, length]: how many tokens the token's example feeds
-    picked: np.ndarray  # int32 [n]: where, in the rows laid end to end, a target is predicted
+    target_indices: np.ndarray  # int32 [n]: where, in the rows laid end to end, it is predicted
     targets: np.ndarray  # int32 [n]
     weights: np.ndarray  # float32 [n]: 1, or 0 for filling
-    owners: np.ndarray  # int32 [n]: which example, counted as `sources`, a target belongs to
+    example_ids: np.ndarray  # int32 [n]: which example, counted as `sources`, a target belongs to
     sources: tuple[str, ...]  # where each example came from
 
     @property
@@ -65,13 +65,13 @@ class Batch:
             segments = np.where(self.lengths > 0, np.arange(len(self.lengths))[:, None], -1)
         row, columns = np.nonzero(segments == example)
         here = row[:1], slice(columns[0], columns[-1] + 1)
-        owned = (self.owners == example) & (self.weights > 0)
+        owned = (self.example_ids == example) & (self.weights > 0)
         return Batch(
             self.tokens[here],
             self.positions[here],
             None,
             self.lengths[here],
-            self.picked[owned] - (row[0] * self.tokens.shape[1] + columns[0]),
+            self.target_indices[owned] - (row[0] * self.tokens.shape[1] + columns[0]),
             self.targets[owned],
             self.weights[owned],
             np.zeros(owned.sum(), np.int32),
@@ -164,9 +164,9 @@ class Batches:
         shape = self._shape(rows)
         tokens, positions, lengths = (np.zeros(shape, np.int32) for _ in range(3))
         segments = np.full(shape, -1, np.int32)
-        picked: list[np.ndarray] = []
+        target_indices: list[np.ndarray] = []
         targets: list[np.ndarray] = []
-        owners: list[np.ndarray] = []
+        example_ids: list[np.ndarray] = []
         sources: list[str] = []
         for place, row in enumerate(self._mine(rows)):
             column = 0
@@ -178,22 +178,22 @@ class Batches:
                 lengths[here] = example.inputs
                 segments[here] = len(sources)
                 wanted = np.flatnonzero(example.supervised[1:])
-                picked.append(place * shape[1] + column + wanted)
+                target_indices.append(place * shape[1] + column + wanted)
                 targets.append(example.tokens[1 + wanted])
-                owners.append(np.full(len(wanted), len(sources)))
+                example_ids.append(np.full(len(wanted), len(sources)))
                 sources.append(example.source)
                 column += example.inputs
-        count = sum(map(len, picked))
-        filling = np.zeros(rounded(max(count, 1), CHUNK_ROWS) - count, np.int32)
+        count = sum(map(len, target_indices))
+        padding = np.zeros(rounded(max(count, 1), CHUNK_ROWS) - count, np.int32)
         return Batch(
             tokens,
             positions,
             segments if self.row_length is not None else None,
             lengths,
-            np.concatenate([*picked, filling]).astype(np.int32),
-            np.concatenate([*targets, filling]).astype(np.int32),
-            np.repeat(np.array([1, 0], np.float32), [count, len(filling)]),
-            np.concatenate([*owners, filling]).astype(np.int32),
+            np.concatenate([*target_indices, padding]).astype(np.int32),
+            np.concatenate([*targets, padding]).astype(np.int32),
+            np.repeat(np.array([1, 0], np.float32), [count, len(padding)]),
+            np.concatenate([*example_ids, padding]).astype(np.int32),
             tuple(sources),
         )
 

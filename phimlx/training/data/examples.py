@@ -19,16 +19,16 @@ from phimlx.hub.client import Remote
 from phimlx.hub.download import ProgressContext, without_progress
 from phimlx.training.data.batches import Example
 from phimlx.training.data.lengths import Tokens, exchanges, windows
-from phimlx.training.data.loss_mask import Codec, LossOn, learned_length
+from phimlx.training.data.loss_mask import LossOn, RowEncoder, learned_length
 from phimlx.training.data.row_types import (
     ROW_FAULTS,
     Conversation,
-    Pair,
+    PlainText,
+    PreferencePair,
+    RowContent,
     RowError,
-    Shape,
-    Text,
     check_mapping,
-    read_shape,
+    read_content,
 )
 from phimlx.training.data.rows import Problem, Progress, Row, read_rows
 from phimlx.training.data.sources import find_splits
@@ -41,15 +41,8 @@ NO_REPLY = "no reply to learn"
 CUT_AWAY = "nothing to learn is left after cutting"
 
 
-class Preference(NamedTuple):
-    """Two examples with the same beginning, of which the first ends better."""
-
-    chosen: Example
-    rejected: Example
-
-
 @dataclass(frozen=True)
-class Settings:
+class RowSettings:
     """How rows become examples.
 
     Attributes:
@@ -138,12 +131,6 @@ class Dataset:
     faults: int = 0
 
     @property
-    def preferences(self) -> list[Preference]:
-        """The examples in pairs."""
-        pairs = zip(self.examples[::2], self.examples[1::2], strict=True)
-        return [Preference(chosen, rejected) for chosen, rejected in pairs]
-
-    @property
     def fingerprint(self) -> str:
         """SHA-256 over tokens and masks in their order, in hexadecimal."""
         digest = hashlib.sha256()
@@ -194,10 +181,9 @@ class Dataset:
 
 def load_data(
     source: str | Path,
-    codec: Codec,
-    settings: Settings = Settings(),
+    encoder: RowEncoder,
+    settings: RowSettings = RowSettings(),
     *,
-    valid: str | Path | None = None,
     held_out: float | None = None,
     seed: int = 0,
     on_progress: Progress = lambda done, total: None,
@@ -210,7 +196,6 @@ def load_data(
 
     Args:
         source: as for `find_splits`.
-        valid: another source, whose training data is to validate on.
         held_out: rows to take out of the training data for that, as for `Dataset.hold_out`, where
             it comes without validation data.
         seed: draws them.
@@ -223,8 +208,6 @@ def load_data(
         DownloadError: where it cannot come from the Hub.
     """
     splits = find_splits(source, remote, show_progress)
-    if valid is not None:
-        splits["valid"] = find_splits(valid, remote, show_progress)["train"]
     total = sum(file.path.stat().st_size for files in splits.values() for file in files)
     found, before = {}, 0
     for split, files in splits.items():
@@ -232,7 +215,7 @@ def load_data(
         def report(done: int, size: int, before: int = before) -> None:
             on_progress(before + done, total)
 
-        found[split] = tokenize(read_rows(files, report), codec, settings)
+        found[split] = tokenize(read_rows(files, report), encoder, settings)
         before += sum(file.path.stat().st_size for file in files)
     faults = sum(data.faults for data in found.values())
     if faults:
@@ -249,8 +232,8 @@ def load_data(
 
 def tokenize(
     rows: Iterable[Row | Problem],
-    codec: Codec,
-    settings: Settings = Settings(),
+    encoder: RowEncoder,
+    settings: RowSettings = RowSettings(),
 ) -> Dataset:
     """The examples that rows make, and what is wrong with those that make none.
 
@@ -263,29 +246,29 @@ def tokenize(
             data.note(row)
             continue
         try:
-            shape = read_shape(row.values, settings.mapping, settings.preferences)
+            content = read_content(row.values, settings.mapping, settings.preferences)
         except ROW_FAULTS as error:
             data.note(Problem(row.place, str(error), error.hint))
             continue
-        if not isinstance(shape, Text):
-            _ = codec.template  # its absence is no row's fault
+        if not isinstance(content, PlainText):
+            _ = encoder.template  # its absence is no row's fault
         try:
-            made = list(_examples(shape, row.place, codec, settings))
+            made = list(_examples(content, row.place, encoder, settings))
         except ROW_FAULTS as error:
             data.note(Problem(row.place, str(error), error.hint))
             continue
-        _add(data, number, made, shape)
+        _add(data, number, made, content)
     return data
 
 
-KINDS: dict[type[Shape], str] = {
+KINDS: dict[type[RowContent], str] = {
     Conversation: "conversations",
-    Text: "texts",
-    Pair: "preferences",
+    PlainText: "texts",
+    PreferencePair: "preferences",
 }
 
 
-class _Made(NamedTuple):
+class _Encoded(NamedTuple):
     """An example, and whether tokens were cut off it."""
 
     example: Example
@@ -296,57 +279,61 @@ class _Made(NamedTuple):
         return not self.example.supervised.any()
 
 
-def _add(data: Dataset, number: int, made: list[_Made], shape: Shape) -> None:
+def _add(data: Dataset, number: int, made: list[_Encoded], content: RowContent) -> None:
     """Put in what a row has made; of a preference both or none."""
     is_cut = any(each.is_cut for each in made)
     empty = [each for each in made if each.is_empty]
-    if len(empty) == len(made) or (empty and isinstance(shape, Pair)):
+    if len(empty) == len(made) or (empty and isinstance(content, PreferencePair)):
         data.skipped[CUT_AWAY if any(each.is_cut for each in empty) else NO_REPLY] += 1
         return
     data.cut += is_cut
-    data.split += len(made) > 1 and not isinstance(shape, Pair)
+    data.split += len(made) > 1 and not isinstance(content, PreferencePair)
     for each in made:
         if not each.is_empty:
             data.examples.append(each.example)
             data.rows.append(number)
-            data.kinds.append(KINDS[type(shape)])
+            data.kinds.append(KINDS[type(content)])
 
 
-def _examples(shape: Shape, place: str, codec: Codec, settings: Settings) -> Iterator[_Made]:
-    if isinstance(shape, Pair):
-        for which, said in (("chosen", shape.chosen), ("rejected", shape.rejected)):
-            tokens, supervised = codec.conversation(said)
+def _examples(
+    content: RowContent, place: str, encoder: RowEncoder, settings: RowSettings
+) -> Iterator[_Encoded]:
+    if isinstance(content, PreferencePair):
+        for which, said in (("chosen", content.chosen), ("rejected", content.rejected)):
+            tokens, supervised = encoder.conversation(said)
             yield _fit(Example(tokens, supervised, f"{place}, {which}"), settings)
         return
-    parts = _parts(shape, codec, settings)
+    parts = _parts(content, encoder, settings)
     for part, (tokens, supervised) in enumerate(parts, 1):
         name = place if len(parts) == 1 else f"{place}, part {part}"
         yield _fit(Example(tokens, supervised, name), settings)
 
 
-def _parts(shape: Conversation | Text, codec: Codec, settings: Settings) -> list[Tokens]:
+def _parts(
+    content: Conversation | PlainText, encoder: RowEncoder, settings: RowSettings
+) -> list[Tokens]:
     """A row's tokens and masks, in pieces where it is too long and is to be split."""
     whole = (
-        codec.text(shape.text)
-        if isinstance(shape, Text)
-        else codec.conversation(shape, settings.loss_on)
+        encoder.text(content.text)
+        if isinstance(content, PlainText)
+        else encoder.conversation(content, settings.loss_on)
     )
     longest = settings.max_length
     if longest is None or len(whole[0]) <= longest or settings.overlong != "split":
         return [whole]
-    if isinstance(shape, Text):
+    if isinstance(content, PlainText):
         return list(windows(*whole, longest))
-    return exchanges(shape, lambda part: codec.conversation(part, settings.loss_on), longest)
+    return exchanges(content, lambda part: encoder.conversation(part, settings.loss_on), longest)
 
 
-def _fit(example: Example, settings: Settings) -> _Made:
+def _fit(example: Example, settings: RowSettings) -> _Encoded:
     length, longest = len(example.tokens), settings.max_length
     if longest is None or length <= longest or not example.supervised.any():
-        return _Made(example)
+        return _Encoded(example)
     if settings.overlong == "cut":
         length = learned_length(example.supervised[:longest])
         short = Example(example.tokens[:length], example.supervised[:length], example.source)
-        return _Made(short, is_cut=True)
+        return _Encoded(short, is_cut=True)
     what = "A question with its answer" if settings.overlong == "split" else "It"
     raise RowError(
         f"{what} has {length:,} tokens, but {longest:,} are allowed.",

@@ -27,7 +27,7 @@ LossOn = Literal["assistant", "last", "all"]
 END_OF_TEXT = "<|endoftext|>"
 
 
-class Codec:
+class RowEncoder:
     """What makes training text of rows, exactly as inference makes prompts.
 
     A conversation is trained on as `ChatTemplate.encode` encodes it, up to the token that ends its
@@ -41,17 +41,17 @@ class Codec:
         self.tokenizer = tokenizer
         self._make_template = template
         control = tokenizer.control_tokens
-        self.ends = frozenset(control[name] for name in ENDS if name in control)
+        self.stop_tokens = frozenset(control[name] for name in ENDS if name in control)
 
     @classmethod
-    def of(cls, phi: Phi) -> Codec:
+    def of(cls, phi: Phi) -> RowEncoder:
         """Raises TokenizerError where the model has no tokenizer."""
         if phi.tokenizer is None:
             return cls.load(phi.path, phi.name)
         return cls(phi.tokenizer, lambda: phi.template)
 
     @classmethod
-    def load(cls, folder: Path, name: str | None = None) -> Codec:
+    def load(cls, folder: Path, name: str | None = None) -> RowEncoder:
         """From a model's folder, without its weights; `name` as in `ChatTemplate.load`.
 
         Raises:
@@ -81,7 +81,7 @@ class Codec:
         """
         messages = said.messages
         ids = self.template.encode(messages, said.tools, add_generation_prompt=False)
-        while len(ids) > 1 and ids[-1] in self.ends and ids[-2] in self.ends:
+        while len(ids) > 1 and ids[-1] in self.stop_tokens and ids[-2] in self.stop_tokens:
             ids.pop()
         tokens = np.array(ids, np.int32)
         supervised = np.zeros(len(ids), bool)
@@ -113,7 +113,7 @@ class Codec:
                 hint="Get the tokenizer files that belong to the model into its folder.",
             )
         ids = self.tokenizer.encode(text, control=True)
-        if not ids or ids[-1] not in self.ends:
+        if not ids or ids[-1] not in self.stop_tokens:
             ids.append(control[END_OF_TEXT])
         supervised = np.ones(len(ids), bool)
         supervised[0] = False
@@ -139,7 +139,7 @@ class Codec:
                 hint="Where replies begin with reasoning, write it as the model does; or learn the "
                 "last reply only.",
             )
-        end = next((i for i in range(start, len(ids)) if ids[i] in self.ends), None)
+        end = next((i for i in range(start, len(ids)) if ids[i] in self.stop_tokens), None)
         if end is None:
             raise PromptError(
                 f"The chat template does not end {place} with a token at which generation stops.",

@@ -60,21 +60,21 @@ class Conversation:
 
 
 @dataclass(frozen=True)
-class Text:
+class PlainText:
     """Text without turns, in which control tokens are recognised."""
 
     text: str
 
 
 @dataclass(frozen=True)
-class Pair:
+class PreferencePair:
     """Two conversations with the same beginning, of which the first ends better."""
 
     chosen: Conversation
     rejected: Conversation
 
 
-Shape = Conversation | Text | Pair
+RowContent = Conversation | PlainText | PreferencePair
 
 
 def check_mapping(mapping: Mapping[str, str]) -> None:
@@ -87,9 +87,9 @@ def check_mapping(mapping: Mapping[str, str]) -> None:
             )
 
 
-def read_shape(
+def read_content(
     values: Mapping[str, Any], mapping: Mapping[str, str], preferences: bool = False
-) -> Shape:
+) -> RowContent:
     """What a row says.
 
     Its keys tell what it is: `messages` (or `conversations`), else `prompt` and `completion`, else
@@ -105,7 +105,7 @@ def read_shape(
         RowError: with the reason.
     """
     row = _Fields(values, mapping)
-    for needed, read in _PAIRED if preferences else _SHAPES:
+    for needed, read in _PREFERENCE_READERS if preferences else _READERS:
         if any(name in mapping for name in needed) or row.has(*needed):
             return read(row)
     if preferences:
@@ -238,11 +238,11 @@ def _question(row: _Fields) -> list[Message]:
     return [*system, *row.turns("prompt", "user")]
 
 
-def _text(row: _Fields) -> Text:
-    return Text(row.text("text"))
+def _text(row: _Fields) -> PlainText:
+    return PlainText(row.text("text"))
 
 
-def _pair(row: _Fields) -> Pair:
+def _pair(row: _Fields) -> PreferencePair:
     """Answers that are lists may hold the prompt as well, or be all that there is."""
     asked = _question(row) if row.has("prompt") else []
     tools = row.listed("tools")
@@ -265,14 +265,14 @@ def _pair(row: _Fields) -> Pair:
         raise RowError(
             "The chosen and the rejected answer belong to no common prompt.", hint=KNOWN_PAIR
         )
-    return Pair(*(Conversation(said, tools, shared) for said in whole))
+    return PreferencePair(*(Conversation(said, tools, shared) for said in whole))
 
 
-_SHAPES: tuple[tuple[tuple[str, ...], Callable[[_Fields], Shape]], ...] = (
+_READERS: tuple[tuple[tuple[str, ...], Callable[[_Fields], RowContent]], ...] = (
     (("messages",), _messages),
     (("prompt", "completion"), _answer),
     (("text",), _text),
 )
-_PAIRED: tuple[tuple[tuple[str, ...], Callable[[_Fields], Shape]], ...] = (
+_PREFERENCE_READERS: tuple[tuple[tuple[str, ...], Callable[[_Fields], RowContent]], ...] = (
     (("chosen", "rejected"), _pair),
 )

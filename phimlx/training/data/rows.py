@@ -6,12 +6,14 @@ Knows files and where in them a row stands; knows nothing of what a row means.
 from __future__ import annotations
 
 import codecs
-import csv
+import importlib.util
 import io
 import json
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
+from types import ModuleType
 from typing import Any, NoReturn
 
 from phimlx.errors import TrainingError, shortened
@@ -182,8 +184,7 @@ def _read_json(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]
 def _read_csv(
     file: DataFile, size: int, delimiter: str = ","
 ) -> Iterator[tuple[Row | Problem, int]]:
-    text = _text(file)
-    csv.field_size_limit(LONGEST_CELL)
+    text, csv = _text(file), _csv_with_long_cells()
     records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
     line, lines = 1, text.count("\n") + 1
     try:
@@ -203,6 +204,18 @@ def _read_csv(
                 yield Problem(place, f"It has {count}, but the header has {len(header)}."), done
     except csv.Error as error:
         raise _BadFileError(f"This is no CSV: {error}.", f", line {line}") from error
+
+
+@cache
+def _csv_with_long_cells() -> ModuleType:
+    """Make an instance of the csv module of our own: its limit on cells is the module's."""
+    spec = importlib.util.find_spec("_csv")
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.field_size_limit(LONGEST_CELL)
+    return module
 
 
 def _read_tsv(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:

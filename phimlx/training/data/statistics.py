@@ -1,7 +1,4 @@
-"""What a data set is like, before a night is spent on it: counts, lengths, shares, examples.
-
-Knows numbers and text; knows nothing of where they are shown.
-"""
+"""What a data set is like, before a night is spent on it: counts, lengths, shares, examples."""
 
 from __future__ import annotations
 
@@ -17,12 +14,12 @@ from phimlx.training.data.examples import Dataset
 
 PERCENTILES = (5, 50, 95, 100)
 
-Span = tuple[str, bool]
+MaskedText = tuple[str, bool]
 """A stretch of text, and whether it is learned."""
 
 
 @dataclass(frozen=True)
-class Summary:
+class DatasetSummary:
     """A data set in numbers.
 
     Attributes:
@@ -33,7 +30,7 @@ class Summary:
         lengths: tokens of an example, by percentile; 100 is the longest.
         tokens: of all examples, which is what an epoch feeds.
         supervised_share: part of them that is learned.
-        padding_share: part of what an epoch computes that is filling.
+        padding_share: part of what an epoch computes that is padding.
         batches: in an epoch.
         fingerprint: see `Dataset.fingerprint`.
     """
@@ -52,13 +49,13 @@ class Summary:
     fingerprint: str
 
 
-def summarize(data: Dataset, batch_size: int, row_length: int | None = None) -> Summary:
-    """The numbers of a data set that is not empty; `row_length` as for `Batches`."""
+def summarize(data: Dataset, batch_size: int, row_length: int | None = None) -> DatasetSummary:
+    """Count a data set that is not empty; `row_length` as for `Batches`."""
     lengths = np.array([len(example.tokens) for example in data.examples])
     learned = sum(int(example.supervised.sum()) for example in data.examples)
     batches = Batches(data.examples, batch_size, row_length=row_length)
     found = np.percentile(lengths, PERCENTILES, method="higher")
-    return Summary(
+    return DatasetSummary(
         examples=len(data.examples),
         rows=len(set(data.rows)),
         kinds=dict(Counter(dict(zip(data.rows, data.kinds, strict=True)).values())),
@@ -74,8 +71,8 @@ def summarize(data: Dataset, batch_size: int, row_length: int | None = None) -> 
     )
 
 
-def describe(summaries: Mapping[str, Summary]) -> list[list[str]]:
-    """A table of some data sets by name: a row of headings, then one for each number."""
+def summary_table(summaries: Mapping[str, DatasetSummary]) -> list[list[str]]:
+    """Make a table of some data sets by name: a row of headings, then one for each number."""
     each = list(summaries.values())
     rows = [
         ["", *summaries],
@@ -100,7 +97,7 @@ def describe(summaries: Mapping[str, Summary]) -> list[list[str]]:
 
 
 def samples(data: Dataset, count: int = 3) -> list[Example]:
-    """Some examples from all over a data set, its first and last among them."""
+    """Pick some examples from all over a data set, its first and last among them."""
     last = len(data.examples) - 1
     places = sorted({round(last * i / max(count - 1, 1)) for i in range(count)})
     return [data.examples[place] for place in places]
@@ -108,13 +105,13 @@ def samples(data: Dataset, count: int = 3) -> list[Example]:
 
 def rendered_samples(
     data: Dataset, tokenizer: Tokenizer, count: int = 3
-) -> list[tuple[str, list[Span]]]:
-    """Where each of some examples comes from, and its text."""
+) -> list[tuple[str, list[MaskedText]]]:
+    """Return where each of some examples comes from, and its text."""
     return [(each.source, rendered(each, tokenizer)) for each in samples(data, count)]
 
 
-def rendered(example: Example, tokenizer: Tokenizer) -> list[Span]:
-    """The text of an example, control tokens by their names, cut where learning begins or ends."""
+def rendered(example: Example, tokenizer: Tokenizer) -> list[MaskedText]:
+    """Return the text of an example, control tokens by name, cut where learning begins or ends."""
     borders = np.flatnonzero(np.diff(example.supervised)) + 1
     starts = [0, *borders.tolist()]
     return [
@@ -123,8 +120,8 @@ def rendered(example: Example, tokenizer: Tokenizer) -> list[Span]:
     ]
 
 
-def abridged(spans: Sequence[Span], longest: int = 600) -> list[Span]:
-    """The same with the middle left out of every span that has more characters."""
+def abridged(pieces: Sequence[MaskedText], longest: int = 600) -> list[MaskedText]:
+    """Return the same with the middle left out of every stretch that has more characters."""
     return [
         (
             text
@@ -133,5 +130,5 @@ def abridged(spans: Sequence[Span], longest: int = 600) -> list[Span]:
             f"{text[-(longest // 2) :]}",
             learned,
         )
-        for text, learned in spans
+        for text, learned in pieces
     ]

@@ -12,7 +12,7 @@ import phimlx
 from phimlx.adapters.adapter import Base
 
 if TYPE_CHECKING:
-    from phimlx.training.run.loop import Outcome, Run
+    from phimlx.training.run.loop import Outcome, TrainingRun
     from phimlx.training.run.session import Session
 
 CARD = """\
@@ -35,7 +35,7 @@ with the run.
 KINDS = {"lora": "A LoRA adapter", "dora": "A DoRA adapter", "full": "A full fine-tuning"}
 
 
-def adapter_card(session: Session, run: Run, outcome: Outcome) -> str:
+def adapter_card(session: Session, run: TrainingRun, outcome: Outcome) -> str:
     """The card's text."""
     settings = session.settings
     base = Base.of(session.folder, session.checkpoint.config)
@@ -51,7 +51,7 @@ def adapter_card(session: Session, run: Run, outcome: Outcome) -> str:
     }
     return CARD.format(
         front_matter="\n".join(f"{key}: {json.dumps(value)}" for key, value in about.items()),
-        title=session.store.folder.resolve().name,
+        title=session.run_folder.path.resolve().name,
         kind=KINDS[settings.fine_tune_type],
         base=base.name,
         version=phimlx.__version__,

@@ -1,14 +1,9 @@
-"""A run's folder: what the run is, its checkpoints, each whole or not there, and what it learned.
-
-Knows files and arrays by name; knows nothing of models, steps or losses.
-"""
+"""A run's folder: what the run is, its checkpoints, each whole or not there, and its result."""
 
 from __future__ import annotations
 
-import contextlib
 import fcntl
 import io
-import json
 import os
 import re
 import shutil
@@ -25,7 +20,7 @@ from phimlx.adapters.files import CONFIG
 from phimlx.adapters.mlx_lm import WEIGHTS
 from phimlx.errors import TrainingError
 from phimlx.files import read_json, replacing, sync, translate_write_errors, write_file, write_json
-from phimlx.training.distributed import Machines
+from phimlx.training.distributed import ProcessGroup
 
 RUN = "run.json"
 MANIFEST = "manifest.json"
@@ -37,7 +32,7 @@ TAKEN = {RUN: "a run", WEIGHTS: "an adapter", "config.json": "a model"}
 
 
 @dataclass(frozen=True)
-class Saved:
+class SavedCheckpoint:
     """A whole checkpoint.
 
     Attributes:
@@ -49,8 +44,17 @@ class Saved:
     state: dict[str, Any]
 
 
-class Store:
-    """The folder of one run, held by one process at a time.
+@dataclass(frozen=True)
+class DamagedCheckpoint:
+    """A checkpoint that is not whole: `reason` is a sentence that says why."""
+
+    folder: Path
+    step: int
+    reason: str
+
+
+class RunFolder:
+    """The folder of one run, which one process at a time writes into.
 
     ```
     run.json                what is trained on what, and how
@@ -63,26 +67,26 @@ class Store:
         keep: how many of the newest checkpoints stay.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
-        self.folder = folder
+    def __init__(self, path: Path, keep: int) -> None:
+        self.path = path
         self.keep = keep
 
     @contextmanager
-    def held(self) -> Iterator[None]:
-        """Hold the folder, so that no other run writes into it; make it where it is not there.
+    def locked(self) -> Iterator[None]:
+        """Lock the folder, so that no other run writes into it; make it where it is not there.
 
         Raises:
             TrainingError: where another process holds it, or it cannot be written.
         """
-        with writing(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.folder, os.O_RDONLY | os.O_DIRECTORY)
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY)
         try:
             try:
                 fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
                 raise TrainingError(
-                    f"Another run is writing to {self.folder}.",
+                    f"Another run is writing to {self.path}.",
                     hint="Wait for it, stop it, or choose another --adapter-path.",
                 ) from None
             for partial in self._checkpoints.glob(".*.partial"):
@@ -94,48 +98,56 @@ class Store:
     def refuse_existing(self) -> None:
         """Raise TrainingError where the folder holds a run, an adapter or a model."""
         for name, what in TAKEN.items():
-            if (self.folder / name).exists():
+            if (self.path / name).exists():
                 raise TrainingError(
-                    f"{self.folder} holds {what} already.",
+                    f"{self.path} holds {what} already.",
                     hint="Go on with a run by --resume, or choose another --adapter-path.",
                 )
 
-    def begin(self, about: Mapping[str, Any], config: Mapping[str, Any]) -> None:
-        """Note what the run is, and what its adapter will be."""
-        with writing(self.folder):
-            write_json(self.folder / CONFIG, config)
-            write_json(self.folder / RUN, {"format": FORMAT, **about})
+    def begin(self, description: Mapping[str, Any], config: Mapping[str, Any]) -> None:
+        """Write what the run is, and what its adapter will be."""
+        with writing(self.path):
+            write_json(self.path / CONFIG, config)
+            write_json(self.path / RUN, {"format": FORMAT, **description})
 
-    def about(self) -> dict[str, Any]:
-        """What the run is.
+    def description(self) -> dict[str, Any]:
+        """Read what the run is.
 
         Raises:
             TrainingError: where the folder holds none.
         """
-        path = self.folder / RUN
-        about = read_json(path, TrainingError, missing_ok=True)
-        if not about:
+        path = self.path / RUN
+        found = read_json(path, TrainingError, missing_ok=True)
+        if not found:
             raise TrainingError(
-                f"{self.folder} holds no run to go on with.",
+                f"{self.path} holds no run to go on with.",
                 hint="Name its folder with --adapter-path, or leave --resume out.",
             )
-        if about.get("format") != FORMAT:
+        if found.get("format") != FORMAT:
             raise TrainingError(f"{path} is of another version of phimlx.")
-        return about
+        return found
 
-    def saved(self) -> list[Saved]:
-        """The whole checkpoints, oldest first. A folder that is not whole does not count."""
-        found = []
+    def checkpoints(self) -> list[SavedCheckpoint]:
+        """Return the whole checkpoints, oldest first."""
+        return [each for each in self._found() if isinstance(each, SavedCheckpoint)]
+
+    def damaged(self, after: int) -> list[DamagedCheckpoint]:
+        """Return the checkpoints beyond a step that are there and not whole, oldest first."""
+        # Those before it may be what was being removed when a run was killed.
+        found = (each for each in self._found() if isinstance(each, DamagedCheckpoint))
+        return [each for each in found if each.step > after]
+
+    def _found(self) -> list[SavedCheckpoint | DamagedCheckpoint]:
+        found: list[SavedCheckpoint | DamagedCheckpoint] = []
         for folder in self._checkpoints.glob("step-*"):
             name = NAME.fullmatch(folder.name)
-            with contextlib.suppress(OSError, ValueError, KeyError):
-                manifest = json.loads((folder / MANIFEST).read_bytes())
-                whole = all(
-                    (folder / file).stat().st_size == size
-                    for file, size in manifest["files"].items()
-                )
-                if name and whole and manifest["format"] == FORMAT:
-                    found.append(Saved(folder, int(name[1]), manifest["state"]))
+            if name is None:
+                continue
+            step = int(name[1])
+            try:
+                found.append(SavedCheckpoint(folder, step, _read_state(folder)))
+            except TrainingError as error:
+                found.append(DamagedCheckpoint(folder, step, str(error)))
         return sorted(found, key=lambda each: each.step)
 
     def save(
@@ -152,16 +164,16 @@ class Store:
         """
         final = self._checkpoints / f"step-{step:07d}"
         partial = self._checkpoints / f".{final.name}.partial"
-        with writing(self.folder):
+        with writing(self.path):
             try:
                 partial.mkdir(parents=True)
                 write_arrays(partial / WEIGHTS, weights)
                 write_arrays(partial / OPTIMIZER, optimizer)
-                write_file(partial / CONFIG, (self.folder / CONFIG).read_bytes())
+                write_file(partial / CONFIG, (self.path / CONFIG).read_bytes())
                 sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
                 manifest = {"format": FORMAT, "step": step, "files": sizes, "state": state}
                 write_json(partial / MANIFEST, manifest)
-                if final.exists():  # not whole, or `saved` had found it
+                if final.exists():  # damaged, or the run had begun after it
                     shutil.rmtree(final)
                 partial.rename(final)
             finally:
@@ -169,23 +181,25 @@ class Store:
             sync(self._checkpoints)
             if best is None or best == step:
                 self._publish(final / WEIGHTS)
-        whole = self.saved()
+        whole = self.checkpoints()
         for old in whole[: -self.keep]:
             if old.step != best:
                 # Its manifest first: half a checkpoint must not look like a whole one.
                 (old.folder / MANIFEST).unlink()
                 shutil.rmtree(old.folder)
 
-    def load(self, saved: Saved, machines: Machines) -> tuple[dict[str, mx.array], dict[str, Any]]:
+    def load(
+        self, saved: SavedCheckpoint, processes: ProcessGroup
+    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
         """Weights by name and the optimizer's tree of a checkpoint, which the first machine has."""
         weights, optimizer = (
-            read_arrays(saved.folder / name, machines) for name in (WEIGHTS, OPTIMIZER)
+            read_arrays(saved.folder / name, processes) for name in (WEIGHTS, OPTIMIZER)
         )
         return weights, tree_unflatten(list(optimizer.items()))
 
     def _publish(self, weights: Path) -> None:
         """Put a checkpoint's weights where a reader of the whole folder finds them."""
-        with replacing(self.folder / WEIGHTS) as temporary:
+        with replacing(self.path / WEIGHTS) as temporary:
             temporary.unlink()
             try:
                 os.link(weights, temporary)
@@ -194,7 +208,26 @@ class Store:
 
     @property
     def _checkpoints(self) -> Path:
-        return self.folder / CHECKPOINTS
+        return self.path / CHECKPOINTS
+
+
+def _read_state(folder: Path) -> dict[str, Any]:
+    """Return the state that a checkpoint holds; raise TrainingError where it is not whole."""
+    path = folder / MANIFEST
+    manifest = read_json(path, TrainingError)
+    if manifest.get("format") != FORMAT:
+        raise TrainingError(f"{path} is of another version of phimlx.")
+    files, state = manifest.get("files"), manifest.get("state")
+    if not isinstance(files, dict) or not isinstance(state, dict):
+        raise TrainingError(f"{path} names no files or no state.")
+    for name, size in files.items():
+        file = folder / name
+        actual = file.stat().st_size if file.is_file() else None
+        if actual is None:
+            raise TrainingError(f"There is no file {file}.")
+        if actual != size:
+            raise TrainingError(f"{file} has {actual:,} bytes, but {size:,} were written.")
+    return state
 
 
 class _Stream(io.FileIO):
@@ -213,19 +246,30 @@ class _Stream(io.FileIO):
         return memoryview(data).nbytes
 
 
-def read_arrays(path: Path, machines: Machines) -> dict[str, mx.array]:
-    """Arrays by name of a file that the first machine has."""
-    if machines.group is None:
-        arrays = mx.load(str(path))
+def read_arrays(path: Path, processes: ProcessGroup) -> dict[str, mx.array]:
+    """Read arrays by name from a file that the main process has; raise TrainingError if damaged."""
+    if processes.group is None:
+        arrays = _load(path, str(path))
     else:
-        data = machines.share(path.read_bytes() if machines.is_first else b"")
-        arrays = mx.load(io.BytesIO(data), format="safetensors")
+        data = processes.broadcast(path.read_bytes() if processes.is_main else b"")
+        arrays = _load(path, io.BytesIO(data))
+    return arrays
+
+
+def _load(path: Path, source: str | io.BytesIO) -> dict[str, mx.array]:
+    try:
+        arrays = mx.load(source, format="safetensors")
+    except RuntimeError as error:
+        raise TrainingError(
+            f"{path} is damaged.",
+            hint=f"Remove {path.parent}: the run then goes on from the checkpoint before it.",
+        ) from error
     assert isinstance(arrays, dict)
     return arrays
 
 
 def write_arrays(path: Path, tree: Any) -> None:
-    """A tree of arrays as safetensors, on the disk when this returns; raises OSError."""
+    """Write a tree of arrays as safetensors, on the disk when this returns; raises OSError."""
     with _Stream(path, "w") as stream:
         try:
             mx.save_safetensors(stream, dict(tree_flatten(tree)), {"format": "mlx"})
@@ -237,7 +281,7 @@ def write_arrays(path: Path, tree: Any) -> None:
 
 
 def writing(folder: Path) -> AbstractContextManager[None]:
-    """Say in a sentence why the folder cannot be written."""
+    """Turn OSErrors of the block into a sentence that says why the folder cannot be written."""
     return translate_write_errors(
         folder,
         TrainingError,

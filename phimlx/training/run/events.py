@@ -1,7 +1,4 @@
-"""What a training run tells while it goes on.
-
-Knows numbers and texts; knows nothing of where they are shown or kept.
-"""
+"""Events of a training run, for whoever shows or keeps them."""
 
 from __future__ import annotations
 
@@ -12,15 +9,15 @@ from phimlx.training.step import StepResult
 
 
 @dataclass(frozen=True)
-class Report:
+class TrainingReport:
     """Some steps of training.
 
     Attributes:
         loss: mean over what was learned from since the report before.
-        metrics: further means that the kind of loss has to tell.
+        metrics: further means, beside the kind of loss.
         gradient_norm: the largest of a step, before clipping.
         learning_rate: of the last step.
-        tokens_per_second: real ones; filling does not count.
+        tokens_per_second: of real tokens; padding does not count.
         peak_memory: bytes, since the run began.
         seconds: since the run began, what was before a resume included.
         left: seconds until the end, at the speed of this report.
@@ -52,7 +49,7 @@ class Validation:
 
 
 @dataclass(frozen=True)
-class Sample:
+class SampleReply:
     """What the model answers to a prompt of the validation data, and what stands there."""
 
     step: int
@@ -63,7 +60,7 @@ class Sample:
 
 
 @dataclass(frozen=True)
-class Kept:
+class CheckpointSaved:
     """A checkpoint was written."""
 
     step: int
@@ -71,11 +68,19 @@ class Kept:
 
 
 @dataclass(frozen=True)
-class Advanced:
+class CheckpointSkipped:
+    """A checkpoint that is not whole was left out when the run was taken up again."""
+
+    step: int
+    reason: str
+
+
+@dataclass(frozen=True)
+class StepTaken:
     """A step was taken."""
 
     step: int
     result: StepResult
 
 
-Event = Report | Validation | Sample | Kept | Advanced
+Event = TrainingReport | Validation | SampleReply | CheckpointSaved | CheckpointSkipped | StepTaken

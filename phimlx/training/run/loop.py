@@ -1,7 +1,4 @@
-"""A training run: steps, validations, sample answers and checkpoints, in an order that can resume.
-
-Knows when what happens; how a step is taken, a file written or a report shown is told elsewhere.
-"""
+"""A training run: steps, validations, sample replies, checkpoints, in an order that can resume."""
 
 from __future__ import annotations
 
@@ -20,18 +17,26 @@ from phimlx.errors import TrainingError
 from phimlx.generation.engine import wired_memory
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Example
-from phimlx.training.distributed import MachineLostError, Machines
-from phimlx.training.run.checkpoints import Saved, Store
-from phimlx.training.run.events import Advanced, Event, Kept, Report, Sample, Validation
+from phimlx.training.distributed import MachineLostError, ProcessGroup
+from phimlx.training.run.checkpoints import DamagedCheckpoint, RunFolder, SavedCheckpoint
+from phimlx.training.run.events import (
+    CheckpointSaved,
+    CheckpointSkipped,
+    Event,
+    SampleReply,
+    StepTaken,
+    TrainingReport,
+    Validation,
+)
 from phimlx.training.settings import TrainSettings
-from phimlx.training.step import Step, StepResult
+from phimlx.training.step import StepResult, TrainingStep
 
 EVALUATIONS = 10  # of a run, where nothing is said
 CACHE_SHARE = 8  # freed buffers that MLX keeps for the next batch: at most 1/8 of the memory
 
 
 @dataclass(frozen=True)
-class Plan:
+class TrainingPlan:
     """How long a run is and how often it looks up. All counts are steps."""
 
     steps: int
@@ -40,7 +45,7 @@ class Plan:
     save_every: int
 
     @classmethod
-    def of(cls, settings: TrainSettings, batches: int) -> Plan:
+    def of(cls, settings: TrainSettings, batches: int) -> TrainingPlan:
         """Of a run whose epochs have so many batches."""
         per_epoch = -(-batches // settings.grad_accumulation_steps)
         steps = settings.iters or max(1, round(settings.epochs * per_epoch))
@@ -107,7 +112,7 @@ class _State:
         return cls(**{**saved, "window": _Window(**saved["window"])})
 
 
-class Run:
+class TrainingRun:
     """Trains a model that `attach` has prepared, from wherever its folder says it has come to.
 
     Two runs of the same settings, data and model take the same steps, to the last bit on one
@@ -115,64 +120,71 @@ class Run:
 
     Args:
         train, valid: batches; no validation where the latter is None.
-        store: the run's folder, which the first machine alone writes.
-        answer: the model's answers after a validation, where some are wanted.
+        run_folder: which the main process alone writes.
+        sample_replies: the model's, after a validation, where some are wanted.
+        skipped: checkpoints that were left out because they are damaged.
     """
 
     def __init__(
         self,
-        step: Step,
+        step: TrainingStep,
         train: Batches,
         valid: Batches | None,
         settings: TrainSettings,
-        store: Store,
-        machines: Machines,
-        answer: Callable[[int], Iterator[Sample]] | None = None,
+        run_folder: RunFolder,
+        processes: ProcessGroup,
+        sample_replies: Callable[[int], Iterator[SampleReply]] | None = None,
+        skipped: Sequence[DamagedCheckpoint] = (),
     ) -> None:
         self.step = step
         self.train, self.valid = train, valid
         self.settings = settings
-        self.store = store
-        self.machines = machines
-        self.answer = answer
-        self.plan = Plan.of(settings, len(train))
+        self.run_folder = run_folder
+        self.processes = processes
+        self.sample_replies = sample_replies
+        self.skipped = skipped
+        self.plan = TrainingPlan.of(settings, len(train))
         self.state = _State()
 
-    def restore(self, saved: Saved) -> None:
+    def restore(self, saved: SavedCheckpoint) -> None:
         """Go on from a checkpoint."""
-        weights, optimizer = self.store.load(saved, self.machines)
+        weights, optimizer = self.run_folder.load(saved, self.processes)
         self.step.model.load_weights(list(weights.items()), strict=False)
         self.step.optimizer.state = optimizer
         mx.eval(self.step.model.trainable_parameters(), self.step.optimizer.state)
         self.state = _State.of(saved.state)
 
-    def go(
-        self, tell: Callable[[Event], object], interrupted: Callable[[], bool] = lambda: False
+    def fit(
+        self,
+        on_event: Callable[[Event], object],
+        stop_requested: Callable[[], bool] = lambda: False,
     ) -> Outcome:
         """Run to the end, or to the end of a step at which it was interrupted.
 
         Args:
-            tell: takes what happens, on the first machine alone.
-            interrupted: asked after each step; the run then writes a checkpoint and ends.
+            on_event: takes what happens, in the main process alone.
+            stop_requested: asked after each step; the run then writes a checkpoint and ends.
 
         Raises:
             NonFiniteError: naming the row; weights and checkpoints are those from before.
             TrainingError: where a checkpoint cannot be written, or validation makes no number.
             MachineLostError: where another machine is gone.
         """
-        say = tell if self.machines.is_first else lambda event: None
+        emit = on_event if self.processes.is_main else lambda event: None
+        for each in self.skipped:
+            emit(CheckpointSkipped(each.step, each.reason))
         try:
-            with self.machines.watched(), _memory():
+            with self.processes.translate_errors(), _memory():
                 self.step.model.train()
                 mx.reset_peak_memory()
                 if self.state.step == 0:
-                    self._validate(say)
+                    self._validate(emit)
                 for batches in self._batches():
                     if self.state.ending is not None:
                         break
-                    self._advance(batches, say, interrupted)
+                    self._advance(batches, emit, stop_requested)
         except MachineLostError:
-            self._save(say)  # a step that the others did not finish has changed nothing
+            self._save(emit)  # a step that the others did not finish has changed nothing
             raise
         state = self.state
         return Outcome(state.ending or COMPLETE, state.step, state.best_step, state.best_loss)
@@ -180,8 +192,8 @@ class Run:
     def _advance(
         self,
         batches: Sequence[Batch],
-        say: Callable[[Event], object],
-        interrupted: Callable[[], bool],
+        emit: Callable[[Event], object],
+        stop_requested: Callable[[], bool],
     ) -> None:
         """One step, and what follows it."""
         state, plan = self.state, self.plan
@@ -191,22 +203,22 @@ class Run:
         state.step += 1
         state.seconds += seconds
         state.window.add(result, seconds)
-        say(Advanced(state.step, result))
+        emit(StepTaken(state.step, result))
         last = state.step == plan.steps
         if last or state.step % self.settings.steps_per_report == 0:
-            say(self._report())
+            emit(self._report())
             state.window = _Window()
         is_best = False
         if last or state.step % plan.eval_every == 0:
-            is_best = self._validate(say)
+            is_best = self._validate(emit)
         patience = self.settings.early_stop
-        stop = self.machines.any(interrupted())
+        stop = self.processes.any(stop_requested())
         if last:
             state.ending = COMPLETE
         elif patience and state.stale >= patience:
             state.ending = STOPPED_EARLY
         if state.ending or stop or is_best or state.step % plan.save_every == 0:
-            self._save(say)
+            self._save(emit)
         if stop and state.ending is None:
             state.ending = INTERRUPTED
 
@@ -222,9 +234,9 @@ class Run:
         )
         return islice(steps, self.plan.steps - start)
 
-    def _report(self) -> Report:
+    def _report(self) -> TrainingReport:
         state, window = self.state, self.state.window
-        return Report(
+        return TrainingReport(
             step=state.step,
             epoch=state.step / self.plan.per_epoch,
             loss=window.weighted / window.weight,
@@ -238,7 +250,7 @@ class Run:
             left=(self.plan.steps - state.step) * window.seconds / window.steps,
         )
 
-    def _validate(self, say: Callable[[Event], object]) -> bool:
+    def _validate(self, emit: Callable[[Event], object]) -> bool:
         """Whether the loss on the validation data is the lowest since training began."""
         if self.valid is None:
             return False
@@ -258,47 +270,50 @@ class Run:
             state.best_step, state.best_loss, state.stale = state.step, result.loss, 0
         elif state.step > 0:
             state.stale += 1
-        say(
+        emit(
             Validation(
                 state.step, result.loss, result.metrics, result.supervised_tokens, best, seconds
             )
         )
-        if self.answer is not None and self.machines.is_first:
-            for sample in self.answer(state.step):
-                say(sample)
+        if self.sample_replies is not None and self.processes.is_main:
+            for sample in self.sample_replies(state.step):
+                emit(sample)
         return best
 
-    def _save(self, say: Callable[[Event], object]) -> None:
-        if not self.machines.is_first:
+    def _save(self, emit: Callable[[Event], object]) -> None:
+        if not self.processes.is_main:
             return
         state, step = self.state, self.step
         weights, optimizer = step.model.trainable_parameters(), step.optimizer.state
-        self.store.save(state.step, weights, optimizer, asdict(state), state.best_step)
-        say(Kept(state.step, state.step == state.best_step))
+        self.run_folder.save(state.step, weights, optimizer, asdict(state), state.best_step)
+        emit(CheckpointSaved(state.step, state.step == state.best_step))
 
 
 def make_step(
     model: CausalLM,
     optimizer: optim.Optimizer,
     settings: TrainSettings,
-    machines: Machines,
-) -> Step:
+    processes: ProcessGroup,
+) -> TrainingStep:
     """What takes the steps: of plain examples, or of preferences."""
     options: dict[str, Any] = {
         "clip": settings.clip or None,
         "checkpointing": settings.grad_checkpoint,
         "seed": settings.seed,
-        "group": machines.group,
+        "group": processes.group,
     }
     if not settings.dpo:
-        return Step(model, optimizer, **options)
+        return TrainingStep(model, optimizer, **options)
     from phimlx.training.preference import PreferenceStep
 
     return PreferenceStep(model, optimizer, beta=settings.beta, **options)
 
 
 def make_batches(
-    examples: Sequence[Example], settings: TrainSettings, machines: Machines, shuffled: bool = True
+    examples: Sequence[Example],
+    settings: TrainSettings,
+    processes: ProcessGroup,
+    shuffled: bool = True,
 ) -> Batches:
     """The batches of some examples, in an order that the seed decides where it is `shuffled`."""
     kind = Batches
@@ -311,8 +326,8 @@ def make_batches(
         settings.batch_size,
         row_length=settings.max_seq_length if settings.pack else None,
         seed=settings.seed if shuffled else None,
-        rank=machines.rank,
-        ranks=machines.count,
+        rank=processes.rank,
+        ranks=processes.count,
     )
 
 

@@ -14,12 +14,12 @@ from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.models.base import CausalLM
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.batches import Example
-from phimlx.training.run.events import Sample
+from phimlx.training.run.events import SampleReply
 
 MAX_TOKENS = 64
 
 
-class Answers:
+class SampleReplies:
     """Answers the first examples, each up to where learning begins in it, with likeliest tokens.
 
     Args:
@@ -30,15 +30,15 @@ class Answers:
         self,
         model: CausalLM,
         tokenizer: Tokenizer,
-        ends: frozenset[int],
+        stop_tokens: frozenset[int],
         examples: Sequence[Example],
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
-        self.ends = ends
+        self.stop_tokens = stop_tokens
         self.examples = examples
 
-    def __call__(self, step: int) -> Iterator[Sample]:
+    def __call__(self, step: int) -> Iterator[SampleReply]:
         """Adapters drop nothing meanwhile."""
         self.model.eval()
         try:
@@ -47,7 +47,7 @@ class Answers:
         finally:
             self.model.train()
 
-    def _answer(self, step: int, example: Example) -> Sample:
+    def _answer(self, step: int, example: Example) -> SampleReply:
         learned = np.flatnonzero(example.supervised)
         begin = max(1, int(learned[0]))
         gaps = np.flatnonzero(~example.supervised[begin:])
@@ -57,10 +57,10 @@ class Answers:
         sampler = Sampler(Sampling(), 0, prompt)
         tokens = generate_tokens(self.model, prompt, sampler, MAX_TOKENS, PromptCache(self.model))
         for token in tokens:
-            if token in self.ends:
+            if token in self.stop_tokens:
                 break
             answer.append(token)
         tokens.close()
-        expected = [t for t in example.tokens[begin:end].tolist() if t not in self.ends]
+        expected = [t for t in example.tokens[begin:end].tolist() if t not in self.stop_tokens]
         texts = (prompt, expected[:MAX_TOKENS], answer)
-        return Sample(step, example.source, *(self.tokenizer.decode(text) for text in texts))
+        return SampleReply(step, example.source, *(self.tokenizer.decode(text) for text in texts))

@@ -1,6 +1,6 @@
 """Settings -> a run that is ready to go: its data, what it will need, its model and its folder.
 
-Knows in which order things are found and checked: what costs nothing comes first.
+What costs nothing is found and checked first.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any
 
 import phimlx
 from phimlx import catalog
@@ -20,16 +20,16 @@ from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
 from phimlx.hub.layout import model_name
-from phimlx.models.base import ModelConfig
+from phimlx.models.config import ModelConfig
 from phimlx.options import override, read
 from phimlx.training.data.batches import Batches
-from phimlx.training.data.examples import Dataset, Settings, load_data
-from phimlx.training.data.loss_mask import Codec
+from phimlx.training.data.examples import Dataset, RowSettings, load_data
+from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Progress
-from phimlx.training.distributed import Machines
-from phimlx.training.memory_estimate import Forecast, Load, forecast, remedies
-from phimlx.training.run.checkpoints import RUN, Saved, Store
-from phimlx.training.run.loop import Plan, Run, make_batches, make_step
+from phimlx.training.distributed import ProcessGroup
+from phimlx.training.memory_estimate import LargestBatch, MemoryEstimate, estimate_memory, remedies
+from phimlx.training.run.checkpoints import RUN, RunFolder, SavedCheckpoint
+from phimlx.training.run.loop import TrainingPlan, TrainingRun, make_batches, make_step
 from phimlx.training.settings import TrainSettings
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class Session:
 
     settings: TrainSettings
     folder: Path
-    machines: Machines
+    processes: ProcessGroup
     resumed: Mapping[str, Any] | None = None
 
     def __post_init__(self) -> None:
@@ -68,13 +68,13 @@ class Session:
         return build_model(self.checkpoint.config).config
 
     @cached_property
-    def codec(self) -> Codec:
+    def encoder(self) -> RowEncoder:
         known = catalog.by_config(self.checkpoint.config, model_name(self.folder))
-        return Codec.load(self.folder, known.alias if known else self.folder.resolve().name)
+        return RowEncoder.load(self.folder, known.alias if known else self.folder.resolve().name)
 
     @cached_property
-    def store(self) -> Store:
-        return Store(Path(self.settings.adapter_path), self.settings.keep)
+    def run_folder(self) -> RunFolder:
+        return RunFolder(Path(self.settings.adapter_path), self.settings.keep)
 
     def check(self) -> None:
         """Raise TrainingError where settings do not fit each other, the model or the folder."""
@@ -95,23 +95,23 @@ class Session:
                     hint="Pairs stay together, and are measured against the model without its "
                     "adapter.",
                 )
-        if self.resumed is None and self.machines.is_first:
-            self.store.refuse_existing()
+        if self.resumed is None and self.processes.is_main:
+            self.run_folder.refuse_existing()
 
     def load_data(self, on_progress: Progress = lambda done, total: None) -> dict[str, Dataset]:
         """Read and check all data; see `phimlx.training.data.examples.load_data`."""
         settings = self.settings
-        form = Settings(
-            loss_on=cast(Any, settings.loss_on),
+        rows = RowSettings(
+            loss_on=settings.loss_on,
             max_length=settings.max_seq_length,
-            overlong=cast(Any, settings.overlong),
-            mapping=dict(settings.mapping),
+            overlong=settings.overlong,
+            mapping=settings.mapping,
             preferences=settings.dpo,
         )
         found = load_data(
             settings.data or "",
-            self.codec,
-            form,
+            self.encoder,
+            rows,
             held_out=settings.valid_fraction or None,
             seed=settings.seed,
             on_progress=on_progress,
@@ -123,33 +123,34 @@ class Session:
 
     def batches(self, data: Mapping[str, Dataset]) -> tuple[Batches, Batches | None]:
         """What to learn from, in shuffled order, and what to validate on, in a fixed one."""
-        train = make_batches(data["train"].examples, self.settings, self.machines)
+        train = make_batches(data["train"].examples, self.settings, self.processes)
         if "valid" not in data:
             return train, None
         examples = data["valid"].examples
-        return train, make_batches(examples, self.settings, self.machines, shuffled=False)
+        return train, make_batches(examples, self.settings, self.processes, shuffled=False)
 
-    def load(self, data: Mapping[str, Dataset]) -> Load:
-        """The largest batch: the longest rows come first in the order that is not shuffled."""
+    def largest_batch(self, data: Mapping[str, Dataset]) -> LargestBatch:
+        """Return the largest batch: the first in the order that is not shuffled."""
         examples = [example for name in ("train", "valid") if name in data
                     for example in data[name].examples]  # fmt: skip
-        batches = make_batches(examples, self.settings, self.machines, shuffled=False)
-        return Load.of(next(batches.epoch(0)))
+        batches = make_batches(examples, self.settings, self.processes, shuffled=False)
+        return LargestBatch.of(next(batches.epoch(0)))
 
     @property
     def itemsize(self) -> int:
-        """Bytes of a number in the model's computation, which its norms are stored in."""
-        return 4 if self._tensors["model.norm.weight"].dtype == "F32" else 2
+        """Bytes of a number in the model's computation: its norms are stored so."""
+        vectors = (info for info in self._tensors.values() if len(info.shape) == 1)
+        return 4 if any(info.dtype == "F32" for info in vectors) else 2
 
     @property
     def weights(self) -> int:
         """Bytes of the model's weights."""
         return sum(info.nbytes for info in self._tensors.values())
 
-    def forecast(self, data: Mapping[str, Dataset]) -> Forecast:
+    def estimate_memory(self, data: Mapping[str, Dataset]) -> MemoryEstimate:
         """The memory that the run will need."""
-        load = self.load(data)
-        return forecast(self.config, self.weights, self.settings, load, self.itemsize)
+        batch = self.largest_batch(data)
+        return estimate_memory(self.config, self.weights, self.settings, batch, self.itemsize)
 
     def check_memory(self, data: Mapping[str, Dataset], memory: int) -> str | None:
         """A warning where the run will hardly fit into so many bytes; None where it will.
@@ -159,14 +160,20 @@ class Session:
         """
         from phimlx.sizes import size_text
 
-        needed = self.forecast(data).total
+        needed = self.estimate_memory(data).total
         if needed <= ROOMY * memory:
             return None
         said = (
             f"The run is expected to need {size_text(needed)} of memory; this machine has "
             f"{size_text(memory)} for it"
         )
-        arguments = (self.config, self.weights, self.settings, self.load(data), self.itemsize)
+        arguments = (
+            self.config,
+            self.weights,
+            self.settings,
+            self.largest_batch(data),
+            self.itemsize,
+        )
         found = next(remedies(*arguments, round(ROOMY * memory)), None)
         hint = "Take a model at 4 bits (phimlx convert -q), or a smaller one."
         if found is not None:
@@ -175,17 +182,17 @@ class Session:
             return f"{said}. {hint}"
         raise TrainingError(f"{said}.", hint=f"{hint} To try all the same: --ignore-memory.")
 
-    def about(self, data: Mapping[str, Dataset]) -> dict[str, Any]:
-        """What the run is, as its folder keeps it."""
+    def description(self, data: Mapping[str, Dataset]) -> dict[str, Any]:
+        """Describe the run, as its folder keeps it."""
         return {
             "phimlx": phimlx.__version__,
             "settings": self.settings.as_object(),
             "model": fingerprint(self.folder),
             "data": {name: each.fingerprint for name, each in data.items() if name != "test"},
-            "machines": self.machines.count,
+            "machines": self.processes.count,
         }
 
-    def run(self, phi: Phi, data: Mapping[str, Dataset]) -> Run:
+    def run(self, phi: Phi, data: Mapping[str, Dataset]) -> TrainingRun:
         """Prepare the model and its folder, which is to be held from here on.
 
         Raises:
@@ -194,49 +201,59 @@ class Session:
         """
         from phimlx.adapters.adapter import Base
         from phimlx.adapters.mlx_lm import adapter_config
-        from phimlx.training.run.sample_replies import Answers
+        from phimlx.training.run.sample_replies import SampleReplies
         from phimlx.training.schedule import make_optimizer
         from phimlx.training.trainable import adapter_of, attach
 
-        about = self.about(data)
-        saved = None
+        description = self.description(data)
+        saved, skipped = None, []
         if self.resumed is not None:
-            _same_run(self.resumed, about)
-            saved = self._last()
+            _check_same_run(self.resumed, description)
+            saved = self._last_checkpoint()
+            skipped = self.run_folder.damaged(saved.step if saved else 0)
         attach(phi.model, self.settings)
         train, valid = self.batches(data)
-        steps = Plan.of(self.settings, len(train)).steps
+        steps = TrainingPlan.of(self.settings, len(train)).steps
         step = make_step(
-            phi.model, make_optimizer(self.settings, steps), self.settings, self.machines
+            phi.model, make_optimizer(self.settings, steps), self.settings, self.processes
         )
-        answer = None
+        sample_replies = None
         if self.settings.sample_prompts and "valid" in data:
             assert phi.tokenizer is not None  # the codec has found one
             examples = data["valid"].examples[: self.settings.sample_prompts]
-            answer = Answers(phi.model, phi.tokenizer, phi.eos, examples)
-        run = Run(step, train, valid, self.settings, self.store, self.machines, answer)
+            sample_replies = SampleReplies(phi.model, phi.tokenizer, phi.eos, examples)
+        run = TrainingRun(
+            step,
+            train,
+            valid,
+            self.settings,
+            self.run_folder,
+            self.processes,
+            sample_replies=sample_replies,
+            skipped=skipped,
+        )
         if saved is not None:
             run.restore(saved)
-        elif self.machines.is_first:
+        elif self.processes.is_main:
             base = Base.of(self.folder, self.checkpoint.config)
             adapter = adapter_of(phi.model, self.settings, base)
-            self.store.begin(about, adapter_config(adapter))
+            self.run_folder.begin(description, adapter_config(adapter))
         return run
 
-    def _last(self) -> Saved | None:
-        """The newest whole checkpoint."""
-        last = self.store.saved()[-1:]
-        # The first machine's folder counts; the others need none.
-        told = self.machines.share_json([(each.step, each.state) for each in last])
-        if not told:
+    def _last_checkpoint(self) -> SavedCheckpoint | None:
+        """Return the newest whole checkpoint."""
+        last = self.run_folder.checkpoints()[-1:]
+        # The main process's folder counts; the others need none.
+        found = self.processes.broadcast_json([(each.step, each.state) for each in last])
+        if not found:
             return None
-        step, state = told[0]
+        step, state = found[0]
         if state["ending"] is not None:
             raise TrainingError(
-                f"The run in {self.store.folder} is {state['ending']}: it took {step:,} steps.",
+                f"The run in {self.run_folder.path} is {state['ending']}: it took {step:,} steps.",
                 hint="Its adapter is there. Choose another --adapter-path for another run.",
             )
-        return last[0] if last else Saved(self.store.folder, step, state)
+        return last[0] if last else SavedCheckpoint(self.run_folder.path, step, state)
 
     @cached_property
     def _tensors(self) -> dict[str, TensorInfo]:
@@ -286,7 +303,7 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+def _check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     hint = "Take what the run began with, or choose another --adapter-path for a new run."
     if before["model"] != now["model"]:
         raise TrainingError("The model is not the one that the run began with.", hint=hint)

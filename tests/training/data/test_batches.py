@@ -78,15 +78,15 @@ def test_every_example_comes_once_an_epoch(
             seen.update(batch.sources)
             real = batch.weights > 0
             targets.update(batch.targets[real].tolist())
-            fed = batch.tokens.reshape(-1)[batch.picked[real]]
+            fed = batch.tokens.reshape(-1)[batch.target_indices[real]]
             # A place feeds the token before its target, and its position is that token's.
             assert (fed + 1 == batch.targets[real]).all()
-            assert (batch.positions.reshape(-1)[batch.picked[real]] == fed % 10_000).all()
+            assert (batch.positions.reshape(-1)[batch.target_indices[real]] == fed % 10_000).all()
             for number, source in enumerate(batch.sources):
                 wanted = data[int(source.split()[1])]
-                owned = batch.owners[real] == number
+                owned = batch.example_ids[real] == number
                 assert owned.sum() == wanted.supervised[1:].sum()
-            assert len(batch.picked) % 128 == 0
+            assert len(batch.target_indices) % 128 == 0
     assert seen == Counter(each.source for each in data)
     assert targets == Counter(t for each in data for t in each.tokens[1:][each.supervised[1:]])
 

@@ -11,10 +11,10 @@ import pytest
 
 from phimlx.errors import TrainingError
 from phimlx.hub.resolve import NANO
-from phimlx.training.data.examples import SHOWN, DataError, Settings, load_data
-from phimlx.training.data.loss_mask import Codec
+from phimlx.training.data.examples import SHOWN, DataError, RowSettings, load_data
+from phimlx.training.data.loss_mask import RowEncoder
 
-CODEC = Codec.load(NANO)
+ENCODER = RowEncoder.load(NANO)
 
 GOOD = b'{"prompt": "Hi", "completion": "Ho"}\n'
 MENDED = "Mend what is named, or leave it out of the data."
@@ -324,7 +324,7 @@ def test_what_is_said_of_broken_data(tmp_path: Path, name: str) -> None:
         pytest.importorskip("pyarrow")
     (tmp_path / file).write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load_data(tmp_path / file, CODEC)
+        load_data(tmp_path / file, ENCODER)
     assert (str(caught.value), caught.value.hint) == (message, hint)
     assert caught.value.count == 1
 
@@ -363,7 +363,7 @@ def test_what_is_said_of_broken_preferences(tmp_path: Path, name: str) -> None:
     content, reason, hint = PAIRS[name]
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load_data(tmp_path / "d.jsonl", CODEC, Settings(preferences=True))
+        load_data(tmp_path / "d.jsonl", ENCODER, RowSettings(preferences=True))
     assert (str(caught.value), caught.value.hint) == (f"d.jsonl, line 1: {reason}", hint)
 
 
@@ -371,7 +371,7 @@ def test_a_mapping_whose_key_is_missing(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(line(question="Hi", reply="Ho"))
     mapping = {"prompt": "question", "completion": "answer"}
     with pytest.raises(DataError) as caught:
-        load_data(tmp_path / "d.jsonl", CODEC, Settings(mapping=mapping))
+        load_data(tmp_path / "d.jsonl", ENCODER, RowSettings(mapping=mapping))
     assert str(caught.value) == ("d.jsonl, line 1: It has no 'answer', but 'question', 'reply'.")
 
 
@@ -379,7 +379,7 @@ def test_all_rows_of_all_files_are_checked_at_once(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").write_bytes(GOOD + b"{\n" + GOOD + line(text=""))
     (tmp_path / "valid.csv").write_bytes(b"text\na\n\n,\n")
     with pytest.raises(DataError) as caught:
-        load_data(tmp_path, CODEC)
+        load_data(tmp_path, ENCODER)
     assert str(caught.value) == (
         "The data has 3 faults:\n"
         "  train.jsonl, line 2: No JSON at column 2: Expecting property name enclosed in double "
@@ -398,7 +398,7 @@ def test_all_rows_of_all_files_are_checked_at_once(tmp_path: Path) -> None:
 def test_of_many_faults_the_first_are_told_and_all_counted(tmp_path: Path) -> None:
     (tmp_path / "d.jsonl").write_bytes(line(text="") * 1500)
     with pytest.raises(DataError) as caught:
-        load_data(tmp_path / "d.jsonl", CODEC)
+        load_data(tmp_path / "d.jsonl", ENCODER)
     first, *others = str(caught.value).splitlines()
     assert first == "The data has 1,500 faults:"
     assert others == [
@@ -425,7 +425,7 @@ def test_files_of_other_kinds(tmp_path: Path, name: str, message: str, hint: str
     path = tmp_path / name
     path.write_bytes(GOOD)
     with pytest.raises(TrainingError) as caught:
-        load_data(path, CODEC)
+        load_data(path, ENCODER)
     assert (str(caught.value), caught.value.hint) == (message, hint.format(path))
 
 
@@ -433,7 +433,7 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
     monkeypatch.setitem(sys.modules, "pyarrow", None)
     (tmp_path / "d.parquet").write_bytes(b"PAR1")
     with pytest.raises(TrainingError) as caught:
-        load_data(tmp_path / "d.parquet", CODEC)
+        load_data(tmp_path / "d.parquet", ENCODER)
     assert (str(caught.value), caught.value.hint) == (
         "d.parquet is parquet, which takes a library that is not installed.",
         "Install it with: pip install 'phimlx[parquet]'",
@@ -443,5 +443,5 @@ def test_parquet_without_its_library(tmp_path: Path, monkeypatch: pytest.MonkeyP
 def test_a_folder_named_as_a_file(tmp_path: Path) -> None:
     (tmp_path / "train.jsonl").mkdir()
     with pytest.raises(TrainingError) as caught:
-        load_data(tmp_path, CODEC)
+        load_data(tmp_path, ENCODER)
     assert str(caught.value) == f"{tmp_path} has no training data: no file train.*."

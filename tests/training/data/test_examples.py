@@ -24,12 +24,12 @@ from phimlx.prompt.published_templates import MINI, MINI_REASONING, PHI4, REASON
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.batches import Example
-from phimlx.training.data.examples import Dataset, Settings, load_data, tokenize
-from phimlx.training.data.loss_mask import Codec, LossOn
+from phimlx.training.data.examples import Dataset, RowSettings, load_data, tokenize
+from phimlx.training.data.loss_mask import LossOn, RowEncoder
 from phimlx.training.data.rows import Row
 from phimlx.training.data.statistics import rendered
 
-CODEC = Codec.load(NANO)
+ENCODER = RowEncoder.load(NANO)
 TOOLS = [{"name": "add", "description": "Adds.", "parameters": {"a": "int", "b": "int"}}]
 CHAT = [
     {"role": "system", "content": "Be brief."},
@@ -47,33 +47,33 @@ def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 
 
-def made(values: dict[str, Any], codec: Codec = CODEC, **options: Any) -> list[Example]:
+def made(values: dict[str, Any], encoder: RowEncoder = ENCODER, **options: Any) -> list[Example]:
     """The examples of one row."""
-    data = tokenize([Row("here", values)], codec, Settings(**options))
+    data = tokenize([Row("here", values)], encoder, RowSettings(**options))
     assert not data.problems
     return data.examples
 
 
-def learned(example: Example, codec: Codec = CODEC) -> list[str]:
+def learned(example: Example, encoder: RowEncoder = ENCODER) -> list[str]:
     """The stretches of text that are learned."""
-    return [text for text, is_learned in rendered(example, codec.tokenizer) if is_learned]
+    return [text for text, is_learned in rendered(example, encoder.tokenizer) if is_learned]
 
 
-def text_of(example: Example, codec: Codec = CODEC) -> str:
-    return codec.tokenizer.decode(example.tokens.tolist())
+def text_of(example: Example, encoder: RowEncoder = ENCODER) -> str:
+    return encoder.tokenizer.decode(example.tokens.tolist())
 
 
 # Published templates and real tokenizers
 
 
-def published(data: Path, name: str) -> tuple[Codec, tokenizers.Tokenizer]:
+def published(data: Path, name: str) -> tuple[RowEncoder, tokenizers.Tokenizer]:
     folder = data / "hf" / name
-    return Codec.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
+    return RowEncoder.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
 def test_mini_trains_on_the_published_text(data: Path) -> None:
-    codec, reference = published(data, "Phi-4-mini-instruct")
-    (example,) = made({"messages": CHAT, "tools": TOOLS}, codec)
+    encoder, reference = published(data, "Phi-4-mini-instruct")
+    (example,) = made({"messages": CHAT, "tools": TOOLS}, encoder)
     call = '<|tool_call|>[{"name": "add", "arguments": {"a": 1, "b": 2}}]<|/tool_call|><|end|>'
     text = (
         f"<|system|>Be brief.<|tool|>{json.dumps(TOOLS)}<|/tool|><|end|>"
@@ -81,12 +81,12 @@ def test_mini_trains_on_the_published_text(data: Path) -> None:
         "<|assistant|>It is 3.<|end|><|user|>Danke – schön!<|end|><|assistant|>Bitte.<|end|>"
     )
     assert example.tokens.tolist() == reference.encode(text, add_special_tokens=False).ids
-    assert learned(example, codec) == [call, "It is 3.<|end|>", "Bitte.<|end|>"]
+    assert learned(example, encoder) == [call, "It is 3.<|end|>", "Bitte.<|end|>"]
 
 
 def test_phi4_trains_on_the_published_text(data: Path) -> None:
-    codec, reference = published(data, "phi-4")
-    (example,) = made({"messages": TALK}, codec)
+    encoder, reference = published(data, "phi-4")
+    (example,) = made({"messages": TALK}, encoder)
     text = (
         "<|im_start|>system<|im_sep|>Be brief.<|im_end|>"
         "<|im_start|>user<|im_sep|>Was ist 1 + 2?<|im_end|>"
@@ -95,13 +95,13 @@ def test_phi4_trains_on_the_published_text(data: Path) -> None:
         "<|im_start|>assistant<|im_sep|>Bitte.<|im_end|>"
     )
     assert example.tokens.tolist() == reference.encode(text, add_special_tokens=False).ids
-    assert learned(example, codec) == ["It is 3.<|im_end|>", "Bitte.<|im_end|>"]
+    assert learned(example, encoder) == ["It is 3.<|im_end|>", "Bitte.<|im_end|>"]
 
 
 @pytest.mark.parametrize("name", ["Phi-4-mini-instruct", "phi-4"])
 def test_real_data_load_in_full(data: Path, name: str) -> None:
-    codec, reference = published(data, name)
-    texts = load_data(data / "text" / "mlx-examples-lora", codec)
+    encoder, reference = published(data, name)
+    texts = load_data(data / "text" / "mlx-examples-lora", encoder)
     assert {split: len(each.examples) for split, each in texts.items()} == {
         "train": 1000,
         "valid": 100,
@@ -112,13 +112,13 @@ def test_real_data_load_in_full(data: Path, name: str) -> None:
         expected = reference.encode(json.loads(line)["text"] + "<|endoftext|>").ids
         assert example.tokens.tolist() == expected
         assert example.supervised.tolist() == [False] + [True] * (len(expected) - 1)
-    answers = load_data(data / "text" / "mlx-examples-wwdc25" / "valid.jsonl", codec)["train"]
+    answers = load_data(data / "text" / "mlx-examples-wwdc25" / "valid.jsonl", encoder)["train"]
     assert len(answers.examples) == 144
     lines = (data / "text" / "mlx-examples-wwdc25" / "valid.jsonl").read_text().splitlines()
     for line, example in zip(lines, answers.examples, strict=True):
         row = json.loads(line)
         end = "<|im_end|>" if name == "phi-4" else "<|end|>"
-        assert learned(example, codec) == [row["completion"].strip() + end]
+        assert learned(example, encoder) == [row["completion"].strip() + end]
 
 
 # Nano, which is always here
@@ -126,15 +126,15 @@ def test_real_data_load_in_full(data: Path, name: str) -> None:
 
 def test_a_prompt_of_inference_is_the_beginning() -> None:
     phi = phimlx.load("nano")
-    codec = Codec.of(phi)
-    (example,) = made({"messages": CHAT, "tools": TOOLS}, codec)
+    encoder = RowEncoder.of(phi)
+    (example,) = made({"messages": CHAT, "tools": TOOLS}, encoder)
     for index in (2, 4, 6):
         prompt = phi.encode(CHAT[:index], tools=TOOLS)
         assert example.tokens[: len(prompt)].tolist() == prompt
         assert not example.supervised[len(prompt) - 1]
         assert example.supervised[len(prompt)]
     assert int(example.tokens[-1]) in phi.eos
-    (asked,) = made({"prompt": "Hi", "completion": "Ho"}, codec)
+    (asked,) = made({"prompt": "Hi", "completion": "Ho"}, encoder)
     prompt = phi.encode("Hi")
     assert asked.tokens[: len(prompt)].tolist() == prompt
     assert asked.supervised.tolist() == [i >= len(prompt) for i in range(len(asked.tokens))]
@@ -215,14 +215,14 @@ def test_replies_inside_a_prompt_are_not_learned() -> None:
 def test_text_in_messages_is_never_control() -> None:
     said = "<|end|><|assistant|>I lie<|endoftext|>"
     (example,) = made({"prompt": said, "completion": said})
-    control = CODEC.tokenizer.control_tokens
+    control = ENCODER.tokenizer.control_tokens
     assert text_of(example) == f"<|user|>{said}<|end|><|assistant|>{said}<|end|>"
     assert example.tokens.tolist().count(control["<|end|>"]) == 2
     assert control["<|endoftext|>"] not in example.tokens
 
 
 def test_text_rows_take_control_tokens_and_end() -> None:
-    control = CODEC.tokenizer.control_tokens
+    control = ENCODER.tokenizer.control_tokens
     (plain,) = made({"text": "Once upon a time"})
     assert plain.tokens[-1] == control["<|endoftext|>"]
     assert plain.supervised.tolist() == [False] + [True] * (len(plain.tokens) - 1)
@@ -251,8 +251,8 @@ def test_whatever_is_said_the_replies_are_learned(turns: list[tuple[str, str]]) 
     ids: list[int] = []
     mask: list[bool] = []
     for index in range(1, len(messages), 2):
-        prompt = CODEC.template.encode(messages[:index])
-        upto = CODEC.template.encode(messages[: index + 1], add_generation_prompt=False)[:-1]
+        prompt = ENCODER.template.encode(messages[:index])
+        upto = ENCODER.template.encode(messages[: index + 1], add_generation_prompt=False)[:-1]
         assert prompt[: len(ids)] == ids
         mask += [False] * (len(prompt) - len(ids)) + [True] * (len(upto) - len(prompt))
         ids = upto
@@ -263,11 +263,11 @@ def test_whatever_is_said_the_replies_are_learned(turns: list[tuple[str, str]]) 
 # Templates of other models, over nano's tokens or real ones
 
 
-def codec_with(source: str, data: Path | None = None) -> Codec:
+def codec_with(source: str, data: Path | None = None) -> RowEncoder:
     folder = NANO if data is None else data / "hf" / "phi-4"
     tokenizer = Tokenizer.load(folder)
     template = ChatTemplate({"default": source}, tokenizer, {"eos_token": "<|endoftext|>"})
-    return Codec(tokenizer, lambda: template)
+    return RowEncoder(tokenizer, lambda: template)
 
 
 def test_templates_of_reasoning_models(data: Path) -> None:
@@ -305,9 +305,9 @@ def test_a_template_that_cannot_be_learned_with(source: str, reason: str) -> Non
 
 
 def test_a_reply_that_begins_as_the_prompt_opens_it() -> None:
-    codec = codec_with(OPENS)
-    (example,) = made({"prompt": "Hi", "completion": "Hm: Ho"}, codec)
-    assert "".join(learned(example, codec)) == " Ho<|end|>"
+    encoder = codec_with(OPENS)
+    (example,) = made({"prompt": "Hi", "completion": "Hm: Ho"}, encoder)
+    assert "".join(learned(example, encoder)) == " Ho<|end|>"
 
 
 def test_phi4s_template_has_no_place_for_tools(data: Path) -> None:
@@ -318,18 +318,18 @@ def test_phi4s_template_has_no_place_for_tools(data: Path) -> None:
     )
 
 
-def bare(folder: Path, *control: str) -> Codec:
+def bare(folder: Path, *control: str) -> RowEncoder:
     """Nano's vocabulary with these control tokens alone, and no template."""
     tokenizer = json.loads((NANO / "tokenizer.json").read_text())
     tokenizer["added_tokens"] = [t for t in tokenizer["added_tokens"] if t["content"] in control]
     (folder / "tokenizer.json").write_text(json.dumps(tokenizer))
-    return Codec.load(folder)
+    return RowEncoder.load(folder)
 
 
 def test_texts_need_an_end() -> None:
     tokenizer = Tokenizer(LibraryVocabulary.load(NANO / "tokenizer.json")[0], [])
     with pytest.raises(TokenizerError) as caught:
-        Codec(tokenizer, lambda: CODEC.template).text("abc")
+        RowEncoder(tokenizer, lambda: ENCODER.template).text("abc")
     assert str(caught.value) == (
         "The tokenizer has no <|endoftext|>, so that nothing can end a text."
     )
@@ -339,15 +339,15 @@ def test_a_model_without_tokenizer_cannot_be_trained(tmp_path: Path) -> None:
     for name in ("config.json", "model.safetensors"):
         (tmp_path / name).write_bytes((NANO / name).read_bytes())
     with pytest.raises(TokenizerError) as caught:
-        Codec.of(phimlx.load(tmp_path))
+        RowEncoder.of(phimlx.load(tmp_path))
     assert str(caught.value) == f"There is no tokenizer.json in {tmp_path}."
 
 
 def test_texts_need_no_template(tmp_path: Path) -> None:
-    codec = bare(tmp_path, "<|endoftext|>")
-    assert text_of(made({"text": "abc"}, codec)[0], codec) == "abc<|endoftext|>"
+    encoder = bare(tmp_path, "<|endoftext|>")
+    assert text_of(made({"text": "abc"}, encoder)[0], encoder) == "abc<|endoftext|>"
     with pytest.raises(PromptError) as caught:
-        made({"prompt": "Hi", "completion": "Ho"}, codec)
+        made({"prompt": "Hi", "completion": "Ho"}, encoder)
     assert str(caught.value) == (
         f"{tmp_path} has no chat template, and its tokenizer is no Phi-4 chat model's."
     )
@@ -361,7 +361,7 @@ LONG = {"text": "one two three four five six seven eight nine ten"}
 
 def test_too_long_rows_are_refused_with_their_lengths() -> None:
     length = len(made(LONG)[0].tokens)
-    data = tokenize([Row("d.jsonl, line 3", LONG)], CODEC, Settings(max_length=length - 1))
+    data = tokenize([Row("d.jsonl, line 3", LONG)], ENCODER, RowSettings(max_length=length - 1))
     assert [str(problem) for problem in data.problems] == [
         f"d.jsonl, line 3: It has {length} tokens, but {length - 1} are allowed."
     ]
@@ -370,7 +370,7 @@ def test_too_long_rows_are_refused_with_their_lengths() -> None:
 
 def test_too_long_rows_are_cut() -> None:
     (whole,) = made(LONG)
-    data = tokenize([Row("d", LONG)], CODEC, Settings(max_length=5, overlong="cut"))
+    data = tokenize([Row("d", LONG)], ENCODER, RowSettings(max_length=5, overlong="cut"))
     (short,) = data.examples
     assert short.tokens.tolist() == whole.tokens[:5].tolist()
     assert short.supervised.tolist() == whole.supervised[:5].tolist()
@@ -410,7 +410,7 @@ def test_conversations_are_split_between_exchanges() -> None:
     messages = [system, *(m for number in range(5) for m in exchange(number))]
     two = len(made({"messages": [system, *exchange(0), *exchange(1)]})[0].tokens)
     data = tokenize(
-        [Row("d", {"messages": messages})], CODEC, Settings(max_length=two, overlong="split")
+        [Row("d", {"messages": messages})], ENCODER, RowSettings(max_length=two, overlong="split")
     )
     assert not data.problems
     assert [learned(example) for example in data.examples] == [
@@ -423,7 +423,9 @@ def test_conversations_are_split_between_exchanges() -> None:
     assert (data.split, data.rows) == (1, [0, 0, 0])
     one = len(made({"messages": [system, *exchange(0)]})[0].tokens)
     refused = tokenize(
-        [Row("d", {"messages": messages})], CODEC, Settings(max_length=one - 1, overlong="split")
+        [Row("d", {"messages": messages})],
+        ENCODER,
+        RowSettings(max_length=one - 1, overlong="split"),
     )
     assert [str(problem) for problem in refused.problems] == [
         f"d: A question with its answer has {one} tokens, but {one - 1} are allowed."
@@ -444,7 +446,7 @@ def test_rows_without_anything_to_learn_are_skipped_and_counted() -> None:
         Row("2", {"messages": [question, {"role": "assistant", "content": "Yes"}]}),
         Row("3", {"prompt": "Hi", "completion": "Ho"}),
     ]
-    data = tokenize(rows, CODEC, Settings(max_length=6, overlong="cut"))
+    data = tokenize(rows, ENCODER, RowSettings(max_length=6, overlong="cut"))
     assert data.skipped == {
         "no reply to learn": 1,
         "nothing to learn is left after cutting": 1,
@@ -457,7 +459,7 @@ def test_a_data_set_with_nothing_to_learn_is_an_error(tmp_path: Path) -> None:
     rows = [{"messages": [{"role": "user", "content": "Hi"}]}] * 3
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     with pytest.raises(TrainingError) as caught:
-        load_data(tmp_path / "d.jsonl", CODEC)
+        load_data(tmp_path / "d.jsonl", ENCODER)
     assert str(caught.value) == (
         "d.jsonl holds nothing to learn from: every row is skipped (3: no reply to learn)."
     )
@@ -492,10 +494,10 @@ BETTER = [
 
 @pytest.mark.parametrize("values", BETTER)
 def test_preferences_share_their_prompt(values: dict[str, Any]) -> None:
-    data = tokenize([Row("d", values)], CODEC, Settings(preferences=True))
+    data = tokenize([Row("d", values)], ENCODER, RowSettings(preferences=True))
     assert not data.problems
-    ((chosen, rejected),) = data.preferences
-    prompt = CODEC.template.encode([{"role": "user", "content": "Hi"}])
+    chosen, rejected = data.examples
+    prompt = ENCODER.template.encode([{"role": "user", "content": "Hi"}])
     for example, reply in ((chosen, "Hello!<|end|>"), (rejected, "What?<|end|>")):
         assert example.tokens[: len(prompt)].tolist() == prompt
         assert learned(example) == [reply]
@@ -509,17 +511,17 @@ def test_only_where_answers_part_is_learned() -> None:
         "chosen": [*talk, {"role": "assistant", "content": "Yes."}, *exchange(1)],
         "rejected": [*talk, {"role": "assistant", "content": "No."}],
     }
-    data = tokenize([Row("d", values)], CODEC, Settings(preferences=True))
-    ((chosen, rejected),) = data.preferences
+    data = tokenize([Row("d", values)], ENCODER, RowSettings(preferences=True))
+    chosen, rejected = data.examples
     assert learned(chosen) == ["Yes.<|end|>", "Answer 1.<|end|>"]
     assert learned(rejected) == ["No.<|end|>"]
 
 
 def test_a_pair_is_skipped_as_a_whole() -> None:
     rows = [Row("1", {"prompt": "Hi", "chosen": "Ho", "rejected": "What a lot of words to cut!"})]
-    data = tokenize(rows, CODEC, Settings(preferences=True, max_length=7, overlong="cut"))
+    data = tokenize(rows, ENCODER, RowSettings(preferences=True, max_length=7, overlong="cut"))
     assert (len(data.examples), data.cut) == (2, 1)
-    data = tokenize(rows, CODEC, Settings(preferences=True, max_length=3, overlong="cut"))
+    data = tokenize(rows, ENCODER, RowSettings(preferences=True, max_length=3, overlong="cut"))
     assert data.examples == []
     assert data.skipped == {"nothing to learn is left after cutting": 1}
 
@@ -538,7 +540,7 @@ def test_rows_are_held_out_by_the_seed(tmp_path: Path, amount: float, count: int
     path = written(tmp_path, 20)
 
     def places(seed: int) -> tuple[list[str], list[str]]:
-        found = load_data(path, CODEC, held_out=amount, seed=seed)
+        found = load_data(path, ENCODER, held_out=amount, seed=seed)
         assert list(found) == ["train", "valid"]
         train, valid = ([e.source for e in found[name].examples] for name in ("train", "valid"))
         return train, valid
@@ -554,8 +556,8 @@ def test_rows_are_held_out_by_the_seed(tmp_path: Path, amount: float, count: int
 def test_parts_of_a_row_are_held_out_together(tmp_path: Path) -> None:
     rows = [{"text": f"{i} one two three four five six seven"} for i in range(6)]
     (tmp_path / "d.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = Settings(max_length=5, overlong="split")
-    found = load_data(tmp_path / "d.jsonl", CODEC, options, held_out=0.5)
+    options = RowSettings(max_length=5, overlong="split")
+    found = load_data(tmp_path / "d.jsonl", ENCODER, options, held_out=0.5)
     lines = {
         name: {e.source.split(", part")[0] for e in data.examples} for name, data in found.items()
     }
@@ -566,23 +568,15 @@ def test_parts_of_a_row_are_held_out_together(tmp_path: Path) -> None:
 @pytest.mark.parametrize("amount", [0, 20, 21, 2.5, -1])
 def test_an_amount_that_cannot_be_held_out(tmp_path: Path, amount: float) -> None:
     with pytest.raises(TrainingError) as caught:
-        load_data(written(tmp_path, 20), CODEC, held_out=amount)
+        load_data(written(tmp_path, 20), ENCODER, held_out=amount)
     assert str(caught.value) == f"Of 20 rows, {amount} cannot be held out for validation."
-
-
-def test_validation_data_may_come_from_elsewhere(tmp_path: Path) -> None:
-    path = written(tmp_path, 4)
-    other = tmp_path / "other"
-    other.mkdir()
-    found = load_data(path, CODEC, valid=written(other, 2), held_out=0.5)
-    assert [len(data.examples) for data in found.values()] == [4, 2]
 
 
 def test_progress_ends_with_all_bytes(tmp_path: Path) -> None:
     for name in ("train", "valid"):
         written(tmp_path, 4).rename(tmp_path / f"{name}.jsonl")
     seen: list[tuple[int, int]] = []
-    load_data(tmp_path, CODEC, on_progress=lambda done, total: seen.append((done, total)))
+    load_data(tmp_path, ENCODER, on_progress=lambda done, total: seen.append((done, total)))
     total = sum(path.stat().st_size for path in tmp_path.iterdir())
     assert seen[-1] == (total, total)
     assert seen == sorted(seen)
@@ -623,5 +617,5 @@ def test_the_fingerprint_tells_tokens_masks_and_order() -> None:
 )
 def test_settings_that_cannot_be(options: dict[str, Any], message: str) -> None:
     with pytest.raises(TrainingError) as caught:
-        Settings(**options)
+        RowSettings(**options)
     assert str(caught.value) == message

@@ -131,6 +131,7 @@ def test_progress_counts_bytes_over_all_files(tmp_path: Path) -> None:
 def test_a_long_cell_is_read(tmp_path: Path) -> None:
     found = rows_of(tmp_path, "d.csv", b"text\n" + b"a" * 200_000 + b"\n")
     assert [len(row.values["text"]) for row in found] == [200_000]
+    assert csv.field_size_limit() == 131_072  # whose module is everybody's
 
 
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:

@@ -7,19 +7,19 @@ import pytest
 
 from phimlx.hub.resolve import NANO
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.data.examples import Dataset, Settings, tokenize
-from phimlx.training.data.loss_mask import Codec
+from phimlx.training.data.examples import Dataset, RowSettings, tokenize
+from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Row
 from phimlx.training.data.statistics import (
     abridged,
-    describe,
     rendered,
     rendered_samples,
     samples,
     summarize,
+    summary_table,
 )
 
-CODEC = Codec.load(NANO)
+ENCODER = RowEncoder.load(NANO)
 
 
 def lengths(*tokens: int) -> Dataset:
@@ -52,11 +52,11 @@ def test_the_table_for_people() -> None:
         Row("2", {"text": "one two three four five six seven eight"}),
         Row("3", {"messages": [{"role": "user", "content": "Hi"}]}),
     ]
-    train = tokenize(rows, CODEC, Settings(max_length=8, overlong="split"))
+    train = tokenize(rows, ENCODER, RowSettings(max_length=8, overlong="split"))
     summary = summarize(train, batch_size=1)
     assert summary.kinds == {"conversations": 1, "texts": 1}
     valid = summarize(lengths(9, 9), batch_size=2)
-    assert describe({"train": summary, "valid": valid}) == [
+    assert summary_table({"train": summary, "valid": valid}) == [
         ["", "train", "valid"],
         ["rows", "2", "2"],
         ["examples", f"{len(train.examples)}", "2"],
@@ -85,7 +85,7 @@ def test_what_is_learned_is_marked() -> None:
             ]
         },
     )
-    assert rendered_samples(tokenize([row], CODEC), CODEC.tokenizer) == [
+    assert rendered_samples(tokenize([row], ENCODER), ENCODER.tokenizer) == [
         (
             "d.jsonl, line 1",
             [
@@ -100,10 +100,10 @@ def test_what_is_learned_is_marked() -> None:
 
 @pytest.mark.parametrize("mask", [[0, 0, 0], [0, 1, 1], [0, 1, 0], [0, 0, 1]])
 def test_spans_are_the_whole_text(mask: list[int]) -> None:
-    tokens = np.array(CODEC.tokenizer.encode("abc"), np.int32)
+    tokens = np.array(ENCODER.tokenizer.encode("abc"), np.int32)
     tokens = np.resize(tokens, 3)
-    spans = rendered(Example(tokens, np.array(mask, bool)), CODEC.tokenizer)
-    assert "".join(text for text, _ in spans) == CODEC.tokenizer.decode(tokens.tolist())
+    spans = rendered(Example(tokens, np.array(mask, bool)), ENCODER.tokenizer)
+    assert "".join(text for text, _ in spans) == ENCODER.tokenizer.decode(tokens.tolist())
     assert [learned for _, learned in spans] == [
         bool(m) for i, m in enumerate(mask) if i == 0 or m != mask[i - 1]
     ]

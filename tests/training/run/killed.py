@@ -17,15 +17,15 @@ import tests.conftest  # noqa: F401 (the same BLAS as in the run that it is comp
 from phimlx.cli.main import main
 from phimlx.training.data.batches import Batch
 from phimlx.training.run import checkpoints as state
-from phimlx.training.step import Step, StepResult
+from phimlx.training.step import StepResult, TrainingStep
 
 (how, _, rank), at = sys.argv[1].partition("@"), int(sys.argv[2])
 at = at if rank in ("", os.environ.get("MLX_RANK")) else 0
 sys.argv = ["phimlx", *sys.argv[3:]]
-take, write = Step.__call__, state.write_arrays
+take, write = TrainingStep.__call__, state.write_arrays
 
 
-def taken(self: Step, number: int, batches: Sequence[Batch]) -> StepResult:
+def taken(self: TrainingStep, number: int, batches: Sequence[Batch]) -> StepResult:
     if number == at and how != "saving":
         os.kill(os.getpid(), getattr(signal, how))
     return take(self, number, batches)
@@ -37,6 +37,6 @@ def written(path: Path, tree: Any) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-Step.__call__ = taken  # type: ignore[method-assign]
+TrainingStep.__call__ = taken  # type: ignore[method-assign]
 state.write_arrays = written
 main()

@@ -12,11 +12,13 @@ import pytest
 
 from phimlx.errors import TrainingError
 from phimlx.terminal.curves import draw, legend
-from phimlx.training.run.events import Advanced, Report, Validation
-from phimlx.training.run.log import Log, check_sinks, draw_png, numbers_of, open_sink, row_of
+from phimlx.training.run.events import StepTaken, TrainingReport, Validation
+from phimlx.training.run.log import TrainingLog, row_of
+from phimlx.training.run.loss_plot import draw_png
+from phimlx.training.run.trackers import check_trackers, numbers_of, open_tracker
 from phimlx.training.step import StepResult
 
-REPORT = Report(10, 0.5, 2.0, {"margin": 1.5}, 3.0, 1e-4, 640, 99.0, 1 << 20, 6.5, 7.0)
+REPORT = TrainingReport(10, 0.5, 2.0, {"margin": 1.5}, 3.0, 1e-4, 640, 99.0, 1 << 20, 6.5, 7.0)
 VALIDATION = Validation(10, 1.75, {}, 64, True, 0.5)
 
 
@@ -25,7 +27,7 @@ def row(step: int, loss: float = 1.0) -> dict[str, Any]:
 
 
 def test_a_line_for_each_report(tmp_path: Path) -> None:
-    log = Log(tmp_path / "deep" / "log.jsonl")
+    log = TrainingLog(tmp_path / "deep" / "log.jsonl")
     for event in (REPORT, VALIDATION):
         found = row_of(event)
         assert found is not None
@@ -57,14 +59,14 @@ def test_a_line_for_each_report(tmp_path: Path) -> None:
         },
     ]
     assert log.curves() == {"train": [(10, 2.0)], "validation": [(10, 1.75)]}
-    assert row_of(Advanced(1, StepResult(1.0, 1, 1, 1.0, {}))) is None
+    assert row_of(StepTaken(1, StepResult(1.0, 1, 1, 1.0, {}))) is None
 
 
 def test_a_resumed_run_takes_out_what_it_will_write_again(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     whole = [json.dumps(row(step)) for step in (2, 4, 6)]
     path.write_text("\n".join(whole) + '\n{"kind": "train", "step": 8, "lo')
-    log = Log(path, 4, resumed=True)
+    log = TrainingLog(path, 4, resumed=True)
     log.add(row(5))
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
 
@@ -73,7 +75,7 @@ def test_a_log_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("dear diary")
     with pytest.raises(TrainingError) as error:
-        Log(path)
+        TrainingLog(path)
     assert str(error.value) == f"{path} exists already."
     assert error.value.hint == "Choose another --log, or remove it first."
     assert path.read_text() == "dear diary"
@@ -115,7 +117,7 @@ def test_without_matplotlib_the_extra_is_named(
 def test_a_tracker_that_is_not_installed(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(TrainingError) as error:
-        check_sinks([name])
+        check_trackers([name])
     assert str(error.value) == f"Reporting to {name} needs a package that is not installed."
     assert error.value.hint == f"Install it with: pip install 'phimlx[{name}]'"
 
@@ -151,17 +153,17 @@ class Module:
 def test_trackers_are_told(name: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     module = Module()
     monkeypatch.setitem(sys.modules, name, module)  # type: ignore[arg-type]
-    sink = open_sink(name, tmp_path, {"rank": 8})
-    sink.add(3, {"train/loss": 1.0})
-    sink.close()
+    tracker = open_tracker(name, tmp_path, {"rank": 8})
+    tracker.add(3, {"train/loss": 1.0})
+    tracker.close()
     assert module.said == ["phimlx", (3, {"train/loss": 1.0}), "finished"]
 
 
 def test_tensorboard_reads_what_is_written(tmp_path: Path) -> None:
     pytest.importorskip("tensorboard")
-    sink = open_sink("tensorboard", tmp_path, {})
-    sink.add(3, {"train/loss": 1.5})
-    sink.close()
+    tracker = open_tracker("tensorboard", tmp_path, {})
+    tracker.add(3, {"train/loss": 1.5})
+    tracker.close()
     accumulators = importlib.import_module("tensorboard.backend.event_processing.event_accumulator")
     events = accumulators.EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()

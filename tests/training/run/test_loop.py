@@ -15,10 +15,23 @@ from mlx.utils import tree_flatten
 
 from phimlx.errors import TrainingError
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.distributed import Machines
-from phimlx.training.run.checkpoints import Store
-from phimlx.training.run.events import Event, Kept, Report, Sample, Validation
-from phimlx.training.run.loop import COMPLETE, STOPPED_EARLY, Plan, Run, make_batches, make_step
+from phimlx.training.distributed import ProcessGroup
+from phimlx.training.run.checkpoints import RunFolder
+from phimlx.training.run.events import (
+    CheckpointSaved,
+    Event,
+    SampleReply,
+    TrainingReport,
+    Validation,
+)
+from phimlx.training.run.loop import (
+    COMPLETE,
+    STOPPED_EARLY,
+    TrainingPlan,
+    TrainingRun,
+    make_batches,
+    make_step,
+)
 from phimlx.training.settings import TrainSettings
 from phimlx.training.step import NonFiniteError
 from phimlx.training.trainable import attach
@@ -35,25 +48,25 @@ def examples(count: int = 12, seed: int = 0) -> list[Example]:
     ]
 
 
-def make(folder: Path, rate: float = 1e-2, **options: Any) -> Run:
+def make(folder: Path, rate: float = 1e-2, **options: Any) -> TrainingRun:
     settings = TrainSettings(batch_size=4, steps_per_report=2, **options)
     model = tiny()
     attach(model, TrainSettings(rank=4, alpha=8.0))
-    machines = Machines()
-    store = Store(folder, settings.keep)
+    processes = ProcessGroup()
+    run_folder = RunFolder(folder, settings.keep)
     folder.mkdir()
-    store.begin({}, {"fine_tune_type": "lora"})
-    step = make_step(model, optim.Adam(rate), settings, machines)
-    train = make_batches(examples(), settings, machines)
-    valid = make_batches(examples(6, seed=1), settings, machines, shuffled=False)
-    return Run(step, train, valid, settings, store, machines)
+    run_folder.begin({}, {"fine_tune_type": "lora"})
+    step = make_step(model, optim.Adam(rate), settings, processes)
+    train = make_batches(examples(), settings, processes)
+    valid = make_batches(examples(6, seed=1), settings, processes, shuffled=False)
+    return TrainingRun(step, train, valid, settings, run_folder, processes)
 
 
 def test_a_run_reports_validates_and_keeps(tmp_path: Path) -> None:
     run, events = make(tmp_path / "run", epochs=3, steps_per_eval=3, keep=1), list[Event]()
-    assert run.plan == Plan(steps=9, per_epoch=3, eval_every=3, save_every=3)
-    outcome = run.go(events.append)
-    reports = [event for event in events if isinstance(event, Report)]
+    assert run.plan == TrainingPlan(steps=9, per_epoch=3, eval_every=3, save_every=3)
+    outcome = run.fit(events.append)
+    reports = [event for event in events if isinstance(event, TrainingReport)]
     validations = [event for event in events if isinstance(event, Validation)]
     assert [report.step for report in reports] == [2, 4, 6, 8, 9]
     assert reports[-1].epoch == 3.0
@@ -63,19 +76,19 @@ def test_a_run_reports_validates_and_keeps(tmp_path: Path) -> None:
     best = min(validations[1:], key=lambda each: each.loss)
     assert (outcome.ending, outcome.step) == (COMPLETE, 9)
     assert (outcome.best_step, outcome.best_loss) == (best.step, best.loss)
-    assert [event.step for event in events if isinstance(event, Kept)] == [3, 6, 9]
-    kept = {saved.step for saved in run.store.saved()}
+    assert [event.step for event in events if isinstance(event, CheckpointSaved)] == [3, 6, 9]
+    kept = {saved.step for saved in run.run_folder.checkpoints()}
     assert kept == {9, best.step}
     whole = mx.load(str(tmp_path / "run" / "adapters.safetensors"))
-    saved = next(each for each in run.store.saved() if each.step == best.step)
-    of_best = run.store.load(saved, Machines())[0]
+    saved = next(each for each in run.run_folder.checkpoints() if each.step == best.step)
+    of_best = run.run_folder.load(saved, ProcessGroup())[0]
     assert all(mx.array_equal(whole[name], array) for name, array in of_best.items())
 
 
 def test_validation_is_the_mean_over_tokens(tmp_path: Path) -> None:
     run = make(tmp_path / "run", iters=1)
     events: list[Event] = []
-    run.go(events.append)
+    run.fit(events.append)
     first = next(event for event in events if isinstance(event, Validation))
     model = tiny()
     losses = [
@@ -92,11 +105,11 @@ def test_validation_is_the_mean_over_tokens(tmp_path: Path) -> None:
 def test_it_stops_early_where_nothing_gets_better(tmp_path: Path) -> None:
     """What is drawn at random cannot be validated on: learning it by heart makes it worse."""
     run = make(tmp_path / "run", rate=0.05, iters=60, steps_per_eval=2, early_stop=3)
-    outcome = run.go(lambda event: None)
+    outcome = run.fit(lambda event: None)
     assert outcome.ending == STOPPED_EARLY
     assert outcome.best_step is not None
     assert outcome.step == outcome.best_step + 3 * 2
-    last = run.store.saved()[-1]
+    last = run.run_folder.checkpoints()[-1]
     assert last.state["ending"] == STOPPED_EARLY
 
 
@@ -107,14 +120,14 @@ def test_the_row_that_makes_no_number_is_named_and_checkpoints_stay(tmp_path: Pa
     weight = np.array(model.model.embed_tokens.weight)
 
     def poison(event: Event) -> None:
-        if isinstance(event, Kept) and event.step == 2:
+        if isinstance(event, CheckpointSaved) and event.step == 2:
             weight[poisoned.tokens[0]] = np.nan
             model.model.embed_tokens.weight = mx.array(weight)
 
     with pytest.raises(NonFiniteError) as error:
-        run.go(poison)
+        run.fit(poison)
     assert "rows.jsonl, line" in str(error.value)
-    assert [saved.step for saved in run.store.saved()][-1] >= 2
+    assert [saved.step for saved in run.run_folder.checkpoints()][-1] >= 2
     trained = dict(tree_flatten(model.trainable_parameters())).values()
     assert all(mx.isfinite(array).all() for array in trained)
 
@@ -122,22 +135,26 @@ def test_the_row_that_makes_no_number_is_named_and_checkpoints_stay(tmp_path: Pa
 def test_answers_come_after_each_validation(tmp_path: Path) -> None:
     run = make(tmp_path / "run", iters=2, steps_per_eval=2)
 
-    def answer(step: int) -> Iterator[Sample]:
-        yield Sample(step, "rows.jsonl, line 1", "2 + 2", "4", "5")
+    def answer(step: int) -> Iterator[SampleReply]:
+        yield SampleReply(step, "rows.jsonl, line 1", "2 + 2", "4", "5")
 
-    run.answer = answer
+    run.sample_replies = answer
     events: list[Event] = []
-    run.go(events.append)
+    run.fit(events.append)
     kinds = [type(event).__name__ for event in events]
     assert kinds == [
-        *("Validation", "Sample", "Advanced", "Advanced"),
-        *("Report", "Validation", "Sample", "Kept"),
+        *("Validation", "SampleReply", "StepTaken", "StepTaken"),
+        *("TrainingReport", "Validation", "SampleReply", "CheckpointSaved"),
     ]
 
 
 def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
-    store = Store(tmp_path / "run", 1)
-    with store.held(), pytest.raises(TrainingError) as error, Store(tmp_path / "run", 1).held():
+    run_folder = RunFolder(tmp_path / "run", 1)
+    with (
+        run_folder.locked(),
+        pytest.raises(TrainingError) as error,
+        RunFolder(tmp_path / "run", 1).locked(),
+    ):
         pass
     assert str(error.value) == f"Another run is writing to {tmp_path / 'run'}."
     assert error.value.hint == "Wait for it, stop it, or choose another --adapter-path."
@@ -145,22 +162,26 @@ def test_a_folder_has_one_run_at_a_time(tmp_path: Path) -> None:
 
 def test_half_a_checkpoint_does_not_count(tmp_path: Path) -> None:
     run = make(tmp_path / "run", iters=4, save_every=2, steps_per_eval=4)
-    run.go(lambda event: None)
-    *_, before, last = run.store.saved()
+    run.fit(lambda event: None)
+    *_, before, last = run.run_folder.checkpoints()
     (last.folder / "optimizer.safetensors").write_bytes(b"half")
-    assert run.store.saved()[-1] == before
+    assert run.run_folder.checkpoints()[-1] == before
+    (damaged,) = run.run_folder.damaged(before.step)
+    assert damaged.step == last.step
+    size = last.folder / "optimizer.safetensors"
+    assert damaged.reason.startswith(f"{size} has 4 bytes, but ")
     manifest = json.loads((before.folder / "manifest.json").read_text())
     (before.folder / "manifest.json").write_text(json.dumps({**manifest, "format": 0}))
-    assert before not in run.store.saved()
+    assert before not in run.run_folder.checkpoints()
 
 
 def test_steps_are_told_from_epochs() -> None:
     def plan(batches: int, **options: Any) -> tuple[int, int]:
-        found = Plan.of(TrainSettings(**options), batches)
+        found = TrainingPlan.of(TrainSettings(**options), batches)
         return found.steps, found.per_epoch
 
     assert plan(10) == (30, 10)
     assert plan(10, grad_accumulation_steps=4) == (9, 3)
     assert plan(10, epochs=0.5) == (5, 10)
     assert plan(10, iters=7) == (7, 10)
-    assert isinstance(make_batches(examples(), TrainSettings(), Machines()), Batches)
+    assert isinstance(make_batches(examples(), TrainSettings(), ProcessGroup()), Batches)

@@ -18,7 +18,7 @@ from click.testing import CliRunner, Result
 
 from phimlx.cli.group import cli
 from phimlx.training.data.batches import Batch
-from phimlx.training.step import Step, StepResult
+from phimlx.training.step import StepResult, TrainingStep
 from tests.training.folder import write_rows, write_tiny
 
 ROOT = Path(__file__).parents[3]
@@ -67,14 +67,14 @@ def kill(place: Path, name: str, how: str, step: int) -> subprocess.CompletedPro
 
 def at_step(monkeypatch: pytest.MonkeyPatch, step: int, act: Callable[[], object]) -> None:
     """Do something before a step is taken."""
-    take = Step.__call__
+    take = TrainingStep.__call__
 
-    def taken(self: Step, number: int, batches: Sequence[Batch]) -> StepResult:
+    def taken(self: TrainingStep, number: int, batches: Sequence[Batch]) -> StepResult:
         if number == step:
             act()
         return take(self, number, batches)
 
-    monkeypatch.setattr(Step, "__call__", taken)
+    monkeypatch.setattr(TrainingStep, "__call__", taken)
 
 
 def rows(folder: Path) -> list[dict[str, Any]]:
@@ -134,6 +134,40 @@ def test_ended_before_the_first_checkpoint_it_begins_anew(
         assert train(place, "early").exit_code == 1
     assert resume(place / "early").exit_code == 0
     check_same(place, "early")
+
+
+def cut(file: Path) -> str:
+    size = file.stat().st_size
+    os.truncate(file, 100)
+    return f"{file} has 100 bytes, but {size:,} were written."
+
+
+def remove(file: Path) -> str:
+    file.unlink()
+    return f"There is no file {file}."
+
+
+@pytest.mark.parametrize("damage", [cut, remove])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_taken(
+    place: Path, damage: Callable[[Path], str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def crash() -> None:
+        raise MemoryError
+
+    name = damage.__name__
+    with monkeypatch.context() as patched:
+        at_step(patched, 10, crash)
+        assert train(place, name).exit_code == 1
+    newest = place / name / "checkpoints" / "step-0000008"
+    reason = damage(newest / OPTIMIZER)
+    result = resume(place / name)
+    assert result.exit_code == 0, result.output
+    assert result.stderr.splitlines()[:2] == [
+        "Going on after step 4 of 12.",
+        f"The checkpoint of step 8 is left out: {reason} The steps after the last whole one are "
+        "taken again.",
+    ]
+    check_same(place, name)
 
 
 @pytest.mark.parametrize("how", ["SIGINT", "SIGTERM"])
