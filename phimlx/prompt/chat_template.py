@@ -20,6 +20,7 @@ from phimlx.prompt.published_templates import (
     published_template,
     read_settings,
 )
+from phimlx.prompt.rendering import EncodedConversation, Rendering
 from phimlx.prompt.sandbox.escape import ControlTokenEscaper
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.prompt.tools import calls_json, read_tools, tools_json, wrapped_calls
@@ -33,7 +34,6 @@ if TYPE_CHECKING:
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
 THINK, END_THINK = "<think>", "</think>"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
-PROBE = "qpzvkxw"  # a word that no conversation holds
 
 
 class ChatTemplate:
@@ -133,22 +133,32 @@ class ChatTemplate:
         it needs.
         Raises PromptError where a message, a tool or the template is at fault.
         """
-        text, mark = self._render(messages, tools, add_generation_prompt)
-        ids: list[int] = []
-        for piece in self._tokenizer.split(text):
-            if isinstance(piece, int):
-                ids.append(piece)
-            else:
-                ids += self._tokenizer.encode(self._escaper.unescape(piece, mark))
-        return ids
+        rendering = self._prepare(messages, tools)
+        pieces = rendering.encode(rendering.complete_text(add_generation_prompt))
+        return [token for ids, _, _ in pieces for token in ids]
 
-    def _render(
+    def encode_conversation(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> EncodedConversation:
+        """Encode a conversation up to its end, in which the prompts of its replies can be found.
+
+        Raises PromptError as `encode`.
+        """
+        rendering = self._prepare(messages, tools)
+        # A system message that only holds tools may have come before the others.
+        added = len(rendering.turns) - len(messages)
+        return EncodedConversation(
+            rendering, added, lambda index: self.encode(messages[:index], tools)
+        )
+
+    def _prepare(
         self,
         messages: Sequence[Mapping[str, Any] | Message],
         tools: Sequence[Mapping[str, Any]] | None,
-        add_generation_prompt: bool,
-    ) -> tuple[str, str]:
-        """The rendered text with its marks, and the mark."""
+    ) -> Rendering:
+        """Check a conversation and mark its strings."""
         conversation = read_messages(messages)
         functions = read_tools(tools) if tools else []
         template = self._template("tool_use" if functions else "default")
@@ -156,26 +166,12 @@ class ChatTemplate:
             conversation = _offer(conversation, tools_json(functions))
         self._check_places(conversation, template)
         mark = self._escaper.choose_mark(_texts(conversation, functions, template.source))
-        variables: dict[str, Any] = {"add_generation_prompt": add_generation_prompt}
+        variables: dict[str, Any] = dict(self._special)
         if functions and "tools" in template.variables:
             wrapped = [{"type": "function", "function": function} for function in functions]
             variables["tools"] = self._escaper.escape(wrapped, mark)
-        variables |= self._special
         turns = [self._turn(message, template, mark) for message in conversation]
-        text = template.render(variables | {"messages": turns})
-        for index, message in enumerate(conversation):
-            content = turns[index]["content"].strip()
-            if message.role != "assistant" and content not in text:
-                # Left out, or only changed? A plain word in its place tells.
-                probe = [*turns[:index], turns[index] | {"content": PROBE}, *turns[index + 1 :]]
-                probed = template.render(variables | {"messages": probe})
-                if PROBE not in probed.lower():
-                    raise PromptError(
-                        f"messages[{index}] would be left out: the model's chat template has no "
-                        f"place for the role {message.role} there.",
-                        hint="Put what it says into a user's message.",
-                    )
-        return text, mark
+        return Rendering(template, variables, turns, mark, self._tokenizer, self._escaper)
 
     def _template(self, name: str) -> AnyTemplate:
         name = name if name in self._sources else "default"

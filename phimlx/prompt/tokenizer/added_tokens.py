@@ -55,15 +55,23 @@ class AddedTokens:
 
     def split(self, text: str) -> Iterator[int | str]:
         """The ids of the tokens in `text`, and between them the stretches of other text."""
-        return self._split(text, self._passes)
+        return (piece for piece, _ in self.split_with_ends(text))
 
-    def _split(self, text: str, passes: list[re.Pattern[str] | None]) -> Iterator[int | str]:
+    def split_with_ends(self, text: str, start: int = 0) -> Iterator[tuple[int | str, int]]:
+        """Split `text` from `start` on, where a piece ends; after each piece say where it ends.
+
+        What a token swallows belongs to it.
+        """
+        return self._split(text, start, self._passes)
+
+    def _split(
+        self, text: str, done: int, passes: list[re.Pattern[str] | None]
+    ) -> Iterator[tuple[int | str, int]]:
         if not passes:
-            yield text
+            yield text, len(text)
             return
         pattern, *later = passes
-        done = 0
-        for match in pattern.finditer(text) if pattern else ():
+        for match in pattern.finditer(text, done) if pattern else ():
             token = self._by_content[match[0]]
             start, end = match.span()
             if token.single_word and (
@@ -75,11 +83,13 @@ class AddedTokens:
             while token.rstrip and end < len(text) and text[end] in WHITE_SPACE:
                 end += 1
             if start > done:
-                yield from self._split(text[done:start], later)
-            yield token.id
+                for piece, stop in self._split(text[done:start], 0, later):
+                    yield piece, done + stop
+            yield token.id, end
             done = end
         if done < len(text):
-            yield from self._split(text[done:], later)
+            for piece, stop in self._split(text[done:], 0, later):
+                yield piece, done + stop
 
 
 def _pattern(contents: Iterable[str]) -> re.Pattern[str] | None:

@@ -90,6 +90,10 @@ class Tokenizer:
         """The control tokens that `text` spells, as ids, and the stretches of text between them."""
         return self._control.split(text)
 
+    def split_with_ends(self, text: str, start: int = 0) -> Iterator[tuple[int | str, int]]:
+        """The same from `start` on, where a piece ends, and after each piece where it ends."""
+        return self._control.split_with_ends(text, start)
+
     def decode(self, ids: Iterable[int], skip: Collection[int] = ()) -> str:
         """The text of `ids`, control tokens as their names, without those in `skip`.
 

@@ -5,22 +5,22 @@ Knows a tokenizer and its chat template; knows nothing of files, lengths or batc
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
 from phimlx.api import ENDS
 from phimlx.errors import PromptError, TokenizerError
-from phimlx.prompt.messages import Message
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.row_types import Conversation, RowError
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
     from phimlx.prompt.chat_template import ChatTemplate
+    from phimlx.prompt.rendering import EncodedConversation
 
 LossOn = Literal["assistant", "last", "all"]
 
@@ -72,7 +72,7 @@ class RowEncoder:
         """Tokens int32 `[length]` and which are learned, bool `[length]`.
 
         Of a reply its text, its calls and the token that ends it are learned: what stands after
-        the prompt that inference would give for it, found by encoding that prompt. What follows the
+        the prompt that inference would give for it. What follows the
         last token that is learned is left out. With "all" every token is learned but the first.
 
         Raises:
@@ -80,7 +80,8 @@ class RowEncoder:
             RowError: where a reply does not follow its prompt, or is not ended.
         """
         messages = said.messages
-        ids = self.template.encode(messages, said.tools, add_generation_prompt=False)
+        encoded = self.template.encode_conversation(messages, said.tools)
+        ids = list(encoded.ids)
         while len(ids) > 1 and ids[-1] in self.stop_tokens and ids[-2] in self.stop_tokens:
             ids.pop()
         tokens = np.array(ids, np.int32)
@@ -93,7 +94,7 @@ class RowEncoder:
             replies = replies[-1:]
         for index in replies:
             if index >= said.given:
-                supervised[self._span(ids, messages, index, said.tools)] = True
+                supervised[self._reply(ids, encoded, index)] = True
         length = learned_length(supervised)
         return tokens[:length], supervised[:length]
 
@@ -119,20 +120,13 @@ class RowEncoder:
         supervised[0] = False
         return np.array(ids, np.int32), supervised
 
-    def _span(
-        self,
-        ids: list[int],
-        messages: Sequence[Message],
-        index: int,
-        tools: Sequence[Mapping[str, Any]] | None,
-    ) -> slice:
-        """Where a reply and the token that ends it stand in a whole conversation."""
+    def _reply(self, ids: list[int], encoded: EncodedConversation, index: int) -> slice:
+        """Find where a reply and the token that ends it stand in a whole conversation."""
         place = f"messages[{index}]"
         if not index:
             raise RowError(f"{place} is a reply to nothing.", hint="Put a user's message first.")
-        prompt = self.template.encode(messages[:index], tools)
-        start = len(prompt)
-        if ids[:start] != prompt:
+        start = encoded.prompt_length(index)
+        if start is None or start > len(ids):
             raise RowError(
                 f"{place} does not follow the prompt that the chat template makes of the messages "
                 "before it, so that training would teach what inference never asks.",
