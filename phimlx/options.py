@@ -53,7 +53,7 @@ PositiveCount = Annotated[int, Field(ge=1)]
 Count = Annotated[int, Field(ge=0)]
 
 Schema = dict[str, Any]
-"""What JSON Schema says of a field, beside it what `option` was told."""
+"""A field in terms of JSON Schema, beside them what `option` was told."""
 
 
 class OptionError(ValueError):

@@ -1,7 +1,4 @@
-"""`phimlx train`: fine-tune a model on a person's own data.
-
-Knows flags, signals and the order of things; a run is `phimlx.training.run.loop`'s.
-"""
+"""`phimlx train`: fine-tune a model on a person's own data."""
 
 from __future__ import annotations
 
@@ -103,7 +100,7 @@ def command(
 
 
 class Silent(Output):
-    """What machines other than the first say: nothing but errors."""
+    """Output of processes other than the main one: nothing but errors."""
 
     def __init__(self) -> None:
         super().__init__(json=True)
@@ -131,7 +128,7 @@ def _open(given: TrainSettings, resume: bool, processes: ProcessGroup, output: O
 
 
 def _model_folder(model: str | None, output: Output) -> Path:
-    """The folder of a model, which comes here where it is not and somebody can say so."""
+    """Find the folder of a model, which comes here where it is not and somebody can say so."""
     from phimlx.hub.resolve import resolve
 
     try:

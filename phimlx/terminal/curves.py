@@ -60,7 +60,7 @@ def draw(line: Curve, marks: Curve, width: int = 72, height: int = 12) -> str:
 
 
 def legend(curves: Mapping[str, Curve]) -> str:
-    """What line and marks mean, where both are there."""
+    """Explain line and marks, where both are there."""
     return f"loss: ⠒ train, {MARK} validation" if all(curves.values()) else "loss"
 
 

@@ -171,4 +171,4 @@ LINES: dict[type[Any], Callable[[Any], str]] = {
     SampleReply: _sample,
     CheckpointSkipped: _skipped,
 }
-"""What of a run a person reads while it goes on."""
+"""Lines that a person reads while a run goes on."""

@@ -1,7 +1,4 @@
-"""The machines that share a run, as `mlx.launch` started them.
-
-Knows who is there and that one may be lost; knows nothing of models or data.
-"""
+"""The processes that share a run, as `mlx.launch` started them."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ class MachineLostError(TrainingError):
 
 @dataclass(frozen=True)
 class ProcessGroup:
-    """This machine's place among those of the run.
+    """The processes that share a run, and this one's place among them.
 
     Attributes:
         group: what sums and gathers over all of them; None where this one is alone.
@@ -47,7 +44,7 @@ class ProcessGroup:
 
     @property
     def is_main(self) -> bool:
-        """Whether this is the one that writes and prints."""
+        """Whether this is the process that writes and prints."""
         return self.rank == 0
 
     def any(self, mine: bool) -> bool:
@@ -57,7 +54,7 @@ class ProcessGroup:
         return bool(self._sum(mx.array(int(mine))).item())
 
     def broadcast(self, data: bytes) -> bytes:
-        """What the first machine has, for all; they ask together."""
+        """Send what the main process has to all; they call together."""
         if self.group is None:
             return data
         with self.translate_errors():
@@ -67,7 +64,7 @@ class ProcessGroup:
             return np.array(self._sum(row)).tobytes()
 
     def broadcast_json(self, value: Any) -> Any:
-        """The same for what JSON can hold."""
+        """Send what JSON can hold, in the same way."""
         if self.group is None:
             return value
         return json.loads(self.broadcast(json.dumps(value).encode()))

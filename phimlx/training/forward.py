@@ -1,7 +1,4 @@
-"""A batch of examples -> the model's hidden states where something is to be learned.
-
-Knows padding, packing, LongRoPE's regimes and gradient checkpointing; knows nothing of losses.
-"""
+"""A batch of examples -> the model's hidden states where something is to be learned."""
 
 from __future__ import annotations
 
@@ -18,13 +15,12 @@ from phimlx.training.data.batches import Batch
 
 
 def inputs_of(batch: Batch, rope: Rope) -> dict[str, mx.array]:
-    """A batch as the device takes it.
+    """Hand a batch to the device.
 
     Returns:
-        tokens, positions, picked, targets, weights and, of packed rows, segments as in `Batch`; cos
-        and sin,
-        float32 `[rows, 1, length, dims / 2]`, from the table that each example's own length calls
-        for.
+        tokens, positions, target_indices, targets, weights and, of packed rows, segments as in
+        `Batch`; cos and sin, float32 `[rows, 1, length, dims / 2]`, from the table that each
+        example's own length calls for.
     """
     names = ("tokens", "positions", "target_indices", "targets", "weights", "segments")
     arrays = {name: getattr(batch, name) for name in names}
@@ -62,14 +58,14 @@ def supervised_states(
     key: mx.array,
     checkpointing: bool = False,
 ) -> mx.array:
-    """What the output head sees at the places to learn from, `[n, hidden]`.
+    """Compute what the output head sees at the places to learn from, `[n, hidden]`.
 
     Equal to running each example by itself: attention and positions stay inside it.
 
     Args:
         inputs: from `inputs_of`.
         key: from `mx.random.key`; what dropout draws follows from it alone.
-        checkpointing: keep only each layer's input for the way back, and compute the rest again.
+        checkpointing: keep only each layer's input for the backward pass; compute the rest again.
     """
     mask = _mask(inputs, model.config.sliding_window)
     x = model.embed(inputs["tokens"])
@@ -104,7 +100,7 @@ def _run(
 ) -> mx.array:
     def call(parameters: dict[str, Any], x: mx.array, key: mx.array) -> mx.array:
         layer.update(parameters)
-        # The same key when it is called again on the way back, or other numbers would be dropped.
+        # The same key when it is called again backward, or other numbers would be dropped.
         for module in layer.modules():
             if isinstance(module, Dropout):
                 key = module.take(key)

@@ -1,4 +1,4 @@
-"""How much memory a run will take, told from shapes before anything is loaded."""
+"""Estimate of the memory a run will take, told from shapes before anything is loaded."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Learning from pairs of answers, a better and a worse one: direct preference optimization.
-
-Knows pairs and the loss over them; the model without its adapter is what they are measured against.
-"""
+"""Learning from pairs of answers, a better and a worse one: direct preference optimization."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""Optimizers and learning rates by name, from MLX.
-
-Knows how many steps a run has; knows nothing of models or data.
-"""
+"""Optimizers and learning rates by name, from MLX."""
 
 from __future__ import annotations
 

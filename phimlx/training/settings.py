@@ -1,4 +1,4 @@
-"""What a person may set about a training run: names, bounds and help, for flags and files alike."""
+"""Settings of a training run: names, bounds and help, for flags and files alike."""
 
 from __future__ import annotations
 
@@ -238,7 +238,7 @@ class TrainSettings(Options):
 
     @property
     def scale(self) -> float:
-        """What B A is multiplied by: alpha / rank, or alpha / √rank (arXiv 2312.03732)."""
+        """Factor of B A: alpha / rank, or alpha / √rank (arXiv 2312.03732)."""
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
 

@@ -1,7 +1,4 @@
-"""One optimizer step: losses, gradients, their sum over micro-batches and machines, the update.
-
-Knows a model with trainable parameters; knows nothing of data files, schedules or checkpoints.
-"""
+"""One optimizer step: losses, gradients, their sum over micro-batches and machines, the update."""
 
 from __future__ import annotations
 
@@ -31,7 +28,7 @@ NAME_BYTES = 400  # of an example's name, told to the other machines
 
 @dataclass(frozen=True)
 class StepResult:
-    """What one step did, over all machines."""
+    """Result of one step, over all machines."""
 
     loss: float  # mean over what is learned from, before the update
     supervised_tokens: int
@@ -136,11 +133,11 @@ class TrainingStep:
     metrics: tuple[str, ...] = ()  # names of what `_loss` returns beside the loss
 
     def weight_of(self, batch: Batch) -> int:
-        """How many things a batch has to learn from; the loss is a mean over them."""
+        """Count what a batch has to learn from; the loss is a mean over that."""
         return batch.supervised_tokens
 
     def inputs(self, batch: Batch, weight: int) -> dict[str, mx.array]:
-        """What `_loss` needs of a batch that is part of `weight` things to learn from."""
+        """Make the inputs of `_loss`, of a batch that is part of `weight` things to learn from."""
         weighted = replace(batch, weights=batch.weights / np.float32(weight))
         return inputs_of(weighted, self.model.config.rope)
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning trains: low-rank adapters beside some layers, or the layers themselves."""
+"""Parameters that a fine-tuning trains: adapters beside some layers, or the layers themselves."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from phimlx.training.settings import TrainSettings, matches
 
 @dataclass(frozen=True)
 class Counts:
-    """How many numbers a model has, however they are stored, and how many are trained."""
+    """Numbers that a model has, however they are stored, and that are trained."""
 
     trained: int
     total: int
@@ -56,7 +56,7 @@ def attach(model: CausalLM, settings: TrainSettings) -> Counts:
 
 
 def adapter_of(model: CausalLM, settings: TrainSettings, base: Base | None = None) -> Adapter:
-    """What has been trained in a model that `attach` prepared, ready to be written."""
+    """Return what has been trained in a model that `attach` prepared, ready to be written."""
     about: dict[str, Any] = {"base": base, "blocks": len(model.layers)}
     if settings.trains_whole_layers:
         return Adapter(weights=dict(tree_flatten(model.trainable_parameters())), **about)
@@ -68,14 +68,14 @@ def adapter_of(model: CausalLM, settings: TrainSettings, base: Base | None = Non
 
 
 def counts(model: nn.Module) -> Counts:
-    """How many numbers a model has, and how many of them are not frozen."""
+    """Count the numbers that a model has, and those of them that are not frozen."""
     trained = dict(tree_flatten(model.trainable_parameters()))
     total = sum(_size(module) for module in model.modules())
     return Counts(sum(array.size for array in trained.values()), total)
 
 
 def _size(module: nn.Module) -> int:
-    """How many numbers a module itself has."""
+    """Count the numbers that a module itself has."""
     if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return module.weight.size * 32 // module.bits
     own = (value for name, value in module.items() if not name.startswith("_"))

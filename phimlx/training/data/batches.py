@@ -1,7 +1,4 @@
-"""Examples -> batches of few distinct shapes, in an order that seed and epoch decide.
-
-Knows lengths, padding and packing; knows nothing of text, models or devices.
-"""
+"""Examples -> batches of few distinct shapes, in an order that seed and epoch decide."""
 
 from __future__ import annotations
 
@@ -15,7 +12,7 @@ from phimlx.training.loss import CHUNK_ROWS
 
 Rows = Sequence[tuple[int, ...]]  # the numbers of the examples in each row
 
-STEPS_AN_OCTAVE = 16  # how finely sizes are rounded up: at most 1/16 of a batch is filling
+STEPS_AN_OCTAVE = 16  # how finely sizes are rounded up: at most 1/16 of a batch is padding
 
 
 @dataclass(frozen=True)
@@ -32,21 +29,21 @@ class Example:
 
     @property
     def inputs(self) -> int:
-        """How many tokens are fed: all but the last, which is only a target."""
+        """Count the tokens that are fed: all but the last, which is only a target."""
         return len(self.tokens) - 1
 
 
 @dataclass(frozen=True)
 class Batch:
-    """What one pass of the model sees. Rows hold one example each, or several where packed."""
+    """Input of one pass of the model. Rows hold one example each, or several where packed."""
 
     tokens: np.ndarray  # int32 [rows, length]
     positions: np.ndarray  # int32 [rows, length], counted from 0 in each example
-    segments: np.ndarray | None  # int32 [rows, length]: which example; -1 filling; None: unpacked
+    segments: np.ndarray | None  # int32 [rows, length]: which example; -1 padding; None: unpacked
     lengths: np.ndarray  # int32 [rows, length]: how many tokens the token's example feeds
     target_indices: np.ndarray  # int32 [n]: where, in the rows laid end to end, it is predicted
     targets: np.ndarray  # int32 [n]
-    weights: np.ndarray  # float32 [n]: 1, or 0 for filling
+    weights: np.ndarray  # float32 [n]: 1, or 0 for padding
     example_ids: np.ndarray  # int32 [n]: which example, counted as `sources`, a target belongs to
     sources: tuple[str, ...]  # where each example came from
 

@@ -1,7 +1,4 @@
-"""Rows -> examples to learn from, with what is wrong, left out, cut and split told row by row.
-
-Knows lengths, masks and counts; reading files, rows and templates is its neighbours' work.
-"""
+"""Rows -> examples to learn from, with what is wrong, left out, cut and split told row by row."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ CUT_AWAY = "nothing to learn is left after cutting"
 
 @dataclass(frozen=True)
 class RowSettings:
-    """How rows become examples.
+    """Settings of how rows become examples.
 
     Attributes:
         loss_on: what is learned of a conversation: every reply of the assistant, the last one, or
@@ -110,7 +107,7 @@ class DataError(TrainingError):
 
 @dataclass
 class Dataset:
-    """What some rows have become.
+    """Examples that some rows have become.
 
     Attributes:
         examples: in the order of their rows; of preferences chosen and rejected in turn.
@@ -141,7 +138,7 @@ class Dataset:
         return digest.hexdigest()
 
     def hold_out(self, amount: float, seed: int = 0) -> tuple[Dataset, Dataset]:
-        """What to learn from and what to validate on: some rows drawn by the seed alone.
+        """Part the rows to learn from and those to validate on, drawn by the seed alone.
 
         What is counted of rows that were skipped, cut or split stays with the former.
 

@@ -1,7 +1,4 @@
-"""What is too long -> parts that are not: windows of a text, exchanges of a conversation.
-
-Knows token counts and turns; knows nothing of files or templates.
-"""
+"""Rows that are too long -> parts that are not: windows of a text, exchanges of a conversation."""
 
 from __future__ import annotations
 

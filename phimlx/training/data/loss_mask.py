@@ -1,7 +1,4 @@
-"""Conversations and texts -> token ids and which of them are to be learned.
-
-Knows a tokenizer and its chat template; knows nothing of files, lengths or batches.
-"""
+"""Conversations and texts -> token ids and which of them are to be learned."""
 
 from __future__ import annotations
 
@@ -28,7 +25,7 @@ END_OF_TEXT = "<|endoftext|>"
 
 
 class RowEncoder:
-    """What makes training text of rows, exactly as inference makes prompts.
+    """Encoder of rows as training text, exactly as inference makes prompts.
 
     A conversation is trained on as `ChatTemplate.encode` encodes it, up to the token that ends its
     last reply (`<|end|>`, `<|im_end|>`), at which generation stops. What a template puts after
@@ -143,6 +140,6 @@ class RowEncoder:
 
 
 def learned_length(supervised: np.ndarray) -> int:
-    """How many tokens there are up to the last that is learned; all where none is."""
+    """Count the tokens up to the last that is learned; all where none is."""
     places = np.flatnonzero(supervised)
     return int(places[-1]) + 1 if len(places) else len(supervised)

@@ -1,7 +1,4 @@
-"""A row -> what is to be learned from it: a conversation, a text, or a better and a worse reply.
-
-Knows the keys that rows have, in the forms of the common data sets; knows nothing of tokens.
-"""
+"""A row -> what is to be learned from it: a conversation, a text, or a better and a worse reply."""
 
 from __future__ import annotations
 
@@ -90,7 +87,7 @@ def check_mapping(mapping: Mapping[str, str]) -> None:
 def read_content(
     values: Mapping[str, Any], mapping: Mapping[str, str], preferences: bool = False
 ) -> RowContent:
-    """What a row says.
+    """Read what a row says.
 
     Its keys tell what it is: `messages` (or `conversations`), else `prompt` and `completion`, else
     `text`; with `preferences` it is `chosen` and `rejected`. A mapping tells it where it names one

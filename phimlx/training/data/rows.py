@@ -1,7 +1,4 @@
-"""Data files -> rows, one after the other: JSONL, JSON, CSV, TSV, parquet.
-
-Knows files and where in them a row stands; knows nothing of what a row means.
-"""
+"""Data files -> rows, one after the other: JSONL, JSON, CSV, TSV, parquet."""
 
 from __future__ import annotations
 
@@ -36,7 +33,7 @@ class DataFile:
 
 @dataclass(frozen=True)
 class Row:
-    """What stands at `place`, such as "train.jsonl, line 7"."""
+    """A row at `place`, such as "train.jsonl, line 7"."""
 
     place: str
     values: dict[str, Any]
@@ -102,7 +99,7 @@ def read_rows(
 
 
 def reader_of(file: DataFile) -> Reader:
-    """What reads files of that name.
+    """Return the reader of files of that name.
 
     Raises:
         TrainingError: where nothing does.

@@ -1,7 +1,4 @@
-"""What a person names as data -> the files of its splits: a file, a folder, or a Hub data set.
-
-Knows names of files and how the Hub is asked for them; knows nothing of what is inside.
-"""
+"""Data as a person names it -> the files of its splits: a file, a folder, or a Hub data set."""
 
 from __future__ import annotations
 
@@ -108,7 +105,7 @@ def _in_folder(folder: Path) -> Splits:
 def _choose(
     name: str, config: str | None, names: list[str], card: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-    """Which files of a data set are for which split."""
+    """Choose the files of a data set for each split."""
     chosen = _by_card(name, config, names, card)
     _check_shards([each for files in chosen.values() for each in files], name)
     return chosen
@@ -224,7 +221,7 @@ def _split_of(name: str) -> str:
 
 
 def _one_kind(splits: Mapping[str, list[str]]) -> dict[str, list[str]]:
-    """Of each split the files of one kind, for others hold the same rows once more."""
+    """Keep of each split the files of one kind, for others hold the same rows once more."""
     chosen = {}
     for split, names in splits.items():
         kinds = Counter(PurePosixPath(each).suffix.lower() for each in names)

@@ -1,4 +1,4 @@
-"""What a data set is like, before a night is spent on it: counts, lengths, shares, examples."""
+"""Statistics of a data set, before a night is spent on it: counts, lengths, shares, examples."""
 
 from __future__ import annotations
 

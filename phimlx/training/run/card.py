@@ -1,7 +1,4 @@
-"""The README.md of an adapter: what it was made from, how, and how it is used.
-
-Knows a run that has ended; knows nothing of how it went.
-"""
+"""The README.md of an adapter: what it was made from, how, and how it is used."""
 
 from __future__ import annotations
 

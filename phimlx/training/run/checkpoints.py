@@ -191,7 +191,7 @@ class RunFolder:
     def load(
         self, saved: SavedCheckpoint, processes: ProcessGroup
     ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """Weights by name and the optimizer's tree of a checkpoint, which the first machine has."""
+        """Weights by name and the optimizer's tree of a checkpoint, which the main process has."""
         weights, optimizer = (
             read_arrays(saved.folder / name, processes) for name in (WEIGHTS, OPTIMIZER)
         )

@@ -50,7 +50,7 @@ class Validation:
 
 @dataclass(frozen=True)
 class SampleReply:
-    """What the model answers to a prompt of the validation data, and what stands there."""
+    """The model's reply to a prompt of the validation data, and what stands there."""
 
     step: int
     source: str

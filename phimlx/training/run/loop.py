@@ -37,7 +37,7 @@ CACHE_SHARE = 8  # freed buffers that MLX keeps for the next batch: at most 1/8 
 
 @dataclass(frozen=True)
 class TrainingPlan:
-    """How long a run is and how often it looks up. All counts are steps."""
+    """Length of a run, and how often it looks up. All counts are steps."""
 
     steps: int
     per_epoch: int
@@ -46,7 +46,7 @@ class TrainingPlan:
 
     @classmethod
     def of(cls, settings: TrainSettings, batches: int) -> TrainingPlan:
-        """Of a run whose epochs have so many batches."""
+        """Plan a run whose epochs have so many batches."""
         per_epoch = -(-batches // settings.grad_accumulation_steps)
         steps = settings.iters or max(1, round(settings.epochs * per_epoch))
         eval_every = settings.steps_per_eval or -(-steps // EVALUATIONS)
@@ -58,7 +58,7 @@ COMPLETE, STOPPED_EARLY, INTERRUPTED = "complete", "stopped early", "interrupted
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a run ended, and what it came to."""
+    """End of a run, and what it came to."""
 
     ending: str
     step: int
@@ -92,7 +92,7 @@ class _Window:
 
 @dataclass
 class _State:
-    """What a checkpoint holds beside the arrays; the place in the data follows from the step.
+    """State that a checkpoint holds beside the arrays; the place in the data follows from the step.
 
     Attributes:
         stale: validations since the best one.
@@ -295,7 +295,7 @@ def make_step(
     settings: TrainSettings,
     processes: ProcessGroup,
 ) -> TrainingStep:
-    """What takes the steps: of plain examples, or of preferences."""
+    """Make what takes the steps: of plain examples, or of preferences."""
     options: dict[str, Any] = {
         "clip": settings.clip or None,
         "checkpointing": settings.grad_checkpoint,
@@ -315,7 +315,7 @@ def make_batches(
     processes: ProcessGroup,
     shuffled: bool = True,
 ) -> Batches:
-    """The batches of some examples, in an order that the seed decides where it is `shuffled`."""
+    """Make the batches of some examples, in an order that the seed decides if `shuffled`."""
     kind = Batches
     if settings.dpo:
         from phimlx.training.preference import PairBatches

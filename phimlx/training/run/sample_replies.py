@@ -1,7 +1,4 @@
-"""Sample answers of a model in training, to prompts that stand in its validation data.
-
-Knows examples and tokens; knows nothing of steps.
-"""
+"""Sample replies of a model in training, to prompts of its validation data."""
 
 from __future__ import annotations
 
@@ -20,10 +17,10 @@ MAX_TOKENS = 64
 
 
 class SampleReplies:
-    """Answers the first examples, each up to where learning begins in it, with likeliest tokens.
+    """Answers some examples, each from where learning begins in it on, greedily.
 
     Args:
-        ends: tokens that end an answer.
+        stop_tokens: that end a reply.
     """
 
     def __init__(
@@ -39,7 +36,7 @@ class SampleReplies:
         self.examples = examples
 
     def __call__(self, step: int) -> Iterator[SampleReply]:
-        """Adapters drop nothing meanwhile."""
+        """Answer each example; adapters drop nothing meanwhile."""
         self.model.eval()
         try:
             for example in self.examples:

@@ -122,7 +122,7 @@ class Session:
         return found
 
     def batches(self, data: Mapping[str, Dataset]) -> tuple[Batches, Batches | None]:
-        """What to learn from, in shuffled order, and what to validate on, in a fixed one."""
+        """Make the batches to learn from, shuffled, and those to validate on, in a fixed order."""
         train = make_batches(data["train"].examples, self.settings, self.processes)
         if "valid" not in data:
             return train, None
