@@ -81,18 +81,19 @@ def linear_cross_entropy(
         return (token_losses(head, hidden, targets, rows) * weights).sum()
 
     @mx.custom_function
-    def losses(hidden: mx.array, weight: mx.array) -> tuple[mx.array, ...]:
+    def losses(hidden: mx.array, weight: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
         found: list[mx.array] = []
         gradients: list[mx.array] = []
-        summed: list[mx.array] = []  # the weight's gradient, in one array that grows by addition
+        summed: list[mx.array] = []  # gradients of weight and bias, in arrays that grow by addition
         for here, x in _chunks(hidden, rows, [found, gradients, summed]):
-            loss, excess = _cross_entropy(x @ weight.T, targets[here])
+            loss, excess = _cross_entropy(sum(bias, x @ weight.T), targets[here])
             excess = (excess * weights[here, None]).astype(excess.dtype)
             found.append(loss)
             gradients.append(excess @ weight)
-            summed[:] = [excess.T @ x + (summed[0] if summed else 0)]
+            parts = [excess.T @ x, *(excess.sum(axis=0) for _ in bias)]
+            summed[:] = [a + b for a, b in zip(parts, summed, strict=True)] if summed else parts
         total = (mx.concatenate(found) * weights).sum()
-        return total, mx.concatenate(gradients), summed[0]
+        return total, mx.concatenate(gradients), *summed
 
     @losses.vjp
     def _(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
@@ -101,7 +102,8 @@ def linear_cross_entropy(
             for gradient, primal in zip(outputs[1:], primals, strict=True)
         ]
 
-    return cast(Sequence[mx.array], losses(hidden, head.weight))[0]
+    bias = (head.bias,) if "bias" in head else ()
+    return cast(Sequence[mx.array], losses(hidden, head.weight, *bias))[0]
 
 
 def _projection(head: nn.Module) -> Head:
