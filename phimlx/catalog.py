@@ -22,6 +22,8 @@ class Model:
         whole_parameters: those of them that a quantized model keeps at 16 bits too.
         longrope_step: the length beyond which the long rope factors apply; None where there are
             none.
+        base: whether it was trained to complete text, not to answer.
+        stored_itemsize: bytes of a number as published.
         sampling: how its makers sample from it, under the names of `Phi.generate`; empty where
             they leave that to the user.
     """
@@ -42,6 +44,8 @@ class Model:
     whole_parameters: int = 0
     longrope_step: int | None = None
     reasoning: bool = False
+    base: bool = False
+    stored_itemsize: int = 2
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
     architecture: str = "phi3"
     licence: str = "MIT"
@@ -54,8 +58,8 @@ class Model:
 
     @property
     def nbytes(self) -> int:
-        """Size in bfloat16, as published."""
-        return 2 * self.parameters
+        """Size as published."""
+        return self.stored_itemsize * self.parameters
 
     @property
     def quantized_nbytes(self) -> int:
@@ -113,6 +117,20 @@ PHI_3_MEDIUM: dict[str, Any] = {
     "vocab_size": 32_064,
 }
 LONG: dict[str, Any] = {"context_length": 131_072, "longrope_step": 4096}
+PHI_1: dict[str, Any] = {
+    "architecture": "phi",
+    "parameters": 1_418_270_720,
+    "context_length": 2048,
+    "num_hidden_layers": 24,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_key_value_heads": 32,
+    "head_dim": 64,
+    "vocab_size": 51_200,
+    "tied": False,
+    "base": True,
+}
+
 NANO: dict[str, Any] = {
     "repo": None,
     "quantized_repo": None,
@@ -224,6 +242,35 @@ FAMILY: tuple[Model, ...] = (
         other_names=("phi-3-medium-128k-instruct",),
         **LONG,
         **PHI_3_MEDIUM,
+    ),
+    Model(
+        alias="phi-2",
+        repo="microsoft/phi-2",
+        quantized_repo=None,
+        other_names=("phi2",),
+        **{
+            **PHI_1,
+            "parameters": 2_779_683_840,
+            "num_hidden_layers": 32,
+            "hidden_size": 2560,
+            "intermediate_size": 10_240,
+            "head_dim": 80,
+        },
+    ),
+    Model(
+        alias="phi-1.5",
+        repo="microsoft/phi-1_5",
+        quantized_repo=None,
+        other_names=("phi-1_5", "phi1.5"),
+        **PHI_1,
+    ),
+    Model(
+        alias="phi-1",
+        repo="microsoft/phi-1",
+        quantized_repo=None,
+        other_names=("phi1",),
+        stored_itemsize=4,
+        **PHI_1,
     ),
     Model(alias="nano", other_names=("phi-4-nano",), **NANO),
     Model(

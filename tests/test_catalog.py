@@ -64,6 +64,17 @@ PHI_3_MEDIUM = {
     **PHI_3_MINI, "hidden_size": 5120, "intermediate_size": 17920, "num_hidden_layers": 40,
     "num_attention_heads": 40, "num_key_value_heads": 10,
 }  # fmt: skip
+PHI_2: dict[str, object] = {
+    "model_type": "phi", "hidden_size": 2560, "intermediate_size": 10240, "num_hidden_layers": 32,
+    "num_attention_heads": 32, "num_key_value_heads": 32, "vocab_size": 51200,
+    "max_position_embeddings": 2048, "partial_rotary_factor": 0.4, "rope_theta": 10000.0,
+    "rope_scaling": None, "layer_norm_eps": 1e-05, "hidden_act": "gelu_new",
+    "qk_layernorm": False, "tie_word_embeddings": False, "resid_pdrop": 0.1,
+}  # fmt: skip
+PHI_1 = {
+    **PHI_2, "hidden_size": 2048, "intermediate_size": 8192, "num_hidden_layers": 24,
+    "partial_rotary_factor": 0.5, "num_key_value_heads": None,
+}  # fmt: skip
 
 
 def long(config: dict[str, object], kind: str, head_dim: int) -> dict[str, object]:
@@ -81,6 +92,9 @@ def long(config: dict[str, object], kind: str, head_dim: int) -> dict[str, objec
         ("phi-3.5-mini", long(PHI_3_MINI, "longrope", 96)),
         ("phi-3-medium", PHI_3_MEDIUM),
         ("phi-3-medium-128k", long(PHI_3_MEDIUM, "su", 128)),
+        ("phi-2", PHI_2),
+        ("phi-1.5", PHI_1),
+        ("phi-1", PHI_1),
     ],
 )
 def test_earlier_models_have_the_published_shapes(alias: str, published: dict[str, object]) -> None:
