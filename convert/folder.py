@@ -5,6 +5,7 @@ Knows names, sizes and links; knows nothing of what the files say.
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import fcntl
 import os
@@ -20,6 +21,7 @@ from phimlx.hub import model_files, transfer
 from phimlx.sizes import size_text
 
 JOURNAL = ".journal.json"
+MARK = ".phimlx"  # in a folder that is not complete: it is ours, and may be emptied
 
 
 @dataclass(frozen=True)
@@ -51,11 +53,7 @@ class Journal:
         if not all((folder / name).is_file() for name in names):
             done = 0
         kept = {*names, JOURNAL} if done and type(done) is int else set()
-        for entry in folder.iterdir():
-            if entry.is_dir() and not entry.is_symlink():
-                shutil.rmtree(entry)
-            elif entry.is_symlink() or entry.name not in kept:
-                entry.unlink()
+        _empty(folder, kept)
         return cls(folder, plan, done if kept else 0)
 
     def record(self, done: int) -> None:
@@ -93,6 +91,7 @@ def new_folder(
             sync(file)
         # Where another has made `out` meanwhile this fails, unless it is an empty folder.
         journal.folder.rename(out)
+        (out / MARK).unlink()
         sync(out.parent)
 
 
@@ -108,7 +107,7 @@ def new_file(
         refuse_existing(out)
         file.rename(out)
         sync(out.parent)
-        shutil.rmtree(journal.folder, ignore_errors=True)
+        discard(journal.folder)
 
 
 @contextmanager
@@ -125,7 +124,7 @@ def _filling(
         except keep_after:
             raise
         except BaseException:
-            shutil.rmtree(partial, ignore_errors=True)
+            discard(partial)
             raise
         finally:
             os.close(lock)
@@ -173,7 +172,12 @@ def copy_companions(source: Path, folder: Path) -> None:
 
 
 def claim(partial: Path, out: Path) -> int:
-    """Make a folder for `out` and lock it for this process; the lock goes with the process."""
+    """Make a folder for `out` and lock it for this process; the lock goes with the process.
+
+    Raises:
+        ConversionError: where another process holds it, or it is not ours: it holds something and
+            not our mark.
+    """
     partial.mkdir(exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -190,7 +194,32 @@ def claim(partial: Path, out: Path) -> int:
         raise ConversionError(
             f"{out} is being written by another process.", hint="Wait for it, or stop it."
         )
+    if not (partial / MARK).is_file():
+        if any(partial.iterdir()):
+            os.close(descriptor)
+            raise ConversionError(
+                f"{partial} was not made by phimlx, so it is left alone.",
+                hint="Move it elsewhere, or choose another output.",
+            )
+        (partial / MARK).touch()
     return descriptor
+
+
+def discard(folder: Path) -> None:
+    """Remove a folder that was claimed, as far as that goes; the mark goes last."""
+    with contextlib.suppress(OSError):
+        _empty(folder, ())
+        (folder / MARK).unlink()
+        folder.rmdir()
+
+
+def _empty(folder: Path, kept: Collection[str]) -> None:
+    """Remove what a folder holds, but the mark and the files of these names."""
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            shutil.rmtree(entry)
+        elif entry.is_symlink() or entry.name not in {*kept, MARK}:
+            entry.unlink()
 
 
 def writing(out: Path) -> AbstractContextManager[None]:

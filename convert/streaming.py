@@ -6,14 +6,13 @@ Knows what of a repository must be here at once and what can wait; knows nothing
 from __future__ import annotations
 
 import os
-import shutil
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from convert.folder import claim, refuse_existing, writing
+from convert.folder import claim, discard, refuse_existing, writing
 from convert.read import WeightFiles
 from phimlx.errors import CheckpointError, DownloadError
 from phimlx.hub import download, resolve
@@ -162,11 +161,11 @@ def arriving(
             here.prepare(tuple(file for file in files if file not in shards))
             here.spare = max(file.size for file in shards)  # one at a time lies on the disk
             yield here
-            shutil.rmtree(home)
+            discard(home)
         except (DownloadError, KeyboardInterrupt):
             raise
         except BaseException:
-            shutil.rmtree(home, ignore_errors=True)
+            discard(home)
             raise
         finally:
             os.close(lock)

@@ -35,8 +35,6 @@ RANKS = (
 """The rooms from the top down: a room imports itself and what stands below it, nothing else."""
 
 WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (
-    ("phimlx.hub.datasets", "phimlx.training.data.rows"),
-    ("phimlx.hub.upload", "convert.folder"),
     ("phimlx.machine.memory", "phimlx.generation.engine"),
     ("phimlx.machine.memory", "phimlx.models.phi4mm.config"),
     ("phimlx.machine.memory", "phimlx.models.phi4mm.vision"),

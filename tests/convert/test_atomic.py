@@ -14,6 +14,7 @@ import pytest
 
 from convert import Conversion, plan
 from convert import convert as convert_model
+from convert.folder import discard, new_file
 from phimlx.errors import ConversionError
 from tests.convert.tiny import PHI_4, failing, parameters, same_bits, weights_of, write_model
 
@@ -141,3 +142,37 @@ def test_a_leftover_that_another_process_holds_is_left_alone(tmp_path: Path) -> 
     os.close(descriptor)
     assert str(error) == f"{out} is being written by another process."
     assert (tmp_path / ".out.partial" / "half").exists()
+
+
+def test_a_folder_of_the_users_own_is_left_alone(tmp_path: Path) -> None:
+    source, out = write_model(tmp_path / "source"), tmp_path / "out"
+    theirs = tmp_path / ".out.partial"
+    theirs.mkdir()
+    (theirs / "thesis.txt").write_text("precious")
+    with pytest.raises(ConversionError) as caught:
+        convert_model(source, out)
+    assert str(caught.value) == f"{theirs} was not made by phimlx, so it is left alone."
+    assert caught.value.hint == "Move it elsewhere, or choose another output."
+    with pytest.raises(ConversionError), new_file(out, "plan"):
+        pass
+    assert {path.name: path.read_text() for path in theirs.iterdir()} == {"thesis.txt": "precious"}
+    (theirs / "thesis.txt").unlink()
+    convert_model(source, out)  # an empty one is nobody's loss
+    assert {path.name for path in tmp_path.iterdir()} == {"source", "out"}
+    assert not (out / ".phimlx").exists()
+
+
+def test_a_removal_that_was_cut_short_is_finished(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(path: Path) -> None:
+        raise OSError(5, "Input/output error")
+
+    source, out = write_model(tmp_path / "source"), tmp_path / "out"
+    leftover = killed(source, out, 8, 1)
+    with monkeypatch.context() as cut:
+        cut.setattr(Path, "unlink", fail)
+        discard(leftover)
+    assert {".phimlx", ".journal.json"} <= {path.name for path in leftover.iterdir()}
+    discard(leftover)
+    assert not leftover.exists()
