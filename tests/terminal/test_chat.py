@@ -262,7 +262,7 @@ def test_ctrl_c_outside_a_reply_ends_what_was_asked_alone(
     def interrupted(path: Path) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("phimlx.terminal.chat_commands.read_tools", interrupted)
+    monkeypatch.setattr("phimlx.terminal.chat_commands.load_tools", interrupted)
     held = chat(FakePhi("Hello."), "/tools x", "hi")
     assert said(held) == [("user", "hi"), ("assistant", "Hello.")]
     assert capsys.readouterr() == ("Hello.\n", "Stopped.\n")
