@@ -224,16 +224,21 @@ def test_no_print_is_overlooked(line: str) -> None:
     assert list(touches_streams(ast.parse(line)))
 
 
-def loaded_by(*arguments: str) -> set[str]:
-    """The modules that a fresh interpreter has imported when it ends well."""
-    done = subprocess.run(
-        [sys.executable, "-X", "importtime", *arguments],
-        cwd=HOME,
+def python(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
+    """A fresh interpreter that finds our modules, started in folder `cwd`."""
+    return subprocess.run(
+        [sys.executable, *arguments],
+        cwd=cwd,
         env={**os.environ, "PYTHONPATH": str(HOME)},
         capture_output=True,
         text=True,
         timeout=60,
     )
+
+
+def loaded_by(*arguments: str) -> set[str]:
+    """The modules that a fresh interpreter has imported when it ends well."""
+    done = python("-X", "importtime", *arguments)
     assert done.returncode == 0
     return {line.rpartition("|")[2].strip() for line in done.stderr.splitlines()}
 

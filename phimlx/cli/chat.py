@@ -13,7 +13,7 @@ from phimlx.cli.options import (
     frames_option,
     is_debugging,
     limit_options,
-    load_model,
+    load_or_download,
     model_option,
     pop_limits,
     sampling_options,
@@ -77,7 +77,7 @@ def command(
         conversation.system = system
     if tools_file is not None:
         conversation.tools = load_tools(tools_file)
-    phi = load_model(model, output, adapter)
+    phi = load_or_download(model, output, adapter)
     chat = Chat(phi, conversation, output, screen, run_command, limits, frames)
     chat.check(conversation)
     chat.saved_as = session_file

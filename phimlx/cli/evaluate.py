@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import adapter_option, json_option, load_model, model_option
+from phimlx.cli.options import adapter_option, json_option, load_or_download, model_option
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -137,7 +137,7 @@ def command(
         if value is not None and tasks is None:
             raise click.UsageError(f"{name} goes with --tasks.")
     columns = _pairs(mapping)
-    phi = load_model(model, output, adapter)
+    phi = load_or_download(model, output, adapter)
     found: dict[str, Any] = {"model": phi.name, "adapter": adapter and str(adapter)}
     if data is not None:
         from phimlx.training.data.examples import RowSettings

@@ -15,7 +15,7 @@ from phimlx.cli.options import (
     frames_option,
     json_option,
     limit_options,
-    load_model,
+    load_or_download,
     media_options,
     model_option,
     pop_limits,
@@ -112,7 +112,7 @@ def command(
         media |= {"frames": frames, "limits": limits}
     tools = None if tools_file is None else load_tools(tools_file)
     output = Output(json=as_json)
-    phi = load_model(model, output, adapter)
+    phi = load_or_download(model, output, adapter)
     with output.prompt_progress() as report:
         stream = phi.stream(
             text if raw else messages,

@@ -143,7 +143,7 @@ def is_debugging() -> bool:
     return DEBUG in click.get_current_context().meta
 
 
-def load_model(model: str | None, output: Output, adapter: Path | None = None) -> Phi:
+def load_or_download(model: str | None, output: Output, adapter: Path | None = None) -> Phi:
     """Load the model that `--model` names; the catalogue's default where it was not given.
 
     Args:

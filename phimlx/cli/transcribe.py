@@ -19,7 +19,7 @@ from phimlx.cli.options import (
     check_files,
     json_option,
     limit_options,
-    load_model,
+    load_or_download,
     pop_limits,
 )
 from phimlx.errors import PhimlxError
@@ -161,7 +161,7 @@ def command(
                 check_files([transcript.name])
     found = [transcript for transcript in transcripts if transcript.error is None]
     if found:
-        phi = load_model(model, screen)
+        phi = load_or_download(model, screen)
         model = phi.name
         if not phi.takes_media:
             raise no_media(model)

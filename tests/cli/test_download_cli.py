@@ -16,7 +16,7 @@ import phimlx
 from phimlx import api
 from phimlx.cli import bars
 from phimlx.cli.group import cli
-from phimlx.cli.options import load_model
+from phimlx.cli.options import load_or_download
 from phimlx.errors import ModelAbsentError
 from phimlx.hub.cache import find_snapshot
 from phimlx.hub.transfer import fetch
@@ -287,7 +287,7 @@ def test_a_small_model_comes_without_a_question(
     server: Hub, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(bars, "can_ask", lambda: True)
-    load_model("phi-4-mini", Output())
+    load_or_download("phi-4-mini", Output())
     assert loads == [snapshot(tmp_path, QUANTIZED)]
 
 
@@ -317,5 +317,5 @@ def test_offline_nothing_is_asked(
     monkeypatch.setattr(bars, "can_ask", lambda: True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelAbsentError):
-        load_model("phi-4-mini", Output())
+        load_or_download("phi-4-mini", Output())
     assert find_snapshot(QUANTIZED) is None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import subprocess
 import sys
 import types
@@ -17,20 +16,12 @@ import phimlx
 from phimlx.cli import main as main_module
 from phimlx.cli.group import COMMANDS, cli
 from phimlx.errors import PhimlxError
-
-HOME = Path(phimlx.__file__).parents[1]
+from tests.test_imports import HOME, python
 
 
 def run(*arguments: str, cwd: Path = HOME) -> subprocess.CompletedProcess[str]:
     """`python -m phimlx ARGUMENT...` started in folder `cwd`."""
-    return subprocess.run(
-        [sys.executable, "-m", "phimlx", *arguments],
-        cwd=cwd,
-        env={**os.environ, "PYTHONPATH": str(HOME)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    return python("-m", "phimlx", *arguments, cwd=cwd)
 
 
 def test_version() -> None:
@@ -67,14 +58,7 @@ def test_the_console_script_leaves_the_working_directory_too(stray: Path) -> Non
         "leave_working_directory(); import convert; print(convert.__file__);"
         "sys.argv = ['phimlx', '--version']; main()"
     )
-    done = subprocess.run(
-        [sys.executable, "-c", script],
-        cwd=stray,
-        env={**os.environ, "PYTHONPATH": str(HOME)},
-        capture_output=True,
-        text=True,
-        timeout=60,
-    )
+    done = python("-c", script, cwd=stray)
     assert done.stderr == ""
     assert done.stdout == f"{HOME / 'convert' / '__init__.py'}\nphimlx {phimlx.__version__}\n"
 

@@ -43,6 +43,25 @@ def open_chat(tmp_path: Path, replies: list[Any], *arguments: str, **environment
     return terminal
 
 
+def ask(terminal: Terminal, text: str, shown: str) -> None:
+    """Send a line, and wait for what is shown for it and for the prompt."""
+    terminal.type(text, ENTER)
+    terminal.expect(shown)
+    terminal.expect("> ")
+
+
+def save(terminal: Terminal, path: Path) -> None:
+    terminal.type(f"/save {path}", ENTER)
+    terminal.expect("Saved to")
+
+
+def leave(terminal: Terminal) -> None:
+    """Wait for the prompt and end the chat."""
+    terminal.expect("> ")
+    terminal.type(CTRL_D)
+    assert terminal.wait() == 0
+
+
 def read_chat(path: Path) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in Conversation.load(path).messages]
 
@@ -62,9 +81,7 @@ def test_a_chat_from_greeting_to_leaving(tmp_path: Path) -> None:
         terminal.expect("> ")
         terminal.type("bye", ENTER)
         terminal.expect("Bye[2J.")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        leave(terminal)
         assert "\x1b[2mLet me see. \x1b[0m" in terminal.raw
         assert "\x1b[2J." not in terminal.raw
 
@@ -77,11 +94,8 @@ def test_ctrl_c_stops_the_reply_and_keeps_it(tmp_path: Path) -> None:
         terminal.type(CTRL_C)
         terminal.expect("Stopped; what was said is kept.")
         terminal.expect("> ")
-        terminal.type("go on", ENTER)
-        terminal.expect("And on.")
-        terminal.expect("> ")
-        terminal.type(f"/save {path}", ENTER)
-        terminal.expect("Saved to")
+        ask(terminal, "go on", "And on.")
+        save(terminal, path)
         terminal.expect("> ")
         terminal.type("/exit", ENTER)
         assert terminal.wait() == 0
@@ -103,9 +117,7 @@ def test_keys_typed_during_a_reply_are_not_echoed(tmp_path: Path) -> None:
         terminal.expect("> ")
         terminal.type("b", ENTER)
         terminal.expect("Fine.")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        leave(terminal)
         assert terminal.echoes()
 
 
@@ -120,9 +132,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_then_hints(tmp_path: Path) -> 
         terminal.expect("> ")
         terminal.type("sent", ENTER)
         terminal.expect("Hello.")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        leave(terminal)
 
 
 def test_several_lines_by_paste_by_key_and_by_editor(tmp_path: Path) -> None:
@@ -136,17 +146,12 @@ def test_several_lines_by_paste_by_key_and_by_editor(tmp_path: Path) -> None:
         terminal.type(ENTER)
         terminal.expect("One.")
         terminal.expect("> ")
-        terminal.type("third", ALT_ENTER, "fourth", ENTER)
-        terminal.expect("Two.")
-        terminal.expect("> ")
+        ask(terminal, f"third{ALT_ENTER}fourth", "Two.")
         terminal.type(CTRL_X, CTRL_E)
         terminal.expect("Three.")
         terminal.expect("> ")
-        terminal.type(f"/save {path}", ENTER)
-        terminal.expect("Saved to")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        save(terminal, path)
+        leave(terminal)
     assert [content for role, content in read_chat(path) if role == "user"] == [
         "first\nsecond",
         "third\nfourth",
@@ -174,9 +179,7 @@ def test_commands_complete(tmp_path: Path) -> None:
         terminal.expect("ats")
         terminal.type(ENTER)
         terminal.expect("There was no reply yet.")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        leave(terminal)
 
 
 def test_a_tool_call_is_shown_and_its_result_typed(tmp_path: Path) -> None:
@@ -187,18 +190,13 @@ def test_a_tool_call_is_shown_and_its_result_typed(tmp_path: Path) -> None:
         terminal.type("weather?", ENTER)
         terminal.expect('→ weather {"city": "Paris\\u202e"}')
         terminal.expect("result of weather (empty to skip): ")
-        terminal.type("25 degrees", ENTER)
-        terminal.expect("Sunny.")
-        terminal.expect("> ")
+        ask(terminal, "25 degrees", "Sunny.")
         terminal.type("and now?", ENTER)
         terminal.expect("result of weather (empty to skip): ")
         terminal.type(CTRL_C)
         terminal.expect("> ")
-        terminal.type(f"/save {path}", ENTER)
-        terminal.expect("Saved to")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        save(terminal, path)
+        leave(terminal)
     assert read_chat(path)[1:] == [
         ("assistant", ""),
         ("tool", "25 degrees"),
@@ -215,14 +213,9 @@ def test_a_dropped_picture_goes_with_what_is_said_next(tmp_path: Path) -> None:
         terminal.type(paste(str(picture).replace(" ", "\\ ") + " "), ENTER)
         terminal.expect("With your next message: picture a cat.png (6 × 4). Or /drop.")
         terminal.expect("> ")
-        terminal.type("What is it?", ENTER)
-        terminal.expect("A cat.")
-        terminal.expect("> ")
-        terminal.type(f"/save {path}", ENTER)
-        terminal.expect("Saved to")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        ask(terminal, "What is it?", "A cat.")
+        save(terminal, path)
+        leave(terminal)
     assert [part["type"] for part in Conversation.load(path).messages[0]["content"]] == [
         "image",
         "text",
@@ -246,9 +239,7 @@ def test_a_saved_chat_asks_before_it_fetches(tmp_path: Path) -> None:
         terminal.expect("[y/N] ")
         terminal.type("n", ENTER)
         terminal.expect("which is fetched only where somebody agrees to it.")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        leave(terminal)
 
 
 def test_an_error_leaves_the_chat_usable(tmp_path: Path) -> None:
@@ -261,9 +252,7 @@ def test_an_error_leaves_the_chat_usable(tmp_path: Path) -> None:
         terminal.expect("> ")
         terminal.type("/retry", ENTER)
         terminal.expect("At last.")
-        terminal.expect("> ")
-        terminal.type(CTRL_D)
-        assert terminal.wait() == 0
+        leave(terminal)
 
 
 def test_generate_on_a_terminal_shows_reasoning_and_speed_dimmed(tmp_path: Path) -> None:
