@@ -117,131 +117,87 @@ def zipped() -> bytes:
 
 MB70 = zlib.compress(bytes(70_000_000), 9)
 
-HOSTILE: dict[str, tuple[Callable[[], bytes], str, str | None]] = {
+Case = tuple[Callable[[], bytes], str, str | None]
+"""What makes a file, and the message and the hint that refuse it."""
+
+
+def damaged(form: str, make: Callable[[], bytes]) -> Case:
+    return make, DAMAGED.format("{}", form), SAVE_AGAIN
+
+
+def too_large(size: str, make: Callable[[], bytes]) -> Case:
+    return make, TOO_MANY.format("{}", size), MORE_PIXELS
+
+
+def unknown(make: Callable[[], bytes]) -> Case:
+    return make, UNKNOWN, OTHER_FORMAT
+
+
+HOSTILE: dict[str, Case] = {
     "empty.png": (lambda: b"", "{} is empty.", None),
-    "text.png": (lambda: b"not a picture\n", UNKNOWN, OTHER_FORMAT),
-    "zeros.jpg": (lambda: bytes(4096), UNKNOWN, OTHER_FORMAT),
-    "page.png": (lambda: b"<!DOCTYPE html><html></html>", UNKNOWN, OTHER_FORMAT),
-    "drawing.svg": (
-        lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>',
-        UNKNOWN,
-        OTHER_FORMAT,
+    "text.png": unknown(lambda: b"not a picture\n"),
+    "zeros.jpg": unknown(lambda: bytes(4096)),
+    "page.png": unknown(lambda: b"<!DOCTYPE html><html></html>"),
+    "drawing.svg": unknown(
+        lambda: b'<svg xmlns="http://www.w3.org/2000/svg"><image href="file:///etc/passwd"/></svg>'
     ),
-    "script.eps": (lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n", UNKNOWN, OTHER_FORMAT),
-    "layers.psd": (lambda: b"8BPS\0\1" + bytes(40), UNKNOWN, OTHER_FORMAT),
-    "paper.pdf": (lambda: b"%PDF-1.7\n", UNKNOWN, OTHER_FORMAT),
-    "phone.heic": (lambda: b"\0\0\0\x18ftypheic" + bytes(40), UNKNOWN, OTHER_FORMAT),
-    "zip.png": (zipped, UNKNOWN, OTHER_FORMAT),
-    "magic-only.png": (lambda: b"\x89PNG\r\n\x1a\n", DAMAGED.format("{}", "PNG"), SAVE_AGAIN),
-    "magic-only.jpg": (lambda: b"\xff\xd8\xff", DAMAGED.format("{}", "JPEG"), SAVE_AGAIN),
-    "magic-only.gif": (lambda: b"GIF89a", DAMAGED.format("{}", "GIF"), SAVE_AGAIN),
-    "magic-only.bmp": (lambda: b"BM", DAMAGED.format("{}", "BMP"), SAVE_AGAIN),
-    "magic-only.webp": (lambda: b"RIFF\0\0\0\0WEBP", DAMAGED.format("{}", "WEBP"), SAVE_AGAIN),
-    "magic-only.tiff": (lambda: b"II*\0", DAMAGED.format("{}", "TIFF"), SAVE_AGAIN),
-    "cut.png": (lambda: encoded("PNG")[:-900], DAMAGED.format("{}", "PNG"), SAVE_AGAIN),
-    "cut.jpg": (lambda: encoded("JPEG")[:-400], DAMAGED.format("{}", "JPEG"), SAVE_AGAIN),
-    "cut.gif": (lambda: encoded("GIF")[:-700], DAMAGED.format("{}", "GIF"), SAVE_AGAIN),
-    "cut.bmp": (lambda: encoded("BMP")[:-700], DAMAGED.format("{}", "BMP"), SAVE_AGAIN),
-    "cut.webp": (lambda: encoded("WEBP")[:-300], DAMAGED.format("{}", "WEBP"), SAVE_AGAIN),
-    "cut.tiff": (lambda: encoded("TIFF")[:-700], DAMAGED.format("{}", "TIFF"), SAVE_AGAIN),
-    "head.jpg": (lambda: encoded("JPEG")[:30], DAMAGED.format("{}", "JPEG"), SAVE_AGAIN),
-    "bomb.png": (
-        lambda: png(50_000, 50_000),
-        TOO_MANY.format("{}", "50,000 × 50,000"),
-        MORE_PIXELS,
+    "script.eps": unknown(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n"),
+    "layers.psd": unknown(lambda: b"8BPS\0\1" + bytes(40)),
+    "paper.pdf": unknown(lambda: b"%PDF-1.7\n"),
+    "phone.heic": unknown(lambda: b"\0\0\0\x18ftypheic" + bytes(40)),
+    "zip.png": unknown(zipped),
+    "magic-only.png": damaged("PNG", lambda: b"\x89PNG\r\n\x1a\n"),
+    "magic-only.jpg": damaged("JPEG", lambda: b"\xff\xd8\xff"),
+    "magic-only.gif": damaged("GIF", lambda: b"GIF89a"),
+    "magic-only.bmp": damaged("BMP", lambda: b"BM"),
+    "magic-only.webp": damaged("WEBP", lambda: b"RIFF\0\0\0\0WEBP"),
+    "magic-only.tiff": damaged("TIFF", lambda: b"II*\0"),
+    "cut.png": damaged("PNG", lambda: encoded("PNG")[:-900]),
+    "cut.jpg": damaged("JPEG", lambda: encoded("JPEG")[:-400]),
+    "cut.gif": damaged("GIF", lambda: encoded("GIF")[:-700]),
+    "cut.bmp": damaged("BMP", lambda: encoded("BMP")[:-700]),
+    "cut.webp": damaged("WEBP", lambda: encoded("WEBP")[:-300]),
+    "cut.tiff": damaged("TIFF", lambda: encoded("TIFF")[:-700]),
+    "head.jpg": damaged("JPEG", lambda: encoded("JPEG")[:30]),
+    "bomb.png": too_large("50,000 × 50,000", lambda: png(50_000, 50_000)),
+    "largest.png": too_large("2,147,483,647 × 2,147,483,647", lambda: png(2**31 - 1, 2**31 - 1)),
+    "bomb.jpg": too_large("65,500 × 65,500", lambda: jpeg_declaring(65_500, 65_500)),
+    "bomb.gif": too_large("65,535 × 65,535", lambda: gif_declaring(65_535, 65_535)),
+    "frame-bomb.gif": too_large("12,000 × 12,000", lambda: gif_frame_declaring(12_000, 12_000)),
+    "huge-frame-bomb.gif": damaged("GIF", lambda: gif_frame_declaring(65_535, 65_535)),
+    "bomb.bmp": too_large("60,000 × 60,000", lambda: bmp_declaring(60_000, 60_000)),
+    "bomb.webp": too_large("16,777,216 × 16,777,216", lambda: webp_canvas(2**24, 2**24)),
+    "lossy-bomb.webp": too_large(
+        "16,383 × 16,383", lambda: webp_declaring(16_383, 16_383, lossless=False)
     ),
-    "largest.png": (
-        lambda: png(2**31 - 1, 2**31 - 1),
-        TOO_MANY.format("{}", "2,147,483,647 × 2,147,483,647"),
-        MORE_PIXELS,
+    "lossless-bomb.webp": too_large(
+        "16,384 × 16,384", lambda: webp_declaring(16_384, 16_384, lossless=True)
     ),
-    "bomb.jpg": (
-        lambda: jpeg_declaring(65_500, 65_500),
-        TOO_MANY.format("{}", "65,500 × 65,500"),
-        MORE_PIXELS,
-    ),
-    "bomb.gif": (
-        lambda: gif_declaring(65_535, 65_535),
-        TOO_MANY.format("{}", "65,535 × 65,535"),
-        MORE_PIXELS,
-    ),
-    "frame-bomb.gif": (
-        lambda: gif_frame_declaring(12_000, 12_000),
-        TOO_MANY.format("{}", "12,000 × 12,000"),
-        MORE_PIXELS,
-    ),
-    "huge-frame-bomb.gif": (
-        lambda: gif_frame_declaring(65_535, 65_535),
-        DAMAGED.format("{}", "GIF"),
-        SAVE_AGAIN,
-    ),
-    "bomb.bmp": (
-        lambda: bmp_declaring(60_000, 60_000),
-        TOO_MANY.format("{}", "60,000 × 60,000"),
-        MORE_PIXELS,
-    ),
-    "bomb.webp": (
-        lambda: webp_canvas(2**24, 2**24),
-        TOO_MANY.format("{}", "16,777,216 × 16,777,216"),
-        MORE_PIXELS,
-    ),
-    "lossy-bomb.webp": (
-        lambda: webp_declaring(16_383, 16_383, lossless=False),
-        TOO_MANY.format("{}", "16,383 × 16,383"),
-        MORE_PIXELS,
-    ),
-    "lossless-bomb.webp": (
-        lambda: webp_declaring(16_384, 16_384, lossless=True),
-        TOO_MANY.format("{}", "16,384 × 16,384"),
-        MORE_PIXELS,
-    ),
-    "bomb.tiff": (
-        lambda: tiff_declaring(900_000, 900_000),
-        TOO_MANY.format("{}", "900,000 × 900,000"),
-        MORE_PIXELS,
-    ),
+    "bomb.tiff": too_large("900,000 × 900,000", lambda: tiff_declaring(900_000, 900_000)),
     "thread.png": (lambda: png(100_000, 1), TOO_LONG.format("{}", "100,000 × 1"), MORE_ASPECT),
     "thread.jpg": (
         lambda: jpeg_declaring(3, 9_000),
         TOO_LONG.format("{}", "3 × 9,000"),
         MORE_ASPECT,
     ),
-    "flat.png": (lambda: png(0, 40), DAMAGED.format("{}", "PNG"), SAVE_AGAIN),
-    "flat.jpg": (lambda: jpeg_declaring(0, 40), DAMAGED.format("{}", "JPEG"), SAVE_AGAIN),
-    "flat.gif": (lambda: gif_frame_declaring(0, 0), DAMAGED.format("{}", "GIF"), SAVE_AGAIN),
-    "flat.bmp": (lambda: bmp_declaring(0, 0), DAMAGED.format("{}", "BMP"), SAVE_AGAIN),
-    "flat.tiff": (lambda: tiff_declaring(0, 0), DAMAGED.format("{}", "TIFF"), SAVE_AGAIN),
-    "text-bomb.png": (
-        lambda: png(4, 4, chunk(b"zTXt", b"Comment\0\0" + MB70)),
-        DAMAGED.format("{}", "PNG"),
-        SAVE_AGAIN,
+    "flat.png": damaged("PNG", lambda: png(0, 40)),
+    "flat.jpg": damaged("JPEG", lambda: jpeg_declaring(0, 40)),
+    "flat.gif": damaged("GIF", lambda: gif_frame_declaring(0, 0)),
+    "flat.bmp": damaged("BMP", lambda: bmp_declaring(0, 0)),
+    "flat.tiff": damaged("TIFF", lambda: tiff_declaring(0, 0)),
+    "text-bomb.png": damaged("PNG", lambda: png(4, 4, chunk(b"zTXt", b"Comment\0\0" + MB70))),
+    "odd-depth.png": damaged("PNG", lambda: png(4, 4, bits=5)),
+    "wrong-checksum.png": damaged(
+        "PNG", lambda: encoded("PNG").replace(b"IHDR\0\0\0\x28", b"IHDR\0\0\0\x29")
     ),
-    "odd-depth.png": (lambda: png(4, 4, bits=5), DAMAGED.format("{}", "PNG"), SAVE_AGAIN),
-    "wrong-checksum.png": (
-        lambda: encoded("PNG").replace(b"IHDR\0\0\0\x28", b"IHDR\0\0\0\x29"),
-        DAMAGED.format("{}", "PNG"),
-        SAVE_AGAIN,
+    "huge-chunk.png": damaged("PNG", lambda: png(4, 4, struct.pack(">I", 2**31 - 1) + b"tEXt")),
+    "directory-of-itself.tiff": damaged(
+        "TIFF", lambda: tiff((330, 4, 1, 8), (34665, 4, 1, 8), following=8)
     ),
-    "huge-chunk.png": (
-        lambda: png(4, 4, struct.pack(">I", 2**31 - 1) + b"tEXt"),
-        DAMAGED.format("{}", "PNG"),
-        SAVE_AGAIN,
+    "directory-behind-the-end.tiff": damaged(
+        "TIFF", lambda: b"II*\0" + struct.pack("<I", 2**32 - 2)
     ),
-    "directory-of-itself.tiff": (
-        lambda: tiff((330, 4, 1, 8), (34665, 4, 1, 8), following=8),
-        DAMAGED.format("{}", "TIFF"),
-        SAVE_AGAIN,
-    ),
-    "directory-behind-the-end.tiff": (
-        lambda: b"II*\0" + struct.pack("<I", 2**32 - 2),
-        DAMAGED.format("{}", "TIFF"),
-        SAVE_AGAIN,
-    ),
-    "profile-bomb.png": (
-        lambda: png(4, 4, chunk(b"iCCP", b"p\0\0" + MB70)),
-        DAMAGED.format("{}", "PNG"),
-        SAVE_AGAIN,
-    ),
+    "profile-bomb.png": damaged("PNG", lambda: png(4, 4, chunk(b"iCCP", b"p\0\0" + MB70))),
 }
 
 
