@@ -1,7 +1,4 @@
-"""How a download shows itself: what it will bring, its bars, and a question before a large one.
-
-Knows plans and the terminal; knows nothing of how bytes come.
-"""
+"""Bars of downloads and uploads, what a download brings, and a question before a large one."""
 
 from __future__ import annotations
 
@@ -33,7 +30,7 @@ def download_bars(
             output.note(f"{plan.repository.name} is called {plan.repository.current_name} now.")
         agree(plan)
         if not output.as_json:
-            output.note(describe(plan))
+            output.note(download_summary(plan))
         try:
             with bars(plan, output) as progress:
                 yield progress
@@ -46,7 +43,7 @@ def download_bars(
 
 @contextmanager
 def bars(plan: DownloadPlan, output: Output) -> Iterator[ProgressCallback]:
-    """A bar for everything and, where there are several files, one for the file that is coming."""
+    """Draw a bar for everything and, where there are several files, one for the one that comes."""
     several = len(plan.files) > 1
     with ExitStack() as whole, ExitStack() as part:
         total = whole.enter_context(output.progress(plan.nbytes, "Total", "B"))
@@ -85,7 +82,7 @@ def logger(output: Output) -> Callable[[str], None]:
 
 @contextmanager
 def upload_bars(output: Output) -> Iterator[None]:
-    """huggingface_hub's own bars while files go out, where somebody watches."""
+    """Show huggingface_hub's own bars while files go out, where somebody watches."""
     from huggingface_hub.utils import (  # type: ignore[attr-defined]
         are_progress_bars_disabled,
         disable_progress_bars,
@@ -102,8 +99,8 @@ def upload_bars(output: Output) -> Iterator[None]:
         enable_progress_bars()
 
 
-def describe(plan: DownloadPlan) -> str:
-    """What a download brings, in a sentence."""
+def download_summary(plan: DownloadPlan) -> str:
+    """Say in a sentence what a download brings."""
     here = plan.nbytes - plan.remaining
     places = {"is here": here, "is copied from the Hub's cache": plan.copied}
     known = [f"{size_text(nbytes)} {where}" for where, nbytes in places.items() if nbytes]
@@ -137,5 +134,5 @@ def download_missing(model: str | None, output: Output, absent: ModelAbsentError
 
 
 def can_ask() -> bool:
-    """Whether somebody sits at a terminal to answer a question."""
+    """Tell whether somebody sits at a terminal to answer a question."""
     return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

@@ -52,7 +52,7 @@ def command(
 
     output = Output(json=as_json)
     if is_folder(model):
-        check(model, output)
+        check_folder(model, output)
         return
     done = download(
         model,
@@ -78,7 +78,7 @@ def command(
         output.note(f"Try it: phimlx chat --model {done.folder if local_dir or revision else name}")
 
 
-def check(source: str, output: Output) -> None:
+def check_folder(source: str, output: Output) -> None:
     """Compare a folder with the hashes that came with it, and read its headers."""
     from phimlx.checkpoint.folder import Checkpoint
     from phimlx.hub import cache

@@ -1,7 +1,4 @@
-"""`phimlx list`: the models on this machine.
-
-Knows how the answer is told; what there is, `phimlx.hub.cache` knows.
-"""
+"""`phimlx list`: the models on this machine."""
 
 from __future__ import annotations
 
@@ -30,8 +27,8 @@ def command(as_json: bool) -> None:
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
-    bundled = map(describe_bundled, (resolve.NANO, resolve.NANO_MULTIMODAL))
-    entries = [*bundled, *map(describe, cache.list_models())]
+    bundled = map(bundled_entry, (resolve.NANO, resolve.NANO_MULTIMODAL))
+    entries = [*bundled, *map(cached_entry, cache.list_models())]
     total = sum(entry["bytes"] for entry in entries if entry["repository"])
     output.json({"store": str(cache_folder()), "bytes": total, "models": entries})
     if as_json:
@@ -58,8 +55,8 @@ def command(as_json: bool) -> None:
             output.note(f"Go on with: phimlx download {entry['name']}")
 
 
-def describe(model: CachedModel) -> dict[str, Any]:
-    """A model of the cache, as `--json` prints it."""
+def cached_entry(model: CachedModel) -> dict[str, Any]:
+    """Make the object that `--json` prints of a model in the cache."""
     from phimlx import catalog
 
     known = catalog.find(model.repository)
@@ -76,8 +73,8 @@ def describe(model: CachedModel) -> dict[str, Any]:
     }
 
 
-def describe_bundled(folder: Path) -> dict[str, Any]:
-    """A model that comes along, in the same form."""
+def bundled_entry(folder: Path) -> dict[str, Any]:
+    """Make the object of a model that comes along, in the same form."""
     from phimlx.hub.cache import bits_of
 
     return {
