@@ -39,7 +39,7 @@ class ProcessGroup:
         return 0 if self.group is None else self.group.rank()
 
     @property
-    def count(self) -> int:
+    def size(self) -> int:
         return 1 if self.group is None else self.group.size()
 
     @property
@@ -87,6 +87,6 @@ class ProcessGroup:
             if self.group is None:
                 raise
             raise MachineLostError(
-                f"Another of the {self.count} machines is lost, so the run ends here ({error}).",
+                f"Another of the {self.size} machines is lost, so the run ends here ({error}).",
                 hint="Start the same command again with --resume.",
             ) from error

@@ -7,7 +7,7 @@ from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Literal, NamedTuple, get_args
+from typing import Literal, NamedTuple
 
 import numpy as np
 
@@ -56,7 +56,7 @@ class RowSettings:
         preferences: rows are pairs, a better and a worse answer.
 
     Raises:
-        TrainingError: where a value is none of these, or two do not go together.
+        TrainingError: where two do not go together, or the mapping names what no row has.
     """
 
     loss_on: LossOn = "assistant"
@@ -66,15 +66,6 @@ class RowSettings:
     preferences: bool = False
 
     def __post_init__(self) -> None:
-        for name, value, known in (
-            ("loss_on", self.loss_on, get_args(LossOn)),
-            ("overlong", self.overlong, get_args(Overlong)),
-        ):
-            if value not in known:
-                raise TrainingError(f"{name} is {value!r}; it must be one of {', '.join(known)}.")
-        length = self.max_length
-        if length is not None and (type(length) is not int or length < 2):
-            raise TrainingError(f"max_length is {length!r}; it must be a whole number, 2 or more.")
         if self.overlong == "split" and (self.preferences or self.loss_on == "last"):
             what = "a preference" if self.preferences else "a row of which the last reply counts"
             raise TrainingError(

@@ -5,13 +5,12 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Sequence
-from contextlib import suppress
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from phimlx.errors import TrainingError
-from phimlx.files import write_file
+from phimlx.files import parse_json_object, write_file
 from phimlx.training.run.checkpoints import writing
 from phimlx.training.run.events import Event, SampleReply, TrainingReport, Validation
 
@@ -23,6 +22,8 @@ KINDS: dict[type[Any], str] = {
 """Events that are kept, and what a row calls them."""
 
 Row = dict[str, Any]
+
+HINT = "Mend it, or choose another --log."
 Curve = Sequence[tuple[int, float]]
 """Steps and losses."""
 
@@ -86,10 +87,12 @@ def _line(row: Row) -> str:
 
 def _rows(path: Path) -> list[Row]:
     """Read the rows of a file; what a killed run left half written at its end does not count."""
-    found = []
-    for line in path.read_bytes().split(b"\n"):
-        with suppress(ValueError):
-            row = json.loads(line)
-            if isinstance(row, dict) and isinstance(row.get("step"), int):
-                found.append(row)
-    return found
+    *lines, _half = path.read_bytes().split(b"\n")
+    return [_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
+
+
+def _row(place: str, line: bytes) -> Row:
+    row = parse_json_object(line, place, TrainingError, hint=HINT)
+    if not {"kind", "step"} <= row.keys():
+        raise TrainingError(f"{place} is no row of a run's log.", hint=HINT)
+    return row

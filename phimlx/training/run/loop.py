@@ -327,7 +327,7 @@ def make_batches(
         row_length=settings.max_seq_length if settings.pack else None,
         seed=settings.seed if shuffled else None,
         rank=processes.rank,
-        ranks=processes.count,
+        ranks=processes.size,
     )
 
 

@@ -189,7 +189,7 @@ class Session:
             "settings": self.settings.as_object(),
             "model": fingerprint(self.folder),
             "data": {name: each.fingerprint for name, each in data.items() if name != "test"},
-            "machines": self.processes.count,
+            "machines": self.processes.size,
         }
 
     def run(self, phi: Phi, data: Mapping[str, Dataset]) -> TrainingRun:

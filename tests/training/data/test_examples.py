@@ -598,9 +598,6 @@ def test_the_fingerprint_tells_tokens_masks_and_order() -> None:
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"loss_on": "user"}, "loss_on is 'user'; it must be one of assistant, last, all."),
-        ({"overlong": "drop"}, "overlong is 'drop'; it must be one of refuse, cut, split."),
-        ({"max_length": 1}, "max_length is 1; it must be a whole number, 2 or more."),
         (
             {"overlong": "split", "loss_on": "last"},
             "Splitting would leave a row of which the last reply counts without what it is about.",

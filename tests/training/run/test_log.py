@@ -71,6 +71,25 @@ def test_a_resumed_run_takes_out_what_it_will_write_again(tmp_path: Path) -> Non
     assert [json.loads(line)["step"] for line in path.read_text().splitlines()] == [2, 4, 5]
 
 
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        ("dear diary", "is not JSON (line 1, column 1: Expecting value)."),
+        ('{"kind": "train"}', "is no row of a run's log."),
+    ],
+)
+def test_a_damaged_line_is_named_and_nothing_is_taken_out(
+    tmp_path: Path, line: str, message: str
+) -> None:
+    path = tmp_path / "log.jsonl"
+    text = f"{json.dumps(row(2))}\n{line}\n{json.dumps(row(4))}\n"
+    path.write_text(text)
+    with pytest.raises(TrainingError) as error:
+        TrainingLog(path, 4, resumed=True)
+    assert str(error.value) == f"{path}, line 2 {message}"
+    assert path.read_text() == text
+
+
 def test_a_log_that_is_there_is_not_written_over(tmp_path: Path) -> None:
     path = tmp_path / "log.jsonl"
     path.write_text("dear diary")
