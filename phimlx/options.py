@@ -24,7 +24,7 @@ import difflib
 import importlib
 import tomllib
 from collections.abc import Callable, Collection, Mapping
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Self, TypeVar
 
@@ -34,6 +34,7 @@ from pydantic import (
     ConfigDict,
     Field,
     FiniteFloat,
+    TypeAdapter,
     ValidationError,
     ValidationInfo,
     field_validator,
@@ -100,14 +101,8 @@ class Options(BaseModel):
 
     @field_validator("*", mode="before")
     @classmethod
-    def _take_no_boolean_for_a_number(cls, value: Any, info: ValidationInfo) -> Any:
-        """Refuse what pydantic would convert, and divide a text that stands for a list."""
-        schema = schemas(cls)[str(info.field_name)]
-        if isinstance(value, bool) != (schema.get("type") == "boolean"):
-            raise ValueError(value)
-        if schema.get("commas") and isinstance(value, str):
-            return value.split(",")
-        return value
+    def _prepare_value(cls, value: Any, info: ValidationInfo) -> Any:
+        return _prepare(schemas(cls)[str(info.field_name)], value)
 
     @model_validator(mode="after")
     def _hold_exclusive(self) -> Self:
@@ -117,12 +112,21 @@ class Options(BaseModel):
         return self
 
 
+def _prepare(schema: Schema, value: Any) -> Any:
+    """Refuse a boolean that pydantic would convert, and divide a text that stands for a list."""
+    if isinstance(value, bool) != (schema.get("type") == "boolean"):
+        raise ValueError(value)
+    if schema.get("commas") and isinstance(value, str):
+        return value.split(",")
+    return value
+
+
 AnyOptions = TypeVar("AnyOptions", bound=Options)
 Command = TypeVar("Command", bound=Callable[..., Any])
 
 
 def option(default: Any, text: str, *flags: str, **more: Any) -> Any:
-    """Declare a field of `Options`.
+    """Declare a field of `Options`; each has a default.
 
     Args:
         default: None for one that follows from others; `text` then says which.
@@ -258,23 +262,26 @@ class FlagType(click.ParamType[Any]):
     """The value of a flag, checked as the field's value is in a file."""
 
     def __init__(self, model: type[Options], field: str) -> None:
-        self.model, self.field = model, field
         self.schema = schemas(model)[field]
+        self.info = model.model_fields[field]
         self.several = self.schema.get("type") == "array" and not is_one_flag(self.schema)
         self.name = metavar(self.schema)
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         schema = self.schema["items"] if self.several else self.schema
         named = {str(each): each for each in schema.get("enum", ())}
-        read_as = named.get(value, value)
+        given = named.get(value, value)
         try:
-            settings = self.model.model_validate(
-                {self.field: [read_as] if self.several else read_as}
-            )
-        except ValidationError:
+            prepared = _prepare(self.schema, [given] if self.several else given)
+            found = self._reader.validate_python(prepared)
+        except ValueError:
             self.fail(f"{shortened(value)} is not {expected(schema)}.", param, ctx)
-        found = getattr(settings, self.field)
         return found[0] if self.several else found
+
+    @cached_property
+    def _reader(self) -> TypeAdapter[Any]:
+        kind: Any = Annotated[self.info.annotation, self.info]
+        return TypeAdapter(kind)
 
 
 def is_one_flag(schema: Schema) -> bool:

@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
 import click
 import pytest
 from click.testing import CliRunner
 from hypothesis import given
 from hypothesis import strategies as st
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from phimlx.errors import ConversionError, PhimlxError, SettingsError
 from phimlx.options import (
     Fraction,
+    OptionError,
     Options,
     Positive,
     PositiveCount,
@@ -102,6 +103,32 @@ def test_help_shows_bounds_of_words_and_defaults() -> None:
 def test_a_flag_that_does_not_hold(arguments: list[str], message: str) -> None:
     code, output = run(*arguments)
     assert (code, output.splitlines()[-1]) == (2, f"Error: Invalid value for {message}")
+
+
+def test_what_does_not_go_together_is_said_of_all_flags_not_of_one() -> None:
+    class Pair(Options):
+        """Two that go together."""
+
+        one: PositiveCount | None = option(None, "This.")
+        other: PositiveCount | None = option(None, "That.")
+
+        @model_validator(mode="after")
+        def _go_together(self) -> Self:
+            if (self.one is None) != (self.other is None):
+                raise OptionError("one goes with other.", hint="Give both.")
+            return self
+
+    @click.command()
+    @click_options(Pair)
+    def pair(**flags: Any) -> None:
+        """Read both."""
+        click.echo(from_flags(Pair, flags).other)
+
+    runner = CliRunner()
+    assert runner.invoke(pair, ["--one", "1", "--other", "2"]).output == "2\n"
+    error = runner.invoke(pair, ["--one", "1"]).exception
+    assert isinstance(error, SettingsError)
+    assert (str(error), error.hint) == ("one goes with other.", "Give both.")
 
 
 def test_some_of_the_flags() -> None:
