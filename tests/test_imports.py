@@ -34,12 +34,7 @@ RANKS = (
 )
 """The rooms from the top down: a room imports itself and what stands below it, nothing else."""
 
-WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (
-    ("phimlx.machine.memory", "phimlx.generation.engine"),
-    ("phimlx.machine.memory", "phimlx.models.phi4mm.config"),
-    ("phimlx.machine.memory", "phimlx.models.phi4mm.vision"),
-    ("phimlx.transcription", "phimlx.api"),
-)
+WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (("phimlx.transcription", "phimlx.api"),)
 """Imports that point up. To become empty."""
 
 CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = (("phimlx.api", "phimlx.transcription"),)

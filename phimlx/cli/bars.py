@@ -111,8 +111,14 @@ def download_summary(plan: DownloadPlan) -> str:
     )
 
 
-def download_missing(model: str | None, output: Output, absent: ModelAbsentError) -> None:
-    """Download a model that a command needs; raise `absent` where nobody wants or can say so."""
+def download_missing(
+    model: str | None, output: Output, absent: ModelAbsentError, always_ask: bool = False
+) -> None:
+    """Download a model that a command needs; raise `absent` where nobody wants or can say so.
+
+    Args:
+        always_ask: before a small model too.
+    """
     import click
     from huggingface_hub import constants
 
@@ -120,7 +126,7 @@ def download_missing(model: str | None, output: Output, absent: ModelAbsentError
     from phimlx.hub.download import download
 
     def agree(plan: DownloadPlan) -> None:
-        if plan.remaining > ASK_ABOVE:
+        if always_ask or plan.remaining > ASK_ABOVE:
             question = f"Download {plan.repository.name}, {size_text(plan.remaining)}, now?"
             if not click.confirm(question, default=True, err=True):
                 raise absent

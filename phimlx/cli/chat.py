@@ -68,6 +68,7 @@ def command(
     interactive = typed and sys.stdout.isatty()
     screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
     conversation = Conversation(model=model_name(model))
+    named_by_file = session_file is not None and model is None
     if session_file is not None:
         conversation = Conversation.load(session_file, limits, screen.agree)
         model = model or conversation.model
@@ -77,7 +78,7 @@ def command(
         conversation.system = system
     if tools_file is not None:
         conversation.tools = load_tools(tools_file)
-    phi = load_or_download(model, output, adapter)
+    phi = load_or_download(model, output, adapter, always_ask=named_by_file)
     chat = Chat(phi, conversation, output, screen, run_command, limits, frames)
     chat.check(conversation)
     chat.saved_as = session_file

@@ -143,11 +143,14 @@ def is_debugging() -> bool:
     return DEBUG in click.get_current_context().meta
 
 
-def load_or_download(model: str | None, output: Output, adapter: Path | None = None) -> Phi:
+def load_or_download(
+    model: str | None, output: Output, adapter: Path | None = None, always_ask: bool = False
+) -> Phi:
     """Load the model that `--model` names; the catalogue's default where it was not given.
 
     Args:
         adapter: its folder, from --adapter-path.
+        always_ask: before any download, where a file rather than the user named the model.
 
     Where it is not here and somebody sits at the terminal, it is downloaded, above 1 GB after
     asking. Elsewhere that is an error, which names the command.
@@ -162,6 +165,6 @@ def load_or_download(model: str | None, output: Output, adapter: Path | None = N
     except ModelAbsentError as absent:
         from phimlx.cli.bars import download_missing
 
-        download_missing(model, output, absent)
+        download_missing(model, output, absent, always_ask)
     with output.status(loading):
         return api.load(model, adapter)

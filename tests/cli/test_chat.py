@@ -83,6 +83,19 @@ def test_a_saved_chat_that_is_damaged_is_said_first(chat: Piped, tmp_path: Path)
     assert chat.sources == []
 
 
+def test_a_pipe_agrees_to_no_address_of_a_saved_chat(chat: Piped, tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    part = {"type": "image", "path": "https://pictures.example/cat.png", "sha256": "0"}
+    Conversation("nano", [{"role": "user", "content": [part]}]).save(path)
+    result = chat("--load", str(path), lines="y\n")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"Error: {path} shows {part['path']}, which is fetched only where somebody agrees to it.\n"
+        "Hint: Load it on a terminal, which asks, or begin a new chat.\n"
+    )
+    assert chat.sources == []
+
+
 def test_tools_are_read_before_the_model(chat: Piped, tmp_path: Path) -> None:
     path = tmp_path / "tools.json"
     path.write_text("[]")

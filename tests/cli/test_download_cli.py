@@ -20,6 +20,7 @@ from phimlx.cli.options import load_or_download
 from phimlx.errors import ModelAbsentError
 from phimlx.hub.cache import find_snapshot
 from phimlx.hub.transfer import fetch
+from phimlx.terminal.conversation import Conversation
 from phimlx.terminal.output import Output
 from tests.cli.terminal import CTRL_C, Terminal
 from tests.convert.tiny import PHI_4, write_model
@@ -309,6 +310,17 @@ def test_a_large_model_is_asked_for(
         assert (result.exit_code, server.requested, loads) == (1, [], [])
     else:
         assert len(loads) == 1
+
+
+def test_a_model_that_a_saved_chat_names_is_asked_for(
+    server: Hub, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    path = tmp_path / "chat.json"
+    Conversation("phi-4-mini").save(path)
+    result = run("chat", "--load", str(path), input="n\n")
+    assert f"{ABSENT}Download {QUANTIZED}, 20.0 kB, now? [Y/n]: " in result.stderr
+    assert (result.exit_code, server.requested, loads) == (1, [], [])
 
 
 def test_offline_nothing_is_asked(
