@@ -98,8 +98,10 @@ def imported(name: str, tree: ast.AST) -> Iterator[str]:
         yield from (target for target in targets if target in sources() and target != name)
 
 
-def graph(trees: dict[str, ast.Module]) -> dict[str, set[str]]:
-    return {name: set(imported(name, tree)) for name, tree in trees.items()}
+@cache
+def graph() -> dict[str, set[str]]:
+    """What each module imports of ours."""
+    return {name: set(imported(name, tree)) for name, tree in sources().items()}
 
 
 def room(name: str) -> str | None:
@@ -148,7 +150,7 @@ def test_every_module_stands_in_a_room_of_the_table() -> None:
 def test_imports_point_down() -> None:
     wrong = {
         (name, other)
-        for name, others in graph(sources()).items()
+        for name, others in graph().items()
         for other in others
         if room(name) != room(other) and room(other) is not None and rank(name) >= rank(other)
     }
@@ -156,7 +158,7 @@ def test_imports_point_down() -> None:
 
 
 def test_no_modules_import_each_other() -> None:
-    assert circles(graph(sources())) - set(CIRCLES_TO_BE_MENDED) == set()
+    assert circles(graph()) - set(CIRCLES_TO_BE_MENDED) == set()
 
 
 @pytest.mark.parametrize(

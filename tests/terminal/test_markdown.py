@@ -92,11 +92,11 @@ def test_blocks_are_those_of_commonmark(blocks: list[str]) -> None:
 @pytest.mark.parametrize(
     "text",
     [
-        "```\n" + "line\n" * 3000 + "```\n",
-        "a paragraph\n\n" * 1500,
-        "- item\n" * 3000,
-        "word\n" * 3000,
-        "> quoted\n" * 2000,
+        "```\n" + "line\n" * 1000 + "```\n",
+        "a paragraph\n\n" * 500,
+        "- item\n" * 1000,
+        "word\n" * 1000,
+        "> quoted\n" * 1000,
     ],
     ids=["fence", "paragraphs", "list", "paragraph", "quotation"],
 )
