@@ -75,7 +75,16 @@ def test_the_folder_map_is_true() -> None:
             parent = path
         assert (ROOT / path).exists(), path
         mapped.add(path)
-    hidden = {"__pycache__", "__main__.py", "py.typed", "sizes.py"}
+    hidden = {"__pycache__", "__main__.py", "py.typed"}
     for item in (ROOT / "phimlx").iterdir():
-        if item.name not in hidden and item.name != "assets":
-            assert Path("phimlx") / item.name in mapped, item
+        assert item.name in hidden or Path("phimlx") / item.name in mapped, item
+
+
+def test_contributing_names_what_is_there() -> None:
+    text = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    paths = set(re.findall(r"`((?:phimlx|convert|tests|scripts)/[\w./]*)", text))
+    assert len(paths) > 20
+    for path in paths:
+        assert (ROOT / path).exists(), path
+    rooms = {path.name for path in (ROOT / "phimlx").iterdir() if (path / "__init__.py").exists()}
+    assert {name for name in rooms if f"`phimlx/{name}/`" not in text} == set()
