@@ -71,11 +71,14 @@ class Rendering:
         Yields:
             Token ids of the piece, where in the text it ends, and whether it is a control token.
         """
+        at_start = not start
         for piece, end in self.tokenizer.split_with_ends(text, start):
             if isinstance(piece, int):
                 yield [piece], end, True
             else:
-                yield self.tokenizer.encode(self.escaper.unescape(piece, self.mark)), end, False
+                said = self.escaper.unescape(piece, self.mark)
+                yield self.tokenizer.encode(said, at_start=at_start), end, False
+            at_start = False
 
 
 class EncodedConversation:

@@ -1,7 +1,4 @@
-"""Added tokens: where a text spells one, by the rules of the `tokenizers` library.
-
-Knows nothing of BPE, nor of what a control token means to a model.
-"""
+"""Finds where a text spells an added token, by the rules of the `tokenizers` library."""
 
 from __future__ import annotations
 

@@ -1,29 +1,48 @@
-"""Byte-level BPE: ordinary text to token ids, and a token id to its bytes.
-
-Knows nothing of control tokens; they are found in the text before it comes here.
-"""
+"""Byte-pair encoding by the `tokenizers` library: ordinary text to token ids, and ids to bytes."""
 
 from __future__ import annotations
 
+import json
+import re
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import TokenizerError
+from phimlx.files import read_json
 from phimlx.prompt.tokenizer.added_tokens import AddedToken
 
 if TYPE_CHECKING:
     import tokenizers
 
+HINT = "Download the model again."
+SPACE = "\u2581"  # SentencePiece's spelling of a space
+BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+# The decoder of SentencePiece's BPE, which may drop the first space of a text.
+REPLACE = {"type": "Replace", "pattern": {"String": SPACE}, "content": " "}
+SENTENCEPIECE = [REPLACE, {"type": "ByteFallback"}, {"type": "Fuse"}]
+STRIP = {"type": "Strip", "content": " ", "start": 1, "stop": 0}
+
 
 class Vocabulary(Protocol):
-    """A source of byte-level BPE."""
+    """A vocabulary of byte-pair encoding.
+
+    Attributes:
+        sentencepiece: whether bytes that are no UTF-8 become U+FFFD one by one, as SentencePiece
+            has it, or a broken character at a time.
+        drops_space: whether a text that is decoded loses one space at its beginning, which
+            encoding put there.
+    """
+
+    sentencepiece: bool
+    drops_space: bool
 
     @property
     def size(self) -> int:
         """How many token ids there are."""
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of ordinary text."""
+    def encode(self, text: str, at_start: bool = True) -> list[int]:
+        """Token ids of ordinary text; `at_start` where nothing stands before it."""
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that `token` stands for; empty for an id that has none."""
@@ -42,60 +61,73 @@ def byte_alphabet() -> dict[str, int]:
 
 
 class LibraryVocabulary:
-    """The BPE of a `tokenizer.json`, run by the `tokenizers` library.
+    """Byte-level BPE, as GPT-2 has it.
 
-    The file is parsed once. A second tokenizer shares the parsed model and holds no added tokens,
-    so that text which spells a control token stays text.
+    A second tokenizer shares the model of the one that was read and holds no added tokens, so that
+    text which spells a control token stays text.
     """
 
-    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
-        from tokenizers import Tokenizer
+    sentencepiece = False
+    drops_space = False
 
-        self._plain = Tokenizer(tokenizer.model)
-        # The library answers with an error where such a part is absent.
-        for part in ("normalizer", "pre_tokenizer"):
-            value = getattr(tokenizer, part)
-            if value is not None:
-                setattr(self._plain, part, value)
+    def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
+        self._plain = _without_added_tokens(tokenizer)
         self._alphabet = byte_alphabet()
         self.size: int = self._plain.get_vocab_size()
 
-    @classmethod
-    def load(cls, path: Path) -> tuple[LibraryVocabulary, list[AddedToken]]:
-        """The vocabulary of a `tokenizer.json`, and the tokens added to it.
+    @staticmethod
+    def load(path: Path) -> tuple[LibraryVocabulary, list[AddedToken]]:
+        """Load the vocabulary of a `tokenizer.json`, and the tokens added to it.
 
-        Raises TokenizerError where the file is damaged or is not byte-level BPE.
+        Raises TokenizerError where the file is damaged or holds another kind of tokenizer.
         """
         from tokenizers import Tokenizer, decoders, models
 
-        try:
-            tokenizer = Tokenizer.from_file(str(path))
-        except MemoryError:
-            raise
-        except Exception as error:  # the library raises bare Exception
-            raise TokenizerError(
-                f"{path} is damaged: {error}.", hint="Download the model again."
-            ) from error
-        byte_level = isinstance(tokenizer.decoder, decoders.ByteLevel)
-        if not (byte_level and isinstance(tokenizer.model, models.BPE)):
-            raise TokenizerError(
-                f"{path} is not a byte-level BPE tokenizer, the only kind in the Phi-4 family.",
-                hint="Check that the folder holds a Phi-4 model.",
-            )
-        added = [
-            AddedToken(
-                id=token_id,
-                content=token.content,
-                lstrip=token.lstrip,
-                rstrip=token.rstrip,
-                single_word=token.single_word,
-                normalized=token.normalized,
-            )
-            for token_id, token in tokenizer.get_added_tokens_decoder().items()
-        ]
-        return cls(tokenizer), added
+        tokenizer = _read(path, lambda: Tokenizer.from_file(str(path)))
+        is_bpe = isinstance(tokenizer.model, models.BPE)
+        if is_bpe and isinstance(tokenizer.decoder, decoders.ByteLevel):
+            return LibraryVocabulary(tokenizer), _added_tokens(tokenizer)
+        steps = _describe(tokenizer.decoder).get("decoders")
+        if is_bpe and steps in (SENTENCEPIECE, [*SENTENCEPIECE, STRIP]):
+            added = _added_tokens(tokenizer)
+            return SentencePieceVocabulary(tokenizer, STRIP in steps, added), added
+        raise TokenizerError(
+            f"{path} is neither a byte-level BPE tokenizer nor SentencePiece's, the only kinds in "
+            "the Phi family.",
+            hint="Check that the folder holds a Phi model.",
+        )
 
-    def encode(self, text: str) -> list[int]:
+    @staticmethod
+    def load_merges(folder: Path) -> tuple[LibraryVocabulary, list[AddedToken]]:
+        """Load GPT-2's form: `vocab.json`, `merges.txt` and, where it is there, added_tokens.json.
+
+        Special tokens that tokenizer_config.json names are added tokens too.
+        Raises TokenizerError where a file is missing or damaged.
+        """
+        from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+        vocab, merges = folder / "vocab.json", folder / "merges.txt"
+        model = _read(merges, lambda: models.BPE.from_file(str(vocab), str(merges)))
+        tokenizer = Tokenizer(model)
+        tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        tokenizer.decoder = decoders.ByteLevel()
+        ids = read_json(folder / "added_tokens.json", TokenizerError, hint=HINT, missing_ok=True)
+        settings = read_json(
+            folder / "tokenizer_config.json", TokenizerError, hint=HINT, missing_ok=True
+        )
+        for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
+            content = settings.get(name)
+            content = content.get("content") if isinstance(content, dict) else content
+            known = tokenizer.token_to_id(content) if isinstance(content, str) else None
+            if known is not None:
+                ids.setdefault(content, known)
+        if any(type(token) is not int for token in ids.values()):
+            raise TokenizerError(
+                f"{folder / 'added_tokens.json'} is not a table of tokens.", hint=HINT
+            )
+        return LibraryVocabulary(tokenizer), [AddedToken(ids[text], text) for text in ids]
+
+    def encode(self, text: str, at_start: bool = True) -> list[int]:
         return self._plain.encode(text, add_special_tokens=False).ids
 
     def token_bytes(self, token: int) -> bytes:
@@ -106,3 +138,99 @@ class LibraryVocabulary:
             return bytes([self._alphabet[character] for character in spelled])
         except KeyError:  # not spelled in the alphabet: stands for itself, as in the library
             return spelled.encode()
+
+
+class SentencePieceVocabulary(LibraryVocabulary):
+    """SentencePiece's BPE, as Llama 2 and Phi-3 have it: spaces spelled U+2581, bytes `<0x0A>`."""
+
+    sentencepiece = True
+
+    def __init__(
+        self, tokenizer: tokenizers.Tokenizer, drops_space: bool, added: list[AddedToken]
+    ) -> None:
+        from tokenizers import pre_tokenizers
+
+        super().__init__(tokenizer)
+        self.drops_space = drops_space
+        spelled = {token.content for token in added if self._spells(token)}
+        if spelled:
+            self._plain.model = _without_merges(tokenizer.model, spelled)
+        # A space in front of the first word alone, or in front of each stretch of text.
+        self._later = self._plain
+        form = _describe(tokenizer.pre_tokenizer)
+        if form.get("type") == "Metaspace" and form.get("prepend_scheme") == "first":
+            self._later = _without_added_tokens(self._plain)
+            self._later.pre_tokenizer = pre_tokenizers.Metaspace(
+                replacement=form["replacement"], prepend_scheme="never", split=form["split"]
+            )
+
+    def encode(self, text: str, at_start: bool = True) -> list[int]:
+        tokenizer = self._plain if at_start else self._later
+        return tokenizer.encode(text, add_special_tokens=False).ids
+
+    def token_bytes(self, token: int) -> bytes:
+        spelled = self._plain.id_to_token(token)
+        if spelled is None:
+            return b""
+        byte = BYTE.fullmatch(spelled)
+        return bytes.fromhex(byte[1]) if byte else spelled.replace(SPACE, " ").encode()
+
+    def _spells(self, token: AddedToken) -> bool:
+        """Whether ordinary text that reads like an added token would become it."""
+        return token.id in self._plain.encode(token.content, add_special_tokens=False).ids
+
+
+def _read(path: Path, read: Callable[[], Any]) -> Any:
+    try:
+        return read()
+    except MemoryError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise TokenizerError(f"{path} is damaged: {error}.", hint=HINT) from error
+
+
+def _added_tokens(tokenizer: tokenizers.Tokenizer) -> list[AddedToken]:
+    return [
+        AddedToken(
+            id=token_id,
+            content=token.content,
+            lstrip=token.lstrip,
+            rstrip=token.rstrip,
+            single_word=token.single_word,
+            normalized=token.normalized,
+        )
+        for token_id, token in tokenizer.get_added_tokens_decoder().items()
+    ]
+
+
+def _without_added_tokens(tokenizer: tokenizers.Tokenizer) -> tokenizers.Tokenizer:
+    from tokenizers import Tokenizer
+
+    plain = Tokenizer(tokenizer.model)
+    # The library answers with an error where such a part is absent.
+    for part in ("normalizer", "pre_tokenizer"):
+        value = getattr(tokenizer, part)
+        if value is not None:
+            setattr(plain, part, value)
+    return plain
+
+
+def _without_merges(model: Any, contents: set[str]) -> tokenizers.models.BPE:
+    """The model without the merges that make one of `contents` of ordinary text."""
+    from tokenizers import models
+
+    form = _describe(model)
+    merges = (pair.split(" ") if isinstance(pair, str) else pair for pair in form["merges"])
+    return models.BPE(
+        vocab=form["vocab"],
+        merges=[(left, right) for left, right in merges if left + right not in contents],
+        unk_token=form["unk_token"],
+        fuse_unk=form["fuse_unk"],
+        byte_fallback=form["byte_fallback"],
+        ignore_merges=form.get("ignore_merges", False),
+    )
+
+
+def _describe(part: Any) -> dict[str, Any]:
+    """A part of a tokenizer as tokenizer.json has it; empty where there is none."""
+    return {} if part is None else dict(json.loads(part.__getstate__()))

@@ -1,12 +1,13 @@
-"""A vocabulary compiled to a file that opens at once, where tokenizer.json takes long to parse.
+"""Compiles a vocabulary to a file that opens at once, where tokenizer.json takes long to parse.
 
-Knows nothing of what added tokens mean. `tokenizers` makes it, checks it and takes long texts.
+The `tokenizers` library makes it, checks it and takes long texts.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import mmap
 import struct
 import zlib
@@ -14,12 +15,12 @@ from array import array
 from bisect import bisect_left
 from collections.abc import Callable, Sequence
 from dataclasses import asdict
-from functools import cached_property, lru_cache
+from functools import cache, cached_property, lru_cache
 from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.files import replacing
+from phimlx.files import reason, replacing
 from phimlx.prompt.tokenizer.added_tokens import AddedToken
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary, byte_alphabet
 
@@ -56,8 +57,8 @@ def cache_folder() -> Path:
 def load_vocabulary(path: Path) -> tuple[Vocabulary, list[AddedToken]]:
     """The vocabulary and added tokens of a tokenizer.json, from its compiled form if there is one.
 
-    Where there is none it is made on the way, and checked against `tokenizers`; a cache that cannot
-    be written or read, or a vocabulary of an unknown kind, only costs the time to load.
+    Where there is none it is made on the way, and checked against `tokenizers`. A cache that cannot
+    be written is told to the log, once; it and a vocabulary of another kind cost the time to load.
     Raises TokenizerError as `LibraryVocabulary.load` does.
     """
     if path.stat().st_size < MIN_SOURCE:
@@ -80,6 +81,9 @@ class CompiledVocabulary:
     sorted, with their ranks and results beside them.
     """
 
+    sentencepiece = False
+    drops_space = False
+
     def __init__(self, sections: dict[str, memoryview], path: Path) -> None:
         """`path`: the tokenizer.json that long texts are left to."""
         about = json.loads(bytes(sections["about"]))
@@ -95,7 +99,7 @@ class CompiledVocabulary:
         # A chat says the same words over and over.
         self._encode_word = lru_cache(maxsize=16_384)(self._merge)
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str, at_start: bool = True) -> list[int]:
         if len(text) > MAX_TEXT or "_library" in self.__dict__:
             return self._library.encode(text)
         words = [word for word, _ in self._pre_tokenizer.pre_tokenize_str(text)]
@@ -183,8 +187,19 @@ def _write(file: Path, make: Callable[[], Sequence[bytes]]) -> None:
             body = b"".join(LENGTH.pack(len(part)) for part in made) + padded
             header = HEADER.pack(MAGIC, FORMAT, zlib.crc32(body), len(made))
             temporary.write_bytes(header + body)
-    except OSError:
-        return  # a cache on a full or read-only disk is done without
+    except OSError as error:  # a cache on a full or read-only disk is done without
+        _tell(file.parent, reason(error))
+
+
+@cache
+def _tell(folder: Path, why: str) -> None:
+    """Say once that tokenizers will go on taking long to load."""
+    logging.getLogger("phimlx").warning(
+        "The compiled vocabulary cannot be kept in %s (%s), so that loading a tokenizer takes "
+        "longer each time.",
+        folder,
+        why,
+    )
 
 
 def _compile(path: Path, library: LibraryVocabulary, added: list[AddedToken]) -> list[bytes]:

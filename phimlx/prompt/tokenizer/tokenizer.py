@@ -1,11 +1,9 @@
-"""Text to token ids and back, with control tokens only where the caller asks for them.
-
-Knows nothing of messages or templates, nor of which library does the byte-pair encoding.
-"""
+"""Turns text into token ids and back, with control tokens only where the caller asks for them."""
 
 from __future__ import annotations
 
 import codecs
+import re
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
@@ -13,35 +11,61 @@ from types import MappingProxyType
 from phimlx.errors import TokenizerError
 from phimlx.files import read_json
 from phimlx.prompt.tokenizer.added_tokens import AddedToken, AddedTokens
-from phimlx.prompt.tokenizer.bpe import Vocabulary
+from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary
 from phimlx.prompt.tokenizer.compiled_bpe import load_vocabulary
+
+_ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as "surrogateescape" has them
 
 
 class Detokenizer:
     """Renders a stream of token ids as text, piece by piece.
 
-    Characters whose bytes are spread over several tokens appear when they are complete; bytes
-    that are no UTF-8 become U+FFFD, as in `bytes.decode(errors="replace")`.
+    Characters whose bytes are spread over several tokens appear when they are complete. Bytes that
+    are no UTF-8 become U+FFFD, as in `bytes.decode(errors="replace")`; with SentencePiece, each
+    byte one, as in its own decoder.
     """
 
-    def __init__(self, token_bytes: Callable[[int], bytes], skip: Collection[int] = ()) -> None:
+    def __init__(
+        self,
+        token_bytes: Callable[[int], bytes],
+        skip: Collection[int] = (),
+        *,
+        sentencepiece: bool = False,
+        drops_space: bool = False,
+    ) -> None:
         self._token_bytes = token_bytes
         self._skip = frozenset(skip)
-        self._decoder = codecs.getincrementaldecoder("utf-8")("replace")
+        errors = "surrogateescape" if sentencepiece else "replace"
+        self._decoder = codecs.getincrementaldecoder("utf-8")(errors)
+        self._drops_space = drops_space
 
     def add(self, token: int) -> str:
         """The text that `token` completes."""
         if token in self._skip:
             return ""
-        return self._decoder.decode(self._token_bytes(token))
+        return self._read(self._token_bytes(token))
 
     def finish(self) -> str:
         """What is left of a character that was never completed."""
-        return self._decoder.decode(b"", final=True)
+        return self._read(b"", final=True)
+
+    def whole(self, ids: Iterable[int]) -> str:
+        """The text of all tokens at once."""
+        return self._read(
+            b"".join(self._token_bytes(token) for token in ids if token not in self._skip),
+            final=True,
+        )
+
+    def _read(self, data: bytes, final: bool = False) -> str:
+        text = _ESCAPED.sub("\ufffd", self._decoder.decode(data, final))
+        if text and self._drops_space:
+            self._drops_space = False
+            return text.removeprefix(" ")
+        return text
 
 
 class Tokenizer:
-    """A byte-level BPE vocabulary with the tokens added to it."""
+    """A vocabulary of byte-pair encoding with the tokens added to it."""
 
     def __init__(self, vocabulary: Vocabulary, added: Iterable[AddedToken]) -> None:
         by_id = {token.id: token for token in added}
@@ -57,33 +81,37 @@ class Tokenizer:
 
     @classmethod
     def load(cls, folder: Path) -> Tokenizer:
-        """The tokenizer of a model folder: `tokenizer.json`, amended by `tokenizer_config.json`.
+        """Load the tokenizer of a model folder, amended by `tokenizer_config.json`.
 
-        An `added_tokens_decoder` in the second overrides the added tokens of the first, id by id.
+        It is `tokenizer.json`, or else `vocab.json` and `merges.txt`. An `added_tokens_decoder` in
+        tokenizer_config.json overrides the added tokens, id by id.
         Raises TokenizerError where a file is missing or damaged.
         """
         path = folder / "tokenizer.json"
-        if not path.is_file():
+        if not has_tokenizer(folder):
             raise TokenizerError(
                 f"There is no tokenizer.json in {folder}.",
                 hint="Text needs a tokenizer: get the model's tokenizer files into that folder.",
             )
         overrides = _configured_tokens(folder / "tokenizer_config.json")
-        vocabulary, added = load_vocabulary(path)
+        if path.is_file():
+            vocabulary, added = load_vocabulary(path)
+        else:
+            vocabulary, added = LibraryVocabulary.load_merges(folder)
         return cls(vocabulary, [*added, *overrides])
 
-    def encode(self, text: str, control: bool = False) -> list[int]:
-        """Token ids of `text`.
+    def encode(self, text: str, control: bool = False, at_start: bool = True) -> list[int]:
+        """Token ids of `text`; `at_start` where nothing stands before it.
 
         With `control` false every character is ordinary text: no control token comes out, whatever
         the text spells. With `control` true control tokens are recognised, and swallow the white
         space around them, as in the reference. Lone surrogates are read as U+FFFD.
         """
-        if not control:
-            return self._encode_plain(_well_formed(text))
+        text = _well_formed(text)
         ids: list[int] = []
-        for piece in self.split(_well_formed(text)):
-            ids += [piece] if isinstance(piece, int) else self._encode_plain(piece)
+        for piece in self.split(text) if control else [text]:
+            ids += [piece] if isinstance(piece, int) else self._encode_plain(piece, at_start)
+            at_start = False
         return ids
 
     def split(self, text: str) -> Iterator[int | str]:
@@ -99,14 +127,17 @@ class Tokenizer:
 
         Ids beyond the vocabulary (padding rows of the embedding) render as nothing.
         """
-        unwanted = frozenset(skip)
-        return b"".join(self.token_bytes(token) for token in ids if token not in unwanted).decode(
-            errors="replace"
-        )
+        return self.detokenizer(skip).whole(ids)
 
     def detokenizer(self, skip: Collection[int] = ()) -> Detokenizer:
         """A decoder for ids that arrive one at a time."""
-        return Detokenizer(self.token_bytes, skip)
+        vocabulary = self._vocabulary
+        return Detokenizer(
+            self.token_bytes,
+            skip,
+            sentencepiece=vocabulary.sentencepiece,
+            drops_space=vocabulary.drops_space,
+        )
 
     def token_bytes(self, token: int) -> bytes:
         """The bytes that `token` stands for; empty for an id that has none."""
@@ -116,14 +147,21 @@ class Tokenizer:
             known = self._bytes[token] = self._vocabulary.token_bytes(token) if inside else b""
         return known
 
-    def _encode_plain(self, text: str) -> list[int]:
+    def _encode_plain(self, text: str, at_start: bool) -> list[int]:
         ids: list[int] = []
-        for piece in self._blank.split(text):
+        for index, piece in enumerate(self._blank.split(text)):
             if isinstance(piece, int):
                 ids.append(piece)
             elif piece:
-                ids += self._vocabulary.encode(piece)
+                ids += self._vocabulary.encode(piece, at_start and index == 0)
         return ids
+
+
+def has_tokenizer(folder: Path) -> bool:
+    """Whether a model folder holds the files of a tokenizer."""
+    return (folder / "tokenizer.json").is_file() or all(
+        (folder / name).is_file() for name in ("vocab.json", "merges.txt")
+    )
 
 
 def _well_formed(text: str) -> str:

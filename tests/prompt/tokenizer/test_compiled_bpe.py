@@ -127,18 +127,30 @@ def test_a_changed_tokenizer_is_compiled_anew(source: Path) -> None:
     assert load_vocabulary(source)[0].encode("the") == [116, 256]
 
 
-def test_a_cache_that_cannot_be_written_is_done_without(
-    source: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+def test_a_cache_that_cannot_be_written_is_told_once(
+    source: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     (tmp_path / "file").write_text("")
-    monkeypatch.setattr(compiled, "cache_folder", lambda: tmp_path / "file" / "cache")
+    folder = tmp_path / "file" / "cache"
+    monkeypatch.setattr(compiled, "cache_folder", lambda: folder)
     monkeypatch.setattr(compiled, "_compile", None)
     for _ in range(2):
         assert isinstance(load_vocabulary(source)[0], LibraryVocabulary)
+    assert [(record.name, record.levelname) for record in caplog.records] == [("phimlx", "WARNING")]
+    assert caplog.messages == [
+        f"The compiled vocabulary cannot be kept in {folder} (not a directory), so that loading a "
+        "tokenizer takes longer each time."
+    ]
 
 
 def test_a_disk_that_fills_up_leaves_nothing(
-    source: Path, small_ones_too: Path, monkeypatch: pytest.MonkeyPatch
+    source: Path,
+    small_ones_too: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     def full(descriptor: int) -> None:
         raise OSError(28, "No space left on device")
@@ -146,6 +158,7 @@ def test_a_disk_that_fills_up_leaves_nothing(
     monkeypatch.setattr("os.fsync", full)
     assert isinstance(load_vocabulary(source)[0], LibraryVocabulary)
     assert list(small_ones_too.iterdir()) == []
+    assert "no space left on device" in caplog.text
 
 
 @pytest.mark.parametrize(
