@@ -215,7 +215,7 @@ PUBLISHED = (
         "card of microsoft/phi-1_5, QA format",
         ANSWER,
         _BASE,
-        r"\bphi-?1[._]5",
+        r"\bphi-?1[._]?5\b",
         ("\n\n",),
     ),
     PublishedTemplate(
