@@ -239,7 +239,7 @@ KNOWN = {
 
 
 def is_known(text: str) -> bool:
-    """Whether a template was published with a model of the family, to the letter."""
+    """Tell whether a template was published with a model of the family, to the letter."""
     return text in BY_TEXT or sha256(text.encode(errors="replace")).hexdigest() in KNOWN
 
 

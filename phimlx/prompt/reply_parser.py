@@ -43,7 +43,7 @@ _OPENED = re.compile(
     rf"|(?P<bare>{_TAG})(?={_SPACE}[^\s\[{{]|\s{{{MAX_SPACE + 1}}})"
     rf"|{_WORD}functools{_SPACE}(?P<word>\[{_SPACE}\{{|\{{)"
 )
-# The same, as far as it may have come when the next piece arrives.
+# The same, as far as it may have come when the next chunk arrives.
 _WORD_BEGUN = _partial("functools", rf"{_SPACE}(?:\[{_SPACE})?")
 _OPENING = re.compile(rf"(?:{_partial(CALL, _SPACE)}|{_WORD}{_WORD_BEGUN})\Z")
 _BLANK = re.compile(r"\s+")
@@ -52,7 +52,7 @@ _STRING_END = re.compile(r'["\\]')
 
 
 class ReplyParser:
-    """Reads one reply, given in pieces cut anywhere; the outcome does not depend on the cuts.
+    """Reads one reply, given in chunks cut anywhere; the outcome does not depend on the cuts.
 
     Reasoning is what stands between `<think>` and `</think>` at the very start of the reply, or up
     to `</think>` with `starts_in_reasoning`; all of the reply where it is never closed. White space
@@ -63,7 +63,7 @@ class ReplyParser:
     text. A call that cannot be read stays in the text as it is and adds to `warnings`; a missing
     `<|/tool_call|>` is forgiven. Without `tools` the text is left alone.
 
-    Text is handed on at once, but for what may still turn out to be a tag or a call. A piece costs
+    Text is handed on at once, but for what may still turn out to be a tag or a call. A chunk costs
     time in proportion to its own length; `text` and `reasoning` are joined when they are read.
     """
 
@@ -97,7 +97,7 @@ class ReplyParser:
         return "".join(self._decided["reasoning"])
 
     def feed(self, text: str) -> list[ReplyPart]:
-        """Take the next piece of the reply; return what it decides."""
+        """Take the next chunk of the reply; return what it decides."""
         self._held += text
         return self._run()
 
@@ -123,25 +123,25 @@ class ReplyParser:
         self._new += [(kind, text) for text in said]
 
     def _take(self, end: int) -> str:
-        """What is held from `_at` to `end`, which is decided on with it."""
+        """Take what is held from `_at` to `end`: it is decided on."""
         text = self._held[self._at : end]
         self._at = end
         return text
 
     def _take_blank(self) -> bool:
-        """Set leading white space aside; whether anything follows it."""
+        """Set leading white space aside; return whether anything follows it."""
         if blank := _BLANK.match(self._held, self._at):
             self._blank.append(self._take(blank.end()))
         return self._at < len(self._held)
 
     def _drop_blank(self) -> bool:
-        """Drop leading white space; whether anything follows it."""
+        """Drop leading white space; return whether anything follows it."""
         follows = self._take_blank()
         self._blank.clear()
         return follows
 
     def _start(self) -> bool:
-        """Whether the reply opens with reasoning."""
+        """Tell whether the reply opens with reasoning."""
         self._take_blank()
         if self._held.startswith(THINK, self._at):
             self._take(self._at + len(THINK))
@@ -178,11 +178,11 @@ class ReplyParser:
         return closed
 
     def _may_follow(self, tag: str) -> bool:
-        """Whether a tag stands or begins where the reply is not decided on."""
+        """Tell whether a tag stands or begins where the reply is not decided on."""
         return tag.startswith(self._held[self._at : self._at + len(tag)])
 
     def _begun(self, tag: str) -> int:
-        """How many characters of a tag have come at the end of what is held."""
+        """Count the characters of a tag that have come at the end of what is held."""
         sizes = range(len(tag) - 1, 0, -1)
         return next((size for size in sizes if self._held.endswith(tag[:size], self._at)), 0)
 
@@ -239,16 +239,14 @@ class ReplyParser:
         if self._held.startswith(END_CALL, self._at):
             self._take(self._at + len(END_CALL))
             self._step = self._text_start
-        elif self._ended or not END_CALL.startswith(
-            self._held[self._at : self._at + len(END_CALL)]
-        ):
+        elif self._ended or not self._may_follow(END_CALL):
             self._step = self._text
         else:
             return False
         return True
 
     def _scan(self) -> bool:
-        """Take the JSON of a call as far as it has come; whether it ends there.
+        """Take the JSON of a call as far as it has come; return whether it ends there.
 
         The closing tag ends it too, as do brackets that close more than was opened.
         """

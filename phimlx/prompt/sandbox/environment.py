@@ -55,7 +55,7 @@ class _GenerationTag(Extension):
 
 
 class _Environment(ImmutableSandboxedEnvironment):
-    """What a chat template may see, and block trimming as transformers has it.
+    """Names that a chat template may use, and block trimming as transformers has it.
 
     Source: transformers `utils/chat_template_utils.py`, `_compile_jinja_template`.
     """
@@ -100,7 +100,7 @@ def _tojson(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """As in transformers, which does not escape HTML as jinja's own filter does."""
+    """Write JSON as transformers does, which does not escape HTML as jinja's own filter does."""
     return json.dumps(
         value,
         ensure_ascii=ensure_ascii,

@@ -184,10 +184,11 @@ class Worker:
 
     def _explain_end(self) -> PromptError:
         """Error for a process that ended while it was asked."""
-        assert self._process is not None
-        self._process.kill()
-        if self._process.wait() == -signal.SIGXCPU:
-            return _too_long()
+        process = self._process
+        if process is not None:
+            process.kill()
+            if process.wait() == -signal.SIGXCPU:
+                return _too_long()
         return PromptError("The chat template brought down the process that renders it.", hint=HINT)
 
 

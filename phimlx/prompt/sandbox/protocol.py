@@ -1,4 +1,4 @@
-"""What a process and its worker say to each other, and the limits that both hold.
+"""Messages between a process and its worker, and the limits that both hold.
 
 A frame is 8 bytes of length, then JSON in UTF-8, lone surrogates allowed. A request `{"source": …}`
 is answered by the names that the template reads, one with `"variables"` as well by its text;

@@ -95,7 +95,7 @@ def _pattern(contents: Iterable[str]) -> re.Pattern[str] | None:
 
 
 def _is_word(character: str) -> bool:
-    """Whether Rust's \\w takes the character; false for the empty string."""
+    """Tell whether Rust's \\w takes the character; false for the empty string."""
     if not character:
         return False
     category = unicodedata.category(character)

@@ -39,7 +39,7 @@ class Vocabulary(Protocol):
 
     @property
     def size(self) -> int:
-        """How many token ids there are."""
+        """Number of token ids."""
 
     def encode(self, text: str, at_start: bool = True) -> list[int]:
         """Token ids of ordinary text; `at_start` where nothing stands before it."""
@@ -118,8 +118,7 @@ class LibraryVocabulary:
         for name in ("bos_token", "eos_token", "unk_token", "pad_token"):
             content = settings.get(name)
             content = content.get("content") if isinstance(content, dict) else content
-            known = tokenizer.token_to_id(content) if isinstance(content, str) else None
-            if known is not None:
+            if isinstance(content, str) and (known := tokenizer.token_to_id(content)) is not None:
                 ids.setdefault(content, known)
         if any(type(token) is not int for token in ids.values()):
             raise TokenizerError(
@@ -176,7 +175,7 @@ class SentencePieceVocabulary(LibraryVocabulary):
         return bytes.fromhex(byte[1]) if byte else spelled.replace(SPACE, " ").encode()
 
     def _spells(self, token: AddedToken) -> bool:
-        """Whether ordinary text that reads like an added token would become it."""
+        """Tell whether ordinary text that reads like an added token would become it."""
         return token.id in self._plain.encode(token.content, add_special_tokens=False).ids
 
 

@@ -48,7 +48,7 @@ NEVER = 2**32  # the rank of a pair that does not merge
 
 
 def cache_folder() -> Path:
-    """Where compiled vocabularies are kept."""
+    """Folder of the compiled vocabularies."""
     import platformdirs
 
     return platformdirs.user_cache_path("phimlx", appauthor=False) / "vocabularies"
@@ -130,7 +130,7 @@ class CompiledVocabulary:
         return tuple(ids)
 
     def _find(self, left: int, right: int) -> int:
-        """Where the merge of the pair is listed, or -1."""
+        """Place of the merge of the pair, or -1."""
         end = self._starts[left + 1]
         place = bisect_left(self._rights, right, self._starts[left], end)
         return place if place < end and self._rights[place] == right else -1

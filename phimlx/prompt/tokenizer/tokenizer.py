@@ -18,7 +18,7 @@ _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as "surroga
 
 
 class Detokenizer:
-    """Renders a stream of token ids as text, piece by piece.
+    """Renders a stream of token ids as text, chunk by chunk.
 
     Characters whose bytes are spread over several tokens appear when they are complete. Bytes that
     are no UTF-8 become U+FFFD, as in `bytes.decode(errors="replace")`; with SentencePiece, each
@@ -46,7 +46,7 @@ class Detokenizer:
         return self._read(self._token_bytes(token))
 
     def finish(self) -> str:
-        """What is left of a character that was never completed."""
+        """The text of a character that was never completed."""
         return self._read(b"", final=True)
 
     def whole(self, ids: Iterable[int]) -> str:
@@ -158,7 +158,7 @@ class Tokenizer:
 
 
 def has_tokenizer(folder: Path) -> bool:
-    """Whether a model folder holds the files of a tokenizer."""
+    """Tell whether a model folder holds the files of a tokenizer."""
     return (folder / "tokenizer.json").is_file() or all(
         (folder / name).is_file() for name in ("vocab.json", "merges.txt")
     )
