@@ -117,7 +117,7 @@ class ReplyParser:
             for kind, parts in groupby(new, key=lambda part: part[0])
         ]
 
-    def _hand_on(self, kind: ReplyKind, *texts: str) -> None:
+    def _emit(self, kind: ReplyKind, *texts: str) -> None:
         said = [text for text in texts if text]
         self._decided[kind] += said
         self._new += [(kind, text) for text in said]
@@ -147,7 +147,7 @@ class ReplyParser:
             self._take(self._at + len(THINK))
             self._step = self._reason_start
         elif self._ended or not self._may_follow(THINK):
-            self._hand_on("text", *self._blank)
+            self._emit("text", *self._blank)
             self._blank.clear()
             self._step = self._text
         else:
@@ -165,12 +165,12 @@ class ReplyParser:
         found = self._held.find(END_THINK, self._at)
         closed = found >= 0
         if self._ended and not closed:
-            self._hand_on("reasoning", *self._blank, self._take(len(self._held)))
+            self._emit("reasoning", *self._blank, self._take(len(self._held)))
             return False
         end = found if closed else len(self._held) - self._begun(END_THINK)
         said = self._held[self._at : end].rstrip()
         if said:
-            self._hand_on("reasoning", *self._blank, self._take(self._at + len(said)))
+            self._emit("reasoning", *self._blank, self._take(self._at + len(said)))
             self._blank.clear()
         if closed:
             self._take(found + len(END_THINK))
@@ -196,11 +196,11 @@ class ReplyParser:
         """Text, up to where a call opens."""
         opened = _OPENED.search(self._held, self._at) if self._tools else None
         if opened and opened["bare"]:
-            self._hand_on("text", self._take(opened.end()))
+            self._emit("text", self._take(opened.end()))
             self._warn("no JSON follows it")
             return True
         if opened:
-            self._hand_on("text", self._take(opened.start()))
+            self._emit("text", self._take(opened.start()))
             self._opener = self._take(opened.start("tag" if opened["tag"] else "word"))
             self._json, self._depth, self._quoted = [], 0, False
             self._step = self._call
@@ -210,7 +210,7 @@ class ReplyParser:
             begun = _OPENING.search(self._held, self._at)
         if self._tools and self._ended and CALL in self._held[self._at :]:
             self._warn("the reply ended inside it")
-        self._hand_on("text", self._take(begun.start() if begun else len(self._held)))
+        self._emit("text", self._take(begun.start() if begun else len(self._held)))
         return False
 
     def _call(self) -> bool:
@@ -229,7 +229,7 @@ class ReplyParser:
             self._step = self._call_end
         except ValueError as error:
             self._warn(str(error))
-            self._hand_on("text", self._opener, call)
+            self._emit("text", self._opener, call)
         return closed
 
     def _call_end(self) -> bool:

@@ -188,11 +188,11 @@ def _write(file: Path, make: Callable[[], Sequence[bytes]]) -> None:
             header = HEADER.pack(MAGIC, FORMAT, zlib.crc32(body), len(made))
             temporary.write_bytes(header + body)
     except OSError as error:  # a cache on a full or read-only disk is done without
-        _tell(file.parent, reason(error))
+        _log_unwritable(file.parent, reason(error))
 
 
 @cache
-def _tell(folder: Path, why: str) -> None:
+def _log_unwritable(folder: Path, why: str) -> None:
     """Say once that tokenizers will go on taking long to load."""
     logging.getLogger("phimlx").warning(
         "The compiled vocabulary cannot be kept in %s (%s), so that loading a tokenizer takes "

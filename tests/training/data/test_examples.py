@@ -349,7 +349,7 @@ def test_texts_need_no_template(tmp_path: Path) -> None:
     with pytest.raises(PromptError) as caught:
         made({"prompt": "Hi", "completion": "Ho"}, encoder)
     assert str(caught.value) == (
-        f"{tmp_path} has no chat template, and its tokenizer is no Phi-4 chat model's."
+        f"{tmp_path} has no chat template, and its tokenizer is no Phi chat model's."
     )
 
 
