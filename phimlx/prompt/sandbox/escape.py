@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable
+from bisect import bisect_right
+from collections.abc import Collection, Iterable, Sequence
 from functools import cached_property
 from typing import Any
 
@@ -58,12 +59,11 @@ class ControlTokenEscaper:
         if not core or not self._tokens:
             return text
         marked = self._whole.sub(lambda match: match[0] + mark, core)
-        for size in range(1, min(len(core), self._longest) + 1):
-            if core[-size:] in self._beginnings:
-                cut = len(marked) - size + 1
-                marked = marked[:cut] + mark + marked[cut:]
-                break
-        if core.startswith(self._ends) or (inside and any(core in token for token in self._tokens)):
+        if size := _begun(self._forwards, core[max(0, len(core) - self._longest) :]):
+            cut = len(marked) - size + 1
+            marked = marked[:cut] + mark + marked[cut:]
+        ends_one = _begun(self._backwards, core[: self._longest][::-1])
+        if ends_one or (inside and any(core in token for token in self._tokens)):
             marked = mark + marked
         return text.replace(core, marked, 1)
 
@@ -75,16 +75,29 @@ class ControlTokenEscaper:
         return re.compile(f"[{first}](?={rest})")
 
     @cached_property
-    def _beginnings(self) -> frozenset[str]:
-        return frozenset(token[:size] for token in self._tokens for size in range(1, len(token)))
+    def _forwards(self) -> list[str]:
+        return sorted(self._tokens)
 
     @cached_property
-    def _ends(self) -> tuple[str, ...]:
-        return tuple({token[size:] for token in self._tokens for size in range(1, len(token))})
+    def _backwards(self) -> list[str]:
+        return sorted(token[::-1] for token in self._tokens)
 
     @cached_property
     def _longest(self) -> int:
         return max(map(len, self._tokens))
+
+
+def _begun(tokens: Sequence[str], text: str) -> int:
+    """Size of the shortest end of `text` that a token begins with and goes on from, or 0.
+
+    `tokens` are sorted, so that those that begin with an end follow it at once.
+    """
+    for size in range(1, len(text) + 1):
+        end = text[-size:]
+        place = bisect_right(tokens, end)
+        if place < len(tokens) and tokens[place].startswith(end):
+            return size
+    return 0
 
 
 def _escaped(mark: str) -> str:

@@ -187,7 +187,7 @@ class Worker:
         process = self._process
         if process is not None:
             process.kill()
-            if process.wait() == -signal.SIGXCPU:
+            if process.wait() == -signal.SIGALRM:
                 return _too_long()
         return PromptError("The chat template brought down the process that renders it.", hint=HINT)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import resource
-import time
+import signal
 from collections.abc import Mapping
 from contextlib import suppress
 from functools import lru_cache
@@ -34,23 +34,18 @@ def main() -> None:
     for kind, limit in LIMITS.items():
         with suppress(ValueError, OSError):  # macOS has no limit of memory: the parent looks
             resource.setrlimit(kind, (limit, limit))
+    signal.signal(signal.SIGALRM, signal.SIG_DFL)  # a parent may have it ignored
     _send(encode({}))
     while request := _receive():
-        _limit_time()
+        # The parent, which waits for less, may be gone: nobody else would end a busy worker then.
+        signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS + 1)
         try:
             answer = encode(_answer(decode(request)))
         except Exception as error:
             fault = explain(error)
             answer = encode({"error": str(fault), "hint": fault.hint})
+        signal.setitimer(signal.ITIMER_REAL, 0)
         _send(answer)
-
-
-def _limit_time() -> None:
-    """End this process where it computes for longer than its parent, which may be gone, waits."""
-    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
-    seconds = int(time.process_time() + MAX_SECONDS) + 1
-    with suppress(ValueError):  # the user's own limit is lower
-        resource.setrlimit(resource.RLIMIT_CPU, (seconds, hard))
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -14,6 +14,8 @@ from phimlx.prompt.tokenizer.added_tokens import AddedToken, AddedTokens
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary
 from phimlx.prompt.tokenizer.compiled_bpe import load_vocabulary
 
+MAX_TOKEN = 1024  # characters; published added tokens have at most 31
+
 _ESCAPED = re.compile("[\udc80-\udcff]")  # bytes that are no UTF-8, as "surrogateescape" has them
 
 
@@ -98,6 +100,13 @@ class Tokenizer:
             vocabulary, added = load_vocabulary(path)
         else:
             vocabulary, added = LibraryVocabulary.load_merges(folder)
+        for token in (*added, *overrides):
+            if len(token.content) > MAX_TOKEN:
+                raise TokenizerError(
+                    f"The tokenizer in {folder} has an added token of {len(token.content)} "
+                    f"characters; at most {MAX_TOKEN} are read.",
+                    hint="Download the model again.",
+                )
         return cls(vocabulary, [*added, *overrides])
 
     def encode(self, text: str, control: bool = False, at_start: bool = True) -> list[int]:

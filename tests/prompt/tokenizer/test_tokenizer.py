@@ -292,6 +292,16 @@ def test_missing_tokenizer(tmp_path: Path) -> None:
     )
 
 
+def test_an_endless_added_token(make_folder: Make) -> None:
+    folder = make_folder(["<|end|>", "x" * 1025])
+    with pytest.raises(TokenizerError) as error:
+        Tokenizer.load(folder)
+    assert str(error.value) == (
+        f"The tokenizer in {folder} has an added token of 1025 characters; at most 1024 are read."
+    )
+    assert error.value.hint == "Download the model again."
+
+
 def test_damaged_tokenizer(tmp_path: Path) -> None:
     path = tmp_path / "tokenizer.json"
     path.write_text("{")
