@@ -1,4 +1,20 @@
-"""Files from the Hub to a folder: going on where they stopped, checked, and whole or not there."""
+"""Files from the Hub to a folder: going on where they stopped, checked, and whole or not there.
+
+`scripts/faults.py` holds this beside huggingface_hub 2.4: `hf_hub_download` of each file, and then
+`verify_repo_checksums`. Through 36 faults that pair lacks four things, and this module is them:
+
+- It begins again at the first byte, and deletes what has come when it gives up. A connection cut at
+  7/8 fetches 88 % twice, a process killed half-way 50 %; 20 cuts end in an error, and it takes 4
+  runs and 95 % twice to come through. Here nothing is fetched twice in any of these.
+- It compares hashes in a second pass over all files, and only against the Hub. Here they are
+  computed while bytes come, so that a wrong file never gets its name.
+- An answer of another length, one byte too many or 1000 too few, ends in an error for good; here it
+  is fetched again, or the rest of it.
+- It says none of that in a sentence, neither a file that would leave the folder.
+
+In the other rows both end alike. Xet's servers cannot be had in that table. Its transfer writes to
+the same temporary file, which the library deletes after every failure, so it cannot go on either.
+"""
 
 from __future__ import annotations
 

@@ -1,7 +1,6 @@
 """A converted folder -> a repository on the Hub, in one commit; what can be checked is, beforehand.
 
 huggingface_hub does the talking: it sends files over Xet or LFS, and nothing that is there already.
-Knows names, tokens and files; knows nothing of what is in the weights, and shows nothing.
 """
 
 from __future__ import annotations
@@ -22,7 +21,6 @@ if TYPE_CHECKING:
     from huggingface_hub import HfApi
 
 DESCRIPTIONS = ("config.json", "README.md", "model.safetensors.index.json")
-WRITING_ROLES = ("admin", "write", "contributor")  # of a member of an organisation
 TOKENS = "settings/tokens"
 
 
@@ -93,11 +91,12 @@ def check(name: str, remote: Remote, private: bool = False) -> Target:
         )
     api = HfApi(token=token, library_name="phimlx")
     with translate_upload_errors(name):
-        _check_account(remote.with_retries(api.whoami), owner, name)
         try:
             info: Any = remote.with_retries(lambda: api.model_info(name))
         except RepositoryNotFoundError:
+            _check_creation(remote.with_retries(api.whoami), owner, name)
             return Target(name, private, None, remote)
+        remote.with_retries(lambda: api.auth_check(name, write=True))
     if private and not info.private:
         raise UploadError(
             f"{name} exists, and everybody can see it.",
@@ -221,46 +220,33 @@ def _sending(send: Callable[[], Any]) -> Any:
         raise UploadError(f"The upload failed: {shortened(str(error), 200)}.") from error
 
 
-def _check_account(account: Mapping[str, Any], owner: str, name: str) -> None:
-    """Compare what the Hub says of a token's owner with where the model is to go.
+def _check_creation(account: Mapping[str, Any], owner: str, name: str) -> None:
+    """Compare the token's owner with where a new repository is to be.
 
-    Of what the Hub does not tell, nothing is assumed: it will refuse the upload itself.
+    The Hub answers only for repositories that exist, and this one is made when all work is done. Of
+    what it does not tell here, nothing is assumed: it will refuse the upload itself.
     """
     from huggingface_hub import constants
 
-    roles = {str(account.get("name")).lower(): "admin"}
-    for organisation in account.get("orgs") or ():
-        roles[str(organisation.get("name")).lower()] = organisation.get("roleInOrg") or "write"
-    role = roles.get(owner.lower())
-    if role is None:
+    me = str(account.get("name"))
+    orgs = account.get("orgs") or ()
+    roles = {str(each.get("name")).lower(): each.get("roleInOrg") for each in orgs}
+    if owner.lower() not in {me.lower(), *roles}:
         raise UploadError(
-            f"{owner} is neither you, {account.get('name')}, nor an organisation of yours.",
-            hint=f"Upload to {account.get('name')}/{name.partition('/')[2]}, or log in as another "
-            "with: hf auth login",
+            f"{owner} is neither you, {me}, nor an organisation of yours.",
+            hint=f"Upload to {me}/{name.partition('/')[2]}, or log in as another with: hf auth "
+            "login",
         )
-    if role not in WRITING_ROLES:
+    if roles.get(owner.lower()) == "read":
         raise UploadError(
             f"In the organisation {owner} you may only read.", hint="Ask its admin for more."
         )
-    if not _may_write((account.get("auth") or {}).get("accessToken") or {}, owner, name):
+    if ((account.get("auth") or {}).get("accessToken") or {}).get("role") == "read":
         raise UploadError(
             f"This token may not write to {name}.",
             hint=f"Make one that may at {constants.ENDPOINT}/{TOKENS}, then log in with: hf auth "
             "login",
         )
-
-
-def _may_write(token: Mapping[str, Any], owner: str, name: str) -> bool:
-    """Whether a token may; one of a kind that is not known might."""
-    if token.get("role") == "read":
-        return False
-    if token.get("role") != "fineGrained":
-        return True
-    return any(
-        "repo.write" in scope.get("permissions", ())
-        for scope in (token.get("fineGrained") or {}).get("scoped") or ()
-        if str((scope.get("entity") or {}).get("name")).lower() in (owner.lower(), name.lower())
-    )
 
 
 def _is_weights(name: str) -> bool:

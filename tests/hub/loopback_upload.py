@@ -35,9 +35,9 @@ class Desk:
 
     Attributes:
         account: what the Hub knows of the token's owner.
-        faults: by what is asked ("whoami-v2", "create", "validate-yaml", "preupload", "batch",
-            "put", "commit"), one for each time; status and headers, or `cut` for a connection
-            that is dropped after so many bytes of the request (without an answer).
+        faults: by what is asked ("whoami-v2", "auth-check", "create", "validate-yaml", "preupload",
+            "batch", "put", "commit"), one for each time; status and headers, or `cut` for a
+            connection that is dropped after so many bytes of the request (without an answer).
         asked: these, in order.
         stored: large files by SHA-256.
         commits: message and changes of each; a change is a name with its contents, or with None.
@@ -103,8 +103,11 @@ def _taking(desk: list[Desk], hub: Hub, place: str) -> type[BaseHTTPRequestHandl
 
     class Taking(handler(hub, place)):  # type: ignore[misc]
         def do_GET(self) -> None:
-            if urlsplit(self.path).path == "/api/whoami-v2":
+            path = urlsplit(self.path).path
+            if path == "/api/whoami-v2":
                 self._take("whoami-v2", lambda body: (200, taker.account))
+            elif path.endswith("/auth-check/write"):
+                self._take("auth-check", lambda body: (200, {}))
             else:
                 super().do_GET()
 

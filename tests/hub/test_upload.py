@@ -143,23 +143,11 @@ def test_no_token(desk: Desk, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -
     )
 
 
-def token(role: str, *scopes: tuple[str, str]) -> dict[str, Any]:
-    scoped = [{"entity": {"name": name}, "permissions": [may]} for name, may in scopes]
-    access = {"role": role, "fineGrained": {"scoped": scoped}}
-    return {**ACCOUNT, "auth": {"type": "access_token", "accessToken": access}}
+READING = {"type": "access_token", "accessToken": {"role": "read"}}
 
 
-@pytest.mark.parametrize(
-    "account",
-    [
-        token("read"),
-        token("fineGrained"),
-        token("fineGrained", ("me", "repo.content.read")),
-        token("fineGrained", ("Us", "repo.write"), ("me/other", "repo.write")),
-    ],
-)
-def test_a_token_that_may_not_write(desk: Desk, account: dict[str, Any]) -> None:
-    desk.account = account
+def test_a_token_that_may_not_write_makes_no_repository(desk: Desk) -> None:
+    desk.account = {**ACCOUNT, "auth": READING}
     error = failing(lambda: check(REPO, Remote()))
     assert str(error) == "This token may not write to me/tiny."
     assert error.hint == (
@@ -168,18 +156,20 @@ def test_a_token_that_may_not_write(desk: Desk, account: dict[str, Any]) -> None
     assert desk.asked == ["whoami-v2"]
 
 
-@pytest.mark.parametrize(
-    "account",
-    [
-        token("write"),
-        token("fineGrained", ("me", "repo.write")),
-        token("fineGrained", ("me/tiny", "repo.write")),
-        {**ACCOUNT, "auth": {"type": "oauth"}},
-    ],
-)
-def test_a_token_that_may(desk: Desk, account: dict[str, Any]) -> None:
-    desk.account = account
+@pytest.mark.parametrize("auth", [{"type": "oauth"}, {"accessToken": {"role": "fineGrained"}}])
+def test_of_other_tokens_the_hub_judges(desk: Desk, auth: dict[str, Any]) -> None:
+    desk.account = {**ACCOUNT, "auth": auth}
     assert not check(REPO, Remote()).exists
+
+
+def test_the_hub_judges_who_may_write_to_what_exists(desk: Desk) -> None:
+    desk.hub.repos["microsoft/tiny"] = {}
+    assert check("microsoft/tiny", Remote()).exists
+    assert desk.asked == ["auth-check"]
+    desk.faults["auth-check"] = [Fault(status=403)]
+    error = failing(lambda: check("microsoft/tiny", Remote()))
+    assert str(error) == "The Hub does not let this token write to microsoft/tiny (403)."
+    assert error.hint == f"Check what the token may do at {desk.hub.url}/settings/tokens."
 
 
 def test_whose_repository(desk: Desk) -> None:
