@@ -1,7 +1,4 @@
-"""The README.md and config.json of a converted model.
-
-Knows what the Hub and mlx-lm expect in them; knows nothing of weights.
-"""
+"""The README.md and config.json of a converted model."""
 
 from __future__ import annotations
 

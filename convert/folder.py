@@ -1,7 +1,4 @@
-"""An output folder that appears whole or not at all, and the small files that go into it.
-
-Knows names, sizes and links; knows nothing of what the files say.
-"""
+"""An output folder that appears whole or not at all, and the small files that go into it."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""An adapter, merged into a model's weights block by block while they are converted.
-
-Knows which layers an adapter changes and what rounding takes of that; knows nothing of files.
-"""
+"""An adapter, merged into a model's weights block by block while they are converted."""
 
 from __future__ import annotations
 
@@ -15,8 +12,8 @@ import mlx.core as mx
 
 from convert.folder import stamps
 from convert.quantize.recipe import Quantization, Recipe, Rule
-from convert.quantize.tensor import Block, Change
-from convert.steps import Step, Steps, stored_quantizations
+from convert.quantize.tensor import TensorTransform, TransformedRows
+from convert.tensor_plan import TensorConversion, TensorPlan, stored_quantizations
 from phimlx.adapters.adapter import Adapter
 from phimlx.adapters.attach import check_fit
 from phimlx.adapters.read import read_adapter
@@ -27,7 +24,7 @@ from phimlx.models.lora import LoRA
 
 
 @dataclass
-class Rounding:
+class RoundingLoss:
     """What the type that fused weights are stored in takes from them.
 
     Attributes:
@@ -45,7 +42,7 @@ class Rounding:
 
 
 @dataclass(frozen=True)
-class Fusion:
+class AdapterFusion:
     """An adapter that fits a model.
 
     Attributes:
@@ -54,10 +51,10 @@ class Fusion:
 
     folder: Path
     adapter: Adapter
-    rounding: Rounding = field(default_factory=Rounding)
+    rounding: RoundingLoss = field(default_factory=RoundingLoss)
 
     @classmethod
-    def of(cls, folder: str | Path, checkpoint: Checkpoint) -> Fusion:
+    def of(cls, folder: str | Path, checkpoint: Checkpoint) -> AdapterFusion:
         """Read an adapter.
 
         Raises:
@@ -75,9 +72,9 @@ class Fusion:
         files = sorted(file for file in self.folder.iterdir() if file.is_file())
         return hashlib.sha256(repr(stamps(files)).encode()).hexdigest()
 
-    def into(self, steps: Steps) -> Steps:
-        """The same steps, fusing on the way."""
-        return replace(steps, steps=tuple(map(self._fusing, steps.steps)))
+    def applied_to(self, tensors: TensorPlan) -> TensorPlan:
+        """Return the same plan with the adapter merged on the way."""
+        return replace(tensors, conversions=tuple(map(self._merging, tensors.conversions)))
 
     def markdown(self) -> str:
         """What the model card says of it."""
@@ -90,76 +87,77 @@ class Fusion:
         trained = "" if adapter.base is None else f", trained on {adapter.base.name},"
         return f"\n## Fine-tuning\n\n{what}{trained} is fused into the weights.\n"
 
-    def _fusing(self, step: Step) -> Step:
-        change = step.change
-        layer = self.adapter.layers.get(change.name.removesuffix(".weight"))
-        values = {each.name: getattr(change, each.name) for each in fields(change)}
+    def _merging(self, tensor: TensorConversion) -> TensorConversion:
+        transform = tensor.transform
+        layer = self.adapter.layers.get(transform.name.removesuffix(".weight"))
+        values = {each.name: getattr(transform, each.name) for each in fields(transform)}
         if layer is not None:
-            return replace(step, change=Fusing(**values, layer=layer, rounding=self.rounding))
-        weight = self.adapter.weights.get(change.name)
+            merge = AdapterMerge(**values, layer=layer, rounding=self.rounding)
+            return replace(tensor, transform=merge)
+        weight = self.adapter.weights.get(transform.name)
         if weight is not None:
-            return replace(step, change=Replacing(**values, weight=weight))
-        return step
+            return replace(tensor, transform=TensorReplacement(**values, weight=weight))
+        return tensor
 
 
 @dataclass(frozen=True)
-class Fusing(Change):
+class AdapterMerge(TensorTransform):
     """A layer's change that merges an adapter into it, in float32."""
 
     layer: LoRA = field(repr=False)
-    rounding: Rounding = field(repr=False)
+    rounding: RoundingLoss = field(repr=False)
 
-    def apply(self, stored: Sequence[mx.array], first: int = 0) -> Block:
-        before = Change(self.name, self.was, None, mx.float32).apply(stored)
+    def apply(self, stored: Sequence[mx.array], first: int = 0) -> TransformedRows:
+        before = TensorTransform(self.name, self.source, None, mx.float32).apply(stored)
         plain = before.parts[self.name]
         merged = self.layer.merged(plain, first)
-        after = Change(self.name, None, self.becomes, self.dtype).apply([merged])
+        after = TensorTransform(self.name, None, self.target, self.dtype).apply([merged])
         parts = tuple(after.parts.values())
-        kept = parts[0].astype(mx.float32) if self.becomes is None else self._unpacked(parts)
-        return FusedBlock(
+        kept = parts[0].astype(mx.float32) if self.target is None else self._unpacked(parts)
+        return MergedRows(
             self,
             after.parts,
-            before.sound,
-            after.fits,
+            before.source_finite,
+            after.result_finite,
             sum_of_squares(kept - merged),
             sum_of_squares(merged - plain),
         )
 
     def _unpacked(self, parts: tuple[mx.array, ...]) -> mx.array:
-        assert self.becomes is not None
+        assert self.target is not None
         packed, scales, *biases = parts
         return mx.dequantize(
-            packed, scales, biases[0] if biases else None, dtype=mx.float32, **asdict(self.becomes)
+            packed, scales, biases[0] if biases else None, dtype=mx.float32, **asdict(self.target)
         )
 
 
 @dataclass(frozen=True)
-class FusedBlock(Block):
-    """Rows with an adapter in them, and what rounding did to them."""
+class MergedRows(TransformedRows):
+    """RowBlock with an adapter in them, and what rounding did to them."""
 
     error: mx.array
     moved: mx.array
 
     def check(self) -> None:
         super().check()
-        assert isinstance(self.change, Fusing)
-        self.change.rounding.error += float(self.error)
-        self.change.rounding.change += float(self.moved)
+        assert isinstance(self.transform, AdapterMerge)
+        self.transform.rounding.error += float(self.error)
+        self.transform.rounding.change += float(self.moved)
 
 
 @dataclass(frozen=True)
-class Replacing(Change):
+class TensorReplacement(TensorTransform):
     """A tensor's change to another that full fine-tuning made of it."""
 
     weight: mx.array = field(repr=False)
 
-    def apply(self, stored: Sequence[mx.array], first: int = 0) -> Block:
+    def apply(self, stored: Sequence[mx.array], first: int = 0) -> TransformedRows:
         count = stored[0].shape[0]
-        plain = Change(self.name, None, self.becomes, self.dtype)
+        plain = TensorTransform(self.name, None, self.target, self.dtype)
         return plain.apply([self.weight[first : first + count]])
 
 
-def as_stored(checkpoint: Checkpoint) -> Recipe | None:
+def stored_recipe(checkpoint: Checkpoint) -> Recipe | None:
     """The recipe that leaves every layer in the form that it has; None where all are plain."""
     table = checkpoint.quantization
     if table is None:

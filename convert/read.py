@@ -1,7 +1,4 @@
-"""Tensors of safetensors files in blocks of rows, read ahead of the one who asks for them.
-
-Knows where bytes stand and how many to hold at once; knows nothing of what becomes of them.
-"""
+"""Tensors of safetensors files in blocks of rows, read ahead of the one who asks for them."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from phimlx.errors import CheckpointError
 
 
 @dataclass(frozen=True)
-class Place:
+class TensorLocation:
     """A stored tensor, and where in its file its bytes begin."""
 
     name: str
@@ -35,38 +32,40 @@ class Place:
 
 
 @dataclass(frozen=True)
-class Rows:
-    """Rows `first` to `last` (not included) of tensors that have the same number of rows."""
+class RowBlock:
+    """RowBlock `first` to `last` (not included) of tensors that have the same number of rows."""
 
-    places: tuple[Place, ...]
+    locations: tuple[TensorLocation, ...]
     first: int
     last: int
 
     @property
     def is_last(self) -> bool:
         """Whether no rows come after these."""
-        shape = self.places[0].info.shape
+        shape = self.locations[0].info.shape
         return not shape or self.last == shape[0]
 
     @property
     def nbytes(self) -> int:
-        return sum((self.last - self.first) * place.row_bytes for place in self.places)
+        return sum((self.last - self.first) * location.row_bytes for location in self.locations)
 
 
-def locate(tensors: Mapping[str, TensorInfo]) -> list[Place]:
+def locate(tensors: Mapping[str, TensorInfo]) -> list[TensorLocation]:
     """Where tensors stand, in that order; safetensors has accepted the headers of their files."""
     files = sorted({info.file for info in tensors.values()})
-    places = []
+    locations = []
     for file in files:
         with file.open("rb") as opened:
             length = int.from_bytes(opened.read(8), "little")
             header = json.loads(opened.read(length))
         for name, info in tensors.items():
             if info.file == file:
-                place = Place(name, info, 8 + length + header[info.name]["data_offsets"][0])
-                first = place.offset + info.first_row * place.row_bytes
-                places.append(replace(place, offset=first))
-    return sorted(places, key=lambda place: (place.info.file, place.offset))
+                location = TensorLocation(
+                    name, info, 8 + length + header[info.name]["data_offsets"][0]
+                )
+                first = location.offset + info.first_row * location.row_bytes
+                locations.append(replace(location, offset=first))
+    return sorted(locations, key=lambda location: (location.info.file, location.offset))
 
 
 class WeightFiles:
@@ -91,7 +90,7 @@ class WeightFiles:
 
 
 def read_blocks(
-    requests: Sequence[Rows], ahead: int, files: WeightFiles | None = None
+    requests: Sequence[RowBlock], ahead: int, files: WeightFiles | None = None
 ) -> Iterator[list[mx.array]]:
     """The rows of each request's tensors, in order, while those of the next are being read.
 
@@ -108,21 +107,21 @@ def read_blocks(
     size = max((request.nbytes for request in requests), default=0)
     buffers = [bytearray(size) for _ in range(ahead + 1)]  # in turn: fresh memory is slow
     files = files or WeightFiles()
-    left = Counter(place.info.file for request in requests for place in request.places)
+    left = Counter(location.info.file for request in requests for location in request.locations)
     descriptors: dict[Path, int] = {}
 
     def read(number: int) -> list[memoryview]:
         request = requests[number]
         rest = memoryview(buffers[number % len(buffers)])
         parts = []
-        for place in request.places:
-            file = place.info.file
+        for location in request.locations:
+            file = location.info.file
             if file not in descriptors:
                 descriptors[file] = files.open(file)
-            part = rest[: (request.last - request.first) * place.row_bytes]
+            part = rest[: (request.last - request.first) * location.row_bytes]
             rest = rest[len(part) :]
-            begin = place.offset + request.first * place.row_bytes
-            _read_whole(descriptors[file], part, begin, place)
+            begin = location.offset + request.first * location.row_bytes
+            _read_whole(descriptors[file], part, begin, location)
             parts.append(part)
             left[file] -= 1
             if not left[file]:
@@ -145,24 +144,24 @@ def read_blocks(
             os.close(descriptor)
 
 
-def _arrays(request: Rows, parts: Sequence[memoryview]) -> list[mx.array]:
+def _arrays(request: RowBlock, parts: Sequence[memoryview]) -> list[mx.array]:
     """The rows as arrays, copied from the buffer that they were read to."""
     arrays = []
-    for part, place in zip(parts, request.places, strict=True):
+    for part, location in zip(parts, request.locations, strict=True):
         words = mx.array(part)  # type: ignore[arg-type]
-        shape = (request.last - request.first, *place.info.shape[1:])
-        dtype = STORED_DTYPES[place.info.dtype]
-        arrays.append(words.view(dtype).reshape(shape if place.info.shape else ()))
+        shape = (request.last - request.first, *location.info.shape[1:])
+        dtype = STORED_DTYPES[location.info.dtype]
+        arrays.append(words.view(dtype).reshape(shape if location.info.shape else ()))
     return arrays
 
 
-def _read_whole(descriptor: int, buffer: memoryview, begin: int, place: Place) -> None:
+def _read_whole(descriptor: int, buffer: memoryview, begin: int, location: TensorLocation) -> None:
     while buffer:
         count = os.preadv(descriptor, [buffer], begin)
         if count == 0:
             raise CheckpointError(
-                f"{place.info.file.name} ends within {place.name}: it was changed while it was "
-                "read.",
+                f"{location.info.file.name} ends within {location.name}: it was changed while it "
+                "was read.",
                 hint="Download or convert the model again.",
             )
         buffer, begin = buffer[count:], begin + count

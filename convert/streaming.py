@@ -1,7 +1,4 @@
-"""A model on the Hub, as a folder that its weight files come to one at a time.
-
-Knows what of a repository must be here at once and what can wait; knows nothing of conversion.
-"""
+"""A model on the Hub, as a folder that its weight files come to one at a time."""
 
 from __future__ import annotations
 
@@ -30,7 +27,7 @@ class StoppedError(Exception):
 
 
 @dataclass
-class Arriving(WeightFiles):
+class StreamedModel(WeightFiles):
     """Weight files of a repository: each comes when it is first read, and goes after the last time.
 
     Attributes:
@@ -131,9 +128,9 @@ class Arriving(WeightFiles):
 
 
 @contextmanager
-def arriving(
+def stream_model(
     name: str, out: Path, remote: Remote, revision: str | None = None
-) -> Iterator[Arriving]:
+) -> Iterator[StreamedModel]:
     """A model of the Hub, for a conversion to `out`.
 
     What has come stays where the network fails or a person interrupts, and the next call goes on
@@ -156,7 +153,7 @@ def arriving(
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = claim(home, out)
         try:
-            here = Arriving(repository, remote, home, shards)
+            here = StreamedModel(repository, remote, home, shards)
             here.folder.mkdir(parents=True, exist_ok=True)
             here.prepare(tuple(file for file in files if file not in shards))
             here.spare = max(file.size for file in shards)  # one at a time lies on the disk

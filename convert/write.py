@@ -1,7 +1,4 @@
-"""Blocks of named tensors -> safetensors files, each block written where it belongs.
-
-Knows the safetensors format and shard sizes; holds no more than the block that it is writing.
-"""
+"""Blocks of named tensors -> safetensors files, each block written where it belongs."""
 
 from __future__ import annotations
 
@@ -25,7 +22,7 @@ DTYPE_NAMES = {
 
 
 @dataclass(frozen=True)
-class Layout:
+class ShardLayout:
     """Where every tensor will stand, known before the first is computed.
 
     Attributes:
@@ -37,7 +34,7 @@ class Layout:
     format: str = "mlx"
 
     @classmethod
-    def of(cls, tensors: Iterable[tuple[str, mx.array]], limit: int, format: str) -> Layout:
+    def of(cls, tensors: Iterable[tuple[str, mx.array]], limit: int, format: str) -> ShardLayout:
         """Fill shards of at most `limit` bytes; a tensor larger than that has one of its own."""
         shards: list[list[tuple[str, mx.array]]] = []
         size = 0
@@ -71,28 +68,28 @@ class Layout:
         return {file: _header(members, self.format) for file, members in self.shards.items()}
 
     @cached_property
-    def places(self) -> dict[str, tuple[str, int]]:
+    def offsets(self) -> dict[str, tuple[str, int]]:
         """The file of each tensor, and where in it its bytes begin."""
-        places = {}
+        offsets = {}
         for file, members in self.shards.items():
             offset = len(self.headers[file])
             for name, array in members:
-                places[name] = (file, offset)
+                offsets[name] = (file, offset)
                 offset += array.nbytes
-        return places
+        return offsets
 
 
 class ShardWriter:
     """The files of a layout, open for writing at any place."""
 
-    def __init__(self, layout: Layout, descriptors: Mapping[str, int]) -> None:
+    def __init__(self, layout: ShardLayout, descriptors: Mapping[str, int]) -> None:
         self._layout = layout
         self._descriptors = descriptors
         self._templates = layout.tensors
 
     @classmethod
     @contextmanager
-    def open(cls, folder: Path, layout: Layout) -> Iterator[ShardWriter]:
+    def open(cls, folder: Path, layout: ShardLayout) -> Iterator[ShardWriter]:
         """Make the files, or take up those that a run before this one left.
 
         Raises:
@@ -113,7 +110,7 @@ class ShardWriter:
         template = self._templates[name]
         assert rows.dtype == template.dtype
         assert rows.shape[1:] == template.shape[1:]
-        file, offset = self._layout.places[name]
+        file, offset = self._layout.offsets[name]
         data = _bytes(rows)
         row_bytes = template.nbytes // template.shape[0] if template.shape else 0
         _write_whole(self._descriptors[file], data, offset + row * row_bytes)
@@ -124,10 +121,10 @@ class ShardWriter:
             os.fsync(descriptor)
 
 
-def write_index(folder: Path, layout: Layout) -> None:
+def write_index(folder: Path, layout: ShardLayout) -> None:
     """The index that tells the file of each tensor, where there is more than one."""
     if len(layout.shards) > 1:
-        weight_map = {name: file for name, (file, _) in layout.places.items()}
+        weight_map = {name: file for name, (file, _) in layout.offsets.items()}
         index = {
             "metadata": {"total_size": layout.nbytes},
             "weight_map": dict(sorted(weight_map.items())),

@@ -19,9 +19,10 @@ import mlx.core as mx
 
 import phimlx
 from convert.folder import Journal, check_space, new_file, refuse_existing, stamps
-from convert.pipeline import BATCHES_AHEAD, JOURNAL_BYTES, Conversion, check_purpose
+from convert.plan import BATCHES_AHEAD, JOURNAL_BYTES, ConversionResult, check_purpose
 from convert.read import WeightFiles, read_blocks
-from convert.steps import Step, Steps
+from convert.request import GGUF_TYPES, ConversionRequest
+from convert.tensor_plan import TensorConversion, TensorPlan
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import ConversionError, shortened
@@ -45,23 +46,22 @@ SPLITTERS = {
 
 BLOCK_BYTES = 4 << 20  # packing them takes several times as much
 
-KINDS = {"gguf": "F16", "gguf-q8_0": "Q8_0"}
-
 
 @dataclass(frozen=True)
 class GgufPlan:
-    """A GGUF file, checked and laid out, not yet begun; see `convert.pipeline.Plan`."""
+    """A GGUF file, checked and laid out, not yet begun; see `convert.plan.ConversionPlan`."""
 
     checkpoint: Checkpoint
     config: ModelConfig
     out: Path
-    steps: Steps
+    tensors: TensorPlan
     kind: str
     files: WeightFiles
+    calibration: None = None
 
     @property
     def bytes_before(self) -> int:
-        return self.steps.bytes_before
+        return self.tensors.bytes_before
 
     @property
     def digest(self) -> str:
@@ -69,10 +69,10 @@ class GgufPlan:
         described = [self.checkpoint.folder / "config.json"]
         described += model_files.companions(self.checkpoint.folder).values()
         versions = [phimlx.__version__, *map(version, ("mlx", "gguf")), str(mx.default_device())]
-        decisive = (versions, stamps([*described, *self.checkpoint.files]), self.steps, self.kind)
+        decisive = (versions, stamps([*described, *self.checkpoint.files]), self.tensors, self.kind)
         return hashlib.sha256(repr(decisive).encode()).hexdigest()
 
-    def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> Conversion:
+    def run(self, advance: Callable[[int], object] = lambda nbytes: None) -> ConversionResult:
         """Write the file, which appears when it is complete.
 
         Raises:
@@ -81,7 +81,7 @@ class GgufPlan:
         """
         start = time.perf_counter()
         with new_file(self.out, self.digest, self.files.keep_after) as journal:
-            continued = sum(step.nbytes for step in self.steps.steps[: journal.done])
+            continued = sum(tensor.nbytes for tensor in self.tensors.conversions[: journal.done])
             if continued:
                 advance(continued)
             header = self._header(journal.folder)
@@ -89,15 +89,15 @@ class GgufPlan:
             with os.fdopen(descriptor, "r+b") as file:
                 file.write(header)
                 weights = self._write_weights(file, journal, advance)
-        size = sum(step.size for step in self.steps.steps)
-        return Conversion(
+        size = sum(tensor.size for tensor in self.tensors.conversions)
+        return ConversionResult(
             path=self.out,
             source=self.checkpoint.folder,
             parameters=size,
             bits_per_weight=8 * weights / size,
             bytes_before=self.bytes_before,
             bytes_after=weights,
-            tensors=len(self.steps.steps),
+            tensors=len(self.tensors.conversions),
             dtype=self.kind,
             recipe=None,
             quantization=None,
@@ -119,9 +119,9 @@ class GgufPlan:
         for name, factors in self._rope_factors.items():
             writer.add_tensor_info(name, factors.shape, factors.dtype, factors.nbytes)
         dtype = np.dtype(np.float32)  # of a shape that counts numbers, not bytes
-        for step in self.steps.steps:
-            name, nbytes = gguf_name(step.change.name, form), self._nbytes(step)
-            writer.add_tensor_info(name, step.shape, dtype, nbytes, self._kind_of(step))
+        for tensor in self.tensors.conversions:
+            name, nbytes = gguf_name(tensor.transform.name, form), self._nbytes(tensor)
+            writer.add_tensor_info(name, tensor.shape, dtype, nbytes, self._kind_of(tensor))
         writer.open_output_file()
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
@@ -146,24 +146,24 @@ class GgufPlan:
         for factors in self._rope_factors.values():
             file.write(factors.tobytes())
             pad()
-        for step in self.steps.steps[: journal.done]:
-            file.seek(self._nbytes(step), os.SEEK_CUR)
+        for tensor in self.tensors.conversions[: journal.done]:
+            file.seek(self._nbytes(tensor), os.SEEK_CUR)
             file.seek((start - file.tell()) % gguf.GGUF_DEFAULT_ALIGNMENT, os.SEEK_CUR)
         file.truncate()
         work = [
-            (number, step, rows)
-            for number, step in enumerate(self.steps.steps)
+            (number, tensor, rows)
+            for number, tensor in enumerate(self.tensors.conversions)
             if number >= journal.done
-            for rows in step.blocks(BLOCK_BYTES)
+            for rows in tensor.blocks(BLOCK_BYTES)
         ]
         blocks = read_blocks([rows for _, _, rows in work], BATCHES_AHEAD, self.files)
         unrecorded = 0
-        for (number, step, rows), stored in zip(work, blocks, strict=True):
-            block = step.change.apply(stored)
-            mx.eval(block.parts, block.sound, block.fits)
+        for (number, tensor, rows), stored in zip(work, blocks, strict=True):
+            block = tensor.transform.apply(stored)
+            mx.eval(block.parts, block.source_finite, block.result_finite)
             block.check()
-            numbers = np.array(block.parts[step.change.name].astype(mx.float32))
-            file.write(gguf.quants.quantize(numbers, self._kind_of(step)).tobytes())
+            numbers = np.array(block.parts[tensor.transform.name].astype(mx.float32))
+            file.write(gguf.quants.quantize(numbers, self._kind_of(tensor)).tobytes())
             unrecorded += rows.nbytes
             if rows.is_last:
                 pad()
@@ -195,49 +195,35 @@ class GgufPlan:
             if factors
         }
 
-    def _nbytes(self, step: Step) -> int:
+    def _nbytes(self, tensor: TensorConversion) -> int:
         from gguf import GGML_QUANT_SIZES
 
-        block, block_bytes = GGML_QUANT_SIZES[self._kind_of(step)]
-        return step.size // block * block_bytes
+        block, block_bytes = GGML_QUANT_SIZES[self._kind_of(tensor)]
+        return tensor.size // block * block_bytes
 
-    def _kind_of(self, step: Step) -> GGMLQuantizationType:
+    def _kind_of(self, tensor: TensorConversion) -> GGMLQuantizationType:
         """As llama.cpp's converter: norms in full, rows that no block divides in half precision."""
         from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 
-        if len(step.shape) == 1:
+        if len(tensor.shape) == 1:
             return GGMLQuantizationType.F32
         kind = GGMLQuantizationType[self.kind]
-        divides = step.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
+        divides = tensor.shape[-1] % GGML_QUANT_SIZES[kind][0] == 0
         return kind if divides else GGMLQuantizationType.F16
 
 
-def plan_gguf(
-    source: str | Path,
-    out: str | Path,
-    kind: str = "F16",
-    *,
-    dequantize: bool = False,
-    files: WeightFiles | None = None,
-) -> GgufPlan:
-    """Check everything that can be known from the headers.
-
-    Args:
-        out: the file to make.
-        kind: "F16" or "Q8_0".
-        source, dequantize, files: as for `convert.pipeline`.
+def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
+    """Plan a GGUF file; see `convert.api.plan_conversion`.
 
     Raises:
-        ConfigError, CheckpointError: where the source is not a whole Phi-4 model.
-        ConversionError: where it is quantized, has no tokenizer that llama.cpp knows, the output
-            exists or has no room, the model is a multimodal one, or the `gguf` package is not
-            installed.
+        ConversionError: where the model is a multimodal one, has no tokenizer that llama.cpp knows,
+            or the `gguf` package is not installed, and as `plan_conversion` does.
     """
     without = "GGUF files are written by the gguf package, which is not installed."
     import_extra("gguf", "gguf", without, ConversionError)
-    out = Path(out).absolute()
+    out, kind = request.out_path, GGUF_TYPES[request.layout]
     refuse_existing(out)
-    checkpoint = Checkpoint(source)
+    checkpoint = Checkpoint(request.source)
     architecture = registry.of_config(checkpoint.config)
     if architecture.gguf is None:
         raise ConversionError(
@@ -245,22 +231,23 @@ def plan_gguf(
             "not run: there is no GGUF file of such a model.",
             hint="Write another layout: --export hf, or MLX's without --export.",
         )
-    check_purpose(checkpoint, None, dequantize)
-    steps = Steps.of(checkpoint, None, None)
+    check_purpose(checkpoint, None, request.dequantize)
+    tensors = TensorPlan.of(checkpoint, None, None)
     config = architecture.read_config(checkpoint.config)
     half = {"F16": mx.float16}.get(kind, mx.float32)
     typed = tuple(
         replace(
-            step, change=replace(step.change, dtype=mx.float32 if len(step.shape) == 1 else half)
+            tensor,
+            transform=replace(
+                tensor.transform, dtype=mx.float32 if len(tensor.shape) == 1 else half
+            ),
         )
-        for step in steps.steps
+        for tensor in tensors.conversions
     )
-    planned = GgufPlan(
-        checkpoint, config, out, replace(steps, steps=typed), kind, files or WeightFiles()
-    )
+    planned = GgufPlan(checkpoint, config, out, replace(tensors, conversions=typed), kind, files)
     model_files.companions(checkpoint.folder)  # which refuses links that lead elsewhere
     read_vocabulary(checkpoint.folder, config.vocab_size)
-    check_space(out, 2 * sum(step.size for step in typed) + planned.files.spare)
+    check_space(out, 2 * sum(tensor.size for tensor in typed) + files.spare)
     return planned
 
 

@@ -2,7 +2,6 @@
 
 Everything is computed in float32: on phi-4-nano the rounding of bfloat16 activations alone makes
 a KL divergence of 0.05 nats, twenty times what 8 bits cost.
-Knows logits, layers and weights; knows nothing of text, nor of how a result is shown.
 """
 
 from __future__ import annotations
@@ -15,10 +14,10 @@ import mlx.core as mx
 from mlx.utils import tree_flatten
 
 from convert.quantize.recipe import part_of
-from convert.read import Rows, read_blocks
-from convert.steps import Step, Steps
+from convert.read import RowBlock, read_blocks
+from convert.tensor_plan import TensorConversion, TensorPlan
 from phimlx.checkpoint.folder import Checkpoint
-from phimlx.checkpoint.load import build_model, stored_parameters
+from phimlx.checkpoint.load import build_model, map_model
 from phimlx.errors import PhimlxError
 from phimlx.machine.reductions import log_softmax, long_sum, sum_of_squares
 from phimlx.models.base import CausalLM, ModelConfig
@@ -150,12 +149,7 @@ def hidden_states(
     Returns:
         Hidden states, each `[length, hidden]`.
     """
-    model = build_model(checkpoint.config)
-    names = stored_parameters(checkpoint, model)
-    weights = checkpoint.weights()
-    model.load_weights([(name, weights[name]) for name in names])
-    del weights
-    model.eval()
+    model = map_model(checkpoint)
     model.set_dtype(mx.float32)
     states = [model.embed(input_ids) for input_ids in inputs]
     passes = [model.forward_pass(input_ids) for input_ids in inputs]
@@ -227,15 +221,15 @@ def _exp(x: float) -> float:
 
 
 def layer_errors(
-    steps: Sequence[tuple[Step, Step]], advance: Callable[[float], object]
+    tensors: Sequence[tuple[TensorConversion, TensorConversion]], advance: Callable[[float], object]
 ) -> list[LayerError]:
     """The error of every weight matrix, read in blocks of rows.
 
     Args:
-        steps: from `paired_steps`.
+        tensors: from `paired_tensors`.
         advance: called with hundredths of this work.
     """
-    matrices = [pair for pair in steps if len(pair[0].shape) == 2]
+    matrices = [pair for pair in tensors if len(pair[0].shape) == 2]
     work = []
     for index, (before, _) in enumerate(matrices):
         count, width = before.shape
@@ -243,13 +237,17 @@ def layer_errors(
         work += [(index, top, min(top + height, count)) for top in range(0, count, height)]
     differences, norms = [0.0] * len(matrices), [0.0] * len(matrices)
     first, second = (
-        read_blocks([Rows(matrices[n][side].places, top, end) for n, top, end in work], READ_AHEAD)
+        read_blocks(
+            [RowBlock(matrices[n][side].locations, top, end) for n, top, end in work], READ_AHEAD
+        )
         for side in (0, 1)
     )
     for (index, *_), stored_before, stored_after in zip(work, first, second, strict=True):
         x, y = (
-            step.change.apply([_widened(array) for array in stored]).parts[step.change.name]
-            for step, stored in zip(matrices[index], (stored_before, stored_after), strict=True)
+            tensor.transform.apply([_widened(array) for array in stored]).parts[
+                tensor.transform.name
+            ]
+            for tensor, stored in zip(matrices[index], (stored_before, stored_after), strict=True)
         )
         difference, norm = sum_of_squares(y - x), sum_of_squares(x)
         mx.eval(difference, norm)
@@ -263,8 +261,8 @@ def layer_errors(
     ]
 
 
-def _layer_error(before: Step, after: Step, error: float) -> LayerError:
-    name = before.change.name
+def _layer_error(before: TensorConversion, after: TensorConversion, error: float) -> LayerError:
+    name = before.transform.name
     path = name.removesuffix(".weight").removesuffix(".base_layer").split(".")
     return LayerError(
         name=name,
@@ -281,17 +279,22 @@ def _widened(array: mx.array) -> mx.array:
     return array.astype(mx.float32) if mx.issubdtype(array.dtype, mx.floating) else array
 
 
-def paired_steps(before: Checkpoint, after: Checkpoint) -> list[tuple[Step, Step]]:
+def paired_tensors(
+    before: Checkpoint, after: Checkpoint
+) -> list[tuple[TensorConversion, TensorConversion]]:
     """The same tensor in either folder, for all tensors, in the model's order.
 
     Raises:
         PhimlxError: where the two are not one model.
     """
     both = [
-        {step.change.name: step for step in Steps.of(checkpoint, None, "float32").steps}
+        {
+            tensor.transform.name: tensor
+            for tensor in TensorPlan.of(checkpoint, None, "float32").conversions
+        }
         for checkpoint in (before, after)
     ]
-    shapes = [{name: step.shape for name, step in steps.items()} for steps in both]
+    shapes = [{name: each.shape for name, each in tensors.items()} for tensors in both]
     configs = [build_model(checkpoint.config).config for checkpoint in (before, after)]
     folders = f"{before.folder} and {after.folder}"
     if configs[0].vocab_size != configs[1].vocab_size:

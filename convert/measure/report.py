@@ -1,7 +1,4 @@
-"""What a conversion cost: quality and size of a model before and after, as table, JSON and picture.
-
-Knows how a comparison is told; knows nothing of how the one folder was made of the other.
-"""
+"""Quality and size of a model before and after a conversion, as table, JSON and picture."""
 
 from __future__ import annotations
 
@@ -20,7 +17,7 @@ from convert.measure.compare import (
     layer_errors,
     length_past,
     longrope_step,
-    paired_steps,
+    paired_tensors,
 )
 from convert.quantize.recipe import PARTS
 from phimlx.checkpoint.folder import Checkpoint
@@ -45,7 +42,7 @@ COLUMNS = ("Measure", "Before", "After", "Difference")
 
 
 @dataclass(frozen=True)
-class Report:
+class QualityReport:
     """Two model folders compared.
 
     Attributes:
@@ -183,7 +180,7 @@ def measure(
     text: str | None = None,
     max_tokens: int = MAX_TOKENS,
     advance: Callable[[float], object] = lambda percent: None,
-) -> Report:
+) -> QualityReport:
     """Compare a converted model with the one that it was made from.
 
     In memory are one decoder layer at a time, the two output heads, and logits of 128 positions.
@@ -208,21 +205,21 @@ def measure(
             f"{reference} and {converted} are the same folder, so there is nothing to compare.",
             hint="Name the original model and the converted one.",
         )
-    steps = paired_steps(before, after)
+    tensors = paired_tensors(before, after)
     config = build_model(before.config).config
     text = BUNDLED_TEXT.read_text("utf-8") if text is None else text
     tokens = _tokens(before, after, text, config.vocab_size)
     if max_tokens < LEAST_TOKENS:
         raise PhimlxError(f"max_tokens is {max_tokens}; a report needs {LEAST_TOKENS} at least.")
     windows = choose_windows(len(tokens), config, max_tokens)
-    return Report(
+    return QualityReport(
         reference=reference,
         converted=converted,
-        parameters=sum(step.size for step, _ in steps),
-        bytes_before=sum(step.nbytes for step, _ in steps),
-        bytes_after=sum(step.nbytes for _, step in steps),
+        parameters=sum(tensor.size for tensor, _ in tensors),
+        bytes_before=sum(tensor.nbytes for tensor, _ in tensors),
+        bytes_after=sum(tensor.nbytes for _, tensor in tensors),
         longrope_step=longrope_step(config),
-        layers=tuple(layer_errors(steps, lambda percent: advance(percent / 5))),
+        layers=tuple(layer_errors(tensors, lambda percent: advance(percent / 5))),
         agreements=agreements(
             before, after, tokens, windows, lambda percent: advance(percent * 4 / 5)
         ),

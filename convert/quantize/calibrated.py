@@ -1,25 +1,19 @@
-"""Learned quantization: which method, from which text, and whether it serves this model.
-
-Knows settings, bits, memory and the model card; `convert.quantize.dwq` does the learning.
-"""
+"""Calibrated quantization: which method, on which text, and whether it serves this model."""
 
 from __future__ import annotations
 
-import contextlib
-import io
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 
 import mlx.core as mx
-import numpy as np
 
 from convert.folder import Journal
-from convert.quantize import dwq as quantizers
-from convert.quantize import gptq
-from convert.quantize.calibration import Calibration
+from convert.quantize import layerwise
+from convert.quantize.calibration import CalibrationWindows
+from convert.quantize.dwq import STEP_TOKENS, dwq, sensitivities
 from convert.quantize.recipe import Recipe, Rule
-from convert.steps import Steps
+from convert.tensor_plan import TensorPlan
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
@@ -30,8 +24,8 @@ from phimlx.sizes import size_text
 Advance = Callable[[float], object]
 
 NAMES = {"gptq": "GPTQ", "dwq": "DWQ", "sensitivity": "Bits by sensitivity"}
-LEARNED_BITS = {
-    "gptq": gptq.GPTQ_BITS,
+CALIBRATED_BITS = {
+    "gptq": (2, 3, 4, 5, 6, 8),
     "dwq": (2, 3, 4, 5, 6),
     "sensitivity": (2, 3, 4, 5, 6),
 }
@@ -39,14 +33,14 @@ HIGHER = {2: 4, 3: 5, 4: 6, 5: 8, 6: 8}  # what sensitivity gives the layers tha
 
 
 @dataclass(frozen=True)
-class Learning:
-    """How quantized weights are to be learned.
+class CalibrationSettings:
+    """A method of calibrated quantization and its settings.
 
     Attributes:
         method: "gptq", which rounds each weight so that the rest of its row makes up for the error;
             "dwq", which trains scales and biases towards the original's logits; "sensitivity",
             which gives more bits to the layers where they count most.
-        text: to learn from, in which control tokens are recognised; the bundled one where None.
+        text: to calibrate on, in which control tokens are recognised; the bundled one where None.
         samples, length: windows of it, and tokens in each.
         steps, learning_rate: of DWQ's training.
         target_bits: bits per weight to reach by sensitivity, scales included.
@@ -88,44 +82,48 @@ class Learning:
 
 
 @dataclass(frozen=True)
-class Lesson:
-    """A way of learning, checked against a model and a text, not yet begun.
+class CalibrationPlan:
+    """A calibration, checked against a model and a text, not yet begun.
 
     Attributes:
         recipe: what the weights are quantized to; for sensitivity the fewest bits of any layer.
         dtype: of scales and biases in the output.
-        is_to_come: whether it has still to be learned.
+        pending: whether it has still to be done.
     """
 
-    learning: Learning
+    settings: CalibrationSettings
     checkpoint: Checkpoint
     recipe: Recipe
-    steps: Steps
+    tensors: TensorPlan
     dtype: mx.Dtype
-    calibration: Calibration
-    is_to_come: bool = True
+    windows: CalibrationWindows
+    pending: bool = True
 
     @classmethod
     def of(
-        cls, learning: Learning, checkpoint: Checkpoint, recipe: Recipe | None, steps: Steps
-    ) -> Lesson:
+        cls,
+        settings: CalibrationSettings,
+        checkpoint: Checkpoint,
+        recipe: Recipe | None,
+        tensors: TensorPlan,
+    ) -> CalibrationPlan:
         """Check everything that can be known before the first weight is read.
 
         Raises:
             ConversionError: where the method does not serve this model
                 or recipe, or does not fit into this machine's memory.
         """
-        name = NAMES[learning.method]
+        name = NAMES[settings.method]
         architecture = registry.of_config(checkpoint.config)
         if architecture.takes_media:
             raise ConversionError(
-                f"{name} learns from text alone, and {checkpoint.folder} is a "
+                f"{name} calibrates on text alone, and {checkpoint.folder} is a "
                 f"{architecture.model_type} model, which sees and hears as well.",
                 hint="Convert it with -q alone.",
             )
         if checkpoint.quantization is not None:
             raise ConversionError(
-                f"{name} learns from the original weights, but {checkpoint.folder} is already "
+                f"{name} calibrates the original weights, but {checkpoint.folder} is already "
                 f"quantized, to {checkpoint.quantization['bits']} bits.",
                 hint="Convert the original model.",
             )
@@ -133,31 +131,31 @@ class Lesson:
             raise ConversionError(
                 f"{name} quantizes, but no quantization is chosen.", hint="Add -q or --recipe."
             )
-        check_recipe(learning, recipe)
-        calibration = Calibration.of(
+        check_recipe(settings, recipe)
+        windows = CalibrationWindows.of(
             checkpoint,
-            learning.text,
-            learning.samples,
-            learning.length,
-            past_step=learning.method == "gptq",  # the others hold logits of a whole window
+            settings.text,
+            settings.samples,
+            settings.length,
+            past_step=settings.method == "gptq",  # the others hold logits of a whole window
         )
-        dtype = DTYPES[steps.dtype] if steps.dtype else mx.float32
-        lesson = cls(learning, checkpoint, recipe, steps, dtype, calibration)
-        lesson.check_target()
-        lesson.check_memory()
-        return lesson
+        dtype = DTYPES[tensors.dtype] if tensors.dtype else mx.float32
+        calibration = cls(settings, checkpoint, recipe, tensors, dtype, windows)
+        calibration.check_target()
+        calibration.check_memory()
+        return calibration
 
     @property
     def digest(self) -> str:
-        """Of everything that decides what is learned."""
-        return repr((replace(self.learning, text=None), self.calibration.digest, version("mlx-lm")))
+        """Everything that decides the calibrated tensors, in a text."""
+        return repr((replace(self.settings, text=None), self.windows.digest, version("mlx-lm")))
 
     @property
     def files(self) -> list[str]:
-        """What the learning keeps in the folder while it goes on, so that it can be continued."""
-        if self.learning.method != "gptq":
+        """Files that it keeps in the folder while it goes on, so that it can be continued."""
+        if self.settings.method != "gptq":
             return []
-        return gptq.stage_files(build_model(self.checkpoint.config))
+        return layerwise.calibration_files(build_model(self.checkpoint.config))
 
     @property
     def keep_after(self) -> tuple[type[BaseException], ...]:
@@ -166,21 +164,21 @@ class Lesson:
 
     def spare(self, nbytes: int) -> int:
         """Disk space that is needed besides weights of so many bytes, more or less."""
-        if self.learning.target_bits is None:
+        if self.settings.target_bits is None:
             return nbytes if self.files else 0
-        count = sum(step.size for step in self.steps.steps)
-        return max(0, int(self.learning.target_bits * count / 8) - nbytes)
+        count = sum(tensor.size for tensor in self.tensors.conversions)
+        return max(0, int(self.settings.target_bits * count / 8) - nbytes)
 
     @property
     def memory(self) -> int:
-        """Bytes that the learning takes at most, estimated from shapes."""
-        return ESTIMATES[self.learning.method](self)
+        """Bytes that it takes at most, estimated from shapes."""
+        return ESTIMATES[self.settings.method](self)
 
     @property
     def announcement(self) -> str:
-        """What the learning needs and this machine has, in a sentence."""
+        """The memory that it needs and this machine has, in a sentence."""
         return (
-            f"{NAMES[self.learning.method]} needs about {size_text(self.memory)} of memory for "
+            f"{NAMES[self.settings.method]} needs about {size_text(self.memory)} of memory for "
             f"this model, and this machine has {size_text(machine_memory())}."
         )
 
@@ -197,12 +195,12 @@ class Lesson:
 
     def check_target(self) -> None:
         """Raise `ConversionError` where bits by sensitivity cannot come to what is wanted."""
-        target = self.learning.target_bits
+        target = self.settings.target_bits
         if target is None:
             return
         low, high = (
-            bits_per_weight(self.checkpoint, self.recipe_with(paths), self.steps.dtype)
-            for paths in ((), tuple(self.steps.layers))
+            bits_per_weight(self.checkpoint, self.recipe_with(paths), self.tensors.dtype)
+            for paths in ((), tuple(self.tensors.layers))
         )
         if not low <= target <= high:
             bits = self.recipe.default.bits
@@ -213,38 +211,37 @@ class Lesson:
             )
 
     def recipe_with(self, paths: tuple[str, ...]) -> Recipe:
-        """The recipe in which these layers have more bits."""
+        """Make the recipe in which these layers have more bits."""
         default = self.recipe.default
         more = replace(default, bits=HIGHER[default.bits])
-        name = f"sensitivity-{self.learning.target_bits:g}"
+        name = f"sensitivity-{self.settings.target_bits:g}"
         return Recipe(name, default, tuple(Rule(path, more) for path in sorted(paths)))
 
-    def choose(self, advance: Advance) -> Recipe:
-        """The recipe that gives more bits where the model is most sensitive.
+    def choose_bits(self, advance: Advance) -> Recipe:
+        """Make the recipe that gives more bits where the model is most sensitive.
 
         Args:
             advance: called with hundredths of this work.
         """
         low = self.recipe.default
-        with _quiet(), _seeded(self.learning.seed):
-            found = quantizers.sensitivities(
-                self.checkpoint,
-                self.steps.layers,
-                self.calibration.windows,
-                low,
-                replace(low, bits=HIGHER[low.bits]),
-                advance,
-            )
+        found = sensitivities(
+            self.checkpoint,
+            self.tensors.layers,
+            self.windows.windows,
+            low,
+            replace(low, bits=HIGHER[low.bits]),
+            advance,
+        )
         chosen: tuple[str, ...] = ()
         for path in sorted(found, key=lambda path: -found[path]):
             recipe = self.recipe_with((*chosen, path))
-            bits = bits_per_weight(self.checkpoint, recipe, self.steps.dtype)
-            if found[path] > 0 and bits <= (self.learning.target_bits or 0):
+            bits = bits_per_weight(self.checkpoint, recipe, self.tensors.dtype)
+            if found[path] > 0 and bits <= (self.settings.target_bits or 0):
                 chosen = (*chosen, path)
         return self.recipe_with(chosen)
 
-    def learn(self, journal: Journal, advance: Advance) -> dict[str, mx.array]:
-        """The tensors of every layer that is learned, under their names in the output.
+    def run(self, journal: Journal, advance: Advance) -> dict[str, mx.array]:
+        """Compute the tensors of every calibrated layer, under their names in the output.
 
         Args:
             journal: of the folder being filled, where GPTQ keeps each decoder layer that is done.
@@ -253,38 +250,39 @@ class Lesson:
         Raises:
             ConversionError: where a weight is not finite, or the model has become worse.
         """
-        layers, windows = self.steps.layers, self.calibration.windows
-        settings = self.learning
-        with _quiet(), _seeded(settings.seed):
-            if settings.method == "gptq":
-                return gptq.quantize(self.checkpoint, layers, windows, self.dtype, journal, advance)
-            learned, before, after = quantizers.dwq(
-                self.checkpoint,
-                layers,
-                windows,
-                self.dtype,
-                settings.steps,
-                settings.learning_rate,
-                settings.seed,
-                advance,
+        layers, windows = self.tensors.layers, self.windows.windows
+        settings = self.settings
+        if settings.method == "gptq":
+            return layerwise.quantize_layer_by_layer(
+                self.checkpoint, layers, windows, self.dtype, journal, advance
             )
+        trained, before, after = dwq(
+            self.checkpoint,
+            layers,
+            windows,
+            self.dtype,
+            settings.steps,
+            settings.learning_rate,
+            settings.seed,
+            advance,
+        )
         if not after < before:
             raise ConversionError(
                 f"DWQ made the model no better: on text kept from training its KL divergence from "
                 f"the original went from {before:.3g} to {after:.3g} nats.",
                 hint="Choose a lower --learning-rate, or a longer calibration text.",
             )
-        return learned
+        return trained
 
     def markdown(self) -> str:
         """A section for the model card."""
-        found = self.calibration
-        settings: dict[str, float] = {"seed": self.learning.seed}
-        if self.learning.method == "dwq":
-            settings["steps"] = self.learning.steps
-            settings["learning rate"] = self.learning.learning_rate
-        if self.learning.target_bits is not None:
-            settings["target bits per weight"] = self.learning.target_bits
+        found = self.windows
+        settings: dict[str, float] = {"seed": self.settings.seed}
+        if self.settings.method == "dwq":
+            settings["steps"] = self.settings.steps
+            settings["learning rate"] = self.settings.learning_rate
+        if self.settings.target_bits is not None:
+            settings["target bits per weight"] = self.settings.target_bits
         lengths = sorted({len(window) for window in found.windows})
         counts = [sum(len(window) == length for window in found.windows) for length in lengths]
         windows = " and ".join(
@@ -294,26 +292,26 @@ class Lesson:
         text = "the text that comes with phimlx" if found.bundled else "a text of the maker's"
         values = ", ".join(f"{name} {value:g}" for name, value in settings.items())
         return (
-            f"\n## Learned quantization\n\n{NAMES[self.learning.method]}, by mlx-lm "
-            f"{version('mlx-lm')}, on {windows} of {text} (SHA-256 `{found.digest}`); {values}.\n"
+            f"\n## Calibrated quantization\n\n{NAMES[self.settings.method]} "
+            f"on {windows} of {text} (SHA-256 `{found.digest}`); {values}.\n"
         )
 
 
-def check_recipe(learning: Learning, recipe: Recipe) -> None:
-    """Raise `ConversionError` where a method does not learn weights of that form."""
-    name, form = NAMES[learning.method], recipe.default
+def check_recipe(settings: CalibrationSettings, recipe: Recipe) -> None:
+    """Raise `ConversionError` where a method does not calibrate weights of that form."""
+    name, form = NAMES[settings.method], recipe.default
     if form.mode != "affine":
         raise ConversionError(
-            f"{name} learns affine quantization, not {form.mode}.", hint="Leave --q-mode out."
+            f"{name} calibrates affine quantization, not {form.mode}.", hint="Leave --q-mode out."
         )
-    bits = LEARNED_BITS[learning.method]
+    bits = CALIBRATED_BITS[settings.method]
     if form.bits not in bits:
         raise ConversionError(
-            f"{name} learns weights of {', '.join(map(str, bits[:-1]))} or {bits[-1]} bits, not of "
-            f"{form.bits}.",
+            f"{name} calibrates weights of {', '.join(map(str, bits[:-1]))} or {bits[-1]} bits, "
+            f"not of {form.bits}.",
             hint="Choose other bits, or another --q-method.",
         )
-    if learning.method == "sensitivity" and recipe.rules:
+    if settings.method == "sensitivity" and recipe.rules:
         raise ConversionError(
             f"{name} chooses the layers that get more bits: it goes with -q, not with a recipe.",
             hint="Choose -q and --q-target-bits instead of --recipe.",
@@ -322,71 +320,52 @@ def check_recipe(learning: Learning, recipe: Recipe) -> None:
 
 def bits_per_weight(checkpoint: Checkpoint, recipe: Recipe, dtype: str | None) -> float:
     """Of the whole model in the output, scales and biases included."""
-    steps = Steps.of(checkpoint, recipe, dtype).steps
-    nbytes = sum(array.nbytes for step in steps for array in step.result().values())
-    return 8 * nbytes / sum(step.size for step in steps)
+    tensors = TensorPlan.of(checkpoint, recipe, dtype).conversions
+    nbytes = sum(array.nbytes for tensor in tensors for array in tensor.result().values())
+    return 8 * nbytes / sum(tensor.size for tensor in tensors)
 
 
-@contextlib.contextmanager
-def _quiet() -> Iterator[None]:
-    """Keep what mlx-lm prints from a screen that is not its own."""
-    with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
-        yield
-
-
-@contextlib.contextmanager
-def _seeded(seed: int) -> Iterator[None]:
-    """Seed the generators that mlx-lm draws from, and give NumPy's back as it was."""
-    state = np.random.get_state()
-    mx.random.seed(seed)
-    np.random.seed(seed)
-    try:
-        yield
-    finally:
-        np.random.set_state(state)
-
-
-def _gptq_memory(lesson: Lesson) -> int:
-    """A decoder layer in float32, its widest matrix thrice more, a Hessian's factors, and states;
-    or as much for the head."""
-    config = build_model(lesson.checkpoint.config).config
+def _gptq_memory(plan: CalibrationPlan) -> int:
+    """A decoder layer in float32, its widest matrix thrice more, a Hessian, its factors in float64,
+    and states; or as much for the head."""
+    config = build_model(plan.checkpoint.config).config
     hidden, inner = config.hidden_size, config.intermediate_size
     layer = 4 * hidden * (2 * hidden + 3 * inner)  # no more than that: heads may share keys
-    layer += 4 * (3 * 2 * hidden * inner + 4 * max(hidden, inner) ** 2)
+    layer += 4 * 3 * 2 * hidden * inner + 24 * max(hidden, inner) ** 2
     head = 0 if config.tie_word_embeddings else 4 * 4 * config.vocab_size * hidden
-    stack = max(gptq.STACK_TOKENS, lesson.calibration.longest)
-    states = 4 * (2 * lesson.calibration.size * hidden + stack * (6 * hidden + 4 * inner))
+    stack = max(layerwise.BATCH_TOKENS, plan.windows.longest)
+    states = 4 * (2 * plan.windows.size * hidden + stack * (6 * hidden + 4 * inner))
     return max(layer, head, 2 * config.vocab_size * hidden) + states
 
 
-def _training_logits(lesson: Lesson) -> int:
+def _training_logits(plan: CalibrationPlan) -> int:
     """Logits of a step in float32: two models', their logarithms, a gradient, and room to work."""
-    config = build_model(lesson.checkpoint.config).config
-    tokens = max(quantizers.STEP_TOKENS, lesson.calibration.longest)
+    config = build_model(plan.checkpoint.config).config
+    tokens = max(STEP_TOKENS, plan.windows.longest)
     layers = config.num_hidden_layers * config.hidden_size + 8 * config.intermediate_size
     return 4 * tokens * (6 * config.vocab_size + layers)
 
 
-def _dwq_memory(lesson: Lesson) -> int:
+def _dwq_memory(plan: CalibrationPlan) -> int:
     """The quantized model, scales and biases six times in float32 (for the gradient, the optimizer
     and the stored type), the original's head, and hidden states."""
-    config = build_model(lesson.checkpoint.config).config
+    config = build_model(plan.checkpoint.config).config
     packed, scales = 0, 0
-    for step in lesson.steps.steps:
-        for name, array in step.result().items():
+    for tensor in plan.tensors.conversions:
+        for name, array in tensor.result().items():
             packed += array.nbytes
             scales += 0 if name.endswith("weight") else array.size
     head = 4 * config.vocab_size * config.hidden_size
-    states = 4 * 2 * lesson.calibration.size * config.hidden_size
-    return packed + 6 * 4 * scales + head + states + _training_logits(lesson)
+    states = 4 * 2 * plan.windows.size * config.hidden_size
+    return packed + 6 * 4 * scales + head + states + _training_logits(plan)
 
 
-def _sensitivity_memory(lesson: Lesson) -> int:
+def _sensitivity_memory(plan: CalibrationPlan) -> int:
     """Original, rounded weights, gradients and their sums in float32, and room for a new sum."""
-    return 5 * 4 * sum(step.size for step in lesson.steps.steps) + _training_logits(lesson)
+    return 5 * 4 * sum(tensor.size for tensor in plan.tensors.conversions) + _training_logits(plan)
 
 
-ESTIMATES: dict[str, Callable[[Lesson], int]] = {
+ESTIMATES: dict[str, Callable[[CalibrationPlan], int]] = {
     "gptq": _gptq_memory,
     "dwq": _dwq_memory,
     "sensitivity": _sensitivity_memory,

@@ -1,7 +1,4 @@
-"""A text -> windows of tokens for a model to learn quantized weights from.
-
-Knows lengths and the LongRoPE step; knows nothing of weights, nor of what is learned.
-"""
+"""A text -> windows of tokens that quantized weights are calibrated on."""
 
 from __future__ import annotations
 
@@ -20,12 +17,12 @@ from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 LEAST_TOKENS = 2048
 LEAST_WINDOWS = 4
-MULTIPLE = 32  # to which mlx-lm pads; a padded window could need the other LongRoPE table
+MULTIPLE = 32  # of which a window's length is one
 SHARE_PAST = 4  # one token in so many is in a window past the LongRoPE step, in a long enough text
 
 
 @dataclass(frozen=True)
-class Calibration:
+class CalibrationWindows:
     """A text in windows, each of which the model reads from its first position on.
 
     Attributes:
@@ -52,7 +49,7 @@ class Calibration:
     @classmethod
     def of(
         cls, checkpoint: Checkpoint, text: str | None, samples: int, length: int, past_step: bool
-    ) -> Calibration:
+    ) -> CalibrationWindows:
         """Cut a text.
 
         Args:
@@ -108,7 +105,7 @@ def _tokens(checkpoint: Checkpoint, text: str, config: ModelConfig) -> list[int]
     tokens = Tokenizer.load(checkpoint.folder).encode(text, control=True)
     if len(tokens) < LEAST_TOKENS:
         raise ConversionError(
-            f"The calibration text has {len(tokens):,} tokens; to learn from it takes "
+            f"The calibration text has {len(tokens):,} tokens; calibration takes "
             f"{LEAST_TOKENS:,} at least, and 50,000 are better.",
             hint="Give a longer text, or none.",
         )

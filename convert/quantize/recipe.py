@@ -1,7 +1,6 @@
 """Which layers are quantized and how: recipes as data, named ones for each architecture.
 
-Knows names and widths of layers; knows nothing of their weights. A layer with adapters beside it
-goes by the path that it has in a model without them.
+A layer with adapters beside it goes by the path that it has in a model without them.
 """
 
 from __future__ import annotations

@@ -1,7 +1,4 @@
-"""A block of a layer's rows -> the tensors that stand for it in the output.
-
-Knows dtypes and MLX's quantization; knows nothing of files.
-"""
+"""A block of a layer's rows -> the tensors that stand for it in the output."""
 
 from __future__ import annotations
 
@@ -13,6 +10,8 @@ from itertools import islice
 from typing import TypeVar
 
 import mlx.core as mx
+import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from convert.quantize.recipe import Quantization
 from phimlx.errors import ConversionError
@@ -29,32 +28,32 @@ INFINITIES = {
 
 
 @dataclass(frozen=True)
-class Change:
+class TensorTransform:
     """What becomes of a tensor, or of a layer's tensors: from one form to another.
 
-    Rows stand for themselves in every form, so that a block of them can be changed alone.
+    RowBlock stand for themselves in every form, so that a block of them can be changed alone.
 
     Attributes:
         name: of the tensor; for a layer that is or becomes quantized that of its `.weight`.
-        was: how it is stored; None for plain numbers.
-        becomes: how it is to be stored; None for plain numbers.
+        source: how it is stored; None for plain numbers.
+        target: how it is to be stored; None for plain numbers.
         dtype: of plain numbers, scales and biases in the output.
     """
 
     name: str
-    was: Quantization | None
-    becomes: Quantization | None
+    source: Quantization | None
+    target: Quantization | None
     dtype: mx.Dtype
 
-    def apply(self, stored: Sequence[mx.array], first: int = 0) -> Block:
+    def apply(self, stored: Sequence[mx.array], first: int = 0) -> TransformedRows:
         """The new form of a block; nothing is computed before it is evaluated.
 
         Args:
-            stored: `[rows, ...]`, or where `was` is not None the packed `[rows, width * bits /
+            stored: `[rows, ...]`, or where `source` is not None the packed `[rows, width * bits /
                 32]`, scales and biases (which only affine mode has) `[rows, width / group_size]`.
             first: number of the first of these rows in the tensor.
         """
-        if self.was is None:
+        if self.source is None:
             plain = stored[0]
         else:
             float_dtype = None if stored[1].dtype in INFINITIES else self.dtype
@@ -64,65 +63,68 @@ class Change:
                 scales,
                 biases[0] if biases else None,
                 dtype=float_dtype,
-                **asdict(self.was),
+                **asdict(self.source),
             )
-        sound = is_finite(plain)
+        source_finite = is_finite(plain)
         cast = plain.astype(self.dtype)
-        same = self.was == self.becomes and all(
+        same = self.source == self.target and all(
             array.dtype in (self.dtype, mx.uint8, mx.uint32) for array in stored
         )
         parts: tuple[mx.array, ...] = (cast,)
-        if self.becomes is not None and same:
+        if self.target is not None and same:
             parts = tuple(stored)
-        elif self.becomes is not None:
-            parts = tuple(mx.quantize(cast, **asdict(self.becomes)))
-        fits = sound if cast.dtype == plain.dtype else is_finite(cast)
+        elif self.target is not None:
+            parts = tuple(mx.quantize(cast, **asdict(self.target)))
+        result_finite = source_finite if cast.dtype == plain.dtype else is_finite(cast)
         for part in parts[1:]:
             if part.dtype in INFINITIES:  # a scale can be larger than every weight in its group
-                fits = fits & is_finite(part)
-        return Block(self, dict(zip(self.names, parts, strict=False)), sound, fits)
+                result_finite = result_finite & is_finite(part)
+        return TransformedRows(
+            self, dict(zip(self.names, parts, strict=False)), source_finite, result_finite
+        )
 
     @property
     def names(self) -> tuple[str, ...]:
         """Of the tensors in the output; the last only in affine mode."""
-        if self.becomes is None:
+        if self.target is None:
             return (self.name,)
         path = self.name.removesuffix(".weight")
         return (f"{path}.weight", f"{path}.scales", f"{path}.biases")
 
 
 @dataclass(frozen=True)
-class Block:
-    """Rows in their new form, with what must hold for them to be right."""
+class TransformedRows:
+    """RowBlock in their new form, with what must hold for them to be right."""
 
-    change: Change
+    transform: TensorTransform
     parts: dict[str, mx.array]
-    sound: mx.array
-    fits: mx.array
+    source_finite: mx.array
+    result_finite: mx.array
 
-    def with_parts(self, first: int, last: int, tensors: Mapping[str, mx.array]) -> Block:
+    def with_parts(self, first: int, last: int, tensors: Mapping[str, mx.array]) -> TransformedRows:
         """The same rows, `first` to `last` (not included), of these tensors where they are named.
 
         Args:
             tensors: whole, in the form of the output.
         """
-        parts, fits = dict(self.parts), self.fits
+        parts, result_finite = dict(self.parts), self.result_finite
         for name in parts.keys() & tensors.keys():
             parts[name] = tensors[name][first:last]
             if parts[name].dtype in INFINITIES:
-                fits = fits & is_finite(parts[name])
-        return replace(self, parts=parts, fits=fits)
+                result_finite = result_finite & is_finite(parts[name])
+        return replace(self, parts=parts, result_finite=result_finite)
 
     def check(self) -> None:
         """Raise `ConversionError` where a number is NaN or infinite, before or after."""
-        if not self.sound.item():
+        if not self.source_finite.item():
             raise ConversionError(
-                f"{self.change.name} holds NaN or infinity: this model is damaged.",
+                f"{self.transform.name} holds NaN or infinity: this model is damaged.",
                 hint="Download it again.",
             )
-        if not self.fits.item():
+        if not self.result_finite.item():
             raise ConversionError(
-                f"{self.change.name} holds numbers too large for {dtype_name(self.change.dtype)}.",
+                f"{self.transform.name} holds numbers too large for "
+                f"{dtype_name(self.transform.dtype)}.",
                 hint="Choose bfloat16 or float32.",
             )
 
@@ -139,6 +141,16 @@ def is_finite(array: mx.array) -> mx.array:
     below = array.view(signed).max() < mx.array(infinity, signed)
     above = array.view(unsigned).max() < mx.array(negative_infinity, unsigned)
     return below & above
+
+
+def check_finite(prefix: str, module: nn.Module) -> None:
+    """Raise `ConversionError` where a weight is NaN or infinite, which calibration would spread."""
+    for name, array in dict(tree_flatten(module.parameters())).items():
+        if not is_finite(array).item():
+            raise ConversionError(
+                f"{prefix}{name} holds NaN or infinity: this model is damaged.",
+                hint="Download it again.",
+            )
 
 
 def dtype_name(dtype: mx.Dtype) -> str:

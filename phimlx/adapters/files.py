@@ -95,8 +95,9 @@ def write_files(
     hint = "Choose a folder that can be written."
     with translate_write_errors(folder, CheckpointError, hint):
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / name) as temporary:
-            mx.save_safetensors(str(temporary), dict(arrays), {"format": "mlx"})
+        with replacing(folder / name) as temporary, temporary.open("wb") as stream:
+            # To a stream, since MLX's own files raise RuntimeError where a disk is full.
+            mx.save_safetensors(stream, dict(arrays), {"format": "mlx"})
         write_json(folder / CONFIG, config)
 
 

@@ -31,14 +31,24 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> CausalL
     Raises:
         ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.
     """
-    model = build_model(checkpoint.config)
-    tensors = stored_parameters(checkpoint, model)
-    weights = checkpoint.weights()
-    model.load_weights([(name, weights[name]) for name in tensors])
+    model = map_model(checkpoint)
     if dtype is not None:
         model.set_dtype(dtype)
-    model.eval()
     mx.eval(model.parameters())
+    return model
+
+
+def map_model(checkpoint: Checkpoint) -> CausalLM:
+    """Make the model of a folder with its weights mapped from the files, each read when it is used.
+
+    Raises:
+        ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.
+    """
+    model = build_model(checkpoint.config)
+    names = stored_parameters(checkpoint, model)
+    weights = checkpoint.weights()
+    model.load_weights([(name, weights[name]) for name in names])
+    model.eval()
     return model
 
 

@@ -1,37 +1,132 @@
-"""`phimlx convert`: a model to an MLX folder, quantized or not, and back to the Hub's layout.
-
-Knows the flags and how the result is told; the work is `convert`'s.
-"""
+"""`phimlx convert`: a model to an MLX folder, quantized or not, and back to the Hub's layout."""
 
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import click
 from click.core import ParameterSource
 
-from phimlx.cli.learning import learning_options, read_learning, run_learning
+from phimlx.cli.calibration import CalibrationFlags, run_calibrated
+from phimlx.cli.flags import flag, flag_group
 from phimlx.cli.options import adapter_option, json_option
+from phimlx.cli.publish import PublishFlags
+from phimlx.cli.report import ReportFlags
 from phimlx.errors import DownloadError, ModelAbsentError
 from phimlx.sizes import size_text
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
-    from convert import Conversion, Plan
+    from convert import (
+        CalibrationSettings,
+        ConversionPlan,
+        ConversionRequest,
+        ConversionResult,
+        Quantization,
+        Recipe,
+    )
     from convert.export.gguf import GgufPlan
-    from convert.read import WeightFiles
 
 BITS = ("2", "3", "4", "5", "6", "8")
 GROUP_SIZES = ("16", "32", "64", "128")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 DTYPES = ("float16", "bfloat16", "float32")
 EXPORTS = ("hf", "gguf", "gguf-q8_0")
-WITH_RECIPE = ("--q-group-size", "--q-adapters", "--q-encoders")  # what a recipe leaves open
+FOLDERS = (None, "hf")  # of these, what is a folder
+
+
+@dataclass(frozen=True)
+class QuantizationFlags:
+    """Which form quantized weights have."""
+
+    quantize: bool = flag("--quantize", "-q", is_flag=True, help="Quantize the weights.")
+    bits: str | None = flag(
+        "--q-bits",
+        type=click.Choice(BITS),
+        help="Bits a weight, with -q  [default: 4, mxfp8: 8]",
+    )
+    group_size: str | None = flag(
+        "--q-group-size",
+        type=click.Choice(GROUP_SIZES),
+        help="Weights that share a scale, with -q or --recipe  [default: 64, mxfp4 and mxfp8: 32, "
+        "nvfp4: 16]",
+    )
+    mode: str | None = flag(
+        "--q-mode",
+        type=click.Choice(MODES),
+        help="How weights are packed, with -q  [default: affine]",
+    )
+    recipe: str | None = flag(
+        "--recipe",
+        metavar="RECIPE",
+        help="Quantize with more bits where they matter most: mixed-3-5, mixed-4-5, mixed-4-6, "
+        "mixed-6-8, or a .toml file of your own.",
+    )
+    adapters: bool = flag(
+        "--q-adapters",
+        is_flag=True,
+        help="Quantize a multimodal model's adapters too, to 8 bits, with -q or --recipe.",
+    )
+    encoders: bool = flag(
+        "--q-encoders",
+        is_flag=True,
+        help="Quantize its image and audio encoders too, to 8 bits, with -q or --recipe.",
+    )
+
+    def check(self, method: str | None, others: dict[str, bool]) -> None:
+        """Refuse flags that do not go together.
+
+        Args:
+            method: of --q-method.
+            others: flags that make weights that are not quantized, and whether each is given.
+        """
+        means = {"-q": self.quantize, "--recipe": self.recipe is not None}
+        quantizing = [name for name, given in means.items() if given]
+        unquantized = [name for name, given in others.items() if given]
+        if quantizing and unquantized:
+            raise click.UsageError(
+                f"{unquantized[-1]} writes weights that are not quantized: leave {quantizing[0]} "
+                "out."
+            )
+        decided = {"--q-bits": self.bits, "--q-mode": self.mode, "--q-method": method}
+        left_open = {
+            "--q-group-size": self.group_size,
+            "--q-adapters": self.adapters,
+            "--q-encoders": self.encoders,
+        }
+        for name, value in {**decided, **left_open}.items():
+            if value and not quantizing:
+                raise click.UsageError(f"{name} goes with -q, which quantizes the weights.")
+            if value and self.recipe is not None and name in ("--q-bits", "--q-mode"):
+                raise click.UsageError(
+                    f"{name} and --recipe exclude each other: the recipe says it."
+                )
+
+    @property
+    def groups(self) -> int | None:
+        return None if self.group_size is None else int(self.group_size)
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        wanted = {"adapters": self.adapters, "encoders": self.encoders}
+        return tuple(part for part, given in wanted.items() if given)
+
+    def quantization(self) -> Quantization | Recipe | str | None:
+        """Read what the flags say; None where nothing is quantized."""
+        from convert import Quantization, read_recipe
+
+        if self.recipe is not None:
+            own = self.recipe.endswith(".toml")
+            return read_recipe(Path(self.recipe)) if own else self.recipe
+        if not self.quantize:
+            return None
+        bits = None if self.bits is None else int(self.bits)
+        return Quantization.of(self.mode or "affine", bits, self.groups)
 
 
 @click.command()
@@ -46,45 +141,8 @@ WITH_RECIPE = ("--q-group-size", "--q-adapters", "--q-encoders")  # what a recip
     type=click.Path(path_type=Path),
     help="The folder to make.",
 )
-@click.option("--quantize", "-q", is_flag=True, help="Quantize the weights.")
-@click.option(
-    "--q-bits",
-    "bits",
-    type=click.Choice(BITS),
-    help="Bits a weight, with -q  [default: 4, mxfp8: 8]",
-)
-@click.option(
-    "--q-group-size",
-    "group_size",
-    type=click.Choice(GROUP_SIZES),
-    help="Weights that share a scale, with -q or --recipe  [default: 64, mxfp4 and mxfp8: 32, "
-    "nvfp4: 16]",
-)
-@click.option(
-    "--q-mode",
-    "mode",
-    type=click.Choice(MODES),
-    help="How weights are packed, with -q  [default: affine]",
-)
-@click.option(
-    "--recipe",
-    metavar="RECIPE",
-    help="Quantize with more bits where they matter most: mixed-3-5, mixed-4-5, mixed-4-6, "
-    "mixed-6-8, or a .toml file of your own.",
-)
-@click.option(
-    "--q-adapters",
-    "adapters",
-    is_flag=True,
-    help="Quantize a multimodal model's adapters too, to 8 bits, with -q or --recipe.",
-)
-@click.option(
-    "--q-encoders",
-    "encoders",
-    is_flag=True,
-    help="Quantize its image and audio encoders too, to 8 bits, with -q or --recipe.",
-)
-@learning_options
+@flag_group(QuantizationFlags, "quantizing")
+@flag_group(CalibrationFlags, "calibrating")
 @click.option("--dequantize", "-d", is_flag=True, help="Make plain weights of quantized ones.")
 @adapter_option
 @click.option(
@@ -98,65 +156,27 @@ WITH_RECIPE = ("--q-group-size", "--q-adapters", "--q-encoders")  # what a recip
     is_flag=True,
     help="Where MODEL comes from the Hub, keep it whole in the store.",
 )
-@click.option(
-    "--report",
-    is_flag=True,
-    help="Measure what the conversion costs: perplexity, KL divergence, top-1 agreement, error of "
-    "each layer; a table here, report.json, report.png and the model card in OUT.",
-)
-@click.option(
-    "--report-text",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Text to measure on, with --report  [default: one that comes along]",
-)
+@flag_group(ReportFlags, "reporting")
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
     help="Type of what is not quantized  [default: as it is stored]",
 )
-@click.option(
-    "--upload-repo",
-    metavar="OWNER/NAME",
-    help="Publish OUT on the Hub when it is complete; without MODEL, an OUT that is there.",
-)
-@click.option(
-    "--private",
-    is_flag=True,
-    help="Make that repository one that only you see, with --upload-repo.",
-)
-@click.option(
-    "--token", metavar="TOKEN", help="The Hub's token  [default: HF_TOKEN or your log-in]"
-)
+@flag_group(PublishFlags, "publishing")
 @json_option
 def command(
     source: str | None,
     named: str | None,
     out: Path,
-    quantize: bool,
-    bits: str | None,
-    group_size: str | None,
-    mode: str | None,
-    recipe: str | None,
-    adapters: bool,
-    encoders: bool,
-    method: str | None,
-    target_bits: float | None,
-    calibration: Path | None,
-    calibration_samples: int | None,
-    calibration_length: int | None,
-    learning_steps: int | None,
-    learning_rate: float | None,
+    quantizing: QuantizationFlags,
+    calibrating: CalibrationFlags,
     dequantize: bool,
     adapter: Path | None,
     export: str | None,
     keep_original: bool,
-    report: bool,
-    report_text: Path | None,
+    reporting: ReportFlags,
     dtype: str | None,
-    upload_repo: str | None,
-    private: bool,
-    token: str | None,
+    publishing: PublishFlags,
     as_json: bool,
 ) -> None:
     """Convert MODEL, an alias, a Hub id or a folder, to an MLX folder that mlx-lm loads too.
@@ -172,112 +192,64 @@ def command(
     goes on where it was when it is started again.
     """
     output = Output(json=as_json)
-    if private and upload_repo is None:
-        raise click.UsageError("--private goes with --upload-repo.")
-    if upload_repo is not None and source is None and named is None:
-        _publish_only(out, upload_repo, token, private, output)
+    publishing.check()
+    if publishing.upload_repo is not None and source is None and named is None:
+        _publish_only(out, publishing, output)
         return
     if (source is None) == (named is None):
         given = "is given twice" if source else "is missing"
         raise click.UsageError(f"MODEL {given}: name one model to convert.")
-    _check_together(
-        {"-q": quantize, "--recipe": recipe, "--dequantize": dequantize, "--export": export},
-        {
-            "--q-bits": bits,
-            "--q-mode": mode,
-            "--q-group-size": group_size,
-            "--q-adapters": adapters,
-            "--q-encoders": encoders,
-            "--q-method": method,
-        },
+    quantizing.check(
+        calibrating.method, {"--dequantize": dequantize, "--export": export is not None}
     )
-    learning = read_learning(
-        method,
-        {
-            "target_bits": target_bits,
-            "calibration": calibration,
-            "calibration_samples": calibration_samples,
-            "calibration_length": calibration_length,
-            "learning_steps": learning_steps,
-            "learning_rate": learning_rate,
-        },
-    )
-
-    if dtype and export and export != "hf":
+    calibration = calibrating.settings()
+    if dtype and export not in FOLDERS:
         raise click.UsageError(
             f"--export {export} says the type of the weights: leave --dtype out."
         )
-
-    if report and export and export != "hf":
+    if reporting.report and export not in FOLDERS:
         raise click.UsageError(f"--report reads model folders: leave it out of --export {export}.")
-    if upload_repo and export and export != "hf":
+    if publishing.upload_repo and export not in FOLDERS:
         raise click.UsageError(
             f"--upload-repo publishes model folders: leave it out of --export {export}."
         )
-    _check_adapter(adapter, learning is not None, export, report)
-    if report_text is not None and not report:
-        raise click.UsageError("--report-text goes with --report.")
-    if report and learning and calibration == report_text:
-        raise click.UsageError(
-            "--report would measure on the text that the weights are learned from: give another "
-            "one with --report-text or --calibration."
-        )
+    reporting.check(calibration is not None, calibrating.calibration)
+    if adapter is not None:
+        _check_adapter(calibration, export, reporting.report)
 
-    from convert import Quantization, Recipe, read_recipe
-    from convert.quantize.recipe import PARTS
+    from convert import ConversionRequest
     from phimlx.cli.publish import check_target, existing, publish
     from phimlx.cli.report import add_report, read_text
-    from phimlx.hub.resolve import resolve
 
-    groups = int(group_size) if group_size else None
-    chosen: Quantization | Recipe | str | None = None
-    if recipe is not None:
-        chosen = read_recipe(Path(recipe)) if recipe.endswith(".toml") else recipe
-    elif quantize:
-        chosen = Quantization.of(mode or "affine", int(bits) if bits else None, groups)
-    text = read_text(report_text)
-    target = None
-    if upload_repo is not None:
-        if os.path.lexists(out):
-            raise existing(out, upload_repo)
-        target = check_target(upload_repo, token, private, output)
-    form: dict[str, Any] = {
-        "recipe": chosen,
-        "dtype": dtype,
-        "dequantize": dequantize,
-        "group_size": groups,
-        "parts": [part for part, given in zip(PARTS, (adapters, encoders), strict=True) if given],
-        "layout": export or "mlx",
-    }
-    if learning is not None:
-        form["method"] = learning
-    if adapter is not None:
-        form["adapter"] = adapter
     name = source or named or ""
-    try:
-        folder = resolve(name, original=True)
-    except ModelAbsentError as absent:
-        if report and not keep_original:
-            raise click.UsageError(
-                f"--report compares with the original, and {name} is not on this machine: add "
-                "--keep-original."
-            ) from absent
-        if learning and not keep_original:
-            raise click.UsageError(
-                f"--q-method {method} reads the model many times, and {name} is not on this "
-                "machine: add --keep-original."
-            ) from absent
-        result = _from_hub(name, out, form, keep_original, token, absent, output)
-    else:
-        result = _from_folder(folder, out, form, output)
+    request = ConversionRequest(
+        name,
+        out,
+        quantizing.quantization(),
+        dtype,
+        dequantize=dequantize,
+        group_size=quantizing.groups,
+        parts=quantizing.parts,
+        layout=export or "mlx",
+        calibration=calibration,
+        adapter=adapter,
+    )
+    text = read_text(reporting.report_text)
+    target = None
+    if publishing.upload_repo is not None:
+        if os.path.lexists(out):
+            raise existing(out, publishing.upload_repo)
+        target = check_target(publishing, output)
+    whole = {"--report": reporting.report, "--q-method": calibration is not None}
+    result = _convert(request, whole, keep_original, publishing.token, output)
     if not as_json:
-        tell(result, output)
-    measured = add_report(result, text, output) if report else {}
+        print_summary(result, output)
+    measured = add_report(result, text, output) if reporting.report else {}
     published = publish(result.path, target, output) if target else {}
     output.json({**as_object(result), **measured, **published})
 
 
-def _publish_only(out: Path, name: str, token: str | None, private: bool, output: Output) -> None:
+def _publish_only(out: Path, publishing: PublishFlags, output: Output) -> None:
     """Upload a folder that was converted before."""
     from phimlx.cli.publish import check_target, publish
     from phimlx.hub.upload import published_files
@@ -290,68 +262,88 @@ def _publish_only(out: Path, name: str, token: str | None, private: bool, output
     if not out.is_dir():
         raise click.UsageError(f"MODEL is missing, and there is no folder {out} to upload.")
     published_files(out)  # refuses half a model before the Hub is asked
-    published = publish(out, check_target(name, token, private, output), output)
+    published = publish(out, check_target(publishing, output), output)
     output.json({"path": str(out), **published})
 
 
-def _plan(
-    folder: Path, out: Path, form: dict[str, Any], files: WeightFiles | None = None
-) -> Plan | GgufPlan:
-    from convert import plan
-    from convert.export.gguf import KINDS, plan_gguf
+def _convert(
+    request: ConversionRequest,
+    whole: dict[str, bool],
+    keep_original: bool,
+    token: str | None,
+    output: Output,
+) -> ConversionResult:
+    """Convert the model that a request names, from this machine or from the Hub.
 
-    if form["layout"] in KINDS:
-        kind, dequantize = KINDS[form["layout"]], form["dequantize"]
-        return plan_gguf(folder, out, kind, dequantize=dequantize, files=files)
-    return plan(folder, out, files=files, **form)
+    Args:
+        whole: flags that need the original whole on this machine, and whether each is given.
+    """
+    from phimlx.hub.resolve import resolve
+
+    name = str(request.source)
+    try:
+        folder = resolve(name, original=True)
+    except ModelAbsentError as absent:
+        reasons = {
+            "--report": "compares with the original",
+            "--q-method": "reads the model many times",
+        }
+        for spelled, given in whole.items():
+            if given and not keep_original:
+                raise click.UsageError(
+                    f"{spelled} {reasons[spelled]}, and {name} is not on this machine: add "
+                    "--keep-original."
+                ) from absent
+        return _from_hub(request, keep_original, token, absent, output)
+    return _from_folder(replace(request, source=folder), output)
 
 
-def _from_folder(folder: Path, out: Path, form: dict[str, Any], output: Output) -> Conversion:
-    from convert import Plan
+def _from_folder(request: ConversionRequest, output: Output) -> ConversionResult:
+    from convert import plan_conversion
 
-    planned = _plan(folder, out, form)
-    if isinstance(planned, Plan) and planned.lesson is not None:
-        return run_learning(planned, output)
-    with output.progress(planned.bytes_before, "Converting", "B") as bar:
-        return planned.run(bar.update)
+    plan: ConversionPlan | GgufPlan = plan_conversion(request)
+    if plan.calibration is not None:
+        return run_calibrated(plan, output)
+    with output.progress(plan.bytes_before, "Converting", "B") as bar:
+        return plan.run(bar.update)
 
 
 def _from_hub(
-    name: str,
-    out: Path,
-    form: dict[str, Any],
+    request: ConversionRequest,
     keep_original: bool,
     token: str | None,
     absent: ModelAbsentError,
     output: Output,
-) -> Conversion:
+) -> ConversionResult:
     """Convert each weight file as it arrives, or download the whole model first."""
     from huggingface_hub import constants
 
-    from convert.streaming import arriving
+    from convert import plan_conversion
+    from convert.streaming import stream_model
     from phimlx.cli.bars import download_bars, logger
     from phimlx.hub.client import Remote
     from phimlx.hub.download import download
 
     if constants.HF_HUB_OFFLINE:
         raise absent
+    name = str(request.source)
     remote = Remote(token, log=logger(output))
     if keep_original:
         here = download(name, original=True, remote=remote, show_progress=download_bars(output))
-        return _from_folder(here.folder, out, form, output)
-    with arriving(name, out, remote) as model, _what_stays(output):
-        planned = _plan(model.folder, out, form, model)
+        return _from_folder(replace(request, source=here.folder), output)
+    with stream_model(name, Path(request.out), remote) as model, _say_what_stays(output):
+        plan = plan_conversion(replace(request, source=model.folder), model)
         output.note(
             f"{model.repository.name} is not on this machine: each of its {len(model.shards)} "
             f"weight files ({size_text(model.nbytes)}) is converted as it arrives, and not kept."
         )
         with output.progress(model.nbytes, "Downloading and converting", "B") as bar:
             model.report = bar.update
-            return replace(planned.run(), source=Path(model.repository.name))
+            return replace(plan.run(), source=Path(model.repository.name))
 
 
 @contextmanager
-def _what_stays(output: Output) -> Iterator[None]:
+def _say_what_stays(output: Output) -> Iterator[None]:
     """Say after an end that is nobody's fault that the work was not for nothing."""
     try:
         yield
@@ -360,44 +352,30 @@ def _what_stays(output: Output) -> Iterator[None]:
         raise
 
 
-def _check_together(purposes: Mapping[str, object], details: Mapping[str, object]) -> None:
-    """Refuse options that do not go together.
-
-    Args:
-        purposes: what is to become of the weights; `--dequantize` and `--export` may both be.
-        details: how to quantize them.
-    """
-    given = [name for name, value in purposes.items() if value]
-    quantizing = [name for name in given if name in ("-q", "--recipe")]
-    if quantizing and given != quantizing:
-        raise click.UsageError(
-            f"{given[-1]} writes weights that are not quantized: leave {quantizing[0]} out."
-        )
-    for name, value in details.items():
-        if value and not quantizing:
-            raise click.UsageError(f"{name} goes with -q, which quantizes the weights.")
-        if value and "--recipe" in given and name not in WITH_RECIPE:
-            raise click.UsageError(f"{name} and --recipe exclude each other: the recipe says it.")
-
-
-def _check_adapter(adapter: Path | None, learns: bool, export: str | None, report: bool) -> None:
+def _check_adapter(
+    calibration: CalibrationSettings | None, export: str | None, report: bool
+) -> None:
     """Refuse what needs the fused model as a folder of its own."""
-    others = {"--q-method": learns, f"--export {export}": export not in (None, "hf")}
-    for name, value in {**others, "--report": report}.items():
-        if adapter is not None and value:
+    others = {
+        "--q-method": calibration is not None,
+        f"--export {export}": export not in FOLDERS,
+        "--report": report,
+    }
+    for name, given in others.items():
+        if given:
             raise click.UsageError(
                 f"--adapter-path does not go with {name}: fuse first, with phimlx fuse, and "
                 "convert the fused model."
             )
 
 
-def as_object(result: Conversion) -> dict[str, Any]:
-    """The result for --json."""
+def as_object(result: ConversionResult) -> dict[str, Any]:
+    """Turn a result into what --json prints."""
     return {**asdict(result), "path": str(result.path), "source": str(result.source)}
 
 
-def tell(result: Conversion, output: Output) -> None:
-    """The result for a person."""
+def print_summary(result: ConversionResult, output: Output) -> None:
+    """Print a result for a person."""
     output.text(
         f"{result.path}: {size_text(result.bytes_after)} from {size_text(result.bytes_before)}, "
         f"{result.bits_per_weight:.2f} bits per weight, {result.tensors} tensors, "

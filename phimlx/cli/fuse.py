@@ -1,7 +1,4 @@
-"""`phimlx fuse`: a model and its adapter to one model, or an adapter to another format.
-
-Knows the flags and how the result is told; the work is `convert`'s and `phimlx.adapters.adapter`'.
-"""
+"""`phimlx fuse`: a model and its adapter to one model, or an adapter to another format."""
 
 from __future__ import annotations
 
@@ -10,7 +7,7 @@ from typing import Any
 
 import click
 
-from phimlx.cli.convert import DTYPES, as_object, tell
+from phimlx.cli.convert import DTYPES, as_object, print_summary
 from phimlx.cli.options import adapter_option, json_option
 from phimlx.terminal.output import Output
 
@@ -79,17 +76,20 @@ def command(
     if model is None:
         raise click.UsageError("--model is missing: name the model that the adapter is for.")
 
-    from convert import plan
+    from convert import ConversionPlan, ConversionRequest, plan_conversion
     from phimlx.hub.resolve import resolve
 
-    source = resolve(model)
-    planned = plan(source, out, dtype=dtype, dequantize=dequantize, adapter=adapter)
-    with output.progress(planned.bytes_before, "Fusing", "B") as bar:
-        result = planned.run(bar.update)
-    assert planned.fusion is not None
-    lost = planned.fusion.rounding.share
+    request = ConversionRequest(
+        resolve(model), out, dtype=dtype, dequantize=dequantize, adapter=adapter
+    )
+    plan = plan_conversion(request)
+    assert isinstance(plan, ConversionPlan)
+    assert plan.fusion is not None
+    with output.progress(plan.bytes_before, "Fusing", "B") as bar:
+        result = plan.run(bar.update)
+    lost = plan.fusion.rounding.share
     if not as_json:
-        tell(result, output)
+        print_summary(result, output)
     if lost > NOTED:
         form, instead = str(result.dtype or "the stored types"), "--dtype float32"
         if result.quantization is not None:
@@ -102,37 +102,18 @@ def command(
 
 
 def _export(
-    export: str, model: str | None, adapter: Path, out: Path, output: Output
+    format: str, model: str | None, adapter: Path, out: Path, output: Output
 ) -> dict[str, Any]:
-    """Write an adapter in another format."""
-    from dataclasses import replace
+    """Write an adapter in another format; returns what `--json` prints."""
+    from convert.export.adapter import export_adapter
+    from phimlx.hub.resolve import resolve
 
-    from convert.folder import refuse_existing
-    from phimlx.adapters.adapter import Base
-    from phimlx.adapters.mlx_lm import write_adapter
-    from phimlx.adapters.peft import write_peft
-    from phimlx.adapters.read import read_adapter
-
-    refuse_existing(out)
-    found = read_adapter(adapter)
-    if model is not None:
-        from phimlx.adapters.attach import check_fit
-        from phimlx.checkpoint.folder import Checkpoint
-        from phimlx.checkpoint.load import build_model, stored_parameters
-        from phimlx.hub.resolve import resolve
-
-        checkpoint = Checkpoint(resolve(model))
-        empty = build_model(checkpoint.config)
-        stored_parameters(checkpoint, empty)
-        check_fit(found, empty, checkpoint.folder, checkpoint.config)
-        base = Base.of(checkpoint.folder, checkpoint.config)
-        found = replace(found, base=base, blocks=len(empty.layers))
-    write = {"peft": write_peft, "mlx-lm": write_adapter}[export]
-    write(out, found)
+    folder = None if model is None else resolve(model)
+    found = export_adapter(adapter, out, format, folder)
     output.text(f"{out}: {found.kind}, {len(found.arrays)} tensors, {found.size:,} numbers")
     return {
         "path": str(out),
-        "format": export,
+        "format": format,
         "kind": found.kind,
         "tensors": len(found.arrays),
         "parameters": found.size,

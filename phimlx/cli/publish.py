@@ -1,16 +1,16 @@
-"""Publishing a converted folder: what is said before, while and after it goes to the Hub.
-
-Knows the screen and the command that goes on after a failure; the work is `phimlx.hub.upload`'s.
-"""
+"""Publishing a converted folder: what is said before, while and after it goes to the Hub."""
 
 from __future__ import annotations
 
 import shlex
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import click
+
 from phimlx.cli.bars import logger, upload_bars
+from phimlx.cli.flags import flag
 from phimlx.errors import UploadError
 from phimlx.sizes import size_text
 from phimlx.terminal.output import Output
@@ -19,12 +19,37 @@ if TYPE_CHECKING:
     from phimlx.hub.upload import Target
 
 
-def check_target(name: str, token: str | None, private: bool, output: Output) -> Target:
+@dataclass(frozen=True)
+class PublishFlags:
+    """Whether and where the result goes on the Hub."""
+
+    upload_repo: str | None = flag(
+        "--upload-repo",
+        metavar="OWNER/NAME",
+        help="Publish OUT on the Hub when it is complete; without MODEL, an OUT that is there.",
+    )
+    private: bool = flag(
+        "--private",
+        is_flag=True,
+        help="Make that repository one that only you see, with --upload-repo.",
+    )
+    token: str | None = flag(
+        "--token", metavar="TOKEN", help="The Hub's token  [default: HF_TOKEN or your log-in]"
+    )
+
+    def check(self) -> None:
+        """Refuse flags that do not go together."""
+        if self.private and self.upload_repo is None:
+            raise click.UsageError("--private goes with --upload-repo.")
+
+
+def check_target(flags: PublishFlags, output: Output) -> Target:
     """Find out before any work whether the Hub will take it; see `phimlx.hub.upload.check`."""
     from phimlx.hub.client import Remote
     from phimlx.hub.upload import check
 
-    target = check(name, Remote(token, log=logger(output)), private)
+    name = str(flags.upload_repo)
+    target = check(name, Remote(flags.token, log=logger(output)), flags.private)
     if target.exists:
         output.note(f"{name} exists: this becomes its next commit.")
     return target

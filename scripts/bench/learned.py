@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import phimlx
-from convert import Conversion, Learning, Quantization, convert
+from convert import CalibrationSettings, ConversionResult, Quantization, convert
 from convert.measure.report import measure
 from phimlx.hub.resolve import NANO
 from phimlx.prompt.chat_template import ChatTemplate
@@ -53,17 +53,21 @@ def answered(folder: Path, rows: list[dict[str, Any]]) -> int:
     )
 
 
-def make(method: str, bits: int, out: Path, text: str, settings: argparse.Namespace) -> Conversion:
+def make(
+    method: str, bits: int, out: Path, text: str, settings: argparse.Namespace
+) -> ConversionResult:
     if method == "rtn":
         return convert(NANO, out, Quantization(64, bits))
     common: dict[str, Any] = {"samples": settings.samples, "length": 128}
     if method == "sensitivity":
         target = convert(NANO, out.with_name("size"), Quantization(64, bits)).bits_per_weight
-        learning = Learning(method, text, target_bits=target, **common)
-        return convert(NANO, out, Quantization(64, bits - 1), method=learning)
+        learning = CalibrationSettings(method, text, target_bits=target, **common)
+        return convert(NANO, out, Quantization(64, bits - 1), calibration=learning)
     if method == "dwq":
         common |= {"steps": settings.steps, "learning_rate": settings.learning_rate}
-    return convert(NANO, out, Quantization(64, bits), method=Learning(method, text, **common))
+    return convert(
+        NANO, out, Quantization(64, bits), calibration=CalibrationSettings(method, text, **common)
+    )
 
 
 def main() -> None:

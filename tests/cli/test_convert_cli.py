@@ -241,7 +241,7 @@ def test_another_architecture(tmp_path: Path) -> None:
     result = run(source, "--mlx-path", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr == (
-        "Error: config.json: model_type is 'llama', but phimlx runs the Phi-4 family: phi3, "
+        "Error: config.json: model_type is 'llama', but phimlx runs the Phi family: phi3, "
         "phi4_multimodal, phi4mm.\n"
     )
 
@@ -252,7 +252,7 @@ def test_an_interrupt_ends_with_130_and_leaves_nothing(
     def interrupted(*arguments: Any, **keywords: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr("convert.pipeline.read_blocks", interrupted)
+    monkeypatch.setattr("convert.plan.read_blocks", interrupted)
     result = run(source, "--mlx-path", tmp_path / "out", "-q")
     assert result.exit_code == 130
     assert [path.name for path in tmp_path.iterdir()] == ["source"]

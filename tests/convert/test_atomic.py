@@ -12,18 +12,17 @@ from pathlib import Path
 import mlx.core as mx
 import pytest
 
-from convert import Conversion, plan
+from convert import ConversionResult
 from convert import convert as convert_model
 from convert.folder import discard, new_file
 from phimlx.errors import ConversionError
-from tests.convert.tiny import PHI_4, failing, parameters, same_bits, weights_of, write_model
+from tests.convert.tiny import PHI_4, failing, parameters, plan, same_bits, weights_of, write_model
 
 KILLED = """
 import os, signal, sys
-from convert import plan
-from convert import pipeline
-pipeline.JOURNAL_BYTES = int(sys.argv[4])
-planned = plan(sys.argv[1], sys.argv[2])
+from convert import ConversionRequest, plan, plan_conversion
+plan.JOURNAL_BYTES = int(sys.argv[4])
+planned = plan_conversion(ConversionRequest(sys.argv[1], sys.argv[2]))
 done = []
 def advance(nbytes):
     done.append(nbytes)
@@ -66,7 +65,7 @@ def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     seen: list[int] = []
     planned = plan(source, out)
     result = planned.run(seen.append)
-    done = [step.nbytes for step in planned.steps.steps]
+    done = [step.nbytes for step in planned.tensors.conversions]
     assert result.continued == seen[0] == sum(done[: len(done) - len(seen) + 1]) > 0
     assert sum(seen) == planned.bytes_before
     assert {file.name for file in out.iterdir()} == {
@@ -101,7 +100,7 @@ def test_a_killed_run_of_another_plan_is_not_continued(
 def test_two_at_once_do_not_mix(tmp_path: Path) -> None:
     source, out = write_model(tmp_path / "source"), tmp_path / "out"
     first, second = plan(source, out), plan(source, out)
-    results: list[Conversion] = []
+    results: list[ConversionResult] = []
     errors: list[ConversionError] = []
 
     def in_between(nbytes: int) -> None:

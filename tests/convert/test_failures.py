@@ -12,14 +12,16 @@ from typing import Any
 import mlx.core as mx
 import pytest
 
-from convert import Quantization, pipeline, plan
+from convert import Quantization
 from convert import convert as convert_model
+from convert import plan as plan_module
 from phimlx.errors import CheckpointError, ConversionError
 from phimlx.hub import transfer
 from tests.convert.tiny import (
     PHI_4,
     failing,
     parameters,
+    plan,
     same_bits,
     weights_of,
     write_model,
@@ -199,7 +201,7 @@ def stopping(error: BaseException) -> Any:
 
 
 def test_damage_in_a_later_block(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 4096)
+    monkeypatch.setattr(plan_module, "BATCH_BYTES", 4096)
     weights = parameters(PHI_4)
     weights["model.embed_tokens.weight"][-1, -1] = float("nan")
     source = write_model(tmp_path / "source", PHI_4, weights)
@@ -215,7 +217,7 @@ def test_scales_that_are_not_finite(tmp_path: Path, part: str) -> None:
     mx.eval(weights)
     config = json.loads((tmp_path / "eight" / "config.json").read_text())
     damaged = write_model(tmp_path / "damaged", config, weights)
-    for arguments in ({"recipe": Quantization(32, 4)}, {"dequantize": True}):
+    for arguments in ({"quantization": Quantization(32, 4)}, {"dequantize": True}):
         error = failing(damaged, tmp_path / "out", **arguments)
         assert str(error) == (
             "model.layers.0.mlp.down_proj.weight holds NaN or infinity: this model is damaged."

@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from safetensors import safe_open
 
-from convert import Quantization, Recipe, plan
+from convert import Quantization, Recipe
 from convert import convert as convert_model
 from convert.card import model_card
 from phimlx.catalog import find
@@ -20,6 +20,7 @@ from tests.convert.tiny import (
     PHI_4,
     failing,
     parameters,
+    plan,
     same_bits,
     weights_of,
     write_model,

@@ -10,8 +10,8 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from convert import Quantization, convert, plan
-from convert import pipeline as pipeline_module
+from convert import Quantization, convert
+from convert import plan as plan_module
 from phimlx.adapters.adapter import Base
 from phimlx.adapters.attach import load_adapter
 from phimlx.adapters.mlx_lm import write_adapter
@@ -20,7 +20,7 @@ from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConversionError
 from phimlx.training.settings import TrainSettings
 from phimlx.training.trainable import adapter_of, attach
-from tests.convert.tiny import MINI, PHI_4, same_bits, weights_of, write_model
+from tests.convert.tiny import MINI, PHI_4, plan, same_bits, weights_of, write_model
 
 IDS = mx.arange(40)[None]
 SETTINGS = {
@@ -55,7 +55,7 @@ def logits(source: Path, adapter: Path | None = None) -> mx.array:
 def test_fused_logits_are_the_adapters(
     kind: str, config: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline_module, "BATCH_BYTES", 4096)  # many blocks to a layer
+    monkeypatch.setattr(plan_module, "BATCH_BYTES", 4096)  # many blocks to a layer
     source = write_model(tmp_path / "m", config)
     adapter = adapter_for(source, tmp_path / "a", SETTINGS[kind])
     convert(source, tmp_path / "out", adapter=adapter)
@@ -166,8 +166,8 @@ def test_what_is_refused(tmp_path: Path) -> None:
     source = write_model(tmp_path / "m")
     adapter = adapter_for(source, tmp_path / "a", SETTINGS["lora"])
     with pytest.raises(ConversionError) as caught:
-        plan(source, tmp_path / "out", Quantization(32, 4), method="gptq", adapter=adapter)
-    assert str(caught.value) == "Weights are learned from a model's own: fuse the adapter first."
+        plan(source, tmp_path / "out", Quantization(32, 4), calibration="gptq", adapter=adapter)
+    assert str(caught.value) == "Calibration needs a model's own weights: fuse the adapter first."
     with pytest.raises(ConversionError) as caught:
         plan(source, tmp_path / "out", dequantize=True, adapter=adapter)
     assert str(caught.value) == f"{source} is not quantized, so there is nothing to dequantize."

@@ -15,12 +15,11 @@ import pytest
 from huggingface_hub import constants
 from mlx.utils import tree_flatten
 
-from convert import Quantization, Recipe, convert, plan, read_recipe
-from convert import pipeline as pipeline_module
-from convert.export.gguf import plan_gguf
+from convert import Quantization, Recipe, convert, read_recipe
+from convert import plan as plan_module
 from convert.measure.report import measure
 from convert.quantize.recipe import Rule, mixed, part_of, recipes_of
-from convert.streaming import arriving
+from convert.streaming import stream_model
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConversionError
@@ -28,7 +27,7 @@ from phimlx.hub.client import Remote
 from phimlx.models import registry
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 from tests.checkpoint.test_multimodal import write_native
-from tests.convert.tiny import failing, same_bits, weights_of, write_config, write_index
+from tests.convert.tiny import failing, plan, same_bits, weights_of, write_config, write_index
 from tests.hub.loopback_hub import Hub, serve
 from tests.multimodal import multimodal_folder
 
@@ -261,7 +260,7 @@ def test_blocks_of_rows_change_nothing(
     source: Path, tmp_path: Path, nbytes: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     convert(source, tmp_path / "whole", EIGHT, parts=["encoders"])
-    monkeypatch.setattr(pipeline_module, "BATCH_BYTES", 4 * nbytes)
+    monkeypatch.setattr(plan_module, "BATCH_BYTES", 4 * nbytes)
     convert(source, tmp_path / "rows", EIGHT, parts=["encoders"])
     assert same_bits(weights_of(tmp_path / "rows"), weights_of(tmp_path / "whole"))
 
@@ -430,7 +429,7 @@ def hub(
 
 def test_shards_are_converted_as_they_arrive(hub: Hub, source: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    with arriving(REPO, out, Remote(wait=lambda seconds: None)) as model:
+    with stream_model(REPO, out, Remote(wait=lambda seconds: None)) as model:
         plan(model.folder, out, EIGHT, parts=["adapters"], files=model).run()
     convert(source, tmp_path / "expected", EIGHT, parts=["adapters"])
     assert same_bits(weights_of(out), weights_of(tmp_path / "expected"))
@@ -485,7 +484,11 @@ def test_a_conversion_that_baked_the_adapters_in(
     )
     write_config(folder, mlx_vlm_config(config) if packed else config)
     dequantize = {"dequantize": True} if packed else {}
-    for arguments in ({"recipe": Quantization(32, 4)}, dequantize, {**dequantize, "layout": "hf"}):
+    for arguments in (
+        {"quantization": Quantization(32, 4)},
+        dequantize,
+        {**dequantize, "layout": "hf"},
+    ):
         with pytest.raises(CheckpointError) as caught:
             convert(folder, tmp_path / "out", **arguments)
         assert str(caught.value) == BAKED.format(folder)
@@ -496,7 +499,7 @@ def test_a_conversion_that_baked_the_adapters_in(
 def test_no_gguf(source: Path, tmp_path: Path) -> None:
     pytest.importorskip("gguf", reason="gguf is not installed: pip install 'phimlx[gguf]'")
     with pytest.raises(ConversionError) as caught:
-        plan_gguf(source, tmp_path / "out.gguf")
+        plan(source, tmp_path / "out.gguf", layout="gguf")
     assert str(caught.value) == (
         f"{source} sees and hears, with an adapter for each, which llama.cpp does not run: there "
         "is no GGUF file of such a model."

@@ -11,8 +11,9 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_flatten
 
-from convert import Quantization, Recipe, pipeline
+from convert import Quantization, Recipe
 from convert import convert as convert_model
+from convert import plan as plan_module
 from convert.quantize.recipe import Rule
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
@@ -110,7 +111,7 @@ def test_blocks_of_any_size_give_the_same_bits(
     source = write_model(tmp_path / "source", PHI_4, parameters(PHI_4, mx.bfloat16), shards=3)
     convert_model(source, tmp_path / "a", Quantization(32, 5))
     convert_model(tmp_path / "a", tmp_path / "c", Quantization(32, 2), "float16")
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", batch_bytes)
+    monkeypatch.setattr(plan_module, "BATCH_BYTES", batch_bytes)
     convert_model(source, tmp_path / "b", Quantization(32, 5))
     convert_model(tmp_path / "b", tmp_path / "d", Quantization(32, 2), "float16")
     for one, other in (("a", "b"), ("c", "d")):

@@ -14,16 +14,17 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
-from convert import Conversion, Quantization, pipeline, plan
+from convert import ConversionResult, Quantization
 from convert import convert as convert_model
+from convert import plan as plan_module
 from convert.export import gguf
-from convert.streaming import arriving
+from convert.streaming import stream_model
 from phimlx.cli.group import cli
 from phimlx.errors import CheckpointError, ConfigError, ConversionError, DownloadError
 from phimlx.hub import transfer
 from phimlx.hub.client import Remote
 from tests.convert.export.test_gguf import TOKENIZER
-from tests.convert.tiny import PHI_4, parameters, same_bits, weights_of, write_model
+from tests.convert.tiny import PHI_4, parameters, plan, same_bits, weights_of, write_model
 from tests.hub.loopback_hub import Fault, Hub, serve
 
 REPO = "someone/tune"
@@ -40,9 +41,9 @@ class World:
     out: Path
     counted: list[int] = field(default_factory=list)
 
-    def convert(self) -> Conversion:
+    def convert(self) -> ConversionResult:
         remote = Remote(wait=lambda seconds: None)
-        with arriving(REPO, self.out, remote) as model:
+        with stream_model(REPO, self.out, remote) as model:
             model.report = self.counted.append
             return plan(model.folder, self.out, FOUR, files=model).run()
 
@@ -108,9 +109,9 @@ def test_a_connection_that_breaks_is_taken_up(world: World) -> None:
 def test_a_network_that_fails_costs_nothing_that_was_done(
     world: World, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "JOURNAL_BYTES", 1)
-    monkeypatch.setattr(pipeline, "BATCHES_AHEAD", 1)
-    monkeypatch.setattr(pipeline, "parallel_streams", lambda: [mx.default_stream(mx.cpu)])
+    monkeypatch.setattr(plan_module, "JOURNAL_BYTES", 1)
+    monkeypatch.setattr(plan_module, "BATCHES_AHEAD", 1)
+    monkeypatch.setattr(plan_module, "parallel_streams", lambda: [mx.default_stream(mx.cpu)])
     world.hub.faults[SHARDS[2]] = [Fault(), Fault(), *[Fault(status=503)] * 20]
     with pytest.raises(DownloadError):
         world.convert()
@@ -138,10 +139,10 @@ def test_a_network_that_fails_costs_nothing_of_a_gguf_file(
     monkeypatch.setattr(gguf, "JOURNAL_BYTES", 1)
     monkeypatch.setattr(gguf, "BATCHES_AHEAD", 1)
 
-    def export() -> Conversion:
+    def export() -> ConversionResult:
         remote = Remote(wait=lambda seconds: None)
-        with arriving(REPO, world.out, remote) as model:
-            return gguf.plan_gguf(model.folder, world.out, files=model).run()
+        with stream_model(REPO, world.out, remote) as model:
+            return plan(model.folder, world.out, layout="gguf", files=model).run()
 
     world.hub.faults[SHARDS[2]] = [Fault(), Fault(), *[Fault(status=503)] * 20]
     with pytest.raises(DownloadError):
@@ -151,7 +152,7 @@ def test_a_network_that_fails_costs_nothing_of_a_gguf_file(
     assert export().continued > 0
     assert world.left == {"out"}
     expected = world.out.with_name("expected")
-    gguf.plan_gguf(world.source, expected).run()
+    plan(world.source, expected, layout="gguf").run()
     assert world.out.read_bytes() == expected.read_bytes()
 
 
@@ -168,7 +169,7 @@ def test_an_interrupt_does_not_wait_for_the_network(
 
     with (
         pytest.raises(KeyboardInterrupt),
-        arriving(REPO, world.out, Remote(wait=wait)) as model,
+        stream_model(REPO, world.out, Remote(wait=wait)) as model,
     ):
         plan(model.folder, world.out, FOUR, files=model).run()
     assert 1 <= len(waits) <= 2
@@ -195,7 +196,7 @@ def test_a_header_that_changes_on_the_way(world: World) -> None:
     length = 8 + int.from_bytes(header[:8], "little")
     changed = header[8:length].replace(b'"pt"', b'"tp"')
     assert changed != header[8:length]
-    with arriving(REPO, world.out, Remote()) as model:
+    with stream_model(REPO, world.out, Remote()) as model:
         file = model.folder / SHARDS[1]
         file.write_bytes(header[:8] + changed + bytes(len(header) - length))
         with pytest.raises(CheckpointError) as caught:
@@ -233,7 +234,7 @@ def test_damaged_weights_leave_nothing(world: World) -> None:
 
 
 def test_two_at_once(world: World) -> None:
-    with arriving(REPO, world.out, Remote()):
+    with stream_model(REPO, world.out, Remote()):
         with pytest.raises(ConversionError) as caught:
             world.convert()
         assert str(caught.value) == f"{world.out} is being written by another process."

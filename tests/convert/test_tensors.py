@@ -14,8 +14,9 @@ import pytest
 from mlx.utils import tree_flatten
 from safetensors import safe_open
 
-from convert import Quantization, pipeline, plan
+from convert import Quantization
 from convert import convert as convert_model
+from convert import plan as plan_module
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from tests.convert.tiny import (
@@ -23,6 +24,7 @@ from tests.convert.tiny import (
     PHI_4,
     bytes_of,
     parameters,
+    plan,
     same_bits,
     weights_of,
     write_model,
@@ -156,7 +158,7 @@ def test_the_files_say_that_they_are_mlx(tmp_path: Path) -> None:
 def test_no_more_than_some_blocks_are_held(
     tmp_path: Path, quantization: Quantization | None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(pipeline, "BATCH_BYTES", 1 << 18)
+    monkeypatch.setattr(plan_module, "BATCH_BYTES", 1 << 18)
     config = {**PHI_4, "hidden_size": 512, "intermediate_size": 2048, "vocab_size": 8192}
     source = write_model(tmp_path / "source", config)
     largest = max(info.nbytes for info in Checkpoint(source).tensors.values())

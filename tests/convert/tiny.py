@@ -11,7 +11,7 @@ import mlx.core as mx
 import pytest
 from mlx.utils import tree_flatten
 
-from convert import convert
+from convert import ConversionRequest, convert, plan_conversion
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
@@ -116,6 +116,11 @@ def same_bits(a: dict[str, mx.array], b: dict[str, mx.array]) -> bool:
 
 def weights_of(folder: Path) -> dict[str, mx.array]:
     return Checkpoint(folder).weights()
+
+
+def plan(source: Path, out: Path, *arguments: Any, files: Any = None, **keywords: Any) -> Any:
+    """Plan a conversion; arguments as `convert` takes them."""
+    return plan_conversion(ConversionRequest(source, out, *arguments, **keywords), files)
 
 
 def failing(source: Path, out: Path, *arguments: Any, **keywords: Any) -> ConversionError:

@@ -17,9 +17,9 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants, snapshot_download
 
-from convert import Quantization, plan
+from convert import Quantization
 from convert import convert as convert_model
-from convert.streaming import arriving
+from convert.streaming import stream_model
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
@@ -30,7 +30,7 @@ from phimlx.hub.client import Remote, RemoteFile
 from phimlx.hub.preview import preview
 from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from tests.checkpoint.test_multimodal import save, write_native
-from tests.convert.tiny import write_index
+from tests.convert.tiny import plan, write_index
 from tests.hub.loopback_hub import COMMIT, Fault, Hub, serve_alone
 
 REPO = "someone/sees-and-hears"
@@ -382,7 +382,7 @@ def expected_of(tmp_path: Path) -> dict[str, bytes]:
 
 
 def convert_from_hub(out: Path) -> dict[str, bytes]:
-    with arriving(REPO, out, Remote(wait=lambda seconds: None)) as model:
+    with stream_model(REPO, out, Remote(wait=lambda seconds: None)) as model:
         plan(model.folder, out, FOUR, parts=["adapters"], files=model).run()
     return contents(out)
 

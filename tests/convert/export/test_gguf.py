@@ -13,10 +13,10 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from convert import Quantization
+from convert import ConversionRequest, Quantization, plan_conversion
 from convert import convert as convert_model
 from convert.export import gguf as ours
-from convert.export.gguf import gguf_name, plan_gguf
+from convert.export.gguf import gguf_name
 from phimlx.cli.group import cli
 from phimlx.errors import ConversionError
 from phimlx.hub.resolve import NANO
@@ -29,7 +29,10 @@ assert PHI3 is not None
 SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?\s+"
 TOKENIZER: dict[str, Any] = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
-    "pre_tokenizer": {"pretokenizers": [{"type": "Split", "pattern": {"Regex": SPLIT}}]},
+    "pre_tokenizer": {
+        "type": "Sequence",
+        "pretokenizers": [{"type": "Split", "pattern": {"Regex": SPLIT}}],
+    },
     "added_tokens": [
         {"id": 40, "content": "<|endoftext|>", "special": True},
         {"id": 41, "content": "<|tool|>", "special": False},
@@ -42,6 +45,11 @@ def write_source(folder: Path, config: dict[str, Any] = PHI_4, **tokenizer: Any)
     write_model(folder, config, parameters(config, mx.bfloat16))
     (folder / "tokenizer.json").write_text(json.dumps({**TOKENIZER, **tokenizer}))
     return folder
+
+
+def plan_gguf(source: Path, out: Path, kind: str = "F16", **keywords: Any) -> Any:
+    layout = {"F16": "gguf", "Q8_0": "gguf-q8_0"}[kind]
+    return plan_conversion(ConversionRequest(source, out, layout=layout, **keywords))
 
 
 def failing(source: Path, out: Path, **keywords: Any) -> ConversionError:
@@ -160,6 +168,7 @@ def test_blocks_of_any_size_give_the_same_file(
 
 KILLED = """
 import os, signal, sys
+from convert import ConversionRequest, plan_conversion
 from convert.export import gguf
 gguf.BLOCK_BYTES, gguf.JOURNAL_BYTES = 1000, int(sys.argv[4])
 done = []
@@ -167,7 +176,8 @@ def advance(nbytes):
     done.append(nbytes)
     if len(done) == int(sys.argv[3]):
         os.kill(os.getpid(), signal.SIGKILL)
-gguf.plan_gguf(sys.argv[1], sys.argv[2], "Q8_0").run(advance)
+request = ConversionRequest(sys.argv[1], sys.argv[2], layout="gguf-q8_0")
+plan_conversion(request).run(advance)
 """
 
 
@@ -193,7 +203,7 @@ def test_a_killed_export_goes_on_to_the_same_bytes(
     seen: list[int] = []
     planned = plan_gguf(source, out, "Q8_0")
     result = planned.run(seen.append)
-    assert result.continued == sum(step.nbytes for step in planned.steps.steps[:done]) > 0
+    assert result.continued == sum(step.nbytes for step in planned.tensors.conversions[:done]) > 0
     assert sum(seen) == planned.bytes_before
     assert out.read_bytes() == (tmp_path / "whole.gguf").read_bytes()
     assert {path.name for path in tmp_path.iterdir()} == {"source", "out.gguf", "whole.gguf"}
@@ -263,9 +273,17 @@ UNKNOWN = "tokenizer.json is not one that llama.cpp would read as it is meant ({
     ("changes", "what"),
     [
         ({"pre_tokenizer": None}, "TypeError \"'NoneType' object is not subscriptable\""),
-        ({"pre_tokenizer": {"pretokenizers": []}}, "IndexError 'list index out of range'"),
         (
-            {"pre_tokenizer": {"pretokenizers": [{"pattern": {"Regex": r"\w+"}}]}},
+            {"pre_tokenizer": {"type": "Sequence", "pretokenizers": []}},
+            "IndexError 'list index out of range'",
+        ),
+        (
+            {
+                "pre_tokenizer": {
+                    "type": "Sequence",
+                    "pretokenizers": [{"pattern": {"Regex": r"\w+"}}],
+                }
+            },
             "StopIteration ''",
         ),
         ({"model": {"vocab": {"a": 48}}}, "IndexError 'a has the id 48'"),

@@ -19,7 +19,7 @@ import pytest
 
 from convert import Quantization, Recipe, convert
 from convert.measure.compare import Agreement, LayerError, Windows, choose_windows
-from convert.measure.report import BUNDLED_TEXT, COLUMNS, Report, measure
+from convert.measure.report import BUNDLED_TEXT, COLUMNS, QualityReport, measure
 from convert.quantize.recipe import recipes_of
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, load_model
@@ -38,7 +38,7 @@ OTHERS = [Quantization(32, 4, "mxfp4"), Quantization(32, 8, "mxfp8"), Quantizati
 TINY = {**PHI_4, "vocab_size": 1536}
 
 
-Reports = dict[Quantization | None, Report]
+Reports = dict[Quantization | None, QualityReport]
 
 
 @pytest.fixture(scope="module")
@@ -292,7 +292,7 @@ LAYERS = (
     LayerError("model.layers.0.self_attn.o_proj.weight", 0, "o_proj", 0.02, 16.0, 8.5),
     LayerError("model.layers.1.self_attn.o_proj.weight", 1, "o_proj", 0.1, 16.0, 4.5),
 )
-SMALL = Report(
+SMALL = QualityReport(
     reference=Path("/models/before"),
     converted=Path("/models/after $x^"),
     parameters=1_000_000,
@@ -337,7 +337,7 @@ def test_rows_stand_under_columns() -> None:
 
 def test_what_was_not_measured() -> None:
     values = {**vars(SMALL), "longrope_step": 4096, "agreements": SMALL.agreements[:1]}
-    report = Report(**values)
+    report = QualityReport(**values)
     assert SMALL.note is None
     assert report.note == (
         "Not measured past the LongRoPE step at 4,096 tokens: that takes a text of 4,608 tokens "

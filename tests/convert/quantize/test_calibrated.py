@@ -1,11 +1,10 @@
-"""Learned quantization: against rounding on phi-4-nano, and what is refused before it begins."""
+"""Calibrated quantization: against rounding on phi-4-nano, and what is refused before it begins."""
 
 from __future__ import annotations
 
 import json
 import shutil
 from collections.abc import Mapping
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +12,11 @@ import mlx.core as mx
 import pytest
 from click.testing import CliRunner
 
-from convert import Learning, Quantization, Recipe, convert, plan
+from convert import CalibrationSettings, Quantization, Recipe, convert
 from convert.measure.report import measure
-from convert.quantize import calibrated as learned
-from convert.quantize import gptq
-from convert.quantize.calibration import Calibration
+from convert.quantize import calibrated as calibrated
+from convert.quantize import layerwise
+from convert.quantize.calibration import CalibrationWindows
 from convert.quantize.recipe import Rule
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
@@ -26,7 +25,16 @@ from phimlx.errors import ConversionError
 from phimlx.hub.resolve import NANO
 from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
-from tests.convert.tiny import MINI, PHI_4, failing, parameters, same_bits, weights_of, write_model
+from tests.convert.tiny import (
+    MINI,
+    PHI_4,
+    failing,
+    parameters,
+    plan,
+    same_bits,
+    weights_of,
+    write_model,
+)
 
 WIDE = {"hidden_size": 64, "intermediate_size": 128, "vocab_size": 1536}
 UNTIED = {**PHI_4, **WIDE}
@@ -69,15 +77,17 @@ def divergences(folder: Path) -> list[float]:
 @pytest.mark.parametrize(
     "learning",
     [
-        Learning("gptq", conversations(0, 60), samples=16, length=128),
-        Learning("dwq", conversations(0, 60), samples=16, length=128, steps=6, learning_rate=1e-4),
+        CalibrationSettings("gptq", conversations(0, 60), samples=16, length=128),
+        CalibrationSettings(
+            "dwq", conversations(0, 60), samples=16, length=128, steps=6, learning_rate=1e-4
+        ),
     ],
     ids=lambda learning: learning.method,
 )
-def test_nano_is_closer_than_rounded(tmp_path: Path, learning: Learning) -> None:
+def test_nano_is_closer_than_rounded(tmp_path: Path, learning: CalibrationSettings) -> None:
     form = Quantization(64, 4)
     rounded = convert(NANO, tmp_path / "rounded", form)
-    made = convert(NANO, tmp_path / "learned", form, method=learning)
+    made = convert(NANO, tmp_path / "learned", form, calibration=learning)
     assert made.bytes_after == rounded.bytes_after
     before, after = divergences(tmp_path / "rounded"), divergences(tmp_path / "learned")
     assert all(a < b for a, b in zip(after, before, strict=True)), (before, after)
@@ -90,9 +100,9 @@ def test_gptq_of_both_kinds_is_whole_and_repeatable(
     source = tiny(tmp_path / "source", config)
     eight = Quantization(32, 8)
     recipe = Recipe("own", FOUR, (Rule("*.o_proj", eight), Rule("*.qkv_proj", None)))
-    learning = Learning("gptq", samples=8, length=32)
-    made = convert(source, tmp_path / "one", recipe, method=learning)
-    convert(source, tmp_path / "two", recipe, method=learning)
+    learning = CalibrationSettings("gptq", samples=8, length=32)
+    made = convert(source, tmp_path / "one", recipe, calibration=learning)
+    convert(source, tmp_path / "two", recipe, calibration=learning)
     convert(source, tmp_path / "rounded", recipe)
     one, rounded = weights_of(tmp_path / "one"), weights_of(tmp_path / "rounded")
     assert same_bits(one, weights_of(tmp_path / "two"))
@@ -106,9 +116,9 @@ def test_gptq_of_both_kinds_is_whole_and_repeatable(
     assert {file.name for file in (tmp_path / "one").iterdir()} == {
         file.name for file in (tmp_path / "rounded").iterdir()
     }
-    digest = Calibration.of(Checkpoint(source), None, 8, 32, True).digest
+    digest = CalibrationWindows.of(Checkpoint(source), None, 8, 32, True).digest
     card = (tmp_path / "one" / "README.md").read_text("utf-8")
-    assert f"\n## Learned quantization\n\nGPTQ, by mlx-lm {version('mlx-lm')}, on 8" in card
+    assert "\n## Calibrated quantization\n\nGPTQ on 8" in card
     assert f"(SHA-256 `{digest}`); seed 0.\n" in card
     logits = load_model(Checkpoint(tmp_path / "one"), mx.float32)(mx.array([[1, 2, 3]]))
     assert mx.all(mx.isfinite(logits)).item()
@@ -116,8 +126,8 @@ def test_gptq_of_both_kinds_is_whole_and_repeatable(
 
 def test_gptq_goes_on_after_an_interrupt(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source")
-    learning = Learning("gptq", samples=8, length=32)
-    convert(source, tmp_path / "whole", FOUR, method=learning)
+    learning = CalibrationSettings("gptq", samples=8, length=32)
+    convert(source, tmp_path / "whole", FOUR, calibration=learning)
     seen: list[float] = []
 
     def stop(percent: float) -> None:
@@ -126,11 +136,11 @@ def test_gptq_goes_on_after_an_interrupt(tmp_path: Path) -> None:
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        plan(source, tmp_path / "out", FOUR, method=learning).run(learning=stop)
+        plan(source, tmp_path / "out", FOUR, calibration=learning).run(calibrating=stop)
     assert not (tmp_path / "out").exists()
     assert (tmp_path / ".out.partial").is_dir()
     again: list[float] = []
-    plan(source, tmp_path / "out", FOUR, method=learning).run(learning=again.append)
+    plan(source, tmp_path / "out", FOUR, calibration=learning).run(calibrating=again.append)
     assert sum(again) == pytest.approx(100)
     assert again[0] == pytest.approx(sum(seen[:4]))  # the first decoder layer, at once
     assert same_bits(weights_of(tmp_path / "out"), weights_of(tmp_path / "whole"))
@@ -143,14 +153,14 @@ def test_an_interrupted_dwq_leaves_nothing(tmp_path: Path) -> None:
 
     source = tiny(tmp_path / "source")
     with pytest.raises(KeyboardInterrupt):
-        plan(source, tmp_path / "out", FOUR, method="dwq").run(learning=stop)
+        plan(source, tmp_path / "out", FOUR, calibration="dwq").run(calibrating=stop)
     assert [path.name for path in tmp_path.iterdir()] == ["source"]
 
 
 def test_sensitivity_reaches_the_bits_that_are_wanted(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source")
-    learning = Learning("sensitivity", samples=8, length=32, target_bits=6.0)
-    made = convert(source, tmp_path / "out", FOUR, method=learning)
+    learning = CalibrationSettings("sensitivity", samples=8, length=32, target_bits=6.0)
+    made = convert(source, tmp_path / "out", FOUR, calibration=learning)
     assert 5.5 < made.bits_per_weight <= 6
     assert made.recipe == "sensitivity-6"
     table = Checkpoint(tmp_path / "out").config["quantization"]
@@ -161,8 +171,8 @@ def test_sensitivity_reaches_the_bits_that_are_wanted(tmp_path: Path) -> None:
 
 def test_dwq_that_makes_it_worse_is_refused(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source")
-    learning = Learning("dwq", samples=16, length=64, steps=2, learning_rate=0.9)
-    error = failing(source, tmp_path / "out", FOUR, method=learning)
+    learning = CalibrationSettings("dwq", samples=16, length=64, steps=2, learning_rate=0.9)
+    error = failing(source, tmp_path / "out", FOUR, calibration=learning)
     assert str(error).startswith(
         "DWQ made the model no better: on text kept from training its KL divergence from the "
         "original went from "
@@ -177,17 +187,17 @@ def test_a_damaged_weight_stops_it(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source", UNTIED, weights)
     shutil.copy(NANO / "tokenizer.json", source)
     for method in ("gptq", "dwq"):
-        error = failing(source, tmp_path / "out", FOUR, method=method)
+        error = failing(source, tmp_path / "out", FOUR, calibration=method)
         assert str(error) == f"{name} holds NaN or infinity: this model is damaged."
 
 
 def test_windows_know_the_longrope_step() -> None:
     checkpoint = Checkpoint(NANO)  # its step is at 128 tokens
-    both = Calibration.of(checkpoint, conversations(0, 60), 12, 512, past_step=True)
+    both = CalibrationWindows.of(checkpoint, conversations(0, 60), 12, 512, past_step=True)
     assert [len(window) for window in both.windows[:2]] == [512, 512]  # past the step by request
-    short = Calibration.of(checkpoint, conversations(0, 60), 12, 100, past_step=True)
+    short = CalibrationWindows.of(checkpoint, conversations(0, 60), 12, 100, past_step=True)
     assert [len(window) for window in short.windows] == [96] * 12 + [256]
-    alone = Calibration.of(checkpoint, conversations(0, 60), 12, 100, past_step=False)
+    alone = CalibrationWindows.of(checkpoint, conversations(0, 60), 12, 100, past_step=False)
     assert alone.windows == short.windows[:12]
     tokens = Tokenizer.load(NANO).encode(conversations(0, 60), control=True)
     assert alone.windows[0] == tuple(tokens[:96])
@@ -197,7 +207,7 @@ def test_windows_know_the_longrope_step() -> None:
 def test_each_window_is_rotated_by_its_own_table() -> None:
     model = load_model(Checkpoint(NANO), mx.float32)
     short, long = (tuple(range(length)) for length in (128, 160))
-    stacks = gptq.embedded(model, [short, short, long])
+    stacks = layerwise.embed_windows(model, [short, short, long])
     assert [stack.x.shape for stack in stacks] == [(2, 128, 256), (1, 160, 256)]
     rope = model.config.rope
     for stack, table in zip(stacks, (False, True), strict=True):
@@ -230,30 +240,30 @@ BAD_SETTINGS: list[tuple[dict[str, Any], str]] = [
 @pytest.mark.parametrize(("settings", "message"), BAD_SETTINGS)
 def test_settings_that_make_no_sense(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(ConversionError) as caught:
-        Learning(**settings)
+        CalibrationSettings(**settings)
     assert str(caught.value) == message
 
 
-SENSITIVITY = Learning("sensitivity", target_bits=20.0)
+SENSITIVITY = CalibrationSettings("sensitivity", target_bits=20.0)
 MIXED = Recipe("own", FOUR, (Rule("*.o_proj", Quantization(32, 6)),))
 REFUSED: list[tuple[Any, Any, str, str | None]] = [
     ("gptq", None, "GPTQ quantizes, but no quantization is chosen.", "Add -q or --recipe."),
     (
         "gptq",
-        Quantization(32, 3),
-        "GPTQ learns weights of 2, 4 or 8 bits, not of 3.",
-        "Choose other bits, or another --q-method.",
+        Quantization(32, 4, "mxfp4"),
+        "GPTQ calibrates affine quantization, not mxfp4.",
+        "Leave --q-mode out.",
     ),
     (
         "dwq",
         Quantization(32, 8),
-        "DWQ learns weights of 2, 3, 4, 5 or 6 bits, not of 8.",
+        "DWQ calibrates weights of 2, 3, 4, 5 or 6 bits, not of 8.",
         "Choose other bits, or another --q-method.",
     ),
     (
         "dwq",
         Quantization(32, 4, "mxfp4"),
-        "DWQ learns affine quantization, not mxfp4.",
+        "DWQ calibrates affine quantization, not mxfp4.",
         "Leave --q-mode out.",
     ),
     (
@@ -270,22 +280,22 @@ REFUSED: list[tuple[Any, Any, str, str | None]] = [
         "Choose other --q-bits or another --q-target-bits.",
     ),
     (
-        Learning("gptq", " \n"),
+        CalibrationSettings("gptq", " \n"),
         FOUR,
         "The calibration text is empty.",
         "Give a text like those that the model will read, or none.",
     ),
     (
-        Learning("gptq", "a\0b" * 9999),
+        CalibrationSettings("gptq", "a\0b" * 9999),
         FOUR,
         "The calibration text holds NUL characters, so it is no text.",
         "Give a file of plain text in UTF-8.",
     ),
     (
-        Learning("gptq", "<|end|>" * 2047),
+        CalibrationSettings("gptq", "<|end|>" * 2047),
         FOUR,
-        "The calibration text has 2,047 tokens; to learn from it takes 2,048 at least, and 50,000 "
-        "are better.",
+        "The calibration text has 2,047 tokens; calibration takes 2,048 at least, and 50,000 are "
+        "better.",
         "Give a longer text, or none.",
     ),
 ]
@@ -296,15 +306,15 @@ def test_what_is_refused(
     tmp_path: Path, method: Any, recipe: Any, message: str, hint: str | None
 ) -> None:
     source = tiny(tmp_path / "source")
-    error = failing(source, tmp_path / "out", recipe, method=method)
+    error = failing(source, tmp_path / "out", recipe, calibration=method)
     assert (str(error), error.hint) == (message, hint)
 
 
 def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
     convert(tiny(tmp_path / "source"), tmp_path / "six", Quantization(32, 6))
-    error = failing(tmp_path / "six", tmp_path / "out", FOUR, method="gptq")
+    error = failing(tmp_path / "six", tmp_path / "out", FOUR, calibration="gptq")
     assert str(error) == (
-        f"GPTQ learns from the original weights, but {tmp_path / 'six'} is already quantized, to 6 "
+        f"GPTQ calibrates the original weights, but {tmp_path / 'six'} is already quantized, to 6 "
         "bits."
     )
     assert error.hint == "Convert the original model."
@@ -312,15 +322,15 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source", {**UNTIED, "vocab_size": 48})
-    error = failing(source, tmp_path / "out", FOUR, method="gptq")
-    highest = max(Tokenizer.load(NANO).encode(learned_text(), control=True))
+    error = failing(source, tmp_path / "out", FOUR, calibration="gptq")
+    highest = max(Tokenizer.load(NANO).encode(bundled_text(), control=True))
     assert str(error) == (
         f"The tokenizer of {source} gives tokens up to {highest}, but the model has 48 only."
     )
     assert error.hint == "Get the model's own tokenizer files into that folder."
 
 
-def learned_text() -> str:
+def bundled_text() -> str:
     from convert.measure.report import BUNDLED_TEXT
 
     return BUNDLED_TEXT.read_text("utf-8")
@@ -329,18 +339,19 @@ def learned_text() -> str:
 def test_too_little_memory(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     source = tiny(tmp_path / "source")
     need = {
-        method: learned.ESTIMATES[method](lesson)
+        method: calibrated.ESTIMATES[method](lesson)
         for method in ("gptq", "dwq")
-        if (lesson := plan(source, tmp_path / "out", FOUR, method="gptq").lesson) is not None
+        if (lesson := plan(source, tmp_path / "out", FOUR, calibration="gptq").calibration)
+        is not None
     }
-    monkeypatch.setattr(learned, "machine_memory", lambda: 1_000_000)
-    error = failing(source, tmp_path / "out", FOUR, method="dwq")
+    monkeypatch.setattr(calibrated, "machine_memory", lambda: 1_000_000)
+    error = failing(source, tmp_path / "out", FOUR, calibration="dwq")
     assert str(error).startswith("DWQ needs about ")
     assert str(error).endswith(" of memory for this model, and this machine has 1.00 MB.")
     assert error.hint == "Leave --q-method out: plain quantization takes 250 MB."
     assert need["gptq"] < need["dwq"]
-    monkeypatch.setattr(learned, "machine_memory", lambda: need["gptq"] + 1_000_000)
-    error = failing(source, tmp_path / "out", FOUR, method="dwq")
+    monkeypatch.setattr(calibrated, "machine_memory", lambda: need["gptq"] + 1_000_000)
+    error = failing(source, tmp_path / "out", FOUR, calibration="dwq")
     assert error.hint is not None
     assert error.hint.startswith("--q-method gptq needs ")
 
@@ -352,7 +363,7 @@ USAGE_ERRORS = [
     (["--q-method", "gptq"], "--q-method goes with -q, which quantizes the weights."),
     (
         ["-q", "--q-method", "gptq", "--report"],
-        "--report would measure on the text that the weights are learned from: give another one "
+        "--report would measure on the text that the weights are calibrated on: give another one "
         "with --report-text or --calibration.",
     ),
 ]

@@ -1,7 +1,4 @@
-"""A checkpoint's tensors and what is wanted -> one step for each layer, checked and laid out.
-
-Knows which stored tensors belong together and how many rows make a block; reads no weights.
-"""
+"""A checkpoint's tensors and what is wanted -> what becomes of each, without reading a weight."""
 
 from __future__ import annotations
 
@@ -14,8 +11,8 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from convert.quantize.recipe import Quantization, Recipe, part_of
-from convert.quantize.tensor import Change
-from convert.read import Place, Rows, locate
+from convert.quantize.tensor import TensorTransform
+from convert.read import RowBlock, TensorLocation, locate
 from phimlx.checkpoint.folder import DTYPES, FLOATING_DTYPES, STORED_DTYPES, Checkpoint
 from phimlx.checkpoint.load import build_model, stored_parameters
 from phimlx.errors import ConversionError
@@ -24,15 +21,15 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 
 @dataclass(frozen=True)
-class Step:
-    """One tensor, or the tensors of one quantized layer, and what becomes of it.
+class TensorConversion:
+    """One tensor, or the tensors of one quantized layer, and what target of it.
 
     Attributes:
         shape: of the plain numbers, however they are stored.
     """
 
-    change: Change
-    places: tuple[Place, ...]
+    transform: TensorTransform
+    locations: tuple[TensorLocation, ...]
     shape: tuple[int, ...]
 
     @property
@@ -42,24 +39,25 @@ class Step:
     @property
     def nbytes(self) -> int:
         """Of the stored tensors."""
-        return sum(place.info.nbytes for place in self.places)
+        return sum(location.info.nbytes for location in self.locations)
 
-    def blocks(self, nbytes: int) -> Iterator[Rows]:
-        """Rows that together make no more than `nbytes` of plain numbers, or are one.
+    def blocks(self, nbytes: int) -> Iterator[RowBlock]:
+        """RowBlock that together make no more than `nbytes` of plain numbers, or are one.
 
         A quarter of that where they are unpacked first, which MLX does in wider numbers.
         """
-        nbytes //= 1 if self.change.was is None else 4
-        count = max(1, nbytes // (self._row_size * self.change.dtype.size))
+        nbytes //= 1 if self.transform.source is None else 4
+        count = max(1, nbytes // (self._row_size * self.transform.dtype.size))
         for first in range(0, self._rows, count):
-            yield Rows(self.places, first, min(first + count, self._rows))
+            yield RowBlock(self.locations, first, min(first + count, self._rows))
 
     def result(self) -> dict[str, mx.array]:
         """The tensors that it makes: names, shapes and types, never computed."""
         templates = [
-            mx.zeros(place.info.shape, STORED_DTYPES[place.info.dtype]) for place in self.places
+            mx.zeros(location.info.shape, STORED_DTYPES[location.info.dtype])
+            for location in self.locations
         ]
-        return self.change.apply(templates).parts
+        return self.transform.apply(templates).parts
 
     @property
     def _rows(self) -> int:
@@ -74,15 +72,15 @@ class Step:
 
 
 @dataclass(frozen=True)
-class Steps:
+class TensorPlan:
     """All steps of a conversion.
 
     Attributes:
-        layers: what becomes of each layer that can be quantized; empty where none is to be.
+        layers: what target of each layer that can be quantized; empty where none is to be.
         undivided: layers that stay as they are because groups do not divide their width.
     """
 
-    steps: tuple[Step, ...]
+    conversions: tuple[TensorConversion, ...]
     layers: Mapping[str, Quantization | None]
     undivided: tuple[str, ...]
 
@@ -93,7 +91,7 @@ class Steps:
         recipe: Recipe | None,
         dtype: str | None,
         whole: bool = False,
-    ) -> Steps:
+    ) -> TensorPlan:
         """Lay out the whole of a checkpoint.
 
         Args:
@@ -105,7 +103,7 @@ class Steps:
         shapes = {
             path: tuple(module.weight.shape)
             for path, module in model.named_modules()
-            if hasattr(module, "to_quantized") and not is_table(path, module)
+            if hasattr(module, "to_quantized") and not is_lookup_table(path, module)
         }
         tensors = stored_parameters(checkpoint, model)
         if whole and checkpoint.quantization is None:
@@ -127,41 +125,43 @@ class Steps:
                     f"model ({', '.join(map(str, sorted(own)))}).",
                     hint="Choose a smaller group size.",
                 )
-        places = {place.name: place for place in locate(tensors)}
+        locations = {location.name: location for location in locate(tensors)}
         plain = Counter(STORED_DTYPES[info.dtype] for info in tensors.values())
         usual = max(DTYPES.values(), key=lambda dtype: plain[dtype])  # where scales tell no type
-        steps = []
-        for name, place in places.items():
+        conversions = []
+        for name, location in locations.items():
             if name.rpartition(".")[0] in stored and name.endswith((".scales", ".biases")):
                 continue  # comes with its layer's weight
             path = name.removesuffix(".weight")  # a layer's, or a name that is none's: a bias
-            was = stored.get(path)
-            members = [place]
-            if was is not None:
+            source = stored.get(path)
+            members = [location]
+            if source is not None:
                 extra = (f"{path}.scales", f"{path}.biases")
-                members += [places[other] for other in extra if other in places]
+                members += [locations[other] for other in extra if other in locations]
             kept = STORED_DTYPES[members[-1].info.dtype]
             if kept not in NAMES:
                 kept = usual
-            becomes = layers.get(path)
-            if recipe is not None and becomes is None and was is not None:
-                becomes = layers[path] = was
-            change = Change(name, was, becomes, DTYPES[dtype] if dtype else kept)
-            steps.append(Step(change, tuple(members), shapes.get(path, place.info.shape)))
-        return cls(tuple(steps), layers, undivided)
+            target = layers.get(path)
+            if recipe is not None and target is None and source is not None:
+                target = layers[path] = source
+            transform = TensorTransform(name, source, target, DTYPES[dtype] if dtype else kept)
+            conversions.append(
+                TensorConversion(transform, tuple(members), shapes.get(path, location.info.shape))
+            )
+        return cls(tuple(conversions), layers, undivided)
 
     @property
     def dtype(self) -> str | None:
         """Of what is not quantized, and of scales; None where that is of several."""
-        names = {NAMES[step.change.dtype] for step in self.steps}
+        names = {NAMES[tensor.transform.dtype] for tensor in self.conversions}
         return names.pop() if len(names) == 1 else None
 
     @property
     def bytes_before(self) -> int:
-        return sum(step.nbytes for step in self.steps)
+        return sum(tensor.nbytes for tensor in self.conversions)
 
 
-def is_table(path: str, module: nn.Module) -> bool:
+def is_lookup_table(path: str, module: nn.Module) -> bool:
     """Whether a layer of an encoder is looked up, not multiplied: small, and always whole."""
     return isinstance(module, nn.Embedding) and part_of(path) is not None
 

@@ -1,0 +1,52 @@
+"""An adapter -> a folder in another format, which appears whole or not at all."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from convert.folder import new_folder, refuse_existing
+from phimlx.adapters.adapter import Adapter, Base
+from phimlx.adapters.attach import check_fit
+from phimlx.adapters.mlx_lm import write_adapter
+from phimlx.adapters.peft import write_peft
+from phimlx.adapters.read import read_adapter
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model, stored_parameters
+
+WRITERS = {"peft": write_peft, "mlx-lm": write_adapter}
+
+
+def export_adapter(
+    source: Path, out: Path, format: str, model_folder: Path | None = None
+) -> Adapter:
+    """Write an adapter in another format.
+
+    Args:
+        source: its folder.
+        out: the folder to make.
+        format: one of `WRITERS`.
+        model_folder: of the model that it is for, which it then names as its base.
+
+    Returns:
+        The adapter.
+
+    Raises:
+        ConfigError, CheckpointError: where the adapter cannot be read, does not fit the model, or
+            cannot be expressed in that format.
+        ConversionError: where `out` exists, is being written by another process, or cannot be
+            written.
+    """
+    out = out.absolute()
+    refuse_existing(out)
+    adapter = read_adapter(source)
+    if model_folder is not None:
+        checkpoint = Checkpoint(model_folder)
+        model = build_model(checkpoint.config)
+        stored_parameters(checkpoint, model)
+        check_fit(adapter, model, checkpoint.folder, checkpoint.config)
+        base = Base.of(checkpoint.folder, checkpoint.config)
+        adapter = replace(adapter, base=base, blocks=len(model.layers))
+    with new_folder(out, f"adapter {format}", names=()) as journal:
+        WRITERS[format](journal.folder, adapter)
+    return adapter

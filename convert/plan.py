@@ -1,0 +1,340 @@
+"""A model folder -> an MLX folder, or one in Hub layout, one block of rows at a time.
+
+What can be checked is checked before the first byte is written.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Callable, Collection, Mapping
+from dataclasses import dataclass, replace
+from importlib.metadata import version
+from pathlib import Path
+
+import mlx.core as mx
+
+import phimlx
+from convert.card import model_card, model_config
+from convert.folder import (
+    Journal,
+    check_space,
+    copy_companions,
+    new_folder,
+    refuse_existing,
+    stamps,
+)
+from convert.fuse import AdapterFusion, stored_recipe
+from convert.quantize.calibrated import CalibrationPlan
+from convert.quantize.recipe import UNIFORM, Quantization, Recipe, named
+from convert.quantize.tensor import batched, parallel_streams
+from convert.read import WeightFiles, read_blocks
+from convert.request import LAYOUTS, ConversionRequest
+from convert.tensor_plan import TensorPlan
+from convert.write import ShardLayout, ShardWriter, write_index
+from phimlx import catalog
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import build_model
+from phimlx.errors import ConversionError
+from phimlx.hub import model_files
+from phimlx.hub.layout import model_name
+from phimlx.models import registry
+
+BATCH_BYTES = 16 << 20  # computed at once, as unquantized numbers
+BATCHES_AHEAD = 3  # read before they are asked for, which a cold disk needs
+JOURNAL_BYTES = 256 << 20  # read between two notes of how far the work has come
+
+
+@dataclass(frozen=True)
+class ConversionResult:
+    """What was made.
+
+    Attributes:
+        parameters: numbers that the model has, however they are stored.
+        bits_per_weight: what each of them takes on disk, scales and biases included.
+        bytes_before, bytes_after: of weights.
+        tensors: how many were written.
+        dtype: of what is not quantized; None where that is of several.
+        quantization: of layers that no rule of the recipe gives another.
+        undivided: layers that stayed as they are, since groups do not divide their width.
+        continued: bytes of the source that an interrupted run had dealt with already.
+    """
+
+    path: Path
+    source: Path
+    parameters: int
+    bits_per_weight: float
+    bytes_before: int
+    bytes_after: int
+    tensors: int
+    dtype: str | None
+    recipe: str | None
+    quantization: Quantization | None
+    undivided: tuple[str, ...]
+    continued: int
+    seconds: float
+
+
+@dataclass(frozen=True)
+class ConversionPlan:
+    """A conversion to a folder, checked and laid out, not yet begun.
+
+    Attributes:
+        recipe: None where every layer becomes unquantized.
+        layout: of the output's weights.
+        calibration: how quantized weights are found; None where they are rounded.
+        fusion: the adapter that is merged into the weights.
+    """
+
+    request: ConversionRequest
+    checkpoint: Checkpoint
+    tensors: TensorPlan
+    recipe: Recipe | None
+    layout: ShardLayout
+    files: WeightFiles
+    calibration: CalibrationPlan | None = None
+    fusion: AdapterFusion | None = None
+
+    @property
+    def bytes_before(self) -> int:
+        return self.tensors.bytes_before
+
+    @property
+    def digest(self) -> str:
+        """SHA-256 of everything that decides the bytes of the output's weights."""
+        decisive = (
+            (phimlx.__version__, version("mlx"), str(mx.default_device())),
+            stamps(self.checkpoint.files),
+            self.tensors.conversions,
+            self.layout.headers,
+            None if self.calibration is None else self.calibration.digest,
+            None if self.fusion is None else self.fusion.digest,
+        )
+        return hashlib.sha256(repr(decisive).encode()).hexdigest()
+
+    def run(
+        self,
+        advance: Callable[[int], object] = lambda nbytes: None,
+        calibrating: Callable[[float], object] = lambda percent: None,
+    ) -> ConversionResult:
+        """Convert.
+
+        Args:
+            advance: called with the bytes of each block that has been dealt with.
+            calibrating: called with hundredths of what comes before that, where weights are
+                calibrated.
+
+        Raises:
+            ConversionError: where a weight is not finite or the output cannot be written. Nothing
+                is left behind then.
+        """
+        start = time.perf_counter()
+        calibration = self.calibration
+        if calibration is not None and calibration.settings.method == "sensitivity":
+            chosen = self._with_recipe(calibration.choose_bits(calibrating))
+            continued = chosen._write(advance)
+            return chosen._result(continued, time.perf_counter() - start)
+        if calibration is not None:
+            self._write_calibrated(calibration, advance, calibrating)
+            return self._result(0, time.perf_counter() - start)
+        continued = self._write(advance)
+        return self._result(continued, time.perf_counter() - start)
+
+    def _with_recipe(self, recipe: Recipe) -> ConversionPlan:
+        """Plan the same by another recipe."""
+        tensors = TensorPlan.of(self.checkpoint, recipe, self.tensors.dtype)
+        layout = _shards(tensors, self.request)
+        return replace(self, recipe=recipe, tensors=tensors, layout=layout)
+
+    def _write(self, advance: Callable[[int], object]) -> int:
+        """Write the folder; returns the bytes that an interrupted run had dealt with."""
+        out, files = self.request.out_path, self.files
+        with new_folder(out, self.digest, self.layout.shards, files.keep_after) as journal:
+            done = self.tensors.conversions[: journal.done]
+            continued = sum(tensor.nbytes for tensor in done)
+            if continued:
+                advance(continued)
+            self._write_weights(journal, advance)
+            self._write_companions(journal.folder)
+        return continued
+
+    def _write_calibrated(
+        self,
+        calibration: CalibrationPlan,
+        advance: Callable[[int], object],
+        calibrating: Callable[[float], object],
+    ) -> None:
+        """Write the folder with calibrated weights, which its journal counts instead of blocks."""
+        out = self.request.out_path
+        with new_folder(out, self.digest, calibration.files, calibration.keep_after) as journal:
+            calibrated = calibration.run(journal, calibrating)
+            self._write_weights(replace(journal, done=0), advance, calibrated)
+            for name in calibration.files:
+                (journal.folder / name).unlink()
+            self._write_companions(journal.folder)
+
+    def _result(self, continued: int, seconds: float) -> ConversionResult:
+        parameters = sum(tensor.size for tensor in self.tensors.conversions)
+        return ConversionResult(
+            path=self.request.out_path,
+            source=self.checkpoint.folder,
+            parameters=parameters,
+            bits_per_weight=8 * self.layout.nbytes / parameters,
+            bytes_before=self.bytes_before,
+            bytes_after=self.layout.nbytes,
+            tensors=len(self.layout.tensors),
+            dtype=self.tensors.dtype,
+            recipe=None if self.recipe is None else self.recipe.name,
+            quantization=None if self.recipe is None else self.recipe.default,
+            undivided=self.tensors.undivided,
+            continued=continued,
+            seconds=seconds,
+        )
+
+    def _write_weights(
+        self,
+        journal: Journal,
+        advance: Callable[[int], object],
+        calibrated: Mapping[str, mx.array] | None = None,
+    ) -> None:
+        streams = parallel_streams()
+        work = [
+            (number, tensor.transform, rows)
+            for number, tensor in enumerate(self.tensors.conversions)
+            if number >= journal.done
+            for rows in tensor.blocks(BATCH_BYTES // len(streams))
+        ]
+        unrecorded = 0
+        with ShardWriter.open(journal.folder, self.layout) as writer:
+            blocks = read_blocks(
+                [rows for _, _, rows in work], BATCHES_AHEAD * len(streams), self.files
+            )
+            for batch in batched(zip(work, blocks, strict=True), len(streams)):
+                made = []
+                for stream, ((number, transform, rows), stored) in zip(
+                    streams, batch, strict=False
+                ):
+                    with mx.stream(stream):
+                        block = transform.apply(stored, rows.first)
+                        if calibrated:
+                            block = block.with_parts(rows.first, rows.last, calibrated)
+                        made.append((number, rows, block))
+                mx.eval(
+                    [(block.parts, block.source_finite, block.result_finite) for *_, block in made]
+                )
+                for number, rows, block in made:
+                    block.check()
+                    for name, array in block.parts.items():
+                        writer.write(name, rows.first, array)
+                    advance(rows.nbytes)
+                    unrecorded += rows.nbytes
+                    if unrecorded >= JOURNAL_BYTES and rows.is_last and calibrated is None:
+                        writer.sync()
+                        journal.record(number + 1)
+                        unrecorded = 0
+                del batch, made, block, stored
+                mx.clear_cache()
+        write_index(journal.folder, self.layout)
+
+    def _write_companions(self, folder: Path) -> None:
+        """Write the tokenizer's files, the model card and, last of all, config.json."""
+        copy_companions(self.checkpoint.folder, folder)
+        source = self.checkpoint.folder.resolve()
+        known = catalog.by_config(self.checkpoint.config, model_name(source))
+        card = model_card(
+            self.request.out_path.name,
+            source,
+            known,
+            self.tensors.dtype,
+            self.recipe,
+            self.layout.format,
+            self.tensors.layers,
+            registry.of_config(self.checkpoint.config).task,
+        )
+        card += "" if self.calibration is None else self.calibration.markdown()
+        card += "" if self.fusion is None else self.fusion.markdown()
+        (folder / "README.md").write_text(card, encoding="utf-8")
+        config = model_config(
+            self.checkpoint.config, known, self.tensors.dtype, self.recipe, self.tensors.layers
+        )
+        (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
+
+
+def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPlan:
+    """Plan a folder of safetensors; see `convert.api.plan_conversion`."""
+    out = request.out_path
+    refuse_existing(out)
+    checkpoint = Checkpoint(request.source)
+    fusion = None if request.adapter is None else AdapterFusion.of(request.adapter, checkpoint)
+    recipe = _recipe(request, checkpoint)
+    check_purpose(checkpoint, recipe, request.dequantize)
+    if recipe is not None and request.parts:
+        check_parts(checkpoint, request.parts)
+        recipe = recipe.with_parts(*request.parts)
+    tensors = TensorPlan.of(checkpoint, recipe, request.dtype, whole=request.layout == "hf")
+    if fusion is not None:
+        tensors = fusion.applied_to(tensors)
+    settings, calibration = request.calibration_settings, None
+    if settings is not None:
+        calibration = CalibrationPlan.of(settings, checkpoint, recipe, tensors)
+    layout = _shards(tensors, request)
+    planned = ConversionPlan(
+        request, checkpoint, tensors, recipe, layout, files, calibration, fusion
+    )
+    smaller = layout.nbytes < planned.bytes_before
+    if fusion is None and checkpoint.quantization and recipe and not smaller:
+        raise ConversionError(
+            f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits: "
+            "this would make it no smaller, and no better.",
+            hint="Choose fewer bits, or convert the original model: what quantization took away "
+            "does not come back.",
+        )
+    small = sum(file.stat().st_size for file in model_files.companions(checkpoint.folder).values())
+    spare = files.spare if calibration is None else calibration.spare(layout.nbytes)
+    check_space(out, layout.nbytes + spare + small)
+    return planned
+
+
+def _recipe(request: ConversionRequest, checkpoint: Checkpoint) -> Recipe | None:
+    """The recipe that a request means for a model; None where every layer becomes unquantized."""
+    wanted = request.quantization
+    if wanted is None:
+        keeps = request.adapter is not None and not request.dequantize and request.layout == "mlx"
+        return stored_recipe(checkpoint) if keeps else None
+    if isinstance(wanted, str):
+        recipe = named(wanted, registry.of_config(checkpoint.config))
+    else:
+        recipe = wanted if isinstance(wanted, Recipe) else Recipe(UNIFORM, wanted)
+    return recipe if request.group_size is None else recipe.in_groups_of(request.group_size)
+
+
+def _shards(tensors: TensorPlan, request: ConversionRequest) -> ShardLayout:
+    results = (item for tensor in tensors.conversions for item in tensor.result().items())
+    return ShardLayout.of(results, request.shard_bytes, LAYOUTS[request.layout])
+
+
+def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: bool) -> None:
+    """Refuse what would come from, or lead to, a misunderstanding."""
+    quantized = checkpoint.quantization is not None
+    if dequantize and not quantized:
+        raise ConversionError(
+            f"{checkpoint.folder} is not quantized, so there is nothing to dequantize.",
+            hint="Leave --dequantize out.",
+        )
+    if quantized and not dequantize and recipe is None:
+        assert checkpoint.quantization is not None
+        raise ConversionError(
+            f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits.",
+            hint="Quantize it further with -q, or make plain numbers of it with --dequantize.",
+        )
+
+
+def check_parts(checkpoint: Checkpoint, parts: Collection[str]) -> None:
+    """Refuse to quantize what a model does not have."""
+    model = build_model(checkpoint.config)
+    if model.placeholders is None:
+        raise ConversionError(
+            f"{checkpoint.folder} takes text only, so it has no {' and no '.join(parts)}.",
+            hint=f"Leave {' and '.join(f'--q-{part}' for part in parts)} out.",
+        )
