@@ -23,7 +23,7 @@ MARK = ".phimlx"  # in a folder that is not complete: it is ours, and may be emp
 
 @dataclass(frozen=True)
 class Journal:
-    """How far the filling of a folder has come, so that a killed run can be continued.
+    """Progress of filling a folder, kept in it, so that a killed run can be continued.
 
     Attributes:
         folder: being filled.
@@ -133,7 +133,7 @@ def stamps(files: Iterable[Path]) -> list[tuple[str, int, int]]:
 
 
 def partial_folder(out: Path) -> Path:
-    """Where `out` is while it is not complete."""
+    """Name the folder that `out` is while it is not complete."""
     return out.parent / f".{out.name}.partial"
 
 

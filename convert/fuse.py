@@ -25,7 +25,7 @@ from phimlx.models.lora import LoRA
 
 @dataclass
 class RoundingLoss:
-    """What the type that fused weights are stored in takes from them.
+    """The loss to the type that fused weights are stored in.
 
     Attributes:
         error: sum of squares of what is stored, less what was computed.
@@ -37,7 +37,7 @@ class RoundingLoss:
 
     @property
     def share(self) -> float:
-        """The error's size over the change's; 0 where nothing was fused yet."""
+        """Size of the error over that of the change; 0 where nothing was fused yet."""
         return math.sqrt(self.error / self.change) if self.change else 0.0
 
 
@@ -68,7 +68,7 @@ class AdapterFusion:
 
     @property
     def digest(self) -> str:
-        """Of its files."""
+        """SHA-256 of its files' names, sizes and times."""
         files = sorted(file for file in self.folder.iterdir() if file.is_file())
         return hashlib.sha256(repr(stamps(files)).encode()).hexdigest()
 
@@ -77,7 +77,7 @@ class AdapterFusion:
         return replace(tensors, conversions=tuple(map(self._merging, tensors.conversions)))
 
     def markdown(self) -> str:
-        """What the model card says of it."""
+        """Write a section for the model card."""
         adapter = self.adapter
         what = "A full fine-tuning"
         if adapter.layers:
@@ -102,7 +102,7 @@ class AdapterFusion:
 
 @dataclass(frozen=True)
 class AdapterMerge(TensorTransform):
-    """A layer's change that merges an adapter into it, in float32."""
+    """A transform that merges an adapter into a layer, in float32."""
 
     layer: LoRA = field(repr=False)
     rounding: RoundingLoss = field(repr=False)
@@ -133,7 +133,7 @@ class AdapterMerge(TensorTransform):
 
 @dataclass(frozen=True)
 class MergedRows(TransformedRows):
-    """RowBlock with an adapter in them, and what rounding did to them."""
+    """Rows with an adapter in them, and what rounding did to them."""
 
     error: mx.array
     moved: mx.array
@@ -147,7 +147,7 @@ class MergedRows(TransformedRows):
 
 @dataclass(frozen=True)
 class TensorReplacement(TensorTransform):
-    """A tensor's change to another that full fine-tuning made of it."""
+    """A transform to the tensor that full fine-tuning made of one."""
 
     weight: mx.array = field(repr=False)
 

@@ -41,14 +41,14 @@ from phimlx.hub import model_files
 from phimlx.hub.layout import model_name
 from phimlx.models import registry
 
-BATCH_BYTES = 16 << 20  # computed at once, as unquantized numbers
+BATCH_BYTES = 16 << 20  # computed at once, unquantized
 BATCHES_AHEAD = 3  # read before they are asked for, which a cold disk needs
 JOURNAL_BYTES = 256 << 20  # read between two notes of how far the work has come
 
 
 @dataclass(frozen=True)
 class ConversionResult:
-    """What was made.
+    """The folder or file that was made.
 
     Attributes:
         parameters: numbers that the model has, however they are stored.
@@ -297,7 +297,7 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
 
 
 def _recipe(request: ConversionRequest, checkpoint: Checkpoint) -> Recipe | None:
-    """The recipe that a request means for a model; None where every layer becomes unquantized."""
+    """Find the recipe that a request means for a model; None where every layer becomes unquantized."""
     wanted = request.quantization
     if wanted is None:
         keeps = request.adapter is not None and not request.dequantize and request.layout == "mlx"
@@ -326,7 +326,7 @@ def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: boo
         assert checkpoint.quantization is not None
         raise ConversionError(
             f"{checkpoint.folder} is already quantized, to {checkpoint.quantization['bits']} bits.",
-            hint="Quantize it further with -q, or make plain numbers of it with --dequantize.",
+            hint="Quantize it further with -q, or make it unquantized with --dequantize.",
         )
 
 

@@ -33,7 +33,7 @@ class TensorLocation:
 
 @dataclass(frozen=True)
 class RowBlock:
-    """RowBlock `first` to `last` (not included) of tensors that have the same number of rows."""
+    """Rows `first` to `last` (not included) of tensors that have the same number of rows."""
 
     locations: tuple[TensorLocation, ...]
     first: int
@@ -41,7 +41,7 @@ class RowBlock:
 
     @property
     def is_last(self) -> bool:
-        """Whether no rows come after these."""
+        """Tells whether no rows come after these."""
         shape = self.locations[0].info.shape
         return not shape or self.last == shape[0]
 
@@ -51,7 +51,7 @@ class RowBlock:
 
 
 def locate(tensors: Mapping[str, TensorInfo]) -> list[TensorLocation]:
-    """Where tensors stand, in that order; safetensors has accepted the headers of their files."""
+    """List where tensors stand, in that order, in files whose headers safetensors has accepted."""
     files = sorted({info.file for info in tensors.values()})
     locations = []
     for file in files:
@@ -92,7 +92,7 @@ class WeightFiles:
 def read_blocks(
     requests: Sequence[RowBlock], ahead: int, files: WeightFiles | None = None
 ) -> Iterator[list[mx.array]]:
-    """The rows of each request's tensors, in order, while those of the next are being read.
+    """Read the rows of each request's tensors, in order, while those of the next are being read.
 
     Read with plain reads rather than mapped: mapped pages count as this process's memory, and a
     file that is cut short meanwhile would kill it.
@@ -145,7 +145,7 @@ def read_blocks(
 
 
 def _arrays(request: RowBlock, parts: Sequence[memoryview]) -> list[mx.array]:
-    """The rows as arrays, copied from the buffer that they were read to."""
+    """Make arrays of the rows, copied from the buffer that they were read to."""
     arrays = []
     for part, location in zip(parts, request.locations, strict=True):
         words = mx.array(part)  # type: ignore[arg-type]

@@ -22,10 +22,10 @@ NAMES = {dtype: name for name, dtype in DTYPES.items()}
 
 @dataclass(frozen=True)
 class TensorConversion:
-    """One tensor, or the tensors of one quantized layer, and what target of it.
+    """One tensor, or the tensors of one quantized layer, and what becomes of it.
 
     Attributes:
-        shape: of the plain numbers, however they are stored.
+        shape: of the unquantized weights, however they are stored.
     """
 
     transform: TensorTransform
@@ -38,11 +38,11 @@ class TensorConversion:
 
     @property
     def nbytes(self) -> int:
-        """Of the stored tensors."""
+        """Bytes of the stored tensors."""
         return sum(location.info.nbytes for location in self.locations)
 
     def blocks(self, nbytes: int) -> Iterator[RowBlock]:
-        """RowBlock that together make no more than `nbytes` of plain numbers, or are one.
+        """Divide it into rows that together make no more than `nbytes` unquantized, or are one.
 
         A quarter of that where they are unpacked first, which MLX does in wider numbers.
         """
@@ -52,7 +52,7 @@ class TensorConversion:
             yield RowBlock(self.locations, first, min(first + count, self._rows))
 
     def result(self) -> dict[str, mx.array]:
-        """The tensors that it makes: names, shapes and types, never computed."""
+        """Make the tensors of the output: names, shapes and types, never computed."""
         templates = [
             mx.zeros(location.info.shape, STORED_DTYPES[location.info.dtype])
             for location in self.locations
@@ -73,10 +73,10 @@ class TensorConversion:
 
 @dataclass(frozen=True)
 class TensorPlan:
-    """All steps of a conversion.
+    """Every tensor of a conversion, checked and laid out.
 
     Attributes:
-        layers: what target of each layer that can be quantized; empty where none is to be.
+        layers: what becomes of each layer that can be quantized; empty where none is to be.
         undivided: layers that stay as they are because groups do not divide their width.
     """
 
@@ -95,7 +95,7 @@ class TensorPlan:
         """Lay out the whole of a checkpoint.
 
         Args:
-            recipe: None makes plain numbers of every layer.
+            recipe: None leaves every layer unquantized.
             dtype: of what is not quantized; None keeps each tensor's own.
             whole: whether those parts of encoders are kept that no answer depends on.
         """
@@ -152,7 +152,7 @@ class TensorPlan:
 
     @property
     def dtype(self) -> str | None:
-        """Of what is not quantized, and of scales; None where that is of several."""
+        """Type of what is not quantized, and of scales; None where there are several."""
         names = {NAMES[tensor.transform.dtype] for tensor in self.conversions}
         return names.pop() if len(names) == 1 else None
 
@@ -162,12 +162,12 @@ class TensorPlan:
 
 
 def is_lookup_table(path: str, module: nn.Module) -> bool:
-    """Whether a layer of an encoder is looked up, not multiplied: small, and always whole."""
+    """Tell whether a layer of an encoder is looked up, not multiplied: it is never quantized."""
     return isinstance(module, nn.Embedding) and part_of(path) is not None
 
 
 def stored_quantizations(checkpoint: Checkpoint, paths: list[str]) -> dict[str, Quantization]:
-    """How each layer is stored, of those that are stored quantized."""
+    """Look up the quantization that each layer of `paths` is stored with."""
     table: Mapping[str, Any] = checkpoint.quantization or {}
     default = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
 

@@ -23,7 +23,7 @@ DTYPE_NAMES = {
 
 @dataclass(frozen=True)
 class ShardLayout:
-    """Where every tensor will stand, known before the first is computed.
+    """The places of all tensors in shards, known before the first is computed.
 
     Attributes:
         shards: for each file the tensors in it, in order. Only shapes and dtypes are looked at.
@@ -64,7 +64,7 @@ class ShardLayout:
 
     @cached_property
     def headers(self) -> dict[str, bytes]:
-        """What each file begins with."""
+        """Header of each file: length and table of contents."""
         return {file: _header(members, self.format) for file, members in self.shards.items()}
 
     @cached_property

@@ -65,7 +65,7 @@ class GgufPlan:
 
     @property
     def digest(self) -> str:
-        """Of everything that decides the bytes of the file."""
+        """SHA-256 of everything that decides the bytes of the file."""
         described = [self.checkpoint.folder / "config.json"]
         described += model_files.companions(self.checkpoint.folder).values()
         versions = [phimlx.__version__, *map(version, ("mlx", "gguf")), str(mx.default_device())]
@@ -261,7 +261,7 @@ def gguf_name(name: str, form: GGUF) -> str:
 
 
 def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]:
-    """Tokens by id, their types in GGUF's numbers, and the name of how text is split.
+    """Read tokens by id, their types in GGUF's numbers, and the name of how text is split.
 
     Raises:
         ConversionError: where there is no tokenizer, or one that llama.cpp would not know.

@@ -30,7 +30,7 @@ READ_AHEAD = 2  # blocks
 
 @dataclass(frozen=True)
 class Agreement:
-    """How far two models agree on the next token, over windows of one length.
+    """Agreement of two models on the next token, over windows of one length.
 
     Attributes:
         windows, length: how many, and tokens in each; every window starts anew.
@@ -81,7 +81,7 @@ class Windows:
 
 
 def choose_windows(tokens: int, config: ModelConfig, max_tokens: int) -> list[Windows]:
-    """What of a text to read: windows spread evenly over it, and one past the LongRoPE step.
+    """Choose what of a text to read: windows spread evenly, and one past the LongRoPE step.
 
     Args:
         tokens: length of the text.
@@ -106,7 +106,7 @@ def longrope_step(config: ModelConfig) -> int | None:
 
 
 def length_past(step: int) -> int:
-    """Of the window that is read past the LongRoPE step."""
+    """Compute the length of the window that is read past the LongRoPE step."""
     return step + min(step, WINDOW)
 
 
@@ -137,7 +137,7 @@ def agreements(
 def hidden_states(
     checkpoint: Checkpoint, inputs: Sequence[mx.array], advance: Callable[[float], object]
 ) -> tuple[CausalLM, list[mx.array]]:
-    """What the output head sees of each input, and a model of which only the head is left.
+    """Compute what the output head reads of each input; leaves the model's head alone.
 
     Computes what `CausalLM.hidden_states` does, but reads each decoder layer when its turn
     comes and forgets it before the next.

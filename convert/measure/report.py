@@ -70,7 +70,7 @@ class QualityReport:
 
     @property
     def note(self) -> str | None:
-        """What was not measured, and how it would be; None where nothing is missing."""
+        """Tells what was not measured, and how it would be; None where nothing is missing."""
         notes = []
         if any(layer.kind in PARTS for layer in self.layers):
             notes.append("Measured on text alone, which passes no adapter and no encoder.")

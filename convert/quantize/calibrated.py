@@ -319,7 +319,7 @@ def check_recipe(settings: CalibrationSettings, recipe: Recipe) -> None:
 
 
 def bits_per_weight(checkpoint: Checkpoint, recipe: Recipe, dtype: str | None) -> float:
-    """Of the whole model in the output, scales and biases included."""
+    """Compute the bits per weight of the whole output, scales and biases included."""
     tensors = TensorPlan.of(checkpoint, recipe, dtype).conversions
     nbytes = sum(array.nbytes for tensor in tensors for array in tensor.result().values())
     return 8 * nbytes / sum(tensor.size for tensor in tensors)

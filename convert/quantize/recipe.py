@@ -61,7 +61,7 @@ class Quantization:
     def of(
         cls, mode: str = "affine", bits: int | None = None, group_size: int | None = None
     ) -> Quantization:
-        """With what mlx-lm takes for a mode where a value is not given."""
+        """Make one with what mlx-lm takes for a mode where a value is not given."""
         usual_group_size, usual_bits = DEFAULTS.get(mode, DEFAULTS["affine"])
         return cls(group_size or usual_group_size, bits or usual_bits, mode)
 
@@ -72,7 +72,7 @@ class Quantization:
 
 @dataclass(frozen=True)
 class Rule:
-    """What becomes of the layers whose path a pattern matches.
+    """A quantization of the layers whose path a pattern matches.
 
     Attributes:
         match: of a whole path, with `*` for anything: `*.down_proj`. Adapters and encoders are
@@ -113,7 +113,7 @@ class Recipe:
     def assign(
         self, widths: Mapping[str, int], blocks: int
     ) -> tuple[dict[str, Quantization | None], tuple[str, ...]]:
-        """What becomes of each layer.
+        """Choose what becomes of each layer.
 
         Args:
             widths: inner dimension of each layer that can be quantized, by path.
@@ -136,14 +136,14 @@ class Recipe:
         return assigned, tuple(sorted(undivided))
 
     def with_parts(self, *parts: str) -> Recipe:
-        """The same with these of `PARTS` at 8 bits, whatever its own rules say of them."""
+        """Make the same with these of `PARTS` at 8 bits, whatever its own rules say of them."""
         groups = max(32, min(64, self.default.group_size))  # which divide the adapters' ranks
         more = Quantization(groups, PART_BITS)
         rules = tuple(Rule(f"*{PARTS[part]}*", more) for part in parts)
         return replace(self, rules=rules + self.rules)
 
     def in_groups_of(self, group_size: int) -> Recipe:
-        """The same bits in other groups."""
+        """Make the same with other groups."""
         rules = tuple(
             replace(rule, quantization=replace(rule.quantization, group_size=group_size))
             if rule.quantization is not None
@@ -154,7 +154,7 @@ class Recipe:
 
 
 def part_of(path: str) -> str | None:
-    """Which of `PARTS` a layer or tensor belongs to; None for the language model's own."""
+    """Find which of `PARTS` a layer or tensor is in; None for the language model's own."""
     return next((part for part, mark in PARTS.items() if mark in path), None)
 
 

@@ -29,15 +29,15 @@ INFINITIES = {
 
 @dataclass(frozen=True)
 class TensorTransform:
-    """What becomes of a tensor, or of a layer's tensors: from one form to another.
+    """A change of a tensor, or of a layer's tensors, from one form to another.
 
-    RowBlock stand for themselves in every form, so that a block of them can be changed alone.
+    Rows stand for themselves in every form, so that a block of them can be changed alone.
 
     Attributes:
         name: of the tensor; for a layer that is or becomes quantized that of its `.weight`.
-        source: how it is stored; None for plain numbers.
-        target: how it is to be stored; None for plain numbers.
-        dtype: of plain numbers, scales and biases in the output.
+        source: how it is stored; None where it is not quantized.
+        target: how it is to be stored; None where it is not to be quantized.
+        dtype: of unquantized weights, scales and biases in the output.
     """
 
     name: str
@@ -46,7 +46,7 @@ class TensorTransform:
     dtype: mx.Dtype
 
     def apply(self, stored: Sequence[mx.array], first: int = 0) -> TransformedRows:
-        """The new form of a block; nothing is computed before it is evaluated.
+        """Make the new form of a block; nothing is computed before it is evaluated.
 
         Args:
             stored: `[rows, ...]`, or where `source` is not None the packed `[rows, width * bits /
@@ -85,7 +85,7 @@ class TensorTransform:
 
     @property
     def names(self) -> tuple[str, ...]:
-        """Of the tensors in the output; the last only in affine mode."""
+        """Names of the tensors in the output; the last only in affine mode."""
         if self.target is None:
             return (self.name,)
         path = self.name.removesuffix(".weight")
@@ -94,7 +94,12 @@ class TensorTransform:
 
 @dataclass(frozen=True)
 class TransformedRows:
-    """RowBlock in their new form, with what must hold for them to be right."""
+    """Rows in their new form, with what must hold for them to be right.
+
+    Attributes:
+        parts: their tensors, by name.
+        source_finite, result_finite: whether no number is NaN or infinite, before and after.
+    """
 
     transform: TensorTransform
     parts: dict[str, mx.array]
@@ -102,7 +107,7 @@ class TransformedRows:
     result_finite: mx.array
 
     def with_parts(self, first: int, last: int, tensors: Mapping[str, mx.array]) -> TransformedRows:
-        """The same rows, `first` to `last` (not included), of these tensors where they are named.
+        """Take rows `first` to `last` (not included) of these tensors where they are named.
 
         Args:
             tensors: whole, in the form of the output.
@@ -130,7 +135,7 @@ class TransformedRows:
 
 
 def is_finite(array: mx.array) -> mx.array:
-    """Whether no exponent is all ones, as one boolean.
+    """Tell whether no exponent is all ones, as one boolean.
 
     Read as integers, positive numbers stand in their own order and negative ones in reverse, so
     that the largest signed and the largest unsigned integer tell; this takes no memory, and a

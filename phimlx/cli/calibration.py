@@ -32,7 +32,7 @@ DETAILS: dict[str, tuple[str, str, tuple[str, ...]]] = {
 
 @dataclass(frozen=True)
 class CalibrationFlags:
-    """How quantized weights are found."""
+    """The way in which quantized weights are found."""
 
     method: str | None = flag(
         "--q-method",
@@ -76,7 +76,7 @@ class CalibrationFlags:
 
     @property
     def calibrates(self) -> bool:
-        """Whether weights are more than rounded."""
+        """Tells whether weights are more than rounded."""
         return self.method not in (None, "rtn")
 
     def settings(self) -> CalibrationSettings | None:

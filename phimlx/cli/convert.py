@@ -42,7 +42,7 @@ FOLDERS = (None, "hf")  # of these, what is a folder
 
 @dataclass(frozen=True)
 class QuantizationFlags:
-    """Which form quantized weights have."""
+    """The form of quantized weights."""
 
     quantize: bool = flag("--quantize", "-q", is_flag=True, help="Quantize the weights.")
     bits: str | None = flag(
@@ -143,7 +143,9 @@ class QuantizationFlags:
 )
 @flag_group(QuantizationFlags, "quantizing")
 @flag_group(CalibrationFlags, "calibrating")
-@click.option("--dequantize", "-d", is_flag=True, help="Make plain weights of quantized ones.")
+@click.option(
+    "--dequantize", "-d", is_flag=True, help="Make unquantized weights of quantized ones."
+)
 @adapter_option
 @click.option(
     "--export",

@@ -31,7 +31,7 @@ NOTED = 0.01  # share of the adapter's change that rounding may take without a w
     "--dequantize",
     "-d",
     is_flag=True,
-    help="Make plain weights of quantized ones, which keep what the adapter learned.",
+    help="Make unquantized weights of quantized ones, which keep what the adapter learned.",
 )
 @click.option(
     "--dtype",

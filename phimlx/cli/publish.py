@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class PublishFlags:
-    """Whether and where the result goes on the Hub."""
+    """The place of the result on the Hub."""
 
     upload_repo: str | None = flag(
         "--upload-repo",
@@ -83,7 +83,7 @@ def publish(folder: Path, target: Target, output: Output) -> dict[str, Any]:
 
 
 def existing(out: Path, name: str) -> UploadError:
-    """What is wrong where a model is to be converted to a folder that is there."""
+    """Make the error of a conversion to a folder that is there."""
     again = f"phimlx convert --mlx-path {shlex.quote(str(out))} --upload-repo {name}"
     return UploadError(
         f"{out} exists already.",

@@ -21,7 +21,7 @@ MAX_TEXT_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class ReportFlags:
-    """Whether the conversion's quality is measured, and on what."""
+    """The measurement of a conversion's quality."""
 
     report: bool = flag(
         "--report",

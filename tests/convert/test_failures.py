@@ -66,7 +66,7 @@ def test_quantized_models_without_a_purpose(tmp_path: Path) -> None:
         error = failing(tmp_path / "four", tmp_path / "out", layout=layout)
         assert str(error) == f"{tmp_path}/four is already quantized, to 4 bits."
         assert error.hint == (
-            "Quantize it further with -q, or make plain numbers of it with --dequantize."
+            "Quantize it further with -q, or make it unquantized with --dequantize."
         )
 
 
