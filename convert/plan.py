@@ -297,7 +297,7 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
 
 
 def _recipe(request: ConversionRequest, checkpoint: Checkpoint) -> Recipe | None:
-    """Find the recipe that a request means for a model; None where every layer becomes unquantized."""
+    """Find the recipe that a request means; None where every layer becomes unquantized."""
     wanted = request.quantization
     if wanted is None:
         keeps = request.adapter is not None and not request.dequantize and request.layout == "mlx"

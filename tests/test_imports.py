@@ -40,7 +40,7 @@ WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (("phimlx.transcription", 
 CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = (("phimlx.api", "phimlx.transcription"),)
 """Modules that import each other. To become empty."""
 
-REDIRECTS_TO_BE_MENDED: tuple[str, ...] = ("convert.quantize.calibrated",)
+REDIRECTS_TO_BE_MENDED: tuple[str, ...] = ()
 """Modules below terminal and cli that touch the process's stdout or stderr. To become empty."""
 
 PRINTERS = {"__main__", "cli", "terminal"}
