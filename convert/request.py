@@ -66,11 +66,10 @@ class ConversionRequest:
             )
         for part in self.parts:
             if part not in PARTS:
-                raise ConversionError(
-                    f"parts has {part!r}; there is {_listed(PARTS)}.",
-                )
+                raise ConversionError(f"parts has {part!r}; there is {_listed(PARTS)}.")
         if self.quantization is not None and (self.dequantize or self.layout != "mlx"):
-            what = "dequantized" if self.dequantize else f"written in {self.layout_name}"
+            other = "GGUF" if self.is_gguf else "Hub layout"
+            what = "dequantized" if self.dequantize else f"written in {other}"
             raise ConversionError(f"A model is either quantized or {what}.")
         if self.adapter is not None and self.calibration is not None:
             raise ConversionError(
@@ -82,14 +81,12 @@ class ConversionRequest:
                 f"The layout {self.layout} takes neither dtype nor adapter nor calibration.",
                 hint="Convert to a folder first, and then that folder to GGUF.",
             )
+        if isinstance(self.calibration, str):
+            object.__setattr__(self, "calibration", CalibrationSettings(self.calibration))
 
     @property
     def is_gguf(self) -> bool:
         return self.layout in GGUF_TYPES
-
-    @property
-    def layout_name(self) -> str:
-        return {"mlx": "MLX's layout", "hf": "Hub layout"}.get(self.layout, "GGUF")
 
     @property
     def out_path(self) -> Path:
@@ -97,8 +94,8 @@ class ConversionRequest:
 
     @property
     def calibration_settings(self) -> CalibrationSettings | None:
-        given = self.calibration
-        return CalibrationSettings(given) if isinstance(given, str) else given
+        assert not isinstance(self.calibration, str)  # as a request is made
+        return self.calibration
 
 
 def _listed(names: Collection[str]) -> str:
