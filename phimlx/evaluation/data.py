@@ -18,6 +18,7 @@ import mlx.core as mx
 from phimlx.api import Phi
 from phimlx.errors import TrainingError
 from phimlx.generation.stream import Reply
+from phimlx.machine.reductions import long_sum
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.data.examples import SHOWN, DataError, Dataset, RowSettings, tokenize
@@ -163,7 +164,7 @@ def measure_loss(
         inputs = inputs_of(batch, model.config.rope)
         states = supervised_states(model, inputs, key)
         losses = measured_losses(model.output_layer, states, inputs["targets"])
-        total += float((losses * inputs["weights"]).sum())
+        total += float(long_sum(losses * inputs["weights"]))
         tokens += batch.supervised_tokens
         mx.clear_cache()
         advance(len(batch.sources))

@@ -175,6 +175,11 @@ def read_rope(
     scale = values.get("attention_factor")
     if scale is None:
         factor = read_number("factor", values.get("factor") or max_positions / original)
+        if original == 1 and factor > 1:
+            raise ConfigError(
+                "config.json: original_max_position_embeddings is 1, from which no "
+                "attention_factor follows."
+            )
         scale = longrope_attention_factor(factor, original)
     return Rope(
         dims,

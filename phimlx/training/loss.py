@@ -78,7 +78,7 @@ def linear_cross_entropy(
         The sum, float32 scalar.
     """
     if "weight" not in head.trainable_parameters():
-        return (token_losses(head, hidden, targets, rows) * weights).sum()
+        return long_sum(token_losses(head, hidden, targets, rows) * weights)
 
     @mx.custom_function
     def losses(hidden: mx.array, weight: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
@@ -92,7 +92,7 @@ def linear_cross_entropy(
             gradients.append(excess @ weight)
             parts = [excess.T @ x, *(excess.sum(axis=0) for _ in bias)]
             summed[:] = [a + b for a, b in zip(parts, summed, strict=True)] if summed else parts
-        total = (mx.concatenate(found) * weights).sum()
+        total = long_sum(mx.concatenate(found) * weights)
         return total, mx.concatenate(gradients), *summed
 
     @losses.vjp

@@ -15,7 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from phimlx.errors import TrainingError
 from phimlx.machine.device import on_gpu
-from phimlx.machine.reductions import euclidean_norm
+from phimlx.machine.reductions import euclidean_norm, long_sum
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch
 from phimlx.training.forward import inputs_of, supervised_states
@@ -150,7 +150,7 @@ class TrainingStep:
         head, targets, weights = self.model.output_layer, inputs["targets"], inputs["weights"]
         if learning:
             return (linear_cross_entropy(head, states, targets, weights),)
-        return ((measured_losses(head, states, targets) * weights).sum(),)
+        return (long_sum(measured_losses(head, states, targets) * weights),)
 
     def _gradients(
         self, batch: Batch, weight: int, number: int, place: int

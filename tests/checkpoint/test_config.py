@@ -168,6 +168,10 @@ FAMILY = f"but phimlx runs the Phi family: {KNOWN}."
             "original_max_position_embeddings is missing.",
         ),
         (
+            {"original_max_position_embeddings": 1},
+            "original_max_position_embeddings is 1, from which no attention_factor follows.",
+        ),
+        (
             {"rope_parameters": {"rope_theta": 500000.0}},
             "rope_theta is 10000.0, but rope_parameters.rope_theta is 500000.0.",
         ),

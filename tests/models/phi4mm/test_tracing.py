@@ -9,6 +9,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,6 +17,8 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten, tree_map
 
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.models.phi4mm.audio import audio_layouts
 from tests.models.phi4mm import test_audio, test_vision
 
@@ -88,3 +91,35 @@ def test_compiled_encoders_give_the_same_features(encoder: Callable[[], Traced])
     compiled = mx.compile(made.features)
     for arrays in (made.arrays, 0.5 * made.arrays):
         assert np.allclose(compiled(arrays), made.features(arrays), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["image", "audio"])
+def test_media_of_a_whole_model_have_gradients(data: Path, case: str) -> None:
+    """`encode_media` of traced pixels and frames, beside sizes and masks that are known."""
+    folder = data / "tiny" / "tiny-phi4mm-remote"
+    model = load_model(Checkpoint(folder), mx.float32)
+    arrays = {
+        name.partition(".")[2]: array
+        for name, array in mx.load(str(folder / "oracle.safetensors")).items()
+        if name.startswith(f"{case}.") and ("image" in name[6:] or "audio" in name[6:])
+    }
+    traced = f"input_{case}_embeds"
+    known = {name: array for name, array in arrays.items() if name != traced}
+
+    def features(x: mx.array) -> mx.array:
+        made = model.encode_media(**{traced: x}, **known)
+        return mx.concatenate([part for part in made.parts if part is not None])
+
+    mx.random.seed(6)
+    cotangent = mx.random.normal(features(arrays[traced]).shape)
+
+    def total(x: mx.array) -> mx.array:
+        return (features(x) * cotangent).sum()
+
+    x = arrays[traced]
+    value, gradient = mx.value_and_grad(total)(x)
+    assert value.item() == pytest.approx(total(x).item(), rel=1e-6)
+    step = 1e-3 * mx.abs(x).mean() * mx.sign(gradient)
+    above, below = (np.array(features(x + sign * step), np.float64) for sign in (1, -1))
+    difference = ((above - below) * np.array(cotangent)).sum() / 2
+    assert difference == pytest.approx((gradient * step).sum().item(), rel=1e-2)
