@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from phimlx.api import Phi, load
     from phimlx.errors import PhimlxError
-    from phimlx.generation.stream import Piece, Reply, Stats, Stream
+    from phimlx.generation.reply import Chunk, Reply, Stats
+    from phimlx.generation.stream import Stream
 
 __version__ = "0.1.0"
 
@@ -20,14 +21,14 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "phimlx.api",
     "Phi": "phimlx.api",
-    "Piece": "phimlx.generation.stream",
-    "Reply": "phimlx.generation.stream",
-    "Stats": "phimlx.generation.stream",
+    "Chunk": "phimlx.generation.reply",
+    "Reply": "phimlx.generation.reply",
+    "Stats": "phimlx.generation.reply",
     "Stream": "phimlx.generation.stream",
     "PhimlxError": "phimlx.errors",
 }
 
-__all__ = ["Phi", "PhimlxError", "Piece", "Reply", "Stats", "Stream", "load"]
+__all__ = ["Chunk", "Phi", "PhimlxError", "Reply", "Stats", "Stream", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,7 +1,4 @@
-"""Speech of any length to text with times, piece by piece, each as soon as it is understood.
-
-Knows what to ask and what an answer may cost; knows nothing of where a transcript goes.
-"""
+"""Speech of any length to text with times, segment by segment, each as soon as it is understood."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import PromptError
 from phimlx.media.limits import Limits
@@ -19,16 +16,16 @@ from phimlx.media.subtitles import Cue
 from phimlx.prompt.media_parts import no_media
 
 if TYPE_CHECKING:
-    from phimlx.api import Phi
     from phimlx.generation.stream import Stream
     from phimlx.media.audio_file import AudioSource
     from phimlx.media.segments import Segment
+    from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 # What the model was trained on; source: the model card of microsoft/Phi-4-multimodal-instruct.
 TRANSCRIBE = "Transcribe the audio clip into text."
 TRANSLATE = "Translate the audio to {language}."
 
-PIECE_SECONDS = 30.0
+SEGMENT_SECONDS = 30.0
 # Nobody says more in a second: the fastest speakers say seven words, and a word in a script that
 # the vocabulary knows badly takes several tokens.
 TOKENS_PER_SECOND = 20
@@ -41,8 +38,8 @@ LONGEST_PHRASE = 48
 
 
 @dataclass(frozen=True)
-class Piece(Cue):
-    """What was said from `start` to `end`, in seconds from the beginning.
+class TranscriptSegment(Cue):
+    """Text of what was said from `start` to `end`, in seconds from the beginning.
 
     `finish_reason` is "stop"; "length" where the answer was cut for its length; "loop" where it
     was cut because it repeated itself, the repetitions left out.
@@ -51,8 +48,23 @@ class Piece(Cue):
     finish_reason: str = "stop"
 
 
+class SpeechModel(Protocol):
+    """The part of `phimlx.Phi` that hears."""
+
+    name: str
+    context_length: int
+
+    @property
+    def takes_media(self) -> bool: ...
+    @property
+    def tokenizer(self) -> Tokenizer | None: ...
+    def encode(self, prompt: str) -> list[int]: ...
+    def new_cache(self) -> Any: ...
+    def stream(self, prompt: str, **options: Any) -> Stream: ...
+
+
 def question(prompt: str | None = None, translate_to: str | None = None) -> str:
-    """What the model is asked about each piece.
+    """The question that the model is asked about each segment.
 
     Raises:
         PromptError: where both are given, or one is blank.
@@ -71,25 +83,25 @@ def question(prompt: str | None = None, translate_to: str | None = None) -> str:
 
 
 def transcribe(
-    phi: Phi,
+    phi: SpeechModel,
     source: AudioSource,
     *,
     prompt: str | None = None,
     translate_to: str | None = None,
-    max_seconds: float = PIECE_SECONDS,
+    max_seconds: float = SEGMENT_SECONDS,
     limits: Limits | None = None,
     on_open: Callable[[float | None], None] | None = None,
-) -> Iterator[Piece]:
-    """The speech in a recording as text, cut at silences; pieces come as they are understood.
+) -> Iterator[TranscriptSegment]:
+    """Transcribe a recording, cut at silences; segments come as they are understood.
 
-    The likeliest token is always taken, so that a recording always has the same transcript.
+    Decoding is greedy, so that a recording always has the same transcript.
 
     Args:
         source: path, https URL, bytes, file object or (samples, rate), of any length.
-        prompt: what to ask about each piece; to transcribe it where None.
+        prompt: what to ask about each segment; to transcribe it where None.
         translate_to: the language of the text, such as "French", where it is not that of the
             speech.
-        max_seconds: the longest piece, from 1 to 40.
+        max_seconds: the longest segment, from 1 to 40.
         limits: how large the source may be; of any length where None.
         on_open: called with the recording's length in seconds, None where it does not say.
 
@@ -101,15 +113,17 @@ def transcribe(
     if not phi.takes_media:
         raise no_media(phi.name)
     limits = limits or Limits(max_seconds=math.inf)
-    return _pieces(phi, split_audio(source, limits, max_seconds, on_open), asked)
+    return _segments(phi, split_audio(source, limits, max_seconds, on_open), asked)
 
 
-def _pieces(phi: Phi, segments: Iterator[Segment], asked: str) -> Iterator[Piece]:
+def _segments(
+    phi: SpeechModel, segments: Iterator[Segment], asked: str
+) -> Iterator[TranscriptSegment]:
     words = len(phi.encode(asked))
     cache = phi.new_cache()
     for segment in segments:
-        slots = token_count(frame_count(len(segment.samples), segment.rate))
-        room = phi.context_length - words - slots - 2  # a line break may be two tokens
+        sounds = token_count(frame_count(len(segment.samples), segment.rate))
+        room = phi.context_length - words - sounds - 2  # a line break may be two tokens
         wanted = SPARE_TOKENS + math.ceil(TOKENS_PER_SECOND * (segment.end - segment.start))
         with phi.stream(
             asked,
@@ -118,10 +132,10 @@ def _pieces(phi: Phi, segments: Iterator[Segment], asked: str) -> Iterator[Piece
             temperature=0,
             cache=cache,
         ) as stream:
-            yield _piece(phi, segment, stream)
+            yield _segment(phi, segment, stream)
 
 
-def _piece(phi: Phi, segment: Segment, stream: Stream) -> Piece:
+def _segment(phi: SpeechModel, segment: Segment, stream: Stream) -> TranscriptSegment:
     """An answer with its times; a loop is cut after its first round."""
     reply = stream.reply
     for _ in stream:
@@ -129,8 +143,8 @@ def _piece(phi: Phi, segment: Segment, stream: Stream) -> Piece:
         if repeated and phi.tokenizer is not None:
             control = phi.tokenizer.control_tokens.values()
             text = phi.tokenizer.decode(reply.tokens[:-repeated], skip=set(control))
-            return Piece(segment.start, segment.end, text.strip(), "loop")
-    return Piece(segment.start, segment.end, reply.text.strip(), reply.finish_reason)
+            return TranscriptSegment(segment.start, segment.end, text.strip(), "loop")
+    return TranscriptSegment(segment.start, segment.end, reply.text.strip(), reply.finish_reason)
 
 
 def looping(tokens: Sequence[int]) -> int:

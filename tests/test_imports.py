@@ -34,10 +34,10 @@ RANKS = (
 )
 """The rooms from the top down: a room imports itself and what stands below it, nothing else."""
 
-WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = (("phimlx.transcription", "phimlx.api"),)
+WRONG_WAY_TO_BE_MENDED: tuple[tuple[str, str], ...] = ()
 """Imports that point up. To become empty."""
 
-CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = (("phimlx.api", "phimlx.transcription"),)
+CIRCLES_TO_BE_MENDED: tuple[tuple[str, ...], ...] = ()
 """Modules that import each other. To become empty."""
 
 REDIRECTS_TO_BE_MENDED: tuple[str, ...] = ()

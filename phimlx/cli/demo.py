@@ -18,7 +18,7 @@ from phimlx.terminal.output import Output
 if TYPE_CHECKING:
     from phimlx.api import Phi
     from phimlx.evaluation.bundled import Question, Scene
-    from phimlx.generation.stream import Reply
+    from phimlx.generation.reply import Reply
 
 
 SAMPLE = 3  # questions of each kind that are compared

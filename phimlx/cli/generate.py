@@ -29,7 +29,7 @@ from phimlx.terminal.reply import tool_call_object
 from phimlx.terminal.sampling_settings import given
 
 if TYPE_CHECKING:
-    from phimlx.generation.stream import Reply
+    from phimlx.generation.reply import Reply
 
 STDIN = "-"
 NO_PROMPT = (

@@ -29,7 +29,7 @@ from phimlx.terminal.output import Output, printable
 from phimlx.terminal.sampling_settings import FiniteRange
 
 if TYPE_CHECKING:
-    from phimlx.transcription import Piece
+    from phimlx.transcription import TranscriptSegment
 
 STDIN = "-"
 REMARKS = {
@@ -44,7 +44,7 @@ class Transcript:
 
     name: str
     target: Path | None
-    pieces: list[Piece] = field(default_factory=list)
+    pieces: list[TranscriptSegment] = field(default_factory=list)
     error: str | None = None
     complete: bool = False
 
@@ -269,7 +269,7 @@ def _opened_transcript(
 
 
 def _transcribe(
-    listen: Callable[..., Iterator[Piece]],
+    listen: Callable[..., Iterator[TranscriptSegment]],
     transcript: Transcript,
     format: TranscriptFormat,
     output: Output,
@@ -296,7 +296,7 @@ def _transcribe(
     transcript.complete = True
 
 
-def _cue(piece: Piece) -> Cue:
+def _cue(piece: TranscriptSegment) -> Cue:
     """A piece without what a terminal would obey."""
     return Cue(piece.start, piece.end, printable(piece.text))
 

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.api import Phi
-from phimlx.generation.stream import Reply
+from phimlx.generation.reply import Reply
 from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
 from phimlx.prompt.reply_parser import ReplyParser
 from phimlx.prompt.tools import ToolCall

@@ -17,7 +17,7 @@ import mlx.core as mx
 
 from phimlx.api import Phi
 from phimlx.errors import TrainingError
-from phimlx.generation.stream import Reply
+from phimlx.generation.reply import Reply
 from phimlx.machine.reductions import long_sum
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batches, Example
@@ -201,7 +201,7 @@ def ask(
     batch_size: int = 8,
     advance: Advance = lambda count: None,
 ) -> Answers:
-    """Let a model answer, with the likeliest token each time.
+    """Let a model answer greedily.
 
     Args:
         max_tokens: of an answer, reasoning included.

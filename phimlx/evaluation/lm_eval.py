@@ -1,6 +1,6 @@
 """Tasks of EleutherAI's lm-evaluation-harness, run through mlx-lm's bridge with our own model.
 
-Knows how the harness asks; what the answers are is the model's. Needs the extra "lm-eval".
+Needs the extra "lm-eval".
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ import numpy as np
 from phimlx.api import Phi
 from phimlx.errors import PromptError, TokenizerError, TrainingError
 from phimlx.extras import import_extra
-from phimlx.generation.engine import PREFILL_TOKENS
+from phimlx.generation.prefill import prefill
 from phimlx.machine.reductions import log_softmax
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
@@ -114,25 +114,25 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
             return [tuple(tokenizer.encode(text, control=chat_template)) for text in texts]
 
         def _process_prompt(
-            self, prompt: Sequence[int], step_size: int = PREFILL_TOKENS
+            self, prompt: Sequence[int], step_size: int | None = None
         ) -> tuple[mx.array, Cache]:
             cache = phi.model.make_cache()
-            hidden = _fed(phi.model, np.array([prompt]), None, cache)
+            hidden = _hidden_states(phi.model, np.array([prompt]), None, cache)
             return log_softmax(phi.model.head(hidden[:, -1])), cache  # [1, vocab]
 
         def _score_fn(
-            self, inputs: Any, cache: Cache | None = None, step_size: int = PREFILL_TOKENS
+            self, inputs: Any, cache: Cache | None = None, step_size: int | None = None
         ) -> tuple[mx.array, mx.array, mx.array]:
             """Log-probability of each token but the first `[rows, length - 1]`; lengths; which of
-            them are the likeliest."""
+            them greedy decoding would choose."""
             rows = [np.array(row) for row in inputs]
             lengths = np.array([len(row) for row in rows])
             tokens = np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows])
             real = np.arange(tokens.shape[1]) < lengths[:, None]
             mask = None if real.all() else real[:, :-1]
-            hidden = _fed(phi.model, tokens[:, :-1], mask, cache)
-            scores, likeliest = _scored(phi.model, hidden, mx.array(tokens[:, 1:]))
-            return scores, mx.array(lengths), likeliest & mx.array(real[:, 1:])
+            hidden = _hidden_states(phi.model, tokens[:, :-1], mask, cache)
+            scores, is_greedy = _scored(phi.model, hidden, mx.array(tokens[:, 1:]))
+            return scores, mx.array(lengths), is_greedy & mx.array(real[:, 1:])
 
         def apply_chat_template(
             self, chat_history: Sequence[Mapping[str, Any]], add_generation_prompt: bool = True
@@ -166,38 +166,36 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
     return Bridge()
 
 
-def _fed(
+def _hidden_states(
     model: CausalLM, tokens: np.ndarray, mask: np.ndarray | None, cache: Cache | None
 ) -> mx.array:
     """Hidden states of `[rows, length]` tokens after what a cache holds, `mask` 0 at padding."""
     length = tokens.shape[1]
     if cache is None:
         cache = model.make_cache(expected_length=length if mask is None else 0)
-    pieces = []
     # Rows that are padded may stand on different sides of the LongRoPE step: fed whole, each is
     # known from the start.
-    step = PREFILL_TOKENS if mask is None else length
-    for begin in range(0, length, step):
-        here = slice(begin, begin + step)
-        given = None if mask is None else mx.array(mask[:, here])
-        pieces.append(model.hidden_states(mx.array(tokens[:, here]), cache, given))
-        mx.eval(pieces[-1], cache.state)
+    size = None if mask is None else length
+    pieces = []
+    for hidden in prefill(model, tokens, cache, attention_mask=mask, size=size):
+        pieces.append(hidden)
+        mx.eval(hidden, cache.state)
     return mx.concatenate(pieces, axis=1)
 
 
 def _scored(model: CausalLM, hidden: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Log-probabilities of targets `[rows, length]`, and which are the likeliest tokens."""
+    """Log-probabilities of targets `[rows, length]`, and which greedy decoding would choose."""
     flat, wanted = hidden.reshape(-1, hidden.shape[-1]), targets.reshape(-1)
-    scores, likeliest = [], []
+    scores, greedy = [], []
     for begin in range(0, math.prod(targets.shape), CHUNK_ROWS):
         here = slice(begin, begin + CHUNK_ROWS)
         logits = model.head(flat[here])  # [chunk, vocab]
         chosen = mx.take_along_axis(log_softmax(logits), wanted[here, None], axis=-1)
         scores.append(chosen.squeeze(-1))
-        likeliest.append(mx.argmax(logits, axis=-1) == wanted[here])
-        mx.eval(scores[-1], likeliest[-1])
+        greedy.append(mx.argmax(logits, axis=-1) == wanted[here])
+        mx.eval(scores[-1], greedy[-1])
     shape = targets.shape
-    return mx.concatenate(scores).reshape(shape), mx.concatenate(likeliest).reshape(shape)
+    return mx.concatenate(scores).reshape(shape), mx.concatenate(greedy).reshape(shape)
 
 
 def _before(text: str, stops: Sequence[str]) -> str:

@@ -13,11 +13,14 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+import numpy as np
 from safetensors import safe_open
 
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import load_model
-from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation.engine import Engine
+from phimlx.generation.prefill import prefill
+from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.models.base import CausalLM
 
@@ -30,7 +33,7 @@ class Result:
         difference: the largest |Δlogit| over the reference's largest |logit|; for a generated
             sequence, the share of tokens that differ.
         allowed: what `difference` may be.
-        top1: how often the likeliest token is the reference's.
+        top1: how often the token of the largest logit is the reference's.
     """
 
     case: str
@@ -79,17 +82,12 @@ def _model(folder: Path, dtype: str, bits: int | None) -> CausalLM:
 def _pass(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
     """All tokens at once, or in chunks of a known total."""
     ids = arrays[case["input_ids"]][None].astype(mx.int32)  # [1, length]
-    length = ids.shape[1]
     chunk = case.get("chunk")
     if chunk is None:
         hidden = model.hidden_states(ids)
     else:
-        cache = model.make_cache(expected_length=length)
-        pieces = []
-        for begin in range(0, length, chunk):
-            pieces.append(model.hidden_states(ids[:, begin : begin + chunk], cache))
-            mx.eval(pieces[-1])
-        hidden = mx.concatenate(pieces, axis=1)
+        cache = model.make_cache(expected_length=ids.shape[1])
+        hidden = mx.concatenate(list(prefill(model, np.array(ids), cache, size=chunk)), axis=1)
     return _compare(case, model.head(hidden[0, arrays[case["positions"]]]), arrays[case["logits"]])
 
 
@@ -120,8 +118,9 @@ def _generate(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]
     """Greedy decoding, through the engine that every command uses."""
     prompt = [int(token) for token in arrays[case["prompt"]]]
     expected = [int(token) for token in arrays[case["tokens"]]]
-    sampler = Sampler(Sampling(), seed=0)
-    tokens = list(generate_tokens(model, prompt, sampler, len(expected), PromptCache(model)))
+    request = Request(prompt, Sampler(Sampling(), seed=0), len(expected))
+    Engine(model).run_all([request])
+    tokens = request.reply.tokens
     same = sum(a == b for a, b in zip(tokens, expected, strict=True)) / len(expected)
     return Result(case["name"], 1 - same, case["allowed"], same)
 

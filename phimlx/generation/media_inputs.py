@@ -1,7 +1,4 @@
-"""A prompt with pictures and sounds to token ids and the arrays that its slots are filled from.
-
-Knows how prompt and media meet; knows nothing of models or of how either is made.
-"""
+"""Images, sounds and videos given with a prompt, and the arrays that the encoders take."""
 
 from __future__ import annotations
 
@@ -11,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
-from phimlx.generation.engine import Media
+from phimlx.generation.placed_media import Media
 from phimlx.prompt.media_parts import (
     FRAMES,
     KINDS,
@@ -28,16 +25,20 @@ if TYPE_CHECKING:
     from phimlx.prompt.messages import Message
 
 Sources = Mapping[str, Sequence[Any]]
-"""Where pictures and sounds come from, by kind, in the order of the prompt."""
+"""Where images and sounds come from, by kind, in the order of the prompt."""
 
 
-@dataclass(frozen=True)
-class Beside:
-    """What is given beside a prompt: one or a list of each, or None.
+@dataclass(frozen=True, kw_only=True)
+class MediaInputs:
+    """Media given with a prompt: one or a list of each, or None.
 
     Attributes:
-        frames: how many pictures each video becomes.
-        limits: how large each may be; `Limits()` where None.
+        images: path, https URL, bytes, PIL image or numpy array. They go before what the user said
+            last; so does all the following.
+        audio: path, https URL, bytes or (samples, rate).
+        video: path, https URL or bytes. Needs the extra "video".
+        frames: how many images each video becomes.
+        limits: how large each may be; `phimlx.media.limits.Limits()` where None.
     """
 
     images: Any = None
@@ -47,7 +48,7 @@ class Beside:
     limits: Limits | None = None
 
     def sources(self) -> dict[str, list[Any]]:
-        """The pictures, those of videos last, and the sounds.
+        """The images, those of videos last, and the sounds.
 
         Raises:
             MediaError: for a video that cannot be read.
@@ -59,7 +60,9 @@ class Beside:
             images += [frame.image for frame in read_video(source, self.frames, self.limits)]
         return {"image": images, "audio": source_list("audio", self.audio)}
 
-    def __bool__(self) -> bool:
+    @property
+    def has_media(self) -> bool:
+        """Whether anything was given."""
         given = (self.images, self.audio, self.video)
         return any(
             one is not None and not (isinstance(one, list | tuple) and not one) for one in given
@@ -67,33 +70,33 @@ class Beside:
 
 
 def sources_in(messages: Iterable[Message]) -> dict[str, list[Any]]:
-    """The pictures and sounds in a conversation."""
+    """The images and sounds in a conversation."""
     parts = [part for message in messages for part in message.parts]
     return {kind: [part.value for part in parts if part.kind == kind] for kind in KINDS}
 
 
-def name_slots(text: str, slots: PlaceholderTokens, names: Mapping[str, int]) -> str:
-    """A text without template, `<|image_1|>` and `<|audio_1|>` written as their slot tokens."""
+def name_placeholders(text: str, placeholders: PlaceholderTokens, names: Mapping[str, int]) -> str:
+    """A text without template, `<|image_1|>` and `<|audio_1|>` written as placeholder tokens."""
     spelled = {token: name for name, token in names.items()}
-    return MEDIA_TAG.sub(lambda match: spelled.get(slots[match[1]], match[0]), text)
+    return MEDIA_TAG.sub(lambda match: spelled.get(placeholders[match[1]], match[0]), text)
 
 
 def fill(
     ids: Sequence[int],
-    slots: PlaceholderTokens,
+    placeholders: PlaceholderTokens,
     sources: Sources,
     limits: Limits | None,
     settings: Mapping[str, Any],
 ) -> tuple[list[int], Media | None]:
-    """Ids in which every slot is as wide as its item, and the arrays that fill the slots.
+    """Ids with as many placeholder tokens as each item has features, and the encoders' arrays.
 
     Args:
-        ids: with one slot token for each item.
-        settings: the model's own way to prepare pictures; arguments of `prepare_images`.
+        ids: with one placeholder token for each item.
+        settings: the model's own way to prepare images; arguments of `prepare_images`.
 
     Raises:
-        MediaError: for a picture or a sound that cannot be read, or that the limits refuse.
-        PromptError: where there are not as many slots as items.
+        MediaError: for an image or a sound that cannot be read, or that the limits refuse.
+        PromptError: where there are not as many placeholders as items.
     """
     prepared: dict[str, Images | Audio] = {}
     if sources["image"]:
@@ -104,9 +107,8 @@ def fill(
         from phimlx.media.audio import prepare_audio
 
         prepared["audio"] = prepare_audio(sources["audio"], limits)
-    wide, order = expand_placeholders(
-        ids, slots, {kind: item.tokens for kind, item in prepared.items()}
-    )
+    counts = {kind: item.tokens for kind, item in prepared.items()}
+    wide, order = expand_placeholders(ids, placeholders, counts)
     if not prepared:
         return wide, None
     items = {

@@ -98,8 +98,9 @@ class Sampler:
 
     def __init__(self, sampling: Sampling, seed: int, prompt: Sequence[int] = ()) -> None:
         self.sampling = sampling
+        self.seed = seed
         self.key = mx.random.key(seed)
-        self.prompt = mx.array(list(prompt), dtype=mx.int32)
+        self.prompt = prompt
         self.counts: mx.array | None = None  # [vocab], how often the reply holds each token
         self.in_prompt: mx.array | None = None  # [vocab]
 
@@ -128,7 +129,7 @@ class Sampler:
         if self.counts is None or self.in_prompt is None:
             zeros = mx.zeros(logits.shape[-1])
             self.counts = zeros
-            self.in_prompt = zeros.at[self.prompt].add(1) > 0
+            self.in_prompt = zeros.at[mx.array(list(self.prompt), dtype=mx.int32)].add(1) > 0
         settings, held = self.sampling, self.counts > 0
         if settings.repetition_penalty != 1:
             weaker = mx.where(

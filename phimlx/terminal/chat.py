@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phimlx.api import Phi
-    from phimlx.generation.stream import Reply
+    from phimlx.generation.reply import Reply
     from phimlx.media.limits import Limits
 
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)

@@ -15,7 +15,7 @@ from phimlx.terminal.output import encode_json
 from phimlx.terminal.sampling_settings import check_settings
 
 if TYPE_CHECKING:
-    from phimlx.generation.stream import Reply
+    from phimlx.generation.reply import Reply
     from phimlx.media.limits import Limits
 
 Message = dict[str, Any]

@@ -8,13 +8,14 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from phimlx.generation.stream import Piece, Stream
+    from phimlx.generation.reply import Chunk
+    from phimlx.generation.stream import Stream
 
 
 class Interruptible:
     """A stream that Ctrl-C closes.
 
-    Once the first piece is there the interrupt waits for the end of the current token, so that
+    Once the first chunk is there the interrupt waits for the end of the current token, so that
     model and cache stay whole. Before it, a long prompt may be in the works: the interrupt cuts
     in at once, `cut` is set, and a cache that the stream was filling should be dropped.
     """
@@ -25,14 +26,14 @@ class Interruptible:
         self.cut = False
         self._begun = False
 
-    def __iter__(self) -> Iterator[Piece]:
+    def __iter__(self) -> Iterator[Chunk]:
         previous = signal.getsignal(signal.SIGINT)
         if previous is not signal.SIG_IGN:
             signal.signal(signal.SIGINT, self._interrupt)
         try:
-            for piece in self.stream:
+            for chunk in self.stream:
                 self._begun = True
-                yield piece
+                yield chunk
                 if self.interrupted:
                     break
         except KeyboardInterrupt:

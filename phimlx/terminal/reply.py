@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from phimlx.terminal.output import Output, encode_json
 
 if TYPE_CHECKING:
-    from phimlx.generation.stream import Reply
+    from phimlx.generation.reply import Reply
     from phimlx.prompt.tools import ToolCall
     from phimlx.terminal.interrupt import Interruptible
 

@@ -12,7 +12,7 @@ from phimlx.terminal.output import Output, encode_json
 from phimlx.terminal.reply import print_reply
 
 if TYPE_CHECKING:
-    from phimlx.generation.stream import Reply
+    from phimlx.generation.reply import Reply
     from phimlx.terminal.interrupt import Interruptible
     from phimlx.terminal.line import Candidates
 

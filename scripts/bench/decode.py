@@ -22,7 +22,8 @@ from mlx.utils import tree_flatten
 
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, load_model
-from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation.engine import Engine
+from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 
 CONFIG = {
@@ -42,11 +43,10 @@ def ours(folder: Path, bits: int | None) -> Callable[[], tuple[float, float]]:
     model = load_model(Checkpoint(folder), mx.float32)
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
-    prompt = list(range(10, 10 + PROMPT))
+    engine, prompt = Engine(model), list(range(10, 10 + PROMPT))
 
     def run() -> tuple[float, float]:
-        tokens = generate_tokens(model, prompt, Sampler(Sampling(), 0), REPLY, PromptCache(model))
-        return timed(tokens)
+        return timed(engine.run(Request(prompt, Sampler(Sampling(), 0), REPLY)))
 
     return run
 

@@ -36,7 +36,9 @@ from mlx.utils import tree_flatten
 
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, load_model
-from phimlx.generation.engine import Media, PromptCache, generate_tokens
+from phimlx.generation.engine import Engine
+from phimlx.generation.placed_media import Media
+from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.media.audio import prepare_audio
 from phimlx.media.image import prepare_images
@@ -125,10 +127,8 @@ def ours(folder: Path, case: str) -> Work:
         arrays = {name: mx.array(array) for name, array in made.arrays().items()}
         items = tuple(zip(made.digests, made.tokens, strict=True))
         prompt = [slot] * made.tokens[0] + PROMPT
-        cache = PromptCache(model)
-        list(generate_tokens(
-            model, prompt, Sampler(Sampling(), 0), 1, cache, media=Media(arrays, items)
-        ))  # fmt: skip
+        request = Request(prompt, Sampler(Sampling(), 0), 1, media=Media(arrays, items))
+        Engine(model).run_all([request])
         return len(prompt)
 
     return lambda file: (prepare(file), read)

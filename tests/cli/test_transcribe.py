@@ -13,10 +13,14 @@ from click.testing import CliRunner, Result
 
 from phimlx.cli.group import cli
 from phimlx.errors import MediaError
-from phimlx.transcription import Piece
+from phimlx.transcription import TranscriptSegment
 from tests.terminal.fake_phi import FakePhi
 
-HELLO = [Piece(0.0, 2.5, "Hello\x1b[2J there."), Piece(2.5, 4.0, ""), Piece(4.0, 61.25, "Bye.")]
+HELLO = [
+    TranscriptSegment(0.0, 2.5, "Hello\x1b[2J there."),
+    TranscriptSegment(2.5, 4.0, ""),
+    TranscriptSegment(4.0, 61.25, "Bye."),
+]
 
 
 class HearingPhi(FakePhi):
@@ -31,12 +35,12 @@ class HearingPhi(FakePhi):
 
     def transcribe(
         self, source: Any, on_open: Callable[[float | None], None], **options: Any
-    ) -> Iterator[Piece]:
+    ) -> Iterator[TranscriptSegment]:
         name = source if isinstance(source, str) else source.read().decode()
         self.heard.append((Path(name).name, options))
         on_open(62.0)
         for item in self.scripts[Path(name).name]:
-            if not isinstance(item, Piece):
+            if not isinstance(item, TranscriptSegment):
                 raise item
             yield item
 
@@ -48,11 +52,17 @@ class Transcribe:
         self.hearing = HearingPhi(
             {
                 "a.wav": HELLO,
-                "b.wav": [Piece(0, 1, "B.")],
-                "bad.wav": [Piece(0, 1, "So far."), MediaError("bad.wav is damaged.", "Copy it.")],
-                "stopped.wav": [Piece(0, 1, "So far."), KeyboardInterrupt()],
+                "b.wav": [TranscriptSegment(0, 1, "B.")],
+                "bad.wav": [
+                    TranscriptSegment(0, 1, "So far."),
+                    MediaError("bad.wav is damaged.", "Copy it."),
+                ],
+                "stopped.wav": [TranscriptSegment(0, 1, "So far."), KeyboardInterrupt()],
                 "silent.wav": [],
-                "loop.wav": [Piece(0, 1, "La", "loop"), Piece(1, 30, "Lo", "length")],
+                "loop.wav": [
+                    TranscriptSegment(0, 1, "La", "loop"),
+                    TranscriptSegment(1, 30, "Lo", "length"),
+                ],
                 "nameless.wav": [MediaError("The data is no sound.")],
             }
         )
@@ -325,7 +335,7 @@ def test_names_hold_nothing_that_a_terminal_obeys(
     transcribe: Transcribe, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     Path("\x1b[2Jc.wav").touch()
-    transcribe.hearing.scripts["\x1b[2Jc.wav"] = [Piece(0, 1, "C.")]
+    transcribe.hearing.scripts["\x1b[2Jc.wav"] = [TranscriptSegment(0, 1, "C.")]
     result = transcribe("\x1b[2Jc.wav", "b.wav")
     assert (result.exit_code, result.stderr) == (0, "")
     assert result.stdout == "==> [2Jc.wav <==\nC.\n\n==> b.wav <==\nB.\n"

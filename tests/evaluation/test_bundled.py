@@ -12,15 +12,16 @@ from click.testing import CliRunner
 from phimlx.cli.group import cli
 from phimlx.evaluation import bundled as demo
 from phimlx.evaluation.bundled import Question
-from phimlx.generation.stream import Reply
+from phimlx.generation.reply import Reply
 from phimlx.prompt.tools import ToolCall
+from tests.terminal.fake_phi import Said
 
 TOOL = {"name": "get_weather", "parameters": {"type": "object", "properties": {}}}
 CALL = '<|tool_call|>[{"name": "get_weather", "arguments": {"city": "Rome"}}]<|/tool_call|>'
 
 
 def reply(text: str, *calls: ToolCall) -> Reply:
-    return Reply(seed=0, visible_text=text, tool_calls=list(calls))
+    return Reply(seed=0, content=Said(text, tool_calls=list(calls)))
 
 
 def test_there_are_questions_of_every_kind() -> None:

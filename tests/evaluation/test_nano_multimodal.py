@@ -21,10 +21,10 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.cli.group import cli
 from phimlx.evaluation import bundled as demo
 from phimlx.evaluation.bundled import Scene
-from phimlx.generation import engine
-from phimlx.generation.media_inputs import Beside
+from phimlx.generation import placed_media
+from phimlx.generation.options import GenerationOptions
 from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
-from phimlx.models.phi4mm import features
+from phimlx.models.cache import media
 from phimlx.models.phi4mm.audio import AudioEmbedding
 from phimlx.transcription import TRANSCRIBE
 
@@ -83,10 +83,10 @@ def test_logits_are_the_references(modality: str) -> None:
     assert isinstance(goldens, dict)
     scene = SCENES[int(goldens[f"{modality}.row"])]
     asked = TRANSCRIBE if modality == "speech" else scene.question
-    ids, media = nano()._read(asked, Beside(scene.image, scene.audio), None, False)
-    assert ids == np.array(goldens[f"{modality}.input_ids"]).tolist()
-    assert media is not None
-    logits = nano().model(mx.array([ids]), **media.arrays)[0, -8:]
+    request = nano().request(asked, GenerationOptions(images=scene.image, audio=scene.audio))
+    assert request.prompt == np.array(goldens[f"{modality}.input_ids"]).tolist()
+    assert request.media is not None
+    logits = nano().model(mx.array([request.prompt]), **request.media.arrays)[0, -8:]
     golden = goldens[f"{modality}.logits"]
     assert float(mx.abs(logits - golden).max()) <= 1e-4 * float(mx.abs(golden).max())
 
@@ -134,8 +134,8 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     """Force an adapter upon every row, whatever it holds."""
 
     def force(adapter: str | None) -> None:
-        monkeypatch.setattr(features, "adapter_of", lambda *held: adapter)
-        monkeypatch.setattr(engine.Inputs, "adapter", property(lambda self: adapter))
+        monkeypatch.setattr(media, "adapter_of", lambda *held: adapter)
+        monkeypatch.setattr(placed_media.PlacedMedia, "adapter", property(lambda self: adapter))
 
     project = AudioEmbedding.project
     monkeypatch.setattr(

@@ -9,8 +9,10 @@ import pytest
 
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
-from phimlx.generation import engine
-from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation import prefill
+from phimlx.generation.engine import Engine
+from phimlx.generation.prompt_cache import PromptCache
+from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.models.base import CausalLM
 
@@ -27,11 +29,20 @@ def prompt_of(length: int, start: int = 4) -> list[int]:
     return [start + (7 * i) % 240 for i in range(length)]
 
 
+def request_of(prompt: list[int], count: int, cache: PromptCache | None = None) -> Request:
+    return Request(prompt, Sampler(Sampling(), 0), count, cache=cache)
+
+
 def greedy(
     model: CausalLM, prompt: list[int], count: int, cache: PromptCache | None = None
 ) -> list[int]:
-    cache = cache or PromptCache(model)
-    return list(generate_tokens(model, prompt, Sampler(Sampling(), 0), count, cache))
+    return read(model, request_of(prompt, count, cache))
+
+
+def read(model: CausalLM, request: Request) -> list[int]:
+    tokens = [chunk.token for chunk in Engine(model).run(request)]
+    assert tokens == request.reply.tokens
+    return request.reply.tokens
 
 
 def plain(model: CausalLM, prompt: list[int], count: int) -> list[int]:
@@ -49,7 +60,7 @@ def test_decoding_equals_whole_passes(model: CausalLM, length: int) -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 32])
 def test_prefill_in_pieces(model: CausalLM, chunk: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(prefill, "prefill_tokens", lambda: chunk)
     for length in (20, 50):
         assert greedy(model, prompt_of(length), 20) == plain(model, prompt_of(length), 20)
 
@@ -62,8 +73,8 @@ def test_turns_prefill_only_what_is_new(model: CausalLM) -> None:
 
     for new in (3, 3, 9, 3, 3):
         expected = plain(model, tokens, 5)
-        sampler = Sampler(Sampling(), 0)
-        reply = list(generate_tokens(model, tokens, sampler, 5, cache, report))
+        request = Request(tokens, Sampler(Sampling(), 0), 5, cache=cache, on_prefill=report)
+        reply = read(model, request)
         assert reply == expected
         tokens = tokens + reply + prompt_of(new, start=100)
     # Prompts of 8, 16, 24, 38 and 46 tokens: 38 needs the long table, so all is computed anew.
@@ -82,10 +93,13 @@ def test_going_back_below_the_step(model: CausalLM) -> None:
 @pytest.mark.parametrize("taken", [0, 1, 2, 4])
 def test_stopping_early_leaves_a_usable_cache(model: CausalLM, length: int, taken: int) -> None:
     cache, prompt = PromptCache(model), prompt_of(length)
-    tokens = generate_tokens(model, prompt, Sampler(Sampling(), 0), 20, cache)
-    said = [next(tokens) for _ in range(taken)]
-    tokens.close()
-    assert cache.tokens == (prompt + said)[: cache.kv.length]
+    request = request_of(prompt, 20, cache)
+    chunks = Engine(model).run(request)
+    said = [next(chunks).token for _ in range(taken)]
+    chunks.close()
+    assert request.reply.tokens == said
+    assert cache.tokens == (prompt + said if taken else [])
+    assert request.computed == len(cache.tokens)
     following = prompt + said + prompt_of(2, start=50)
     assert greedy(model, following, 6, cache) == plain(model, following, 6)
 
@@ -114,7 +128,7 @@ def test_an_error_in_the_middle_leaves_a_usable_cache(
 def test_sampled_tokens_depend_on_the_seed_alone(model: CausalLM) -> None:
     def sample(seed: int, cache: PromptCache) -> list[int]:
         sampler = Sampler(Sampling(temperature=1.0, top_k=20), seed)
-        return list(generate_tokens(model, prompt_of(25), sampler, 15, cache))
+        return read(model, Request(prompt_of(25), sampler, 15, cache=cache))
 
     warm = PromptCache(model)
     first = sample(5, warm)

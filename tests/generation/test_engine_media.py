@@ -16,10 +16,13 @@ import pytest
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import GenerationError, PromptError
-from phimlx.generation import engine
-from phimlx.generation.engine import Media, PromptCache, generate_tokens
+from phimlx.generation import prefill
+from phimlx.generation.engine import Engine
+from phimlx.generation.placed_media import Media
+from phimlx.generation.prompt_cache import PromptCache
+from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
-from phimlx.models.phi4mm.features import Features, MediaCache
+from phimlx.models.phi4mm.features import Features
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
 IMAGE, AUDIO = 510, 511
@@ -104,9 +107,10 @@ def greedy(
     cache: PromptCache | None = None,
     report: Any = None,
 ) -> list[int]:
-    cache = cache or PromptCache(model)
     sampler = Sampler(Sampling(), 0)
-    return list(generate_tokens(model, prompt, sampler, count, cache, report, media))
+    request = Request(prompt, sampler, count, media=media, cache=cache, on_prefill=report)
+    list(Engine(model).run(request))
+    return request.reply.tokens
 
 
 def plain(
@@ -122,8 +126,7 @@ def plain(
 
 
 def kept(cache: PromptCache) -> tuple[int, int]:
-    """Image slots and audio slots whose features a cache holds."""
-    assert isinstance(cache.kv, MediaCache)
+    """Image and audio placeholders whose features a cache holds."""
     return cache.kv.features[0].counts
 
 
@@ -145,7 +148,7 @@ def test_prefill_in_pieces(
     prompt = [*words(3), *samples, *words(2), *(pixels if chunk > 1 else []), *words(4)]
     media = together(*items)
     expected = plain(model, prompt, media, 4)
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", chunk)
+    monkeypatch.setattr(prefill, "prefill_tokens", lambda: chunk)
     cache = PromptCache(model)
     adapters = []
 
@@ -231,7 +234,7 @@ def test_half_a_sound_is_kept(model: Phi4MMForCausalLM, monkeypatch: pytest.Monk
     samples, media = sound("b")
     prompt = [*words(3), *samples, *words(4)]
     expected = plain(model, prompt, media, 3)
-    monkeypatch.setattr(engine, "PREFILL_TOKENS", 4)
+    monkeypatch.setattr(prefill, "prefill_tokens", lambda: 4)
     cache = PromptCache(model)
 
     def stop(done: int, _: int) -> None:
@@ -263,11 +266,11 @@ def test_requests_in_turn(model: Phi4MMForCausalLM) -> None:
         (words(12), None),
     ]
     expected = [plain(model, prompt, media, 4) for prompt, media in prompts]
-    streams = [
-        generate_tokens(model, prompt, Sampler(Sampling(), 0), 4, PromptCache(model), media=media)
-        for prompt, media in prompts
-    ]
-    assert list(zip(*expected, strict=True)) == list(zip(*streams, strict=True))
+    engine = Engine(model)
+    requests = [Request(p, Sampler(Sampling(), 0), 4, media=media) for p, media in prompts]
+    streams = [engine.run(request) for request in requests]
+    read = [tuple(chunk.token for chunk in chunks) for chunks in zip(*streams, strict=True)]
+    assert read == list(zip(*expected, strict=True))
 
 
 def test_a_clip_that_folds_is_another_beside_others(model: Phi4MMForCausalLM) -> None:
@@ -295,8 +298,7 @@ def test_a_reply_has_no_slots(model: Phi4MMForCausalLM) -> None:
             drawn.append(logits)
             return super().__call__(logits)
 
-    watching = Watching(Sampling(), 0)
-    list(generate_tokens(model, words(4), watching, 3, PromptCache(model)))
+    Engine(model).run_all([Request(words(4), Watching(Sampling(), 0), 3)])
     assert len(drawn) == 3
     for logits in drawn:
         assert logits[0, [IMAGE, AUDIO]].tolist() == [-float("inf")] * 2
@@ -306,9 +308,8 @@ def test_a_reply_has_no_slots(model: Phi4MMForCausalLM) -> None:
 def test_media_for_a_model_that_takes_text_only() -> None:
     model = load_model(Checkpoint(MINI), mx.float32)
     media = sound("b")[1]
-    sampler, cache = Sampler(Sampling(), 0), PromptCache(model)
     with pytest.raises(GenerationError) as caught:
-        next(generate_tokens(model, [4, 5], sampler, 2, cache, media=media))
+        greedy(model, [4, 5], media, 2)
     assert str(caught.value) == "This model takes text only."
     assert caught.value.hint == "phi-4-multimodal sees and hears."
 
@@ -320,11 +321,16 @@ def test_media_that_do_not_fit(model: Phi4MMForCausalLM) -> None:
     media = together(heard, Media({}, shown.digests))
     reply = greedy(model, words(5), None, 2, cache)
     for prompt, given, message in (
-        (fits, None, "The prompt has 15 slots for pictures and sounds, but those given fill 0."),
+        (
+            fits,
+            None,
+            "The prompt has 15 placeholder tokens for pictures and sounds, but those given fill 0.",
+        ),
         (
             fits,
             heard,
-            "The prompt has 15 slots for pictures and sounds, but those given fill 10.",
+            "The prompt has 15 placeholder tokens for pictures and sounds, but those given fill "
+            "10.",
         ),
         (
             [*words(2), *others, 9, *samples],

@@ -12,8 +12,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from phimlx.errors import PhimlxError
+from phimlx.generation.reply import Chunk, Reply
 from phimlx.generation.sampler import Sampling
-from phimlx.generation.stream import Piece, Reply
 from phimlx.prompt.tools import ToolCall
 
 PAUSE = "<pause>"
@@ -34,11 +34,22 @@ class Script:
     error: Exception | None = None
 
 
+@dataclass
+class Said:
+    """The content of a reply, written down."""
+
+    text: str = ""
+    reasoning: str = ""
+    tool_calls: list[ToolCall] = field(default_factory=list)
+    warnings: list[str] = field(default_factory=list)
+
+
 class FakeStream:
     """The pieces of a script, each one token."""
 
     def __init__(self, script: Script, prompt_tokens: int) -> None:
-        self.reply = Reply(seed=7)
+        self.said = Said()
+        self.reply = Reply(seed=7, content=self.said)
         self.reply.stats.prompt_tokens = prompt_tokens
         self.reply.stats.prefill_seconds = 0.5
         self.closed = False
@@ -47,14 +58,14 @@ class FakeStream:
     def __iter__(self) -> FakeStream:
         return self
 
-    def __next__(self) -> Piece:
+    def __next__(self) -> Chunk:
         return next(self._pieces)
 
     def close(self) -> None:
         self.closed = True
         self._pieces.close()
 
-    def _run(self, script: Script) -> Generator[Piece]:
+    def _run(self, script: Script) -> Generator[Chunk]:
         reply = self.reply
         wakened = _wakeup() if PAUSE in script.pieces else -1
         for item in script.pieces:
@@ -66,17 +77,17 @@ class FakeStream:
                 continue
             kind, text = item if isinstance(item, tuple) else ("text", item)
             if kind == "reasoning":
-                reply.reasoning = (reply.reasoning or "") + text
+                self.said.reasoning += text
             else:
-                reply.visible_text = (reply.visible_text or "") + text
+                self.said.text += text
             reply.tokens.append(len(reply.tokens))
             reply.stats.generated_tokens += 1
             reply.stats.generate_seconds += 0.25
-            yield Piece(text, reply.tokens[-1], kind)
+            yield Chunk(text, reply.tokens[-1], kind)
         if script.error:
             raise script.error
-        reply.tool_calls = script.tool_calls
-        reply.warnings = script.warnings
+        self.said.tool_calls = script.tool_calls
+        self.said.warnings = script.warnings
         reply.finish_reason = "tool_calls" if script.tool_calls else script.finish_reason
 
 

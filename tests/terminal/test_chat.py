@@ -19,7 +19,7 @@ from tests.terminal.fake_phi import INTERRUPT, FakePhi, Script
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
-    from phimlx.generation.stream import Reply
+    from phimlx.generation.reply import Reply
     from phimlx.terminal.interrupt import Interruptible
 
 CALL = ToolCall("search", {"q": "MLX"})

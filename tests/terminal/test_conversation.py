@@ -11,16 +11,17 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from phimlx.errors import SessionError
-from phimlx.generation.stream import Reply
+from phimlx.generation.reply import Reply
 from phimlx.prompt.tools import ToolCall
 from phimlx.terminal.conversation import Conversation
+from tests.terminal.fake_phi import Said
 
 USER = {"role": "user", "content": "hi"}
 ANSWER = {"role": "assistant", "content": "hello"}
 
 
 def reply(text: str, reasoning: str | None = None, calls: list[ToolCall] | None = None) -> Reply:
-    return Reply(seed=0, visible_text=text, reasoning=reasoning, tool_calls=calls or [])
+    return Reply(seed=0, content=Said(text, reasoning or "", calls or []))
 
 
 def talk(*exchanges: tuple[str, str]) -> Conversation:

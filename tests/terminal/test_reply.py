@@ -6,7 +6,8 @@ from typing import cast
 
 import pytest
 
-from phimlx.generation.stream import Reply, Stream
+from phimlx.generation.reply import Reply
+from phimlx.generation.stream import Stream
 from phimlx.prompt.tools import ToolCall
 from phimlx.terminal.interrupt import Interruptible
 from phimlx.terminal.output import Output
@@ -58,7 +59,7 @@ def test_an_answer_ends_its_line(text: str, shown: str, capsys: pytest.CaptureFi
 
 
 def test_a_line_about_what_it_took() -> None:
-    reply = Reply(seed=0, finish_reason="length")
+    reply = Reply(seed=0, content=None, finish_reason="length")
     reply.stats.prompt_tokens, reply.stats.cached_tokens = 30, 10
     reply.stats.prefill_seconds = 0.5
     reply.stats.generated_tokens, reply.stats.generate_seconds = 11, 2.0

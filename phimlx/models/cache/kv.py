@@ -6,11 +6,14 @@ Knows columns, rows and padding; knows nothing of a model's weights, and never p
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
+from phimlx.models.phi4mm.features import Features
 from phimlx.models.rope import Rope
+
+T = TypeVar("T")
 
 
 class NewTokens(NamedTuple):
@@ -54,6 +57,7 @@ class Cache:
         self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
         self.long: tuple[bool, ...] = ()  # the table that each row's keys were made with
         self.adapters: tuple[str | None, ...] = ()  # and the adapter, where the model has some
+        self.features: tuple[Features, ...] = ()  # each row's, where the model takes media
         # What `commit` will make true: row lengths, tables, adapters.
         self._pending: tuple[tuple[int, ...], tuple[bool, ...], tuple[str | None, ...]] = (
             (),
@@ -154,6 +158,30 @@ class Cache:
         else:
             self.row_lengths = _real_columns(self.valid[:, :length])
 
+    def expect(self, length: int, adapters: tuple[str | None, ...] = ()) -> None:
+        """Note what the rows are known to come to, before a long prompt is given in pieces.
+
+        Args:
+            length: tokens of the longest row.
+            adapters: each row's, for a model that has some.
+        """
+        self.expected_length = length
+
+    def serves(self) -> bool:
+        """Tell whether what is held was made with the rope factors and adapters expected now."""
+        return self.length > 0 and self._tables(self.row_lengths) == self.long
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows alone, in this order; the memory of the others is freed."""
+        index = mx.array(list(rows))
+        self.keys = [None if array is None else array[index] for array in self.keys]
+        self.values = [None if array is None else array[index] for array in self.values]
+        self.tokens = None if self.tokens is None else self.tokens[index]
+        self.valid = None if self.valid is None else self.valid[index]
+        self.row_lengths = chosen(self.row_lengths, rows)
+        self.long = chosen(self.long, rows)
+        self.adapters = chosen(self.adapters, rows)
+
     @property
     def state(self) -> list[mx.array]:
         """Arrays to evaluate so that no graph stays behind between passes."""
@@ -212,6 +240,11 @@ def with_past(
         new_mask = mx.ones(input_ids.shape) if attention_mask is None else attention_mask
         attention_mask = mx.concatenate([past_mask, new_mask], axis=1)
     return mx.concatenate([past_ids, input_ids], axis=1), attention_mask
+
+
+def chosen(values: tuple[T, ...], rows: Sequence[int]) -> tuple[T, ...]:
+    """Select the values of these rows, of one value a row; empty where nothing has been fed."""
+    return tuple(values[row] for row in rows) if values else ()
 
 
 def _real_columns(mask: mx.array) -> tuple[int, ...]:

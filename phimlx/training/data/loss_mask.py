@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from phimlx.api import ENDS
+from phimlx.api import STOP_TOKENS
 from phimlx.errors import PromptError, TokenizerError
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.row_types import Conversation, RowError
@@ -38,7 +38,7 @@ class RowEncoder:
         self.tokenizer = tokenizer
         self._make_template = template
         control = tokenizer.control_tokens
-        self.stop_tokens = frozenset(control[name] for name in ENDS if name in control)
+        self.stop_tokens = frozenset(control[name] for name in STOP_TOKENS if name in control)
 
     @classmethod
     def of(cls, phi: Phi) -> RowEncoder:

@@ -14,7 +14,7 @@ import mlx.core as mx
 import mlx.optimizers as optim
 
 from phimlx.errors import TrainingError
-from phimlx.generation.engine import wired_memory
+from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Example
 from phimlx.training.distributed import MachineLostError, ProcessGroup
@@ -174,9 +174,8 @@ class TrainingRun:
         for each in self.skipped:
             emit(CheckpointSkipped(each.step, each.reason))
         try:
-            with self.processes.translate_errors(), _memory():
+            with self.processes.translate_errors(), _memory() as self._memory_use:
                 self.step.model.train()
-                mx.reset_peak_memory()
                 if self.state.step == 0:
                     self._validate(emit)
                 for batches in self._batches():
@@ -245,7 +244,7 @@ class TrainingRun:
             learning_rate=float(self.step.optimizer.learning_rate.item()),
             tokens=window.tokens,
             tokens_per_second=window.tokens / window.seconds,
-            peak_memory=mx.get_peak_memory(),
+            peak_memory=self._memory_use.peak,
             seconds=state.seconds,
             left=(self.plan.steps - state.step) * window.seconds / window.steps,
         )
@@ -337,14 +336,14 @@ def _grouped(batches: Iterator[Batch], size: int) -> Iterator[Sequence[Batch]]:
 
 
 @contextmanager
-def _memory() -> Iterator[None]:
+def _memory() -> Iterator[MemoryUse]:
     """Keep weights resident where the system can, and of freed buffers no more than a part."""
     from phimlx.machine.memory import machine_memory
 
     before = mx.set_cache_limit(machine_memory() // CACHE_SHARE)
     try:
-        with wired_memory():
-            yield
+        with ACTIVE_MEMORY.held() as use:
+            yield use
     finally:
         mx.set_cache_limit(before)
         mx.clear_cache()

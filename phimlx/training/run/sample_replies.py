@@ -6,7 +6,8 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from phimlx.generation.engine import PromptCache, generate_tokens
+from phimlx.generation.engine import Engine
+from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.models.base import CausalLM
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
@@ -50,14 +51,11 @@ class SampleReplies:
         gaps = np.flatnonzero(~example.supervised[begin:])
         end = begin + int(gaps[0]) if len(gaps) else len(example.tokens)
         prompt = example.tokens[:begin].tolist()
-        answer = []
-        sampler = Sampler(Sampling(), 0, prompt)
-        tokens = generate_tokens(self.model, prompt, sampler, MAX_TOKENS, PromptCache(self.model))
-        for token in tokens:
-            if token in self.stop_tokens:
-                break
-            answer.append(token)
-        tokens.close()
-        expected = [t for t in example.tokens[begin:end].tolist() if t not in self.stop_tokens]
-        texts = (prompt, expected[:MAX_TOKENS], answer)
+        request = Request(prompt, Sampler(Sampling(), 0), MAX_TOKENS, self.stop_tokens)
+        Engine(self.model).run_all([request])
+        expected = self._shown(example.tokens[begin:end].tolist())[:MAX_TOKENS]
+        texts = (prompt, expected, self._shown(request.reply.tokens))
         return SampleReply(step, example.source, *(self.tokenizer.decode(text) for text in texts))
+
+    def _shown(self, tokens: list[int]) -> list[int]:
+        return [token for token in tokens if token not in self.stop_tokens]

@@ -1,0 +1,110 @@
+"""Keys and values that one request leaves to the next."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import takewhile
+from typing import Protocol
+
+from phimlx.errors import GenerationError, PhimlxError
+from phimlx.generation.placed_media import MediaItem, PlacedMedia
+from phimlx.models.base import CausalLM
+from phimlx.models.phi4mm.features import TEXT, Features
+
+
+class Holder(Protocol):
+    """A request, as a cache knows it."""
+
+    def cancel(self, error: PhimlxError) -> None: ...
+
+
+@dataclass(frozen=True)
+class Prefix:
+    """What of a prompt is there already.
+
+    Attributes:
+        computed: tokens whose keys and values are in the cache.
+        encoded: tokens whose media need not be encoded again, at least as many.
+        features: theirs, where keys and values have to be computed all the same.
+    """
+
+    computed: int
+    encoded: int
+    features: Features
+
+
+class PromptCache:
+    """A key/value cache that requests use one after the other, each computing only what is new.
+
+    It belongs to one model, and to one request at a time: a request that takes it ends the one that
+    had it. What the cache says of itself is what was fed to the model, so it is right wherever a
+    request stopped.
+
+    Attributes:
+        kv: keys, values and tokens of one row.
+    """
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model
+        self.kv = model.make_cache()
+        self._items: tuple[MediaItem, ...] = ()  # those of the last prompt
+        self._holder: Holder | None = None
+
+    @property
+    def tokens(self) -> list[int]:
+        """Tokens whose keys and values are here."""
+        return [] if self.kv.tokens is None else self.kv.tokens[0, : self.kv.length].tolist()  # type: ignore[return-value]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that keys and values take."""
+        return self.kv.nbytes
+
+    def check(self, model: CausalLM) -> None:
+        """Raise GenerationError where the cache is not this model's."""
+        if model is not self.model:
+            raise GenerationError(
+                "The cache belongs to another model, or to the same one loaded another time.",
+                hint="Give each model a cache of its own: phi.new_cache().",
+            )
+
+    def lease(self, request: Holder) -> None:
+        """Hand the cache to a request, and end the one that had it."""
+        if self._holder is not None and self._holder is not request:
+            self._holder.cancel(
+                GenerationError(
+                    "This reply was ended: another one was begun with the same cache.",
+                    hint="Give replies that are read at the same time a cache each.",
+                )
+            )
+        self._holder = request
+
+    def release(self, request: Holder) -> None:
+        """Take the cache back from a request; nothing where another one has it."""
+        if self._holder is request:
+            self._holder = None
+
+    def reuse(self, prompt: list[int], media: PlacedMedia) -> Prefix:
+        """Keep what a prompt shares with the tokens here.
+
+        The last token of a prompt is always computed, since its logits are wanted. Nothing is kept
+        where the prompt needs the other LongRoPE table or another adapter.
+        """
+        shared = self._shared(prompt[:-1], media.items)
+        self._items = media.items
+        self.kv.trim(shared)
+        self.kv.expect(len(prompt), (media.adapter,))
+        if self.kv.serves():
+            return Prefix(shared, shared, TEXT)
+        features = self.kv.features[0] if self.kv.features else TEXT
+        self.kv.trim(0)
+        return Prefix(0, shared, features)
+
+    def _shared(self, prompt: list[int], items: tuple[MediaItem, ...]) -> int:
+        """How many of the first tokens are the same and stand for the same media."""
+        pairs = zip(self.tokens, prompt, strict=False)
+        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        for old, new in zip(self._items, items, strict=False):
+            if old != new:
+                return min(shared, old.begin, new.begin)
+        return shared

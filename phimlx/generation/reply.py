@@ -1,0 +1,159 @@
+"""A reply: chunks of text as tokens arrive, and text, reasoning, tool calls and statistics."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Protocol
+
+from phimlx.errors import TokenizerError
+from phimlx.generation.stop import StopStrings
+
+if TYPE_CHECKING:
+    from phimlx.prompt.reply_parser import ReplyParser, ReplyPart
+    from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+    from phimlx.prompt.tools import ToolCall
+
+
+@dataclass(frozen=True)
+class Chunk:
+    """What one token adds to a reply.
+
+    Attributes:
+        text: newly certain text, often empty while a character or a tag is incomplete.
+        token: the token, or None for text that only became certain afterwards.
+        kind: "text", or "reasoning" inside `<think>…</think>`.
+    """
+
+    text: str
+    token: int | None
+    kind: str = "text"
+
+
+@dataclass
+class Stats:
+    """What a reply cost. Times in seconds, memory in bytes."""
+
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of the prompt, not computed again
+    prefill_seconds: float = 0.0
+    generated_tokens: int = 0
+    generate_seconds: float = 0.0
+    forward_passes: int = 0  # pieces of the prompt and steps of decoding
+    peak_memory: int = 0
+
+    @property
+    def prefill_rate(self) -> float:
+        """Prompt tokens computed in a second."""
+        return _rate(self.prompt_tokens - self.cached_tokens, self.prefill_seconds)
+
+    @property
+    def generate_rate(self) -> float:
+        """Tokens generated in a second; the first belongs to the prefill."""
+        return _rate(self.generated_tokens - 1, self.generate_seconds)
+
+
+class Content(Protocol):
+    """Everything that a reply says; a `ReplyParser` has it at any time."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def reasoning(self) -> str: ...
+    @property
+    def tool_calls(self) -> list[ToolCall]: ...
+    @property
+    def warnings(self) -> list[str]: ...
+
+
+@dataclass
+class Reply:
+    """A model's answer.
+
+    Its text is put together when it is asked for.
+
+    Attributes:
+        seed: the seed that gives this reply again.
+        content: text and calls; None where the model has no tokenizer.
+        tokens: every token generated, the end-of-sequence token included.
+        finish_reason: "stop" (the model or a stop string ended it), "length", "tool_calls", or
+            "cancelled" where the reader stopped early.
+    """
+
+    seed: int
+    content: Content | None = field(repr=False)
+    tokens: list[int] = field(default_factory=list)
+    finish_reason: str = "cancelled"
+    stats: Stats = field(default_factory=Stats)
+
+    @property
+    def text(self) -> str:
+        """The answer, without reasoning and tool calls.
+
+        Raises:
+            TokenizerError: where the model folder holds no tokenizer.
+        """
+        if self.content is None:
+            raise TokenizerError(
+                "The model folder holds no tokenizer.json, so the reply has tokens but no text.",
+                hint="Read reply.tokens, or add the tokenizer files to the folder.",
+            )
+        return self.content.text
+
+    @property
+    def reasoning(self) -> str | None:
+        """Text in `<think>…</think>`; None where there was none."""
+        return (self.content.reasoning or None) if self.content else None
+
+    @property
+    def tool_calls(self) -> list[ToolCall]:
+        """Calls that the model asks for."""
+        return self.content.tool_calls if self.content else []
+
+    @property
+    def warnings(self) -> list[str]:
+        """Remarks on what looked like a tool call and was none; its text is in `text`."""
+        return self.content.warnings if self.content else []
+
+
+class ReplyReader:
+    """Turns the tokens of one reply into chunks, up to the first stop string."""
+
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        parser: ReplyParser,
+        stops: StopStrings,
+        hidden_tokens: Collection[int] = (),
+    ) -> None:
+        """`hidden_tokens` are control tokens that are left out of the text."""
+        self.parser = parser
+        self._stops = stops
+        self._detokenizer = tokenizer.detokenizer(skip=hidden_tokens)
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has appeared."""
+        return self._stops.stopped
+
+    def read(self, token: int) -> list[Chunk]:
+        """The chunks of a token: the first carries it, any further one has none."""
+        text = self._stops.feed(self._detokenizer.add(token))
+        first, *further = self._parse(text) or [Chunk("", None)]
+        return [Chunk(first.text, token, first.kind), *further]
+
+    def finish(self) -> list[Chunk]:
+        """Text that was held back until it was clear that nothing follows."""
+        text = self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
+        return self._parse(text) + _chunks(self.parser.finish())
+
+    def _parse(self, text: str) -> list[Chunk]:
+        return _chunks(self.parser.feed(text)) if text else []
+
+
+def _chunks(parts: Iterable[ReplyPart]) -> list[Chunk]:
+    return [Chunk(part.text, None, part.kind) for part in parts]
+
+
+def _rate(tokens: int, seconds: float) -> float:
+    return tokens / seconds if tokens > 0 and seconds > 0 else 0.0

@@ -1,0 +1,98 @@
+"""A request: one prompt, how its reply is to be made, and how far it has come."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
+
+from phimlx.errors import PhimlxError
+from phimlx.generation.reply import Chunk, Reply, ReplyReader
+from phimlx.generation.sampler import Sampler
+
+if TYPE_CHECKING:
+    from phimlx.generation.placed_media import Media
+    from phimlx.generation.prompt_cache import PromptCache
+
+
+@dataclass(eq=False)
+class Request:
+    """One reply to be generated; an `Engine` takes it there step by step.
+
+    Attributes:
+        prompt: tokens, at least one.
+        sampler: chooses the reply's tokens, with a random stream of its own.
+        max_tokens: of the reply.
+        stop_tokens: tokens that end the reply.
+        media: images and sounds that stand at the prompt's placeholder tokens.
+        reader: makes text of the tokens and knows the stop strings; None where tokens will do.
+        cache: what earlier requests left, and this one leaves to later ones.
+        on_prefill: called with the tokens computed and the tokens to compute, after each piece of
+            the prompt.
+        computed: tokens of prompt and reply whose keys and values are there.
+        finished: whether the reply is complete, or the request was ended before.
+        error: why it was ended, where its reader did not end it.
+        reply: the reply so far.
+    """
+
+    prompt: list[int]
+    sampler: Sampler
+    max_tokens: int
+    stop_tokens: frozenset[int] = frozenset()
+    media: Media | None = None
+    reader: ReplyReader | None = None
+    cache: PromptCache | None = None
+    on_prefill: Callable[[int, int], None] | None = None
+    computed: int = field(default=0, init=False)
+    finished: bool = field(default=False, init=False)
+    error: PhimlxError | None = field(default=None, init=False)
+    reply: Reply = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.reply = Reply(self.sampler.seed, None if self.reader is None else self.reader.parser)
+        self.reply.stats.prompt_tokens = len(self.prompt)
+        self._started = self._first = 0.0
+
+    @property
+    def tokens(self) -> list[int]:
+        """Prompt and reply so far."""
+        return self.prompt + self.reply.tokens
+
+    @property
+    def remaining(self) -> int:
+        """Tokens that the reply may still have."""
+        return self.max_tokens - len(self.reply.tokens)
+
+    def start(self) -> None:
+        """Time runs from here."""
+        self._started = time.perf_counter()
+
+    def take(self, token: int) -> list[Chunk]:
+        """Add a token to the reply, and end it where the token does; the chunks that it makes."""
+        reply, stats, now = self.reply, self.reply.stats, time.perf_counter()
+        if not reply.tokens:
+            self._first, stats.prefill_seconds = now, now - self._started
+        reply.tokens.append(token)
+        stats.generated_tokens = len(reply.tokens)
+        stats.generate_seconds = now - self._first
+        if token in self.stop_tokens:
+            return [Chunk("", token), *self._finish("stop")]
+        chunks = [Chunk("", token)] if self.reader is None else self.reader.read(token)
+        if self.reader is not None and self.reader.stopped:
+            return chunks + self._finish("stop")
+        if self.remaining == 0:
+            return chunks + self._finish("length")
+        return chunks
+
+    def cancel(self, error: PhimlxError | None = None) -> None:
+        """End the request here; nothing where it has ended. `error` is for who still reads it."""
+        if not self.finished:
+            self.finished, self.error = True, error
+
+    def _finish(self, reason: str) -> list[Chunk]:
+        self.finished = True
+        chunks = [] if self.reader is None else self.reader.finish()
+        called = reason == "stop" and self.reply.tool_calls
+        self.reply.finish_reason = "tool_calls" if called else reason
+        return chunks

@@ -1,0 +1,94 @@
+"""A key/value cache that keeps each row's media features as well."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+import numpy as np
+
+from phimlx.models.cache.kv import Cache, NewTokens, chosen
+from phimlx.models.phi4mm.features import ADAPTERS, Features, Placeholders, adapter_of
+from phimlx.models.rope import Rope
+
+
+class MediaCache(Cache):
+    """A cache that keeps each row's features as well, to compute the row again where that is due.
+
+    Args:
+        expected_adapters: what each row is known to need in the end, so that a long prompt given
+            in pieces starts with the adapter that it will end with.
+    """
+
+    def __init__(
+        self,
+        num_layers: int,
+        rope: Rope,
+        placeholders: Placeholders,
+        expected_length: int = 0,
+        expected_adapters: tuple[str | None, ...] = (),
+        window: int | None = None,
+    ) -> None:
+        super().__init__(num_layers, rope, expected_length, window)
+        self.placeholders = placeholders
+        self.expected_adapters = expected_adapters
+        self._pending_features: tuple[Features, ...] = ()
+
+    def expect(self, length: int, adapters: tuple[str | None, ...] = ()) -> None:
+        super().expect(length, adapters)
+        self.expected_adapters = adapters
+
+    def serves(self) -> bool:
+        return super().serves() and self.adapters == self.expected_adapters
+
+    def select(self, rows: Sequence[int]) -> None:
+        super().select(rows)
+        self.features = chosen(self.features, rows)
+        self.expected_adapters = chosen(self.expected_adapters, rows)
+
+    def features_with(self, new: tuple[Features, ...]) -> tuple[Features, ...]:
+        """Each row's features, those of new tokens included."""
+        if not self.features:
+            return new
+        return tuple(past.then(row) for past, row in zip(self.features, new, strict=True))
+
+    def adapters_of(self, features: tuple[Features, ...]) -> tuple[str | None, ...]:
+        """The adapter that each row needs, now or as far as is known later."""
+        now = tuple(map(adapter_of, features))
+        if not self.expected_adapters:
+            return now
+        order = (*ADAPTERS, None)
+        pairs = zip(now, self.expected_adapters, strict=True)
+        return tuple(min(pair, key=order.index) for pair in pairs)
+
+    def extend(
+        self,
+        input_ids: mx.array,
+        attention_mask: mx.array | None = None,
+        adapters: tuple[str | None, ...] = (),
+        features: tuple[Features, ...] = (),
+    ) -> NewTokens:
+        """As in `Cache`; `features` are each row's, those of earlier tokens included."""
+        self._pending_features = features
+        return super().extend(input_ids, attention_mask, adapters)
+
+    def commit(self) -> None:
+        super().commit()
+        self.features = self._pending_features
+
+    def trim(self, length: int) -> None:
+        if length >= self.length:
+            return
+        super().trim(length)
+        if self.tokens is None:
+            self.features = ()
+        elif any(any(row.counts) for row in self.features):
+            left = self.placeholders.count(np.array(self.tokens[:, : self.length]))
+            self.features = tuple(
+                row.between((0, 0), count) for row, count in zip(self.features, left, strict=True)
+            )
+
+    @property
+    def state(self) -> list[mx.array]:
+        held = [rows for row in self.features for rows in row.parts if rows is not None]
+        return super().state + held
