@@ -92,7 +92,7 @@ def _pass(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) ->
 
 
 def _media(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
-    """A prompt with what fills its slots, in one pass."""
+    """Repeat a prompt with media in one pass."""
     media: dict[str, Any] = {name: arrays[stored] for name, stored in case["media"].items()}
     logits = model(arrays[case["input_ids"]].astype(mx.int32), **media)[0]
     return _compare(case, logits, arrays[case["logits"]])

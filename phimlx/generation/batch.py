@@ -52,6 +52,7 @@ class Batch:
         self._drop_finished()
         drawn = self._drawn
         if any(request.remaining > 1 for request in self.requests):
+            self._recompute_crossing_rows()
             hidden = self._model.hidden_states(drawn[:, None], self._kv, features=TEXT)
             self._draw(hidden[:, -1])
         chunks = []
@@ -97,6 +98,27 @@ class Batch:
             else:
                 self._note_pass()
             yield
+
+    def _recompute_crossing_rows(self) -> None:
+        """Compute a row of several anew where it comes to need other rope factors.
+
+        Left to the model, all rows would be. One that is alone is.
+        """
+        if len(self.requests) == 1:
+            return
+        kv = self._kv
+        for row in kv.crossing(1):
+            alone = self._model.make_cache()
+            alone.expect(kv.row_lengths[row] + 1, kv.adapters[row : row + 1])
+            assert kv.tokens is not None
+            here = slice(row, row + 1)
+            ids = np.array(kv.tokens[here, : kv.length])
+            mask = None if kv.valid is None else np.array(kv.valid[here, : kv.length])
+            for _ in prefill(
+                self._model, ids, alone, attention_mask=mask, features=kv.features[here]
+            ):
+                self.requests[row].reply.stats.forward_passes += 1
+            kv.replace_row(row, alone)
 
     def _draw(self, hidden: mx.array) -> None:
         """Choose the next token of each row, given the hidden states of its last one.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -79,3 +80,76 @@ def test_what_does_not_fit_is_refused_before_anything_is_computed(nano: Phi) -> 
     with pytest.raises(PromptError):
         nano.generate_all(["Hi", ""], max_tokens=5)
     assert nano.generate_all([], max_tokens=5) == []
+
+
+@pytest.fixture
+def passes(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
+    """Rows and tokens of each forward pass."""
+    shapes: list[tuple[int, ...]] = []
+    hidden_states = CausalLM.hidden_states
+
+    def spy(self: CausalLM, input_ids: mx.array, *rest: Any, **options: Any) -> mx.array:
+        shapes.append(tuple(input_ids.shape))
+        return hidden_states(self, input_ids, *rest, **options)
+
+    monkeypatch.setattr(CausalLM, "hidden_states", spy)
+    return shapes
+
+
+def test_only_the_row_that_crosses_the_step_is_computed_again(
+    passes: list[tuple[int, ...]],
+) -> None:
+    model = tiny()
+    prompts = [list(range(5, 5 + length)) for length in (30, 27, 9)]
+    alone = [greedy(model, [prompt], 8)[0] for prompt in prompts]
+    passes.clear()
+    assert greedy(model, prompts, 8) == alone
+    # All hold 30 columns at first. The first row has 33 tokens when the third one is fed, and the
+    # second one when the sixth is.
+    assert [shape for shape in passes if shape[1] > 1] == [(3, 30), (1, 32), (1, 35)]
+    assert {shape for shape in passes if shape[1] == 1} == {(3, 1)}
+
+
+def sampled(prompt: list[int], row: int, stop_tokens: frozenset[int] = frozenset()) -> Request:
+    """A request with settings that no other row has."""
+    sampling = [
+        Sampling(),
+        Sampling(temperature=1.0),
+        Sampling(temperature=0.7, top_k=20, repetition_penalty=1.3),
+        Sampling(temperature=2.0, top_p=0.9, frequency_penalty=0.5),
+        Sampling(temperature=1.0, min_p=0.05, presence_penalty=1.0),
+    ][row]
+    return Request(prompt, Sampler(sampling, 7 + row, prompt), 3 + 2 * row, stop_tokens)
+
+
+@pytest.mark.parametrize("lengths", [(30, 26, 25, 9, 3), (60, 45, 44, 40, 33)])
+def test_each_row_has_its_own_settings_and_leaves_when_it_is_done(
+    lengths: tuple[int, ...], passes: list[tuple[int, ...]]
+) -> None:
+    model = tiny()
+    prompts = [list(range(5 + row, 5 + row + length)) for row, length in enumerate(lengths)]
+    alone = [sampled(prompt, row) for row, prompt in enumerate(prompts)]
+    for request in alone:
+        Engine(model).run_all([request])
+    passes.clear()
+    together = [sampled(prompt, row) for row, prompt in enumerate(prompts)]
+    Engine(model).run_all(together)
+    assert [r.reply.tokens for r in together] == [r.reply.tokens for r in alone]
+    assert [r.reply.finish_reason for r in together] == ["length"] * 5
+    assert len({token for request in alone for token in request.reply.tokens}) > 10
+    assert {shape[0] for shape in passes if shape[1] == 1} == {1, 2, 3, 4, 5}
+
+
+def test_a_stop_token_that_is_drawn_frees_its_row_alone() -> None:
+    model = tiny()
+    prompts = [list(range(5 + row, 15 + 3 * row)) for row in range(5)]
+    free = [sampled(prompt, row) for row, prompt in enumerate(prompts)]
+    Engine(model).run_all(free)
+    stop = frozenset({free[2].reply.tokens[1], free[4].reply.tokens[5]})
+    stopped = [sampled(prompt, row, stop) for row, prompt in enumerate(prompts)]
+    Engine(model).run_all(stopped)
+    for request, whole in zip(stopped, free, strict=True):
+        tokens = whole.reply.tokens
+        end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
+        assert request.reply.tokens == tokens[:end]
+    assert stopped[2].reply.finish_reason == "stop"

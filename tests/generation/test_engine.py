@@ -135,3 +135,70 @@ def test_sampled_tokens_depend_on_the_seed_alone(model: CausalLM) -> None:
     assert sample(5, warm) == first
     assert sample(5, PromptCache(model)) == first
     assert sample(6, warm) != first
+
+
+def test_requests_are_stepped_together(model: CausalLM) -> None:
+    """Prompts on both sides of the LongRoPE step, replies of several lengths, one joins late."""
+    engine = Engine(model)
+    prompts = [prompt_of(10), prompt_of(29, start=9), prompt_of(50), prompt_of(5, start=30)]
+    requests = [request_of(prompt, 4 + 2 * row) for row, prompt in enumerate(prompts)]
+    for request in requests[:3]:
+        engine.add(request)
+    heard: dict[Request, list[int | None]] = {request: [] for request in requests}
+    for step in range(20):
+        if step == 3:
+            engine.add(requests[3])
+        for request, chunk in engine.step():
+            heard[request].append(chunk.token)
+    for request in requests:
+        assert heard[request] == request.reply.tokens
+        assert request.reply.tokens == plain(model, request.prompt, request.max_tokens)
+        assert request.reply.finish_reason == "length"
+    assert engine.step() == []
+
+
+def test_nobody_waits_for_another_prompt(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(prefill, "prefill_tokens", lambda: 8)
+    engine = Engine(model)
+    first, second = request_of(prompt_of(6), 30), request_of(prompt_of(60), 3)
+    engine.add(first)
+    engine.step()
+    engine.add(second)
+    for _ in range(8):  # the pieces of the second prompt
+        assert [request for request, _ in engine.step()] == [first]
+    assert {request for request, _ in engine.step()} == {first, second}
+    while not (first.finished and second.finished):
+        engine.step()
+    assert first.reply.tokens == plain(model, first.prompt, 30)
+    assert second.reply.tokens == plain(model, second.prompt, 3)
+
+
+def test_a_request_that_is_cancelled_leaves_the_others(model: CausalLM) -> None:
+    engine = Engine(model)
+    first, second, third = (request_of(prompt_of(9, start), 12) for start in (4, 5, 6))
+    engine.add(first)
+    engine.add(second, third)
+    for _ in range(4):
+        engine.step()
+    for cancelled in (first, second, second):
+        engine.cancel(cancelled)
+    while not third.finished:
+        assert {request for request, _ in engine.step()} <= {third}
+    assert third.reply.tokens == plain(model, third.prompt, 12)
+    for request in (first, second):
+        assert request.reply.finish_reason == "cancelled"
+        assert request.reply.tokens == plain(model, request.prompt, 12)[:3]
+
+
+@pytest.mark.parametrize("before", [0, 1, 2])
+def test_a_row_may_be_cancelled_at_any_step(model: CausalLM, before: int) -> None:
+    engine = Engine(model)
+    requests = [request_of(prompt_of(9, start), 5) for start in (4, 5, 6)]
+    engine.add(*requests)
+    for _ in range(before):
+        engine.step()
+    engine.cancel(requests[1])
+    while not (requests[0].finished and requests[2].finished):
+        engine.step()
+    for request in (requests[0], requests[2]):
+        assert request.reply.tokens == plain(model, request.prompt, 5)

@@ -171,6 +171,20 @@ class Cache:
         """Tell whether what is held was made with the rope factors and adapters expected now."""
         return self.length > 0 and self._tables(self.row_lengths) == self.long
 
+    def crossing(self, added: int) -> list[int]:
+        """Find the rows that need other rope factors when so many tokens more have come to each."""
+        tables = self._tables([length + added for length in self.row_lengths])
+        return [
+            row for row, pair in enumerate(zip(tables, self.long, strict=True)) if len({*pair}) > 1
+        ]
+
+    def replace_row(self, row: int, other: Cache) -> None:
+        """Take keys and values of a row from a cache that holds the same tokens in its only row."""
+        for held, new in ((self.keys, other.keys), (self.values, other.values)):
+            for mine, theirs in zip(held, new, strict=True):
+                mine[row, ..., : self.length, :] = theirs[0, ..., : self.length, :]  # type: ignore[index]
+        self.long = (*self.long[:row], *other.long, *self.long[row + 1 :])
+
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows alone, in this order; the memory of the others is freed."""
         index = mx.array(list(rows))
