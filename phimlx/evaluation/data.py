@@ -17,6 +17,7 @@ import mlx.core as mx
 
 from phimlx.api import Phi
 from phimlx.errors import TrainingError
+from phimlx.generation.nonfinite import nonfinite_error
 from phimlx.generation.reply import Reply
 from phimlx.machine.reductions import long_sum
 from phimlx.models.base import CausalLM
@@ -157,6 +158,9 @@ def measure_loss(
 
     Args:
         advance: called with the number of examples that have been dealt with.
+
+    Raises:
+        GenerationError: where the model computes no numbers.
     """
     total, tokens = 0.0, 0
     key = mx.random.key(0)  # nothing is drawn: adapters drop only what training gives a key
@@ -164,7 +168,10 @@ def measure_loss(
         inputs = inputs_of(batch, model.config.rope)
         states = supervised_states(model, inputs, key)
         losses = measured_losses(model.output_layer, states, inputs["targets"])
-        total += float(long_sum(losses * inputs["weights"]))
+        summed = float(long_sum(losses * inputs["weights"]))
+        if not math.isfinite(summed):
+            raise nonfinite_error(model, batch.tokens[0].tolist())
+        total += summed
         tokens += batch.supervised_tokens
         mx.clear_cache()
         advance(len(batch.sources))

@@ -16,6 +16,7 @@ import numpy as np
 from phimlx.api import Phi
 from phimlx.errors import PromptError, TokenizerError, TrainingError
 from phimlx.extras import import_extra
+from phimlx.generation.nonfinite import nonfinite_error
 from phimlx.generation.prefill import prefill
 from phimlx.machine.reductions import log_softmax
 from phimlx.models.base import CausalLM
@@ -178,8 +179,10 @@ def _hidden_states(
     size = None if mask is None else length
     pieces = []
     for hidden in prefill(model, tokens, cache, attention_mask=mask, size=size):
-        pieces.append(hidden)
         mx.eval(hidden, cache.state)
+        if not mx.isfinite(hidden).all():
+            raise nonfinite_error(model, tokens[0].tolist())
+        pieces.append(hidden)
     return mx.concatenate(pieces, axis=1)
 
 

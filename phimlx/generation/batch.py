@@ -22,7 +22,7 @@ NOT_FINITE = -1  # drawn in place of a token where logits are no numbers
 
 
 class Batch:
-    """Requests that are prefilled and decoded together.
+    """A batch of requests that are prefilled and decoded together.
 
     A step is one forward pass: over a piece of the prompts, or over one token of every row. While a
     token is read the next one is already being computed. A row leaves when its request has
@@ -129,7 +129,7 @@ class Batch:
             hidden: `[rows, hidden]`.
         """
         logits = self._model.head(hidden)  # [rows, vocab]
-        finite = mx.isfinite(logits).all(axis=-1)
+        finite = mx.isfinite(logits.max(axis=-1))  # [rows]; NaN and inf are never less than numbers
         if self._model.placeholders is not None:
             logits[:, mx.array(self._model.placeholders.tokens)] = -mx.inf
         rows = [request.sampler(logits[row : row + 1]) for row, request in enumerate(self.requests)]

@@ -34,6 +34,8 @@ class Engine:
         Raises:
             GenerationError: where a prompt cache belongs to another model.
         """
+        if len(requests) > 1 and any(request.cache is not None for request in requests):
+            raise ValueError("requests that share forward passes have no prompt caches")
         for request in requests:
             if request.cache is not None:
                 request.cache.check(self.model)

@@ -1,4 +1,4 @@
-"""What may be asked of a model beside the prompt itself, checked once."""
+"""Options of a prompt and of the reply to it, checked once."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(MediaInputs):
-    """How a prompt becomes tokens.
+    """Options for making a prompt into tokens.
 
     Attributes:
         tools: function definitions that the model may call.
@@ -30,7 +30,7 @@ class PromptOptions(MediaInputs):
 
 @dataclass(frozen=True, kw_only=True)
 class GenerationOptions(PromptOptions):
-    """How a reply is made. A setting that is None is the model's own.
+    """Options for making a reply. A setting that is None is the model's own.
 
     Attributes:
         max_tokens: of the reply; as many as the context holds where None.

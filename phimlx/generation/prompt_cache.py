@@ -20,7 +20,7 @@ class Holder(Protocol):
 
 @dataclass(frozen=True)
 class Prefix:
-    """What of a prompt is there already.
+    """Part of a prompt that is there already.
 
     Attributes:
         computed: tokens whose keys and values are in the cache.

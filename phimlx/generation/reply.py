@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Chunk:
-    """What one token adds to a reply.
+    """Text that one token adds to a reply.
 
     Attributes:
         text: newly certain text, often empty while a character or a tag is incomplete.
@@ -32,7 +32,7 @@ class Chunk:
 
 @dataclass
 class Stats:
-    """What a reply cost. Times in seconds, memory in bytes."""
+    """Cost of a reply. Times in seconds, memory in bytes."""
 
     prompt_tokens: int = 0
     cached_tokens: int = 0  # of the prompt, not computed again
@@ -54,7 +54,7 @@ class Stats:
 
 
 class Content(Protocol):
-    """Everything that a reply says; a `ReplyParser` has it at any time."""
+    """Text and calls of a reply; a `ReplyParser` has them at any time."""
 
     @property
     def text(self) -> str: ...

@@ -14,10 +14,10 @@ from phimlx.errors import GenerationError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen. The defaults choose the likeliest one and change nothing.
+    """Settings for choosing the next token. The defaults are greedy and change nothing.
 
     Attributes:
-        temperature: divides the logits; 0 takes the likeliest token.
+        temperature: divides the logits; 0 is greedy.
         top_k: keep the k likeliest tokens; 0 keeps all.
         top_p: keep the likeliest tokens that together hold this probability.
         min_p: keep tokens at least this fraction as likely as the likeliest.
@@ -46,7 +46,7 @@ class Sampling:
 
     @classmethod
     def defaults(cls, generation_config: Mapping[str, Any], usual: Mapping[str, Any]) -> Sampling:
-        """What a model asks for: `generation_config.json` over what is usual for it.
+        """Read a model's own settings: `generation_config.json` over what is usual for it.
 
         Args:
             usual: settings that its makers advise; None where they advise nothing.

@@ -6,14 +6,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 import pytest
 
 import phimlx
 from phimlx.errors import GenerationError
+from phimlx.evaluation.data import measure_loss
+from phimlx.evaluation.lm_eval import _hidden_states
 from phimlx.generation.engine import Engine
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.models.base import CausalLM
+from phimlx.training.data.batches import Example
 from tests.training.models import tiny
 
 
@@ -100,3 +104,14 @@ def test_a_model_folder_says_so_however_it_is_asked(data: Path, ask: str) -> Non
     }
     with pytest.raises(GenerationError, match="computes no numbers in float16"):
         calls[ask]()
+
+
+def test_evaluation_says_so_too() -> None:
+    model = tiny()
+    poison(model, float("nan"))
+    tokens = np.array([5, 6, 7, 8], np.int32)
+    example = Example(tokens, np.array([False, True, True, True]), "rows.jsonl, line 1")
+    with pytest.raises(GenerationError, match="computes no numbers in float32"):
+        measure_loss(model, [example])
+    with pytest.raises(GenerationError, match="computes no numbers in float32"):
+        _hidden_states(model, tokens[None], None, None)

@@ -188,8 +188,11 @@ class Cache:
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows alone, in this order; the memory of the others is freed."""
         index = mx.array(list(rows))
-        self.keys = [None if array is None else array[index] for array in self.keys]
-        self.values = [None if array is None else array[index] for array in self.values]
+        for arrays in (self.keys, self.values):
+            for layer, array in enumerate(arrays):
+                if array is not None:
+                    arrays[layer] = array[index]
+                    mx.eval(arrays[layer])  # one layer at a time: never two copies of all
         self.tokens = None if self.tokens is None else self.tokens[index]
         self.valid = None if self.valid is None else self.valid[index]
         self.row_lengths = chosen(self.row_lengths, rows)
