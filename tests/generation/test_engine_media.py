@@ -344,3 +344,21 @@ def test_media_that_do_not_fit(model: Phi4MMForCausalLM) -> None:
     # What was there before is there still.
     assert cache.tokens == [*words(5), reply[0]]
     assert greedy(model, words(5), None, 2, cache) == reply
+
+
+def test_rows_of_a_batch_hold_what_they_like(model: Phi4MMForCausalLM) -> None:
+    """Each has the adapter that its own media call for."""
+    (pixels, first), (samples, second), (others, third) = picture("a"), sound("b"), sound("c", 30)
+    prompts: list[tuple[list[int], Media | None]] = [
+        ([*words(3), *pixels, *words(2)], first),
+        ([*words(3), *samples, *words(40)], second),
+        (words(12), None),
+        ([*words(1), *others, *words(2)], third),
+    ]
+    engine = Engine(model)
+    requests = [Request(p, Sampler(Sampling(), 0), 4, media=media) for p, media in prompts]
+    engine.add(*requests)
+    while not all(request.finished for request in requests):
+        engine.step()
+    expected = [plain(model, prompt, media, 4) for prompt, media in prompts]
+    assert [request.reply.tokens for request in requests] == expected
