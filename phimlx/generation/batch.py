@@ -132,8 +132,13 @@ class Batch:
         finite = mx.isfinite(logits.max(axis=-1))  # [rows]; NaN and inf are never less than numbers
         if self._model.placeholders is not None:
             logits[:, mx.array(self._model.placeholders.tokens)] = -mx.inf
-        rows = [request.sampler(logits[row : row + 1]) for row, request in enumerate(self.requests)]
-        self._drawn = mx.where(finite, mx.concatenate(rows).astype(mx.int32), NOT_FINITE)
+        samplers = [request.sampler for request in self.requests]
+        if len(samplers) > 1 and all(sampler.sampling.is_greedy for sampler in samplers):
+            tokens = mx.argmax(logits, axis=-1)
+        else:
+            rows = [sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)]
+            tokens = mx.concatenate(rows)
+        self._drawn = mx.where(finite, tokens.astype(mx.int32), NOT_FINITE)
         mx.async_eval(self._drawn)
         self._note_pass()
 

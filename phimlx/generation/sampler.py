@@ -44,6 +44,17 @@ class Sampling:
             if isinstance(value, bool) or not isinstance(value, int | float) or not allows(value):
                 raise GenerationError(f"{name} is {value!r}; it must be {what}.")
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether tokens that prompt or reply hold lose or gain."""
+        added = self.presence_penalty != 0 or self.frequency_penalty != 0
+        return added or self.repetition_penalty != 1
+
+    @property
+    def is_greedy(self) -> bool:
+        """Whether the token of the largest logit is always taken."""
+        return self.temperature == 0 and not self.penalizes
+
     @classmethod
     def defaults(cls, generation_config: Mapping[str, Any], usual: Mapping[str, Any]) -> Sampling:
         """Read a model's own settings: `generation_config.json` over what is usual for it.
@@ -108,19 +119,14 @@ class Sampler:
         """The next token, `[1]`, for logits `[1, vocab]`."""
         settings = self.sampling
         logits = logits.astype(mx.float32)
-        penalized = (
-            settings.repetition_penalty != 1
-            or settings.presence_penalty != 0
-            or settings.frequency_penalty != 0
-        )
-        if penalized:
+        if settings.penalizes:
             logits = self._penalize(logits)
         if settings.temperature == 0:
             token = mx.argmax(logits, axis=-1)
         else:
             self.key, key = mx.random.split(self.key)
             token = mx.random.categorical(restrict(logits, settings), key=key)
-        if penalized:
+        if settings.penalizes:
             assert self.counts is not None
             self.counts = self.counts.at[token].add(1)
         return token
