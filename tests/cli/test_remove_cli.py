@@ -104,8 +104,9 @@ def test_nobody_to_ask(cache: Path) -> None:
             "Error: phi-4-mini is not on this machine.\nHint: See what is with: phimlx list\n",
         ),
         (
-            "phi-5",
-            "Error: phi-5 is neither a folder, an alias nor a Hub id.\nHint: Did you mean phi-4?\n",
+            "phi-4-minni",
+            "Error: phi-4-minni is neither a folder, an alias nor a Hub id.\n"
+            "Hint: Did you mean phi-4-mini?\n",
         ),
     ],
 )

@@ -195,8 +195,9 @@ def test_a_context_that_the_model_does_not_have() -> None:
     ("model", "stderr"),
     [
         (
-            "phi-5",
-            "Error: phi-5 is neither a folder, an alias nor a Hub id.\nHint: Did you mean phi-4?\n",
+            "phi-4-minni",
+            "Error: phi-4-minni is neither a folder, an alias nor a Hub id.\n"
+            "Hint: Did you mean phi-4-mini?\n",
         ),
         (
             "./none",
