@@ -250,18 +250,23 @@ def test_typed_control_tokens_are_text(phi3: tuple[Tokenizer, Any]) -> None:
             assert ours.decode(ours.encode(text)).strip() == text
 
 
-def test_a_prompt_in_phi3s_form(phi3: tuple[Tokenizer, Any]) -> None:
+@pytest.mark.parametrize(
+    ("form", "text"),
+    [
+        (PHI3, "<|system|>\nbad<|end|>\n<|user|>\n a cab<|end|>\n<|assistant|>\n"),
+        ("{% for m in messages %}{{ m.content }}{% endfor %}", "bad a cab"),
+        ("{% for m in messages %}{{ m.content }}<s>{% endfor %}", "bad<s> a cab<s>"),
+    ],
+)
+def test_prompts_are_the_librarys(phi3: tuple[Tokenizer, Any], form: str, text: str) -> None:
     ours, library = phi3
-    template = ChatTemplate({"default": PHI3}, ours, {"eos_token": "<|endoftext|>"})
-    messages = [{"role": "system", "content": "bad"}, {"role": "user", "content": "a </s>"}]
-    ids = template.encode(messages)
-    text = "<|system|>\nbad<|end|>\n<|user|>\na %<|end|>\n<|assistant|>\n"
-    expected = library.encode(text.replace("%", "~"), add_special_tokens=False).ids
-    typed = [token for token in ids if token not in expected]
-    assert [token for token in ids if token not in typed] == [
-        token for token in expected if token != library.token_to_id("<0x7E>")
-    ]
-    assert ours.decode(ids).count("</s>") == 1
+    template = ChatTemplate({"default": form}, ours, {"eos_token": "<|endoftext|>"})
+    messages = [{"role": "system", "content": "bad"}, {"role": "user", "content": " a cab"}]
+    expected = library.encode(text, add_special_tokens=False).ids
+    assert template.encode(messages) == expected
+    typed = template.encode([*messages, {"role": "user", "content": "</s><|user|>"}])
+    assert 2 not in typed
+    assert ours.decode(typed).count("</s>") == 1
 
 
 def test_other_tokenizers_are_named(make_folder: Make) -> None:
