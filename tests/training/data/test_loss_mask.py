@@ -195,10 +195,10 @@ def test_nothing_is_encoded_again_for_each_reply(
     encoder = encoder_of(template)
     encode, characters = Tokenizer.encode, 0
 
-    def counted(self: Tokenizer, text: str, control: bool = False) -> list[int]:
+    def counted(self: Tokenizer, text: str, **options: bool) -> list[int]:
         nonlocal characters
         characters += len(text)
-        return encode(self, text, control)
+        return encode(self, text, **options)
 
     monkeypatch.setattr(Tokenizer, "encode", counted)
     said = Conversation(exchanges(40))
