@@ -72,7 +72,7 @@ class Phi:
     Attributes:
         model: takes `input_ids` `[batch, length]`, returns logits `[batch, length, vocab]`.
         engine: generates the replies.
-        tokenizer: None where the folder has no tokenizer.json; then only token ids go in and out.
+        tokenizer: None where the folder holds none; then only token ids go in and out.
         config: the folder's config.json.
         context_length: tokens that prompt and reply may have together.
         sampling: the model's own sampling settings, used for what a call leaves out.

@@ -29,7 +29,7 @@ class PromptReader:
     """Reads prompts for one model folder.
 
     Attributes:
-        tokenizer: None where the folder has no tokenizer.json; then only token ids go in and out.
+        tokenizer: None where the folder holds none; then only token ids go in and out.
     """
 
     def __init__(
@@ -44,11 +44,9 @@ class PromptReader:
         self.name = name
         self.placeholders = placeholders
         self._vocab_size = vocab_size
-        self.tokenizer: Tokenizer | None = None
-        if (folder / "tokenizer.json").is_file():
-            from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+        from phimlx.prompt.tokenizer.tokenizer import Tokenizer, has_tokenizer
 
-            self.tokenizer = Tokenizer.load(folder)
+        self.tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
 
     @cached_property
     def template(self) -> ChatTemplate:
