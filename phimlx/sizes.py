@@ -1,7 +1,4 @@
-"""Numbers of bytes as a person reads them.
-
-Knows decimal units, in which disks, downloads and macOS count; knows nothing else.
-"""
+"""Numbers of bytes as a person reads them: in decimal units, as disks, downloads and macOS count."""
 
 from __future__ import annotations
 
@@ -9,7 +6,7 @@ UNITS = ("bytes", "kB", "MB", "GB", "TB")
 
 
 def size_text(nbytes: float) -> str:
-    """Three figures and a unit: `2.16 GB`, `559 kB`, `12 bytes`."""
+    """Write a number of bytes with three figures and a unit: `2.16 GB`, `559 kB`, `12 bytes`."""
     unit = 0
     while nbytes >= 999.5 and unit < len(UNITS) - 1:
         nbytes /= 1000

@@ -12,6 +12,7 @@ from typing import Any
 
 import mlx.core as mx
 
+from phimlx.checkpoint.arrays import write_arrays
 from phimlx.checkpoint.folder import FLOATING_DTYPES, TensorInfo, read_header
 from phimlx.errors import CheckpointError, ConfigError, shortened
 from phimlx.files import replacing, translate_write_errors, write_json
@@ -95,9 +96,8 @@ def write_files(
     hint = "Choose a folder that can be written."
     with translate_write_errors(folder, CheckpointError, hint):
         folder.mkdir(parents=True, exist_ok=True)
-        with replacing(folder / name) as temporary, temporary.open("wb") as stream:
-            # To a stream, since MLX's own files raise RuntimeError where a disk is full.
-            mx.save_safetensors(stream, dict(arrays), {"format": "mlx"})
+        with replacing(folder / name) as temporary:
+            write_arrays(temporary, arrays)
         write_json(folder / CONFIG, config)
 
 

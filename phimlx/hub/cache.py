@@ -209,7 +209,7 @@ def bits_of(folder: Path) -> int | None:
 
 
 def _recorded(folder: Path) -> dict[str, RemoteFile]:
-    """What is known of a folder's files: by a download's record, or by the names of blobs."""
+    """List what is known of a folder's files, by a download's record or by the names of blobs."""
     record = read_record(folder)
     if record is not None:
         known = record.files.items()

@@ -79,7 +79,7 @@ class RemoteFile:
 
 @dataclass(frozen=True)
 class Repository:
-    """What a repository holds at one commit.
+    """The files of a repository at one commit.
 
     Attributes:
         name: as it was asked for; the cache keeps it under this name.

@@ -17,7 +17,7 @@ SETTLED = 2.0  # seconds after which another change shows in a file's time, on e
 
 
 def cache_file() -> Path:
-    """Where hashes that were computed are kept."""
+    """The file that keeps hashes that were computed."""
     import platformdirs
 
     return platformdirs.user_cache_path("phimlx", appauthor=False) / "hashes.json"

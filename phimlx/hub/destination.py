@@ -1,4 +1,4 @@
-"""Where the files of a repository go: huggingface_hub's cache, or a folder of the user's own."""
+"""The places that a repository's files go to: huggingface_hub's cache, or a folder of one's own."""
 
 from __future__ import annotations
 
@@ -20,31 +20,31 @@ _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
 class Destination(Protocol):
-    """Where the files of one repository go."""
+    """A place that the files of one repository go to."""
 
     @property
     def root(self) -> Path:
-        """What a person knows of the place."""
+        """The folder that a person knows the place by."""
 
     @property
     def elsewhere(self) -> str:
-        """How a person chooses another one."""
+        """The words that say how a person chooses another one."""
 
     @property
     def folder(self) -> Path:
         """The folder that holds the files under their names in the end."""
 
     def content(self, file: RemoteFile) -> Path:
-        """Where a whole and checked file lies."""
+        """The path of a whole and checked file."""
 
     def partial(self, file: RemoteFile) -> Path:
-        """Where a file grows; the name holds its hash, so another version never goes on with it."""
+        """The path of a file that grows; its hash is in it, so no other version goes on with it."""
 
     def copy_source(self, file: RemoteFile) -> Path | None:
         """Another file on this machine that should have the same contents."""
 
     def lock(self, file: RemoteFile) -> Path:
-        """What two downloads of the same file agree on."""
+        """The lock that two downloads of the same file agree on."""
 
     def place(self, file: RemoteFile) -> None:
         """Give a whole file its name in the folder."""
@@ -150,7 +150,7 @@ class FolderDestination:
 
 @dataclass(frozen=True)
 class DownloadRecord:
-    """What a folder of the user's own should hold, as its download noted it.
+    """The files that a folder of the user's own should hold, as its download noted them.
 
     Attributes:
         files: by name.

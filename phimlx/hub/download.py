@@ -1,4 +1,4 @@
-"""How a model comes from the Hub to this machine: what it needs, and where that goes."""
+"""Downloads of models: which files one needs, where they go, and the transfer."""
 
 from __future__ import annotations
 

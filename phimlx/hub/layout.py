@@ -145,7 +145,7 @@ def place_of(snapshot: Path) -> tuple[str, str] | None:
 
 
 def model_name(folder: Path) -> str:
-    """What a model's folder tells of its name: its repository in a cache, else its own name."""
+    """Name a model by its folder: the repository that has it in a cache, else the folder's name."""
     place = place_of(folder)
     return folder.name if place is None else place[0]
 

@@ -90,12 +90,12 @@ def is_whole(folder: Path) -> bool:
 
 
 def files_of(folder: Path) -> dict[str, Path]:
-    """A model's files by their names in the repository, links followed, hidden ones left out."""
+    """List a model's files by their names in the repository, links followed, no hidden ones."""
     return {name: path for name, path in entries_of(folder).items() if path.is_file()}
 
 
 def entries_of(folder: Path) -> dict[str, Path]:
-    """What may be a model's file, by name: also links that lead nowhere."""
+    """List what may be a model's file, by name: also links that lead nowhere."""
     entries = {path.name: path for path in folder.iterdir() if path.name[0] != "."}
     return entries | {name: folder / name for name in ADAPTER_FILES}
 

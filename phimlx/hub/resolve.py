@@ -1,4 +1,4 @@
-"""Which folder on this machine a name means: a path, an alias of the catalogue or a Hub id."""
+"""Names of models: a path, an alias of the catalogue or a Hub id, and the folder that it means."""
 
 from __future__ import annotations
 

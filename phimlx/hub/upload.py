@@ -46,7 +46,7 @@ class Target:
 
 @dataclass(frozen=True)
 class Upload:
-    """What was published, and where."""
+    """A model that was published."""
 
     repository: str
     url: str

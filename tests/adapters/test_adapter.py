@@ -191,8 +191,8 @@ def test_a_failed_write_leaves_the_adapter_that_was_there(
     adapter_in(tmp_path)
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
 
-    def fails(file: str, *_: Any) -> None:
-        Path(file).write_bytes(b"half")
+    def fails(file: Any, *_: Any) -> None:
+        file.write(b"half")
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(mx, "save_safetensors", fails)

@@ -18,6 +18,7 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from phimlx.adapters.files import CONFIG
 from phimlx.adapters.mlx_lm import WEIGHTS
+from phimlx.checkpoint.arrays import write_arrays
 from phimlx.errors import TrainingError
 from phimlx.files import read_json, replacing, sync, translate_write_errors, write_file, write_json
 from phimlx.training.distributed import ProcessGroup
@@ -167,8 +168,8 @@ class RunFolder:
         with writing(self.path):
             try:
                 partial.mkdir(parents=True)
-                write_arrays(partial / WEIGHTS, weights)
-                write_arrays(partial / OPTIMIZER, optimizer)
+                write_arrays(partial / WEIGHTS, dict(tree_flatten(weights)))
+                write_arrays(partial / OPTIMIZER, dict(tree_flatten(optimizer)))
                 write_file(partial / CONFIG, (self.path / CONFIG).read_bytes())
                 sizes = {file.name: file.stat().st_size for file in sorted(partial.iterdir())}
                 manifest = {"format": FORMAT, "step": step, "files": sizes, "state": state}
@@ -230,22 +231,6 @@ def _read_state(folder: Path) -> dict[str, Any]:
     return state
 
 
-class _Stream(io.FileIO):
-    """A file that remembers why it could not be written, which MLX does not tell."""
-
-    failure: OSError | None = None
-
-    def write(self, data: Any) -> int:
-        view = memoryview(data)
-        try:
-            while view:
-                view = view[super().write(view) :]
-        except OSError as error:
-            self.failure = error
-            raise
-        return memoryview(data).nbytes
-
-
 def read_arrays(path: Path, processes: ProcessGroup) -> dict[str, mx.array]:
     """Read arrays by name from a file that the main process has; raise TrainingError if damaged."""
     if processes.group is None:
@@ -266,18 +251,6 @@ def _load(path: Path, source: str | io.BytesIO) -> dict[str, mx.array]:
         ) from error
     assert isinstance(arrays, dict)
     return arrays
-
-
-def write_arrays(path: Path, tree: Any) -> None:
-    """Write a tree of arrays as safetensors, on the disk when this returns; raises OSError."""
-    with _Stream(path, "w") as stream:
-        try:
-            mx.save_safetensors(stream, dict(tree_flatten(tree)), {"format": "mlx"})
-        except RuntimeError:
-            if stream.failure is None:
-                raise
-            raise stream.failure from None
-        os.fsync(stream.fileno())
 
 
 def writing(folder: Path) -> AbstractContextManager[None]:

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import tests.conftest  # noqa: F401 (the same BLAS as in the run that it is compared with)
+from phimlx.checkpoint.arrays import write_arrays
 from phimlx.cli.main import main
 from phimlx.training.data.batches import Batch
 from phimlx.training.run import checkpoints as state
@@ -22,7 +23,7 @@ from phimlx.training.step import StepResult, TrainingStep
 (how, _, rank), at = sys.argv[1].partition("@"), int(sys.argv[2])
 at = at if rank in ("", os.environ.get("MLX_RANK")) else 0
 sys.argv = ["phimlx", *sys.argv[3:]]
-take, write = TrainingStep.__call__, state.write_arrays
+take = TrainingStep.__call__
 
 
 def taken(self: TrainingStep, number: int, batches: Sequence[Batch]) -> StepResult:
@@ -31,12 +32,12 @@ def taken(self: TrainingStep, number: int, batches: Sequence[Batch]) -> StepResu
     return take(self, number, batches)
 
 
-def written(path: Path, tree: Any) -> None:
-    write(path, tree)
+def written(path: Path, arrays: Any) -> None:
+    write_arrays(path, arrays)
     if how == "saving" and f"step-{at:07d}" in path.parent.name:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
 TrainingStep.__call__ = taken  # type: ignore[method-assign]
-state.write_arrays = written
+state.write_arrays = written  # type: ignore[attr-defined]
 main()
