@@ -1,4 +1,4 @@
-"""Numbers of bytes as a person reads them: in decimal units, as disks, downloads and macOS count."""
+"""Numbers of bytes as a person reads them: in decimal units, as disks and macOS count."""
 
 from __future__ import annotations
 
