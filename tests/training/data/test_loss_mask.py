@@ -18,6 +18,7 @@ from phimlx.hub.resolve import NANO
 from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.messages import Message, read_messages
 from phimlx.prompt.published_templates import MINI, MINI_REASONING, PHI4, REASONING
+from phimlx.prompt.sandbox.environment import Template
 from phimlx.prompt.tokenizer.compiled_bpe import load_vocabulary
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.loss_mask import LossOn, RowEncoder, learned_length
@@ -79,6 +80,7 @@ TOKENIZERS = {
 def encoder_of(template: str, tokens: str = "as published") -> RowEncoder:
     chosen = TOKENIZERS[tokens]
     made = ChatTemplate({"default": TEMPLATES[template]}, chosen, {"eos_token": "<|endoftext|>"})
+    made._templates["default"] = Template(TEMPLATES[template])  # here, not in a worker process
     return RowEncoder(chosen, lambda: made)
 
 
