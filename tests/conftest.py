@@ -9,6 +9,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests.bundled import unpack
 
@@ -20,6 +21,10 @@ for library in glob.glob("/usr/lib/*/openblas-pthread/libopenblas.so.0"):
 # start; what a test interrupts must listen.
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+# How long an example takes depends on what else the machine does.
+settings.register_profile("phimlx", deadline=None, suppress_health_check=[HealthCheck.too_slow])
+settings.load_profile("phimlx")
 
 
 @pytest.fixture(scope="session")
