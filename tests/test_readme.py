@@ -27,6 +27,7 @@ def environment() -> dict[str, str]:
     return {**os.environ, "PATH": path, "HF_HUB_OFFLINE": "1"}
 
 
+@pytest.mark.slow
 def test_ten_things_work_as_printed(tmp_path: Path) -> None:
     lines = block("Ten things to do", "sh").splitlines()
     assert len(lines) == 10

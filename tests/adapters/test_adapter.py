@@ -87,6 +87,7 @@ SETTINGS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "quantized"),
     [*((name, False) for name in SETTINGS), ("lora", True), ("dora", True)],

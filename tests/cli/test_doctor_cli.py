@@ -68,6 +68,7 @@ def test_a_case_that_differs_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert lines[-1].startswith("1 of 2 cases equal the reference on this machine's ")
 
 
+@pytest.mark.slow
 def test_the_self_test_passes_here() -> None:
     result = run("--self-test", "--json")
     assert result.exit_code == 0

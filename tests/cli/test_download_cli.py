@@ -163,6 +163,7 @@ def test_ctrl_c_on_a_terminal_stops_at_once_and_loses_nothing(server: Hub, tmp_p
     assert server.ranges["model.safetensors"] == [0, 7_000]
 
 
+@pytest.mark.slow
 def test_a_remark_leaves_the_bars_whole(server: Hub, tmp_path: Path) -> None:
     server.faults["model.safetensors"] = [Fault(status=503, headers={"Retry-After": "0"})]
     environment = {"HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path)}

@@ -44,6 +44,7 @@ def stray(tmp_path: Path) -> Path:
     return tmp_path
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", COMMANDS)
 def test_a_stray_module_in_the_working_directory_is_not_imported(name: str, stray: Path) -> None:
     done = run(name, "--help", cwd=stray)

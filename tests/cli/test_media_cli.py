@@ -118,6 +118,7 @@ def test_a_model_that_reads_text_alone_says_so(files: Path) -> None:
     )
 
 
+@pytest.mark.slow
 def test_the_answer_is_that_of_the_api(files: Path, model: str) -> None:
     arguments = ["--image", "cat.png", "--audio", "hum.wav", "--video", "clip.mp4"]
     sampling = ["--temp", "0", "--max-tokens", "4", "--json"]

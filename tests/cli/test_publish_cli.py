@@ -88,6 +88,7 @@ def test_json_is_one_object_and_nothing_else(desk: Desk, source: Path, tmp_path:
     assert desk.tokens == {"Bearer hf_mine"}
 
 
+@pytest.mark.slow
 def test_the_report_is_in_the_card_that_goes(desk: Desk, tmp_path: Path) -> None:
     text = tmp_path / "text.txt"
     text.write_text("The quick brown fox jumps over the lazy dog. " * 20)
@@ -164,6 +165,7 @@ class Held(dict[str, bytes]):
         super().__setitem__(name, content)
 
 
+@pytest.mark.slow
 def test_a_signal_while_bytes_go_out_does_not_wait_for_them(
     desk: Desk, source: Path, tmp_path: Path
 ) -> None:

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import pytest
 from PIL import Image
 
 from phimlx.terminal.conversation import Conversation
@@ -66,6 +67,7 @@ def read_chat(path: Path) -> list[tuple[str, str]]:
     return [(message["role"], message["content"]) for message in Conversation.load(path).messages]
 
 
+@pytest.mark.slow
 def test_a_chat_from_greeting_to_leaving(tmp_path: Path) -> None:
     replies = [
         [["reasoning", "Let me see. "], "# Hi\n\nI am *here*", ".\n\n- one\n- two"],
@@ -86,6 +88,7 @@ def test_a_chat_from_greeting_to_leaving(tmp_path: Path) -> None:
         assert "\x1b[2J." not in terminal.raw
 
 
+@pytest.mark.slow
 def test_ctrl_c_stops_the_reply_and_keeps_it(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     with open_chat(tmp_path, [["Once upon", PAUSE, "", " a time"], "And on."]) as terminal:
@@ -107,6 +110,7 @@ def test_ctrl_c_stops_the_reply_and_keeps_it(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_keys_typed_during_a_reply_are_not_echoed(tmp_path: Path) -> None:
     with open_chat(tmp_path, [["Wait", PAUSE, "", "."], "Fine."]) as terminal:
         terminal.type("a", ENTER)
@@ -121,6 +125,7 @@ def test_keys_typed_during_a_reply_are_not_echoed(tmp_path: Path) -> None:
         assert terminal.echoes()
 
 
+@pytest.mark.slow
 def test_ctrl_c_at_the_prompt_clears_the_line_and_then_hints(tmp_path: Path) -> None:
     with open_chat(tmp_path, ["Hello."]) as terminal:
         terminal.type("not sent")
@@ -135,6 +140,7 @@ def test_ctrl_c_at_the_prompt_clears_the_line_and_then_hints(tmp_path: Path) -> 
         leave(terminal)
 
 
+@pytest.mark.slow
 def test_several_lines_by_paste_by_key_and_by_editor(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     editor = tmp_path / "editor"
@@ -159,6 +165,7 @@ def test_several_lines_by_paste_by_key_and_by_editor(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_history_outlives_the_chat(tmp_path: Path) -> None:
     for reply in ("One.", "Two."):
         with open_chat(tmp_path, [reply]) as terminal:
@@ -182,6 +189,7 @@ def test_commands_complete(tmp_path: Path) -> None:
         leave(terminal)
 
 
+@pytest.mark.slow
 def test_a_tool_call_is_shown_and_its_result_typed(tmp_path: Path) -> None:
     path = tmp_path / "chat.json"
     call = {"name": "weather", "arguments": {"city": "Paris\u202e"}}
@@ -206,6 +214,7 @@ def test_a_tool_call_is_shown_and_its_result_typed(tmp_path: Path) -> None:
     ]
 
 
+@pytest.mark.slow
 def test_a_dropped_picture_goes_with_what_is_said_next(tmp_path: Path) -> None:
     picture, path = tmp_path / "a cat.png", tmp_path / "chat.json"
     Image.new("RGB", (6, 4)).save(picture)
@@ -242,6 +251,7 @@ def test_a_saved_chat_asks_before_it_fetches(tmp_path: Path) -> None:
         leave(terminal)
 
 
+@pytest.mark.slow
 def test_an_error_leaves_the_chat_usable(tmp_path: Path) -> None:
     replies = [{"pieces": [], "error": "The prompt has 200 tokens."}, "At last."]
     with open_chat(tmp_path, replies) as terminal:

@@ -79,6 +79,7 @@ def test_check_as_json(model: Path, rows: Path) -> None:
     assert result.stderr == ""
 
 
+@pytest.mark.slow
 def test_a_run_from_a_file_of_settings(model: Path, rows: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "run.yaml"
     file.write_text(
@@ -185,6 +186,7 @@ def test_a_signal_is_noted_by_its_handler_and_told_by_another_thread() -> None:
     assert len(told) == 1
 
 
+@pytest.mark.slow
 def test_all_weights_can_be_trained(model: Path, rows: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     options = ["--fine-tune-type", "full", "--iters", "2", "--learning-rate", "1e-3", "--pack"]

@@ -76,6 +76,7 @@ def test_a_killed_run_is_continued(tmp_path: Path) -> None:
     assert same_bits(weights_of(out), parameters(PHI_4))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("change", ["plan", "source", "journal", "version"])
 def test_a_killed_run_of_another_plan_is_not_continued(
     tmp_path: Path, change: str, monkeypatch: pytest.MonkeyPatch

@@ -164,6 +164,7 @@ def test_the_native_layout_becomes_the_published_one(
 # Quantized
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [4, 8])
 def test_reloading_changes_nothing(
     source: Path, tmp_path: Path, oracle: Mapping[str, Mapping[str, mx.array]], bits: int
@@ -186,6 +187,7 @@ def test_reloading_changes_nothing(
         assert np.array_equal(logits(model, oracle[case]), logits(expected, oracle[case])), case
 
 
+@pytest.mark.slow
 def test_at_8_bits_text_says_what_the_original_says(
     source: Path, tmp_path: Path, oracle: Mapping[str, Mapping[str, mx.array]]
 ) -> None:
@@ -255,6 +257,7 @@ def test_twice_the_same_bytes(source: Path, tmp_path: Path) -> None:
         assert one.read_bytes() == other.read_bytes(), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("nbytes", [1, 5000])
 def test_blocks_of_rows_change_nothing(
     source: Path, tmp_path: Path, nbytes: int, monkeypatch: pytest.MonkeyPatch

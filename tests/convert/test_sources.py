@@ -104,6 +104,7 @@ def test_layers_that_keep_their_form_keep_every_bit(tmp_path: Path) -> None:
     assert model.layers[1].mlp.gate_up_proj.bits == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("batch_bytes", [1000, 20_000])
 def test_blocks_of_any_size_give_the_same_bits(
     tmp_path: Path, batch_bytes: int, monkeypatch: pytest.MonkeyPatch

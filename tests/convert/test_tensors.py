@@ -63,6 +63,7 @@ def test_tensors_are_those_of_mlx_lm(tmp_path: Path, case: dict[str, Any]) -> No
     assert found == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [PHI_4, MINI])
 @pytest.mark.parametrize("group_size", [32, 64])
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])

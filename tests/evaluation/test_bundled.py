@@ -62,6 +62,7 @@ def few(monkeypatch: pytest.MonkeyPatch) -> list[Question]:
     return list(shortest.values())
 
 
+@pytest.mark.slow
 def test_the_demonstration_as_an_object(few: list[Question]) -> None:
     result = CliRunner().invoke(cli, ["demo", "--json"], catch_exceptions=False)
     assert result.exit_code == 0
@@ -97,6 +98,7 @@ def test_the_demonstration_on_a_screen(
     assert len(rows) == 2
 
 
+@pytest.mark.slow
 def test_a_wrong_answer_is_called_so(few: list[Question], monkeypatch: pytest.MonkeyPatch) -> None:
     scene = next(scene for scene in demo.scenes() if scene.modality == "vision")
     monkeypatch.setattr(demo, "scenes", lambda folder: [replace(scene, answer="cloud")])

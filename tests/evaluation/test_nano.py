@@ -232,6 +232,7 @@ def test_tool_answers_call_a_tool_that_is_there(rows: list[dict[str, Any]]) -> N
     assert any(row["kind"] == "tool" and "<|tool_call|>" not in row["answer"] for row in rows)
 
 
+@pytest.mark.slow
 def test_held_out_prompts_lie_on_both_sides_of_the_step(
     rows: list[dict[str, Any]], tokenizer: Tokenizer, config: dict[str, Any]
 ) -> None:

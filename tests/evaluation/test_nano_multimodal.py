@@ -77,6 +77,7 @@ def test_it_is_small_and_its_text_weights_are_nanos() -> None:
         assert mx.array_equal(ours[base], array), name
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("modality", ["vision", "speech", "both"])
 def test_logits_are_the_references(modality: str) -> None:
     goldens = mx.load(str(HELD_OUT / "reference.safetensors"))

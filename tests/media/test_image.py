@@ -58,6 +58,7 @@ def assert_equal_to_reference(images: Images, reference: dict[str, np.ndarray], 
     assert np.abs(pixels - reference[f"{name}/pixels"]).max() <= EXACT
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", SHAPES + WHOLE + LARGE, ids="{0[0]}x{0[1]}".format)
 def test_every_aspect_ratio_is_cut_as_the_reference_cuts_it(size: tuple[int, int]) -> None:
     images = prepare_images([synthetic(*size)])

@@ -49,6 +49,7 @@ def in_order(data: bytes) -> tuple[list[float], list[NDArray[np.uint8]]]:
     return [frame.time - start for frame in frames], [np.array(f.to_image()) for f in frames]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("clip", CLIPS)
 @pytest.mark.parametrize("frames", [1, 3, 8, 60])
 def test_frames_are_those_shown_in_the_middle_of_equal_spans(clip: str, frames: int) -> None:

@@ -64,6 +64,7 @@ def losses(folder: Path) -> list[tuple[tuple[str, int], float]]:
     return [((row["kind"], row["step"]), row["loss"]) for row in log(folder) if "loss" in row]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("name", "data", "more"),
     [

@@ -190,6 +190,7 @@ def killed(source: Path, out: Path, blocks: int, journal_bytes: int) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("blocks", "journal_bytes"), [(1, 1), (30, 1), (101, 1), (101, 20_000)])
 def test_a_killed_export_goes_on_to_the_same_bytes(
     tmp_path: Path, blocks: int, journal_bytes: int

@@ -93,6 +93,7 @@ def assert_plain(agreement: Agreement, expected: tuple[float, float, float, floa
     assert found == pytest.approx(expected, rel=1e-4, abs=1e-6)
 
 
+@pytest.mark.slow
 def test_what_is_measured_on_text(
     reports: Reports, folders: dict[Quantization | None, Path]
 ) -> None:
@@ -113,6 +114,7 @@ def test_the_bundled_text_holds_many_scripts_and_code() -> None:
     ast.parse(text[text.index("def longest_run") : text.index("\nThe function above")])
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer(reports: Reports) -> None:
     for fewer, more in pairwise(FORMS):
         worse, better = reports[fewer], reports[more]
@@ -124,6 +126,7 @@ def test_more_bits_are_closer(reports: Reports) -> None:
         assert worse.bytes_after < better.bytes_after
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recipe", RECIPES.values(), ids=list(RECIPES))
 def test_a_mixed_recipe_is_closer_than_a_uniform_one_of_its_size(
     reports: Reports, recipe: Recipe, tmp_path: Path
@@ -140,6 +143,7 @@ def test_a_mixed_recipe_is_closer_than_a_uniform_one_of_its_size(
         assert mixed.divergence < a.divergence ** (1 - share) * b.divergence**share
 
 
+@pytest.mark.slow
 def test_more_bits_are_closer_in_the_other_modes(reports: Reports) -> None:
     mxfp4, mxfp8, nvfp4 = (reports[form] for form in OTHERS)
     for worse in (mxfp4, nvfp4):
@@ -149,6 +153,7 @@ def test_more_bits_are_closer_in_the_other_modes(reports: Reports) -> None:
             assert 0 < d.error < c.error
 
 
+@pytest.mark.slow
 def test_the_same_weights_cost_nothing(reports: Reports) -> None:
     report = reports[None]
     for agreement in report.agreements:
@@ -159,6 +164,7 @@ def test_the_same_weights_cost_nothing(reports: Reports) -> None:
     assert report.bits_after == report.bits_before == 16
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [Quantization(64, 4), *OTHERS])
 def test_errors_and_bits_of_layers(
     form: Quantization, reports: Reports, folders: dict[Quantization | None, Path]

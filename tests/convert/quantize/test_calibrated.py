@@ -74,6 +74,7 @@ def divergences(folder: Path) -> list[float]:
     return [agreement.divergence for agreement in report.agreements]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "learning",
     [
@@ -180,6 +181,7 @@ def test_dwq_that_makes_it_worse_is_refused(tmp_path: Path) -> None:
     assert error.hint == "Choose a lower --learning-rate, or a longer calibration text."
 
 
+@pytest.mark.slow
 def test_a_damaged_weight_stops_it(tmp_path: Path) -> None:
     weights = parameters(UNTIED, mx.bfloat16)
     name = "model.layers.1.mlp.down_proj.weight"

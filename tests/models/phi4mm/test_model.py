@@ -224,6 +224,7 @@ def conversation(oracle: dict[str, Case]) -> list[tuple[list[int], Case]]:
     ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("step", ["4096", "64"])
 def test_a_conversation_equals_recomputing_it(
     model: Phi4MMForCausalLM, small: Phi4MMForCausalLM, oracle: dict[str, Case], step: str

@@ -11,6 +11,7 @@ from click.testing import CliRunner
 from phimlx.cli.group import cli
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["mlx-examples-lora", "mlx-examples-wwdc25"])
 def test_validation_loss_falls(name: str, data: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke(
