@@ -15,7 +15,7 @@ from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
-from phimlx.models.phi4mm.features import TEXT
+from phimlx.models.features import TEXT
 
 CLEAR_EVERY = 256  # steps between handing freed buffers back to the system
 NOT_FINITE = -1  # drawn in place of a token where logits are no numbers

@@ -10,7 +10,7 @@ import numpy as np
 from phimlx.machine.device import prefill_tokens
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
-from phimlx.models.phi4mm.features import TEXT, Features
+from phimlx.models.features import TEXT, Features
 
 
 def prefill(

@@ -9,7 +9,7 @@ from typing import Protocol
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.generation.placed_media import MediaItem, PlacedMedia
 from phimlx.models.base import CausalLM
-from phimlx.models.phi4mm.features import TEXT, Features
+from phimlx.models.features import TEXT, Features
 
 
 class Holder(Protocol):

@@ -20,8 +20,8 @@ from phimlx.errors import GenerationError
 from phimlx.models import registry
 from phimlx.models.cache.kv import Cache, with_past
 from phimlx.models.config import ModelConfig as ModelConfig
+from phimlx.models.features import TEXT, Features, Placeholders
 from phimlx.models.lora import Routing
-from phimlx.models.phi4mm.features import TEXT, Features, Placeholders
 from phimlx.models.registry import Architecture
 
 

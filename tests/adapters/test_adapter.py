@@ -20,9 +20,9 @@ from phimlx.adapters.attach import load_adapter
 from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.adapters.read import read_adapter
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError
+from phimlx.models.features import Placeholders
 from phimlx.models.lora import LoRA
 from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
-from phimlx.models.phi4mm.features import Placeholders
 from phimlx.training.settings import TrainSettings
 from phimlx.training.trainable import adapter_of, attach
 from tests.convert.tiny import MINI, PHI_4, parameters, write_model

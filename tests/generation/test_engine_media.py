@@ -22,7 +22,7 @@ from phimlx.generation.placed_media import Media
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
-from phimlx.models.phi4mm.features import Features
+from phimlx.models.features import Features
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
 IMAGE, AUDIO = 510, 511

@@ -11,8 +11,8 @@ from mlx.utils import tree_flatten
 
 from phimlx.adapters.adapter import Base
 from phimlx.errors import TrainingError
+from phimlx.models.features import Placeholders
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.models.phi4mm.features import Placeholders
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.forward import Dropout
 from phimlx.training.settings import TrainSettings

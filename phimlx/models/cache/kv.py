@@ -10,7 +10,7 @@ from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
-from phimlx.models.phi4mm.features import Features
+from phimlx.models.features import Features
 from phimlx.models.rope import Rope
 
 T = TypeVar("T")

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from phimlx.models.cache.kv import Cache, NewTokens, chosen
-from phimlx.models.phi4mm.features import ADAPTERS, Features, Placeholders, adapter_of
+from phimlx.models.features import ADAPTERS, Features, Placeholders, adapter_of
 from phimlx.models.rope import Rope
 
 

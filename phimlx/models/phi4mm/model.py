@@ -19,10 +19,10 @@ from phimlx.errors import ConfigError, PromptError, shortened
 from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.cache.kv import Cache, with_past
 from phimlx.models.cache.media import MediaCache
+from phimlx.models.features import ADAPTERS, Features, Placeholders
 from phimlx.models.lora import MAX_RANK, LoRALinear, Routing
 from phimlx.models.phi3 import Phi3Config, Phi3Model
 from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding, audio_layouts
-from phimlx.models.phi4mm.features import ADAPTERS, Features, Placeholders
 from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig, image_layouts
 
 # What the checkpoint's code hard-codes, for configs that do not say it.

@@ -21,9 +21,9 @@ from mlx.utils import tree_flatten
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import PromptError
+from phimlx.models.features import TEXT, Features
 from phimlx.models.lora import LoRALinear, Routing
 from phimlx.models.phi3 import Phi3ForCausalLM
-from phimlx.models.phi4mm.features import TEXT, Features
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
 EXACT = 1e-4  # of the largest logit: what the original's own numbers are known to
