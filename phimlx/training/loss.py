@@ -9,7 +9,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 from phimlx.machine.order import after
-from phimlx.machine.reductions import long_sum
+from phimlx.machine.reductions import long_sum, split_logsumexp
 
 CHUNK_ROWS = 128  # rows whose logits exist at one time
 
@@ -124,16 +124,11 @@ def _chunks(
 
 
 def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Each row's loss, and softmax(logits) − onehot(targets) in the logits' own type.
-
-    The loss is taken of logits less their maximum: log Σ exp(logits) is a large number beside it
-    where the target is the likeliest, and its last digit all that would be left of the loss.
-    """
+    """Each row's loss, and softmax(logits) − onehot(targets) in the logits' own type."""
     wide = logits.astype(mx.float32)  # [rows, vocab]
-    largest = wide.max(axis=-1, keepdims=True)
-    likelihoods = mx.exp(wide - largest)
-    total = long_sum(likelihoods)[:, None]
+    largest, log_total = split_logsumexp(wide)
     target = mx.take_along_axis(wide, targets[:, None], axis=-1)
-    loss = (mx.log(total) - (target - largest)).squeeze(-1)
-    excess = (likelihoods / total).at[mx.arange(targets.size), targets].add(-1)
+    loss = (log_total - (target - largest)).squeeze(-1)
+    likelihoods = mx.exp((wide - largest) - log_total)
+    excess = likelihoods.at[mx.arange(targets.size), targets].add(-1)
     return loss, excess.astype(logits.dtype)
