@@ -77,6 +77,8 @@ class Phi:
         context_length: tokens that prompt and reply may have together.
         sampling: the model's own sampling settings, used for what a call leaves out.
         eos: tokens that end a reply.
+        is_base: whether the model was trained to complete text, not to answer.
+        chat_form: the prompt form in which such a model writes conversations; None for its usual.
         placeholders: the tokens that stand for images and sounds; None where text alone is read.
     """
 
@@ -94,6 +96,8 @@ class Phi:
         self.engine = Engine(self.model)
         known = catalog.by_config(self.config, model_name(self.path))
         self.name = known.alias if known else self.path.resolve().name
+        self.is_base = known is not None and known.base
+        self.chat_form = known.chat_form if known else None
         self.context_length = self.model.config.max_position_embeddings
         tokens = self.model.placeholders
         self.placeholders = (
@@ -124,6 +128,14 @@ class Phi:
     def takes_media(self) -> bool:
         """Whether the model sees images and hears sounds."""
         return self.placeholders is not None
+
+    def use_prompt_form(self, name: str) -> None:
+        """Write conversations in a published prompt form, such as "phi-2-chat".
+
+        Raises:
+            PromptError: where no form has that name.
+        """
+        self._reader.use_form(name)
 
     def generate(self, prompt: Prompt = "", **options: Any) -> Reply:
         """Generate a whole reply; arguments as for `stream`."""
@@ -206,6 +218,7 @@ class Phi:
         if options.cache is not None:
             options.cache.check(self.model)
         tokens, media = self._reader.read(prompt, options)
+        stops = StopStrings((*stops.stops, *self._reader.stop_strings(prompt, options)))
         return Request(
             tokens,
             Sampler(sampling, options.chosen_seed(), tokens),

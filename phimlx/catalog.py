@@ -23,6 +23,7 @@ class Model:
         longrope_step: the length beyond which the long rope factors apply; None where there are
             none.
         base: whether it was trained to complete text, not to answer.
+        chat_form: of a base model, the published prompt form in which it writes conversations.
         stored_itemsize: bytes of a number as published.
         sampling: how its makers sample from it, under the names of `Phi.generate`; empty where
             they leave that to the user.
@@ -45,6 +46,7 @@ class Model:
     longrope_step: int | None = None
     reasoning: bool = False
     base: bool = False
+    chat_form: str | None = None
     stored_itemsize: int = 2
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
     architecture: str = "phi3"
@@ -248,6 +250,7 @@ FAMILY: tuple[Model, ...] = (
         repo="microsoft/phi-2",
         quantized_repo=None,
         other_names=("phi2",),
+        chat_form="phi-2-chat",
         **{
             **PHI_1,
             "parameters": 2_779_683_840,
@@ -262,6 +265,7 @@ FAMILY: tuple[Model, ...] = (
         repo="microsoft/phi-1_5",
         quantized_repo=None,
         other_names=("phi-1_5", "phi1.5"),
+        chat_form="phi-1.5-chat",
         **PHI_1,
     ),
     Model(

@@ -21,6 +21,8 @@ from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
+from phimlx.errors import PromptError
+from phimlx.generation.sampler import Sampler
 from phimlx.models.base import CausalLM
 
 IDS = mx.array([[5, 9, 300, 17, 42, 8, 77, 120]])
@@ -214,6 +216,44 @@ def test_evaluate_and_forecast(folder: Path, tmp_path: Path) -> None:
         run("evaluate", "--model", folder, "--data", tmp_path / "rows.jsonl", "--json")
     )
     assert told["loss"] > 0
+
+
+def test_prompts_are_those_of_the_card(folder: Path, tmp_path: Path) -> None:
+    """phi-1.5 as its card asks it; a copy named as phi-2 as that one's; and each card's chat."""
+    other = tmp_path / "phi-2"
+    other.symlink_to(folder)
+    told = [{"role": "user", "content": "Why?"}]
+    for name, form, expected in (
+        (folder, None, "Why?\n\nAnswer:"),
+        (folder, "phi-1.5-chat", "Alice: Why?\n\nBob:"),
+        (other, None, "Instruct: Why?\nOutput:"),
+        (other, "phi-2-chat", "Alice: Why?\nBob:"),
+        (other, "completion", "Why?"),
+    ):
+        phi = phimlx.load(name)
+        if form is not None:
+            phi.use_prompt_form(form)
+        assert phi.tokenizer is not None
+        assert phi.tokenizer.decode(phi.encode(told)) == expected
+        assert phi.encode("def f():", raw=True) == phi.tokenizer.encode("def f():")
+    with pytest.raises(PromptError, match="no prompt form named 'phi-9'"):
+        phi.use_prompt_form("phi-9")
+
+
+def test_a_reply_ends_where_the_form_does(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """At the next speaker in a chat, and not where the prompt is raw."""
+    phi = phimlx.load(folder)
+    assert phi.tokenizer is not None
+    said = phi.tokenizer.encode(" Because.\nAlice: And?")
+    phi.use_prompt_form("phi-1.5-chat")
+    for raw, text in ((False, " Because."), (True, " Because.\nAlice: And?")):
+        scripted = iter([*said, 0])
+
+        def sampler(self: Sampler, logits: mx.array, tokens: Any = scripted) -> mx.array:
+            return mx.array([next(tokens, 0)])
+
+        monkeypatch.setattr(Sampler, "__call__", sampler)
+        assert phi.generate("Why?", raw=raw, max_tokens=len(said)).text == text
 
 
 def test_python(folder: Path) -> None:

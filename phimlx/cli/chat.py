@@ -16,6 +16,7 @@ from phimlx.cli.options import (
     load_or_download,
     model_option,
     pop_limits,
+    prompt_form_option,
     sampling_options,
     system_option,
     tools_option,
@@ -29,6 +30,7 @@ from phimlx.terminal.sampling_settings import given
 @adapter_option
 @system_option
 @tools_option
+@prompt_form_option
 @click.option(
     "--load",
     "session_file",
@@ -44,6 +46,7 @@ def command(
     adapter: Path | None,
     system: str | None,
     tools_file: Path | None,
+    prompt_form: str | None,
     session_file: Path | None,
     frames: int,
     **settings: Any,
@@ -79,6 +82,9 @@ def command(
     if tools_file is not None:
         conversation.tools = load_tools(tools_file)
     phi = load_or_download(model, output, adapter, always_ask=named_by_file)
+    form = prompt_form or phi.chat_form
+    if form is not None:
+        phi.use_prompt_form(form)
     chat = Chat(phi, conversation, output, screen, run_command, limits, frames)
     chat.check(conversation)
     chat.saved_as = session_file
@@ -89,6 +95,8 @@ def command(
         )
     elif typed:
         output.note("Each line is a turn; Ctrl-D ends the chat.")
+    if typed and phi.is_base:
+        output.note(f"{phi.name} is a base model: it completes text, and was not trained to chat.")
     chat.run()
 
 

@@ -19,6 +19,7 @@ from phimlx.cli.options import (
     media_options,
     model_option,
     pop_limits,
+    prompt_form_option,
     sampling_options,
     system_option,
     tools_option,
@@ -47,6 +48,7 @@ NO_PROMPT = (
 @frames_option
 @system_option
 @tools_option
+@prompt_form_option
 @click.option(
     "--raw",
     "--ignore-chat-template",
@@ -69,6 +71,7 @@ def command(
     frames: int,
     system: str | None,
     tools_file: Path | None,
+    prompt_form: str | None,
     raw: bool,
     as_json: bool,
     verbose: bool,
@@ -91,8 +94,10 @@ def command(
     go to stderr, where it is a terminal. Control characters are removed from what the model
     says; --json keeps them, escaped.
     """
-    if raw and (system is not None or tools_file is not None):
-        raise click.UsageError("--raw uses no chat template, so it takes no --system or --tools.")
+    if raw and (system is not None or tools_file is not None or prompt_form is not None):
+        raise click.UsageError(
+            "--raw uses no chat template, so it takes no --system, --tools or --prompt-form."
+        )
     spoken = bool(audio) and prompt is None and words is None and not raw
     text = "" if spoken else read_prompt(prompt, words, raw)
     messages = [{"role": "user", "content": text}]
@@ -113,6 +118,8 @@ def command(
     tools = None if tools_file is None else load_tools(tools_file)
     output = Output(json=as_json)
     phi = load_or_download(model, output, adapter)
+    if prompt_form is not None:
+        phi.use_prompt_form(prompt_form)
     with output.prompt_progress() as report:
         stream = phi.stream(
             text if raw else messages,

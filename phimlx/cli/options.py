@@ -51,6 +51,12 @@ tools_option = click.option(
     help="Functions that the model may call: a JSON list of their definitions.",
 )
 
+prompt_form_option = click.option(
+    "--prompt-form",
+    metavar="NAME",
+    help="A published form to write the prompt in, other than the model's own: phi-2, phi-2-chat …",
+)
+
 # Field of `Limits`: what it accepts, its metavar, its help.
 LIMITS: dict[str, tuple[click.ParamType[Any], str, str]] = {
     "max_pixels": (click.IntRange(min=1), "N", "Most pixels of a picture or a video's frame."),

@@ -44,6 +44,7 @@ class PromptReader:
         self.name = name
         self.placeholders = placeholders
         self._vocab_size = vocab_size
+        self._form: str | None = None
         from phimlx.prompt.tokenizer.tokenizer import Tokenizer, has_tokenizer
 
         self.tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
@@ -57,7 +58,26 @@ class PromptReader:
         """
         from phimlx.prompt.chat_template import ChatTemplate
 
-        return ChatTemplate.load(self.folder, self.text_tokenizer(), self.name, self.placeholders)
+        return ChatTemplate.load(
+            self.folder, self.text_tokenizer(), self.name, self.placeholders, self._form
+        )
+
+    def use_form(self, name: str) -> None:
+        """Write conversations in a published prompt form, whatever the folder's own template.
+
+        Raises:
+            PromptError: where no form has that name.
+        """
+        from phimlx.prompt.published_templates import named_template
+
+        self._form = named_template(name).name
+        self.__dict__.pop("template", None)
+
+    def stop_strings(self, prompt: Prompt, options: PromptOptions) -> tuple[str, ...]:
+        """Texts that end a reply in the form that the prompt is written in."""
+        written = isinstance(prompt, str) and not options.raw
+        written = written or any(isinstance(item, Mapping) for item in prompt[:1])
+        return self.template.stop if written else ()
 
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises TokenizerError where there is none."""

@@ -76,7 +76,7 @@ def test_where_a_prompt_comes_from(
         (
             ["--raw", "--system", "x", "y"],
             None,
-            "--raw uses no chat template, so it takes no --system or --tools.",
+            "--raw uses no chat template, so it takes no --system, --tools or --prompt-form.",
         ),
         (
             ["--temp", "-1", "y"],
