@@ -38,7 +38,7 @@ class PromptReader:
         """`placeholders`: tokens that stand for images and sounds; None where text alone is read.
 
         Raises:
-            TokenizerError: where there is a tokenizer.json that cannot be used.
+            TokenizerError: where there is a tokenizer that cannot be used.
         """
         self.folder = folder
         self.name = name
