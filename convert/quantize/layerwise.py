@@ -18,6 +18,7 @@ from convert.folder import Journal
 from convert.quantize.gptq import HessianRecorder, gptq_quantize
 from convert.quantize.recipe import Quantization
 from convert.quantize.tensor import check_finite
+from phimlx.checkpoint.arrays import write_arrays
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import map_model
 from phimlx.files import replacing
@@ -117,8 +118,8 @@ def quantize_layer_by_layer(
             tensors = _quantize(
                 part, forms, batches, dtype, lambda size: advance(100 * size / whole)
             )
-            with replacing(file) as temporary, temporary.open("wb") as stream:
-                mx.save_safetensors(stream, tensors)
+            with replacing(file) as temporary:
+                write_arrays(temporary, tensors)
             journal.record(number + 1)
         for batch in batches if parts else ():
             batch.x = part.run(batch)

@@ -22,6 +22,13 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return use_empty_cache(tmp_path, monkeypatch)
 
 
+KNOWN = (
+    "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, phi-4-reasoning-plus, "
+    "phi-4-multimodal, phi-3.5-mini, phi-3-mini, phi-3-mini-128k, phi-3-medium, phi-3-medium-128k, "
+    "phi-2, phi-1.5, phi-1, nano, nano-multimodal."
+)
+
+
 def resolving(source: str | Path | None, **options: bool) -> ModelNotFoundError:
     with pytest.raises(ModelNotFoundError) as caught:
         resolve.resolve(source, **options)
@@ -173,14 +180,12 @@ def test_what_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "llama",
             "llama is neither a folder, an alias nor a Hub id.",
-            "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, phi-4-multimodal, nano, nano-multimodal.",
+            KNOWN,
         ),
         (
             "a--b/c",
             "a--b/c is neither a folder nor a Hub id, which has the form owner/name.",
-            "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, phi-4-multimodal, nano, nano-multimodal.",
+            KNOWN,
         ),
         (
             "microsoft/phi 4",
@@ -190,8 +195,7 @@ def test_what_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "",
             "The model's name is empty.",
-            "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, "
-            "phi-4-reasoning-plus, phi-4-multimodal, nano, nano-multimodal.",
+            KNOWN,
         ),
         *(
             (
