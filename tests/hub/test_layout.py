@@ -75,3 +75,16 @@ def test_what_a_branch_was(tmp_path: Path) -> None:
     assert home.noted_commit("pr/1") == COMMIT
     assert home.noted_commit("pr") is None
     assert home.noted_commit("pr/1/2") is None
+
+
+def test_one_module_alone_spells_the_folders() -> None:
+    """Every other one asks it."""
+    home = Path(layout.__file__).parents[2]
+    spelled = ("models--", "datasets--", '"snapshots"', '"blobs"', "HF_HUB_CACHE")
+    found = {
+        path.relative_to(home).as_posix()
+        for top in ("phimlx", "convert")
+        for path in (home / top).rglob("*.py")
+        if any(each in path.read_text(encoding="utf-8") for each in spelled)
+    }
+    assert found == {"phimlx/hub/layout.py"}
