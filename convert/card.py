@@ -12,10 +12,11 @@ from types import MappingProxyType
 from typing import Any
 
 import phimlx
-from convert.quantize.recipe import UNIFORM, Quantization, Recipe, part_of
+from convert.quantize.recipe import UNIFORM, Quantization, Recipe
 from phimlx.catalog import Model
 from phimlx.hub.destination import origin_of
 from phimlx.models.config import hub_dialect
+from phimlx.models.registry import part_of
 
 CARD = """\
 ---

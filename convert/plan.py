@@ -35,11 +35,11 @@ from convert.tensor_plan import TensorPlan
 from convert.write import ShardLayout, ShardWriter, write_index
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
-from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
 from phimlx.hub import model_files
 from phimlx.hub.layout import model_name
 from phimlx.models import registry
+from phimlx.models.registry import Architecture
 
 BATCH_BYTES = 16 << 20  # computed at once, unquantized
 BATCHES_AHEAD = 3  # read before they are asked for, which a cold disk needs
@@ -270,8 +270,9 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
     recipe = _recipe(request, checkpoint)
     check_purpose(checkpoint, recipe, request.dequantize)
     if recipe is not None and request.parts:
-        check_parts(checkpoint, request.parts)
-        recipe = recipe.with_parts(*request.parts)
+        architecture = registry.of_config(checkpoint.config)
+        check_parts(checkpoint, architecture, request.parts)
+        recipe = recipe.with_parts(architecture, request.parts)
     tensors = TensorPlan.of(checkpoint, recipe, request.dtype, whole=request.layout == "hf")
     if fusion is not None:
         tensors = fusion.applied_to(tensors)
@@ -330,11 +331,11 @@ def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: boo
         )
 
 
-def check_parts(checkpoint: Checkpoint, parts: Collection[str]) -> None:
+def check_parts(checkpoint: Checkpoint, architecture: Architecture, parts: Collection[str]) -> None:
     """Refuse to quantize what a model does not have."""
-    model = build_model(checkpoint.config)
-    if model.placeholders is None:
+    missing = [part for part in parts if part not in architecture.parts]
+    if missing:
         raise ConversionError(
-            f"{checkpoint.folder} takes text only, so it has no {' and no '.join(parts)}.",
-            hint=f"Leave {' and '.join(f'--q-{part}' for part in parts)} out.",
+            f"{checkpoint.folder} takes text only, so it has no {' and no '.join(missing)}.",
+            hint=f"Leave {' and '.join(f'--q-{part}' for part in missing)} out.",
         )

@@ -10,12 +10,13 @@ from typing import Any
 import mlx.core as mx
 import mlx.nn as nn
 
-from convert.quantize.recipe import Quantization, Recipe, part_of
+from convert.quantize.recipe import Quantization, Recipe
 from convert.quantize.tensor import TensorTransform
 from convert.read import RowBlock, TensorLocation, locate
 from phimlx.checkpoint.folder import DTYPES, FLOATING_DTYPES, STORED_DTYPES, Checkpoint
 from phimlx.checkpoint.load import build_model, stored_parameters
 from phimlx.errors import ConversionError
+from phimlx.models.registry import part_of
 
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
 

@@ -13,7 +13,6 @@ from dataclasses import dataclass
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from convert.quantize.recipe import part_of
 from convert.read import RowBlock, read_blocks
 from convert.tensor_plan import TensorConversion, TensorPlan
 from phimlx.checkpoint.folder import Checkpoint
@@ -21,6 +20,7 @@ from phimlx.checkpoint.load import build_model, map_model
 from phimlx.errors import PhimlxError
 from phimlx.machine.reductions import log_softmax, long_sum, sum_of_squares
 from phimlx.models.base import CausalLM, ModelConfig
+from phimlx.models.registry import part_of
 
 WINDOW = 512  # tokens; a window past the LongRoPE step has up to as many more than the step
 HEAD_ROWS = 128  # positions whose logits are held at once: 100 MB of a vocabulary of 200,000

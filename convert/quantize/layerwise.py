@@ -221,11 +221,11 @@ def _restore(part: CalibratedModule, forms: Mapping[str, Quantization | None], f
 def _dequantized(linear: nn.Linear, form: Quantization, parts: Sequence[mx.array]) -> nn.Linear:
     """A layer with quantized weights unpacked, which many tokens at once pass more quickly."""
     packed, scales, *biases = parts
-    unpacked = nn.Linear(1, 1, bias=False)
-    unpacked.update(linear.parameters())
-    unpacked.weight = mx.dequantize(
+    weight = mx.dequantize(
         packed, scales, biases[0] if biases else None, dtype=mx.float32, **asdict(form)
     )
+    unpacked = nn.Linear(1, 1, bias="bias" in linear)
+    unpacked.update({**linear.parameters(), "weight": weight})
     mx.eval(unpacked.parameters())
     return unpacked
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 import tomllib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
 from pathlib import Path
@@ -16,15 +16,14 @@ from typing import Any
 from phimlx.checkpoint.quantization import QUANTIZATION_MODES
 from phimlx.errors import ConversionError, shortened
 from phimlx.files import read_text
-from phimlx.models.registry import Architecture
+from phimlx.models.registry import Architecture, part_of
 
 # What mlx-lm takes where nothing is said.
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 
 MAX_RECIPE_BYTES = 1 << 20
 
-# Parts of a multimodal model beside the language model, and what the paths of their layers hold.
-PARTS = {"adapters": ".lora_", "encoders": "model.embed_tokens_extend."}
+PARTS = ("adapters", "encoders")  # of a multimodal model beside the language model
 PART_BITS = 8  # where they are quantized
 
 UNIFORM = "uniform"  # the recipe that treats all layers of the language model alike
@@ -88,7 +87,7 @@ class Rule:
 
     def applies(self, path: str, blocks: int) -> bool:
         part = part_of(path)
-        if part is not None and PARTS[part] not in self.match:
+        if part is not None and part_of(self.match) != part:
             return False
         if not fnmatchcase(path.removesuffix(".base_layer"), self.match):
             return False
@@ -135,11 +134,11 @@ class Recipe:
             assigned[path] = chosen
         return assigned, tuple(sorted(undivided))
 
-    def with_parts(self, *parts: str) -> Recipe:
+    def with_parts(self, architecture: Architecture, parts: Collection[str]) -> Recipe:
         """Make the same with these of `PARTS` at 8 bits, whatever its own rules say of them."""
         groups = max(32, min(64, self.default.group_size))  # which divide the adapters' ranks
         more = Quantization(groups, PART_BITS)
-        rules = tuple(Rule(f"*{PARTS[part]}*", more) for part in parts)
+        rules = tuple(Rule(f"*{architecture.parts[part]}*", more) for part in parts)
         return replace(self, rules=rules + self.rules)
 
     def in_groups_of(self, group_size: int) -> Recipe:
@@ -151,11 +150,6 @@ class Recipe:
             for rule in self.rules
         )
         return replace(self, default=replace(self.default, group_size=group_size), rules=rules)
-
-
-def part_of(path: str) -> str | None:
-    """Find which of `PARTS` a layer or tensor is in; None for the language model's own."""
-    return next((part for part, mark in PARTS.items() if mark in path), None)
 
 
 def mixed(low: int, high: int, architecture: Architecture) -> Recipe:

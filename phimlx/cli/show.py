@@ -68,13 +68,13 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     """Describe a model on this machine; its shape goes with it."""
     from mlx.utils import tree_flatten
 
-    from convert.quantize.recipe import part_of
     from phimlx import catalog
     from phimlx.checkpoint.folder import FLOATING_DTYPES, Checkpoint
     from phimlx.checkpoint.load import build_model, stored_parameters
     from phimlx.files import read_json
     from phimlx.generation.sampler import Sampling
     from phimlx.hub.layout import model_name
+    from phimlx.models.registry import part_of
 
     checkpoint = Checkpoint(folder)
     model = build_model(checkpoint.config)

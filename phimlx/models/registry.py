@@ -93,6 +93,8 @@ class Architecture:
         unused: patterns of stored tensors that the architecture does without.
         takes: what goes in: "text", "image", "audio".
         adapters: whether the checkpoint itself holds adapters that its inputs call for.
+        parts: what stands beside the language model, "adapters" and "encoders" -> what the paths
+            of its tensors hold.
         sensitive_layers: what mixed recipes give more bits; empty for no such recipes.
         task: of a model card.
         gguf: None where llama.cpp does not run it.
@@ -107,6 +109,7 @@ class Architecture:
     unused: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
     takes: tuple[str, ...] = ("text",)
     adapters: bool = False
+    parts: Mapping[str, str] = field(default_factory=dict)
     sensitive_layers: tuple[SensitiveLayers, ...] = ()
     task: str = "text-generation"
     gguf: GGUF | None = None
@@ -235,6 +238,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         fused_projections=_PHI3_FUSED,
         takes=("text", "image", "audio"),
         adapters=True,
+        parts={"adapters": ".lora_", "encoders": "model.embed_tokens_extend."},
         sensitive_layers=_PHI3_SENSITIVE,
         task="image-text-to-text",
         dialects=(
@@ -283,6 +287,12 @@ def dialect_of(config: Config) -> Dialect | None:
     """Find the dialect that a config.json is written in; None for the architecture's own."""
     dialects = (dialect for each in ARCHITECTURES for dialect in each.dialects)
     return next((d for d in dialects if d.model_type == config.get("model_type")), None)
+
+
+def part_of(path: str) -> str | None:
+    """Find the part beside a language model that a tensor or layer is in; None for its own."""
+    marks = (item for architecture in ARCHITECTURES for item in architecture.parts.items())
+    return next((part for part, mark in marks if mark in path), None)
 
 
 def adapter_folders() -> Iterator[str]:

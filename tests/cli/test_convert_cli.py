@@ -240,9 +240,8 @@ def test_another_architecture(tmp_path: Path) -> None:
     (source / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
     result = run(source, "--mlx-path", tmp_path / "out")
     assert result.exit_code == 1
-    assert result.stderr == (
-        "Error: config.json: model_type is 'llama', but phimlx runs the Phi family: phi3, "
-        "phi4_multimodal, phi4mm.\n"
+    assert result.stderr.startswith(
+        "Error: config.json: model_type is 'llama', but phimlx runs the Phi family: "
     )
 
 

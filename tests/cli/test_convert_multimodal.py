@@ -90,11 +90,11 @@ def test_a_model_without_adapters(source: Path, tmp_path: Path) -> None:
     )
 
 
-def test_learned_quantization(source: Path, tmp_path: Path) -> None:
+def test_calibrated_quantization(source: Path, tmp_path: Path) -> None:
     result = run("convert", source, "--out", tmp_path / "out", "-q", "--q-method", "gptq")
     assert result.exit_code == 1
     assert result.stderr == (
-        f"Error: GPTQ learns from text alone, and {source} is a phi4mm model, which sees and "
+        f"Error: GPTQ calibrates on text alone, and {source} is a phi4mm model, which sees and "
         "hears as well.\nHint: Convert it with -q alone.\n"
     )
 

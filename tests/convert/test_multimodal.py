@@ -18,7 +18,7 @@ from mlx.utils import tree_flatten
 from convert import Quantization, Recipe, convert, read_recipe
 from convert import plan as plan_module
 from convert.measure.report import measure
-from convert.quantize.recipe import Rule, mixed, part_of, recipes_of
+from convert.quantize.recipe import Rule, mixed, recipes_of
 from convert.streaming import stream_model
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
@@ -26,6 +26,7 @@ from phimlx.errors import CheckpointError, ConversionError
 from phimlx.hub.client import Remote
 from phimlx.models import registry
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
+from phimlx.models.registry import part_of
 from tests.checkpoint.test_multimodal import write_native
 from tests.convert.tiny import failing, plan, same_bits, weights_of, write_config, write_index
 from tests.hub.loopback_hub import Hub, serve
@@ -35,6 +36,7 @@ PHI4MM = registry.of_config({"model_type": "phi4mm"})
 
 EIGHT = Quantization(32, 8)
 CASES = ("text", "image", "audio", "both", "two_audio_padded", "audio45s")
+PHI4MM = registry.of_config({"model_type": "phi4mm"})
 TOWER = "model.embed_tokens_extend.image_embed.img_processor."
 UNUSED = (f"{TOWER}head.", f"{TOWER}post_layernorm.", f"{TOWER}encoder.layers.2.")
 BAKED = (
@@ -367,9 +369,9 @@ def test_a_recipe_of_ones_own(source: Path, tmp_path: Path) -> None:
 def test_groups_of_adapters() -> None:
     """Of 64 at most, which divide the ranks of 256 and 320, and of 32 at least, as affine has."""
     for groups, expected in ((32, 32), (64, 64), (128, 64)):
-        recipe = Recipe("own", Quantization(groups, 4)).with_parts("adapters")
+        recipe = Recipe("own", Quantization(groups, 4)).with_parts(PHI4MM, ["adapters"])
         assert recipe.rules == (Rule("*.lora_*", Quantization(expected, 8)),)
-    recipe = Recipe("own", Quantization(16, 4, "nvfp4")).with_parts("encoders")
+    recipe = Recipe("own", Quantization(16, 4, "nvfp4")).with_parts(PHI4MM, ["encoders"])
     assert recipe.rules == (Rule("*model.embed_tokens_extend.*", Quantization(32, 8)),)
 
 

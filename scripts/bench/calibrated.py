@@ -1,11 +1,11 @@
-"""phi-4-nano rounded and learned, at equal size: KL divergence and answers on conversations unseen.
+"""phi-4-nano rounded and calibrated, at equal size: KL divergence and answers on unseen text.
 
-    python -P scripts/bench/learned.py [--bits 4 3] [--methods rtn gptq dwq sensitivity]
+    python -P scripts/bench/calibrated.py [--bits 4 3] [--methods rtn gptq dwq sensitivity]
         [--steps 128] [--learning-rate 1e-4] [--samples 64] [--answers 60]
 
-Learned from every second held-out conversation, measured on the others: KL from the bfloat16 model
+Calibrated on every second held-out conversation, measured on the others: KL from the bfloat16 model
 in windows up to and past the LongRoPE step, and greedy answers. By sensitivity, the fewest bits of
-a layer are one less, and the size is that of the others. GPTQ has no 3 bits. Needs mlx-lm, and -P,
+a layer are one less, and the size is that of the others. Needs mlx-lm, and -P,
 since a bench beside this one is called convert, too.
 """
 
@@ -90,8 +90,6 @@ def main() -> None:
     print(f"{16:4}  {'(original)':12} {16:5.2f}  {0:7.4f}  {0:12.4f}  {whole:>7}", flush=True)
     for bits in settings.bits:
         for method in settings.methods:
-            if method == "gptq" and bits == 3:
-                continue
             with tempfile.TemporaryDirectory() as name:
                 out, start = Path(name) / method, time.perf_counter()
                 made = make(method, bits, out, text, settings)
