@@ -1,4 +1,4 @@
-"""What a person wants of a conversion, as one checked object."""
+"""A conversion as a person asks for it, in one checked object."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The family as data: names, repositories, shapes, licences and sampling defaults of its models.
-
-Knows what was published; knows nothing of what is on this machine.
-"""
+"""The family as data: names, repositories, shapes, licences and sampling defaults of its models."""
 
 from __future__ import annotations
 

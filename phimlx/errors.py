@@ -1,7 +1,4 @@
-"""What can go wrong, each error with a sentence for a person and the next step.
-
-Knows nothing of where an error is shown: `phimlx.terminal` prints it, a library caller catches it.
-"""
+"""Errors, each with a sentence for a person and the next step."""
 
 from __future__ import annotations
 

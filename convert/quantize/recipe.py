@@ -1,4 +1,4 @@
-"""Which layers are quantized and how: recipes as data, named ones for each architecture.
+"""Recipes: which layers are quantized and how, as data, with named ones for each architecture.
 
 A layer with adapters beside it goes by the path that it has in a model without them.
 """

@@ -43,7 +43,7 @@ class Base:
 
 @dataclass(frozen=True)
 class Adapter:
-    """What fine-tuning adds to a model.
+    """An adapter: all that fine-tuning adds to a model.
 
     Attributes:
         layers: by path in the model (`model.layers.0.self_attn.qkv_proj`); empty for "full".
@@ -77,7 +77,7 @@ class Adapter:
 
     @property
     def size(self) -> int:
-        """How many numbers it holds."""
+        """Count the numbers that it holds."""
         return sum(array.size for array in self.arrays.values())
 
     def uniform(self) -> Adapter:

@@ -1,7 +1,4 @@
-"""The files of an adapter folder, whichever format it has: headers checked, numbers finite.
-
-Knows safetensors and JSON; knows nothing of what an adapter does.
-"""
+"""The files of an adapter folder, whichever format it has: headers checked, numbers finite."""
 
 from __future__ import annotations
 

@@ -108,7 +108,7 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
 
 
 def _base(config: Mapping[str, Any]) -> Base | None:
-    """What a config of ours or of mlx-lm's says of the model."""
+    """Read what a config of ours or of mlx-lm's says of the model."""
     table = config.get("base_model")
     named = table if isinstance(table, Mapping) else {"name": config.get("model")}
     name, revision = named.get("name"), named.get("revision")

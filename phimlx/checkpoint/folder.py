@@ -35,7 +35,7 @@ PACKED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
 
 @dataclass(frozen=True)
 class TensorInfo:
-    """What a header says of one tensor.
+    """One tensor, as its file's header describes it.
 
     Attributes:
         dtype: safetensors' name: BF16, F32, U32 …

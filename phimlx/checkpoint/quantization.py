@@ -1,7 +1,4 @@
-"""The quantization that an MLX config speaks of: its modes, and the table checked.
-
-Knows names and numbers; knows nothing of weights or layers.
-"""
+"""The quantization that an MLX config speaks of: its modes, and the table checked."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""The bundled models' held-out questions: asking them and telling right answers from wrong ones.
-
-Knows questions, pictures, sounds and answers; knows nothing of how they are shown.
-"""
+"""The bundled models' held-out questions: asking them and telling right answers from wrong ones."""
 
 from __future__ import annotations
 

@@ -1,7 +1,4 @@
-"""How well a model does on data: loss and perplexity, and whether its answers are those expected.
-
-Knows rows as training reads them; knows nothing of files' formats or the screen.
-"""
+"""Evaluation on data: loss and perplexity, and whether answers are those expected."""
 
 from __future__ import annotations
 
@@ -35,7 +32,7 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Loss:
-    """What a model expects of the tokens to learn, over all of some data.
+    """A model's loss on the tokens to learn, over all of some data.
 
     Attributes:
         loss: mean cross-entropy of a token, in nats.
@@ -67,7 +64,7 @@ class Question:
 
 @dataclass(frozen=True)
 class Answer:
-    """What a model said to a question.
+    """A model's answer to a question.
 
     Attributes:
         exact: the same words as expected; see `normalized`.
@@ -105,7 +102,7 @@ class Answers:
 
     @property
     def cut(self) -> int:
-        """How many the limit of tokens cut off."""
+        """Count those that the limit of tokens cut off."""
         return sum(not answer.is_whole for answer in self.answers)
 
     def _mean(self, values: Sequence[float]) -> float:
@@ -181,7 +178,7 @@ def measure_loss(
 def questions_of(
     phi: Phi, rows: Iterable[Row | Problem], settings: RowSettings
 ) -> tuple[list[Question], int]:
-    """What rows ask, and the answers that they give: the last reply, of rows that end with one.
+    """Take the questions of rows, and the answers that they give: their last reply.
 
     Returns:
         The questions, and how many rows have none: texts, calls of functions.

@@ -1,7 +1,4 @@
-"""Does a model compute here what the reference computed? Cases, and the differences found.
-
-Knows files of reference logits and how to repeat them; knows nothing of how they are shown.
-"""
+"""Parity: cases that the reference computed, repeated here, and the differences found."""
 
 from __future__ import annotations
 

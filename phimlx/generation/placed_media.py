@@ -130,7 +130,7 @@ class PlacedMedia:
 
 
 def _heard_beyond(arrays: Mapping[str, mx.array]) -> list[tuple[int, bool]]:
-    """What each sound hears beyond its own frames, as `AudioEmbedding.encode` takes them.
+    """Find what each sound hears beyond its own frames, as `AudioEmbedding.encode` takes them.
 
     A token is made of eight frames. Those that a sound's last token lacks are silence where another
     sound is longer, since the array is padded there before it is normalized, and zeros of the

@@ -88,7 +88,7 @@ class PromptCache:
         """Keep what a prompt shares with the tokens here.
 
         The last token of a prompt is always computed, since its logits are wanted. Nothing is kept
-        where the prompt needs the other LongRoPE table or another adapter.
+        where the prompt needs other rope factors or another adapter.
         """
         shared = self._shared(prompt[:-1], media.items)
         self._items = media.items
@@ -101,7 +101,7 @@ class PromptCache:
         return Prefix(0, shared, features)
 
     def _shared(self, prompt: list[int], items: tuple[MediaItem, ...]) -> int:
-        """How many of the first tokens are the same and stand for the same media."""
+        """Count the first tokens that are the same and stand for the same media."""
         pairs = zip(self.tokens, prompt, strict=False)
         shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         for old, new in zip(self._items, items, strict=False):

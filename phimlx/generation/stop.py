@@ -1,7 +1,4 @@
-"""Stop strings, matched on text wherever the tokens' borders fall.
-
-Knows text as it arrives; knows nothing of tokens.
-"""
+"""Stop strings, matched on text wherever the tokens' borders fall."""
 
 from __future__ import annotations
 
@@ -43,7 +40,7 @@ class StopStrings:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """What was held back, now that no more text comes."""
+        """Return what was held back, now that no more text comes."""
         held, self._held = self._held, ""
         return held
 

@@ -1,4 +1,4 @@
-"""How much to compute at once on MLX's default device: a GPU is filled, a CPU's cache is not left.
+"""Sizes that suit MLX's default device: a GPU is filled, a CPU's cache is not left.
 
 Everything is a function, for the default device may change while the process lives.
 """
@@ -14,7 +14,7 @@ def on_gpu() -> bool:
 
 
 def suited(*, gpu: int, cpu: int) -> int:
-    """How much to compute at once on this device."""
+    """Sizes of what is computed at once on this device."""
     return gpu if on_gpu() else cpu
 
 

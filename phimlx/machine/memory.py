@@ -9,7 +9,7 @@ from phimlx.machine.device import crops_at_once, prefill_tokens
 
 
 class Shape(Protocol):
-    """What of a configuration decides about memory; the catalogue's models have it too."""
+    """Dimensions that decide about memory; the catalogue's models have them too."""
 
     @property
     def num_hidden_layers(self) -> int: ...
@@ -24,7 +24,7 @@ class Shape(Protocol):
 
 
 class ImageEncoderShape(Protocol):
-    """What of an image encoder's configuration decides about memory."""
+    """Dimensions of an image encoder that decide about memory."""
 
     @property
     def side(self) -> int: ...
@@ -74,7 +74,7 @@ def footprint(shape: Shape, weights: int, context: int, itemsize: int = 2) -> Fo
 
 
 def longest_context(shape: Shape, weights: int, memory: int, itemsize: int = 2) -> int:
-    """How many tokens fit into `memory` bytes beside the weights; 0 where none do."""
+    """Count the tokens that fit into `memory` bytes beside the weights; 0 where none do."""
     left = memory - weights - prefill_tokens() * _activations(shape) * itemsize
     return max(0, left // cache_bytes_per_token(shape, itemsize))
 

@@ -37,7 +37,7 @@ def xing_frame(data: bytes) -> bytes:
 
 
 def _past_id3(data: bytes) -> int:
-    """Where the tag at the beginning ends, of which the size is four times seven bits."""
+    """Find where the tag at the beginning ends, of which the size is four times seven bits."""
     if not data.startswith(b"ID3") or len(data) < 10:
         return 0
     size = 0

@@ -39,7 +39,7 @@ class Frame:
 
 @dataclass(frozen=True)
 class _Packet:
-    """Where one frame's data lies: when it is shown, in the stream's ticks, and in which group.
+    """One frame's data in the file: when it is shown, in the stream's ticks, and in which group.
 
     A group runs from one key frame to the next, in the order of the file.
     """

@@ -1,4 +1,4 @@
-"""What every architecture's model has in common: the protocol by which layers are walked.
+"""The protocol of every architecture's model, by which layers are walked.
 
 Generation, training, measuring and calibration all do the same few lines:
 
@@ -27,7 +27,7 @@ from phimlx.models.registry import Architecture
 
 @dataclass
 class ForwardPass:
-    """What all layers of one pass share.
+    """One pass through the layers: all that they share.
 
     Attributes:
         positions: `[batch or 1, length]`, counted from 0 in each row.

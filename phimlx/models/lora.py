@@ -50,7 +50,7 @@ class LoRA:
 
 
 class Routing:
-    """Which rows of one forward pass use which adapter.
+    """Adapters of the rows of one forward pass.
 
     Args:
         rows: for each row of the batch the name of its adapter, or None.

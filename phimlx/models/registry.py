@@ -81,7 +81,7 @@ class GGUF:
 
 @dataclass(frozen=True)
 class Architecture:
-    """What the rest of phimlx needs to know of one architecture.
+    """The record of one architecture: all that the rest of phimlx needs to know of it.
 
     Attributes:
         model_type: as in config.json.

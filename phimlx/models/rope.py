@@ -1,8 +1,4 @@
-"""Rotary position embeddings, plain and LongRoPE, as cos and sin tables made once per forward pass.
-
-Knows positions and which table a row needs; knows nothing of layers, caches or where a length came
-from.
-"""
+"""Rotary position embeddings, plain and LongRoPE: cos and sin, made once per forward pass."""
 
 from __future__ import annotations
 
@@ -25,7 +21,7 @@ class Rope:
     `short_factor` and `long_factor` divide the inverse frequencies, one number for each of the
     `dims / 2` frequencies. A row uses the long ones for its *whole* sequence as soon as that is
     longer than `original_max_position_embeddings`, and the short ones until then. Without factors
-    (`long_factor` None) every length uses the same table.
+    (`long_factor` None) every length uses the same frequencies.
 
     Source: LongRoPE (arXiv 2402.13753); transformers `modeling_rope_utils.py`,
     `_compute_longrope_parameters` and `longrope_frequency_update`.
@@ -39,7 +35,7 @@ class Rope:
     attention_factor: float = 1.0
 
     def is_long(self, length: int) -> bool:
-        """Whether a sequence of `length` tokens uses the long table."""
+        """Whether a sequence of `length` tokens uses the long factors."""
         return self.long_factor is not None and length > self.original_max_position_embeddings
 
     @cached_property
@@ -51,11 +47,11 @@ class Rope:
         return mx.array(_inverse_frequencies(self.dims, self.theta, self.long_factor))
 
     def __call__(self, positions: mx.array, long: Sequence[bool]) -> tuple[mx.array, mx.array]:
-        """The cos and sin tables for one forward pass.
+        """Compute cos and sin for one forward pass.
 
         Args:
             positions: `[batch or 1, length]`, counted from 0 in each row.
-            long: for each row of the batch, whether it uses the long table.
+            long: for each row of the batch, whether it uses the long factors.
 
         Returns:
             cos and sin, float32 `[batch or 1, 1, length, dims / 2]`, already multiplied by the
@@ -134,7 +130,7 @@ def _float32(value: float) -> float:
 
 
 def longrope_attention_factor(factor: float, original_max_position_embeddings: int) -> float:
-    """√(1 + ln(factor) / ln(original)), the scale of cos and sin in both LongRoPE tables."""
+    """√(1 + ln(factor) / ln(original)), the scale of cos and sin with either factors."""
     if factor <= 1.0:
         return 1.0
     return math.sqrt(1 + math.log(factor) / math.log(original_max_position_embeddings))

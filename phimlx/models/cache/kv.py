@@ -1,7 +1,4 @@
-"""Keys and values of the tokens seen so far, and the LongRoPE table and adapter behind them.
-
-Knows columns, rows and padding; knows nothing of a model's weights, and never picks a token.
-"""
+"""Keys and values of the tokens seen so far, and the rope factors and adapter behind them."""
 
 from __future__ import annotations
 
@@ -17,7 +14,7 @@ T = TypeVar("T")
 
 
 class NewTokens(NamedTuple):
-    """Where the tokens of one forward pass stand and what each may attend to."""
+    """Tokens of one forward pass: their positions, and what each may attend to."""
 
     positions: mx.array  # [batch or 1, length]
     long: tuple[bool, ...]  # for each row, whether it uses the long rope factors
@@ -37,7 +34,7 @@ class Cache:
         num_layers: number of attention layers.
         rope: the model's frequencies.
         expected_length: length that the rows are known to reach, so that a long prompt given in
-            pieces starts with the table that it will end with.
+            pieces starts with the rope factors that it will end with.
         window: how many tokens each attends to, itself and those before it; None for all.
     """
 
@@ -55,10 +52,10 @@ class Cache:
         self.tokens: mx.array | None = None  # [batch, columns]
         self.valid: mx.array | None = None  # [batch, columns], None where every column is real
         self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
-        self.long: tuple[bool, ...] = ()  # the table that each row's keys were made with
+        self.long: tuple[bool, ...] = ()  # whether with the long rope factors
         self.adapters: tuple[str | None, ...] = ()  # and the adapter, where the model has some
         self.features: tuple[Features, ...] = ()  # each row's, where the model takes media
-        # What `commit` will make true: row lengths, tables, adapters.
+        # What `commit` will make true: row lengths, rope factors, adapters.
         self._pending: tuple[tuple[int, ...], tuple[bool, ...], tuple[str | None, ...]] = (
             (),
             (),
@@ -79,8 +76,8 @@ class Cache:
         """
         if self.length == 0 or self.tokens is None:
             return None
-        tables = self._tables(self._lengths_after(shape, attention_mask))
-        if (tables, adapters) == (self.long, self.adapters):
+        long = self._long_rows(self._lengths_after(shape, attention_mask))
+        if (long, adapters) == (self.long, self.adapters):
             return None
         tokens = self.tokens[:, : self.length]
         valid = None if self.valid is None else self.valid[:, : self.length]
@@ -103,7 +100,7 @@ class Cache:
         batch, length = input_ids.shape
         before = self.row_lengths or (0,) * batch
         row_lengths = self._lengths_after((batch, length), attention_mask)
-        long = self._tables(row_lengths)
+        long = self._long_rows(row_lengths)
         self._pending = (row_lengths, long, adapters)
         if self.length and self.tokens is not None:
             input_ids = mx.concatenate([self.tokens[:, : self.length], input_ids], axis=1)
@@ -169,13 +166,13 @@ class Cache:
 
     def serves(self) -> bool:
         """Tell whether what is held was made with the rope factors and adapters expected now."""
-        return self.length > 0 and self._tables(self.row_lengths) == self.long
+        return self.length > 0 and self._long_rows(self.row_lengths) == self.long
 
     def crossing(self, added: int) -> list[int]:
         """Find the rows that need other rope factors when so many tokens more have come to each."""
-        tables = self._tables([length + added for length in self.row_lengths])
+        long = self._long_rows([length + added for length in self.row_lengths])
         return [
-            row for row, pair in enumerate(zip(tables, self.long, strict=True)) if len({*pair}) > 1
+            row for row, pair in enumerate(zip(long, self.long, strict=True)) if len({*pair}) > 1
         ]
 
     def replace_row(self, row: int, other: Cache) -> None:
@@ -216,7 +213,7 @@ class Cache:
         before = self.row_lengths or (0,) * batch
         return tuple(a + b for a, b in zip(before, added, strict=True))
 
-    def _tables(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
+    def _long_rows(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
         return tuple(self.rope.is_long(max(n, self.expected_length)) for n in row_lengths)
 
     def _mask(self, length: int) -> mx.array:
@@ -250,7 +247,7 @@ class Cache:
 def with_past(
     past: tuple[mx.array, mx.array | None], input_ids: mx.array, attention_mask: mx.array | None
 ) -> tuple[mx.array, mx.array | None]:
-    """What `tokens_to_recompute` gave, and after it new tokens and their mask."""
+    """Join what `tokens_to_recompute` gave and, after it, new tokens and their mask."""
     past_ids, past_mask = past
     if past_mask is not None or attention_mask is not None:
         past_mask = mx.ones(past_ids.shape) if past_mask is None else past_mask
@@ -265,5 +262,5 @@ def chosen(values: tuple[T, ...], rows: Sequence[int]) -> tuple[T, ...]:
 
 
 def _real_columns(mask: mx.array) -> tuple[int, ...]:
-    """How many columns of each row are not padding; waits for the mask's value."""
+    """Count the columns of each row that are no padding; waits for the mask's value."""
     return tuple(int(count) for count in mask.astype(mx.int32).sum(axis=1))

@@ -331,7 +331,7 @@ class Encoder(nn.Module):
 
 @dataclass(frozen=True)
 class AudioLayout:
-    """How long a clip is.
+    """The length of a clip.
 
     Attributes:
         tokens: of the clip's frames.

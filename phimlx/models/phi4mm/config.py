@@ -1,7 +1,4 @@
-"""The shapes of Phi-4-multimodal's two encoders, from a `config.json` in the published layout.
-
-Knows which values the published code can have; knows nothing of weights.
-"""
+"""The shapes of Phi-4-multimodal's two encoders, from a `config.json` in the published layout."""
 
 from __future__ import annotations
 

@@ -202,7 +202,7 @@ class Tower(nn.Module):
 
 @dataclass(frozen=True)
 class ImageLayout:
-    """Where an image lies in its crops.
+    """Find where an image lies in its crops.
 
     Attributes:
         rows, columns: of the grid of crops.

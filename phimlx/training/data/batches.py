@@ -114,7 +114,7 @@ class Batches:
 
     @property
     def real_share(self) -> float:
-        """Which part of the fed tokens is real, over an epoch in order of length."""
+        """Return the part of the fed tokens that is real, over an epoch in order of length."""
         real = sum(example.inputs for example in self.examples)
         return real / sum(self._fed(rows) for rows in self._order(0))
 
