@@ -1,8 +1,9 @@
 """GPTQ's linear algebra: a weight matrix rounded so that the rest of each row makes up for errors.
 
-Source: arXiv 2210.17323, algorithm 1; the scales and biases of a group are those that MLX's affine
-quantizer computes from what the groups before it have left. Everything is computed in float32, the
-factor of the Hessian in float64.
+Source: arXiv 2210.17323, algorithm 1, with the columns in the order of falling importance and each
+group's scale from the weights as they were (`--act-order` and `--static-groups` of the authors'
+code, IST-DASLab/gptq). Scales and biases are those of MLX's affine quantizer. Everything is
+computed in float32, the factor of the Hessian in float64.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import mlx.nn as nn
 
 from convert.quantize.recipe import Quantization
 
+BLOCK = 64  # columns between two updates of all that come later; a multiple of 32
 DAMPING = 0.01  # of the Hessian's mean diagonal, added to all of it, as the paper's
 
 
@@ -48,40 +50,45 @@ def gptq_quantize(
         What `mx.quantize` returns: packed weight `[out, in * bits / 32]`, scales and biases
         `[out, in / group_size]`.
     """
-    factor = inverse_factor(hessian)
-    size, highest = form.group_size, 2**form.bits - 1
-    rest = weight.astype(mx.float32).T  # [in, out], of which the first rows are dealt with
-    groups: list[tuple[mx.array, mx.array, mx.array]] = []
-    for begin in range(0, weight.shape[1], size):
-        end = begin + size
-        group, rest = rest[:size], rest[size:]
-        _, scales, biases = mx.quantize(mx.contiguous(group.T), size, form.bits)
-        scales, biases = scales.astype(dtype), biases.astype(dtype)  # [out, 1]
-        scale, bias = (array.T.astype(mx.float32) for array in (scales, biases))  # [1, out]
+    _, scales, biases = mx.quantize(weight.astype(mx.float32), form.group_size, form.bits)
+    scales, biases = scales.astype(dtype), biases.astype(dtype)  # [out, in / group_size]
+    order = mx.argsort(-mx.diag(hessian))  # of columns: those first where an error costs most
+    factor = inverse_factor(hessian[order][:, order])
+    groups = order // form.group_size
+    rest = weight.astype(mx.float32).T[order]  # [in, out], without the rows that are dealt with
+    rounded: list[mx.array] = []
+    for begin in range(0, order.size, BLOCK):
+        end = min(begin + BLOCK, order.size)
+        block, rest = rest[:BLOCK], rest[BLOCK:]
+        scale, bias = (
+            array.T[groups[begin:end]].astype(mx.float32) for array in (scales, biases)
+        )  # [columns of the block, out]
         codes, errors = [], []
-        for column in range(begin, end):
-            value, group = group[:1], group[1:]
-            code = mx.clip(mx.round((value - bias) / scale), 0, highest)
-            error = (value - (code * scale + bias)) / factor[column, column]
-            group = group - factor[column, column + 1 : end, None] * error
-            codes.append(code)
+        for row in range(end - begin):
+            column = begin + row
+            value, block = block[:1], block[1:]
+            code = (value - bias[row]) / scale[row]
+            code = mx.clip(mx.round(code), 0, 2**form.bits - 1)
+            error = (value - (code * scale[row] + bias[row])) / factor[column, column]
+            block = block - factor[column, column + 1 : end, None] * error
+            codes.append(code.astype(mx.uint8))
             errors.append(error)
         rest = rest - factor[begin:end, end:].T @ mx.concatenate(errors)
-        packed = pack(mx.concatenate(codes).T.astype(mx.uint32), form.bits)
-        mx.eval(rest, packed, scales, biases)
-        groups.append((packed, scales, biases))
-    packed, scales, biases = (
-        mx.concatenate(list(parts), axis=1) for parts in zip(*groups, strict=True)
-    )
-    return packed, scales, biases
+        rounded.append(mx.concatenate(codes))
+        mx.eval(rest, rounded[-1])
+    found = mx.concatenate(rounded)[mx.argsort(order)].T  # [out, in]
+    packed = [
+        pack(found[:, begin : begin + BLOCK], form.bits) for begin in range(0, order.size, BLOCK)
+    ]
+    return mx.concatenate(packed, axis=1), scales, biases
 
 
 def inverse_factor(hessian: mx.array) -> mx.array:
-    """The upper triangular U with UᵀU = (H + damping)⁻¹, `[in, in]`, in float32.
+    """Compute the upper triangular U with UᵀU = (H + damping)⁻¹, `[in, in]`, float32.
 
     With J that reverses the order of rows or columns and L the Cholesky factor of J H J, U is
-    J L⁻¹ J: one factor and one inverse of a triangle, where the paper has three factors. In float64
-    for wide layers, whose Hessian may have a condition of a million.
+    J L⁻¹ J: one factor and one inverse of a triangle, where the paper has three factors. In float64,
+    since the Hessian of a wide layer may have a condition of a million.
     """
     with mx.stream(mx.cpu):  # the only device that has float64 and these functions
         diagonal = mx.diag(hessian)
@@ -101,11 +108,11 @@ def pack(codes: mx.array, bits: int) -> mx.array:
     """Pack numbers as MLX does: one after the other in a stream of bits, the lowest bit first.
 
     Args:
-        codes: uint32 `[out, n]`, below 2 ** bits; 32 divides n.
+        codes: integers `[out, n]`, below 2 ** bits; 32 divides n.
 
     Returns:
         uint32 `[out, n * bits / 32]`.
     """
     places = mx.arange(32, dtype=mx.uint32)
-    stream = (codes[..., None] >> places[:bits]) & 1  # [out, n, bits]
+    stream = (codes.astype(mx.uint32)[..., None] >> places[:bits]) & 1  # [out, n, bits]
     return (stream.reshape(codes.shape[0], -1, 32) << places).sum(axis=-1)
