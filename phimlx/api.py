@@ -247,7 +247,7 @@ class Phi:
         return ReplyReader(self.tokenizer, parser, stops, hidden)
 
     def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
-        """Count the tokens that the reply may have."""
+        """Number of tokens that the reply may have."""
         room = self.context_length - prompt_tokens
         if max_tokens is None:
             if room < 1:

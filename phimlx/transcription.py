@@ -148,7 +148,7 @@ def _segment(phi: SpeechModel, segment: Segment, stream: Stream) -> TranscriptSe
 
 
 def looping(tokens: Sequence[int]) -> int:
-    """Count the tokens at the end that only repeat a phrase; 0 where it may be speech."""
+    """Count tokens at the end that only repeat a phrase before them; 0 where it may be speech."""
     for period in range(1, min(LONGEST_PHRASE, len(tokens) // ROUNDS) + 1):
         pairs = zip(reversed(tokens), reversed(tokens[:-period]), strict=False)
         repeated = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))

@@ -1,4 +1,4 @@
-"""Evaluation on data: loss and perplexity, and whether answers are those expected."""
+"""A model measured on data: loss and perplexity, and whether its answers are those expected."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ Advance = Callable[[int], object]
 
 @dataclass(frozen=True)
 class Loss:
-    """A model's loss on the tokens to learn, over all of some data.
+    """Cross-entropy of the tokens to learn, over all of some data.
 
     Attributes:
         loss: mean cross-entropy of a token, in nats.
@@ -102,7 +102,7 @@ class Answers:
 
     @property
     def cut(self) -> int:
-        """Count those that the limit of tokens cut off."""
+        """Number of answers that the limit of tokens cut off."""
         return sum(not answer.is_whole for answer in self.answers)
 
     def _mean(self, values: Sequence[float]) -> float:
@@ -178,7 +178,7 @@ def measure_loss(
 def questions_of(
     phi: Phi, rows: Iterable[Row | Problem], settings: RowSettings
 ) -> tuple[list[Question], int]:
-    """Take the questions of rows, and the answers that they give: their last reply.
+    """Read questions and their answers from rows: the last reply, of rows that end with one.
 
     Returns:
         The questions, and how many rows have none: texts, calls of functions.

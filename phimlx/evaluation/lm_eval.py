@@ -37,7 +37,7 @@ def run_tasks(
     chat_template: bool | None = None,
     include_path: str | Path | None = None,
 ) -> dict[str, dict[str, float]]:
-    """Run tasks, and return what the harness measures, by task and metric.
+    """Run tasks of the harness; its measures, by task and metric.
 
     Args:
         shots: examples before each question; the task's own number where None.
@@ -101,7 +101,7 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
     tokenizer = phi.tokenizer
 
     class Bridge(MLXLM):
-        """mlx-lm's bridge to the harness, with our model and tokenizer."""
+        """Stands in for mlx-lm's own model and tokenizer with ours."""
 
         tokenizer_name = phi.name
 

@@ -1,4 +1,4 @@
-"""Parity: cases that the reference computed, repeated here, and the differences found."""
+"""Cases of reference logits, repeated here, and the differences found."""
 
 from __future__ import annotations
 

@@ -130,7 +130,7 @@ class PlacedMedia:
 
 
 def _heard_beyond(arrays: Mapping[str, mx.array]) -> list[tuple[int, bool]]:
-    """Find what each sound hears beyond its own frames, as `AudioEmbedding.encode` takes them.
+    """Count the padding that each sound hears behind its own frames, in `AudioEmbedding.encode`.
 
     A token is made of eight frames. Those that a sound's last token lacks are silence where another
     sound is longer, since the array is padded there before it is normalized, and zeros of the

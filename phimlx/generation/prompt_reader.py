@@ -141,7 +141,7 @@ class PromptReader:
 
     @cached_property
     def _image_settings(self) -> dict[str, int]:
-        """Read what preprocessor_config.json says of how images are cut up."""
+        """Settings for cutting up images, from preprocessor_config.json."""
         path = self.folder / "preprocessor_config.json"
         crops = read_json(path, missing_ok=True).get("dynamic_hd")
         if crops is None:

@@ -40,7 +40,7 @@ class StopStrings:
         return text[: len(text) - held]
 
     def finish(self) -> str:
-        """Return what was held back, now that no more text comes."""
+        """Hand over what was held back, now that no more text comes."""
         held, self._held = self._held, ""
         return held
 

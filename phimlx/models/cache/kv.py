@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, and the rope factors and adapter behind them."""
+"""Keys and values of the tokens seen so far, and the LongRoPE table and adapter behind them."""
 
 from __future__ import annotations
 
@@ -247,7 +247,7 @@ class Cache:
 def with_past(
     past: tuple[mx.array, mx.array | None], input_ids: mx.array, attention_mask: mx.array | None
 ) -> tuple[mx.array, mx.array | None]:
-    """Join what `tokens_to_recompute` gave and, after it, new tokens and their mask."""
+    """Join what `tokens_to_recompute` gave with new tokens and their mask."""
     past_ids, past_mask = past
     if past_mask is not None or attention_mask is not None:
         past_mask = mx.ones(past_ids.shape) if past_mask is None else past_mask
@@ -262,5 +262,5 @@ def chosen(values: tuple[T, ...], rows: Sequence[int]) -> tuple[T, ...]:
 
 
 def _real_columns(mask: mx.array) -> tuple[int, ...]:
-    """Count the columns of each row that are no padding; waits for the mask's value."""
+    """Count each row's columns that are not padding; waits for the mask's value."""
     return tuple(int(count) for count in mask.astype(mx.int32).sum(axis=1))
