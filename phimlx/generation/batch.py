@@ -30,8 +30,7 @@ class Batch:
     """
 
     def __init__(self, model: CausalLM, requests: Sequence[Request]) -> None:
-        """`requests` that are several have no prompt caches, and their prompts stand on one side of
-        the LongRoPE step."""
+        """`requests` that are several have no prompt caches."""
         self.requests = list(requests)
         self._model = model
         self._kv: Cache
@@ -77,8 +76,8 @@ class Batch:
         prefix = Prefix(0, 0, TEXT)
         if requests[0].cache is None:
             self._kv = model.make_cache()
-            longest = max(len(request.prompt) for request in requests)
-            self._kv.expect(longest, tuple(placed.adapter for placed in media))
+            lengths = [len(request.prompt) for request in requests]
+            self._kv.expect(lengths, tuple(placed.adapter for placed in media))
         else:
             prefix = requests[0].cache.reuse(requests[0].prompt, media[0])
             self._kv = requests[0].cache.kv
@@ -109,7 +108,7 @@ class Batch:
         kv = self._kv
         for row in kv.crossing(1):
             alone = self._model.make_cache()
-            alone.expect(kv.row_lengths[row] + 1, kv.adapters[row : row + 1])
+            alone.expect([kv.row_lengths[row] + 1], kv.adapters[row : row + 1])
             assert kv.tokens is not None
             here = slice(row, row + 1)
             ids = np.array(kv.tokens[here, : kv.length])

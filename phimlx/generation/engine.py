@@ -6,7 +6,7 @@ stream that somebody abandons holds nothing but its request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Callable, Generator, Sequence
 
 import mlx.core as mx
 
@@ -28,11 +28,11 @@ class Engine:
     def add(self, *requests: Request) -> None:
         """Begin requests; several given together share their forward passes.
 
-        A request whose prompt cache another one holds ends that one. Those that are given together
-        have no prompt caches, and stand on one side of the LongRoPE step; `run_all` sees to it.
+        A request whose prompt cache another one holds ends that one.
 
         Raises:
             GenerationError: where a prompt cache belongs to another model.
+            ValueError: for prompt caches of requests that are given together.
         """
         if len(requests) > 1 and any(request.cache is not None for request in requests):
             raise ValueError("requests that share forward passes have no prompt caches")
@@ -96,7 +96,9 @@ class Engine:
         Raises:
             GenerationError: where logits are not finite.
         """
-        for group in self._groups(requests, batch_size):
+        longest_first = sorted(requests, key=lambda request: -len(request.prompt))
+        for begin in range(0, len(requests), batch_size):
+            group = longest_first[begin : begin + batch_size]
             self.add(*group)
             batch = self._batches[-1]
             try:
@@ -131,17 +133,3 @@ class Engine:
                 request.reply.stats.peak_memory = use.peak
             if request.cache is not None:
                 request.cache.release(request)
-
-    def _groups(self, requests: Sequence[Request], size: int) -> Iterator[list[Request]]:
-        """Requests of about equal length, longest first, on one side of the LongRoPE step."""
-        is_long = self.model.config.rope.is_long
-        group: list[Request] = []
-        for request in sorted(requests, key=lambda request: -len(request.prompt)):
-            length = len(request.prompt)
-            same = not group or is_long(len(group[0].prompt)) == is_long(length)
-            if len(group) == size or not same:
-                yield group
-                group = []
-            group.append(request)
-        if group:
-            yield group

@@ -93,7 +93,7 @@ class PromptCache:
         shared = self._shared(prompt[:-1], media.items)
         self._items = media.items
         self.kv.trim(shared)
-        self.kv.expect(len(prompt), (media.adapter,))
+        self.kv.expect([len(prompt)], (media.adapter,))
         if self.kv.serves():
             return Prefix(shared, shared, TEXT)
         features = self.kv.features[0] if self.kv.features else TEXT

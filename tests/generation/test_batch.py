@@ -153,3 +153,19 @@ def test_a_stop_token_that_is_drawn_frees_its_row_alone() -> None:
         end = next((i + 1 for i, token in enumerate(tokens) if token in stop), len(tokens))
         assert request.reply.tokens == tokens[:end]
     assert stopped[2].reply.finish_reason == "stop"
+
+
+@pytest.mark.parametrize("piece", [2048, 8])
+def test_rows_may_begin_on_either_side_of_the_step(
+    piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "prefill_tokens", lambda: piece)
+    model = tiny()
+    prompts = [list(range(5 + row, 5 + row + n)) for row, n in enumerate((60, 33, 32, 30, 9))]
+    alone = [greedy(model, [prompt], 6)[0] for prompt in prompts]
+    requests = [Request(prompt, Sampler(Sampling(), 0), 6) for prompt in prompts]
+    engine = Engine(model)
+    engine.add(*requests)
+    while not all(request.finished for request in requests):
+        engine.step()
+    assert [request.reply.tokens for request in requests] == alone

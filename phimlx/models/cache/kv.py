@@ -45,6 +45,7 @@ class Cache:
     ) -> None:
         self.rope = rope
         self.expected_length = expected_length
+        self.expected_lengths: tuple[int, ...] = ()  # each row's, where they are known apart
         self.window = window
         self.keys: list[mx.array | None] = [None] * num_layers
         self.values: list[mx.array | None] = [None] * num_layers
@@ -155,14 +156,14 @@ class Cache:
         else:
             self.row_lengths = _real_columns(self.valid[:, :length])
 
-    def expect(self, length: int, adapters: tuple[str | None, ...] = ()) -> None:
-        """Note what the rows are known to come to, before a long prompt is given in pieces.
+    def expect(self, lengths: Sequence[int], adapters: tuple[str | None, ...] = ()) -> None:
+        """Note what each row is known to come to, before long prompts are given in pieces.
 
         Args:
-            length: tokens of the longest row.
+            lengths: tokens of each row.
             adapters: each row's, for a model that has some.
         """
-        self.expected_length = length
+        self.expected_lengths = tuple(lengths)
 
     def serves(self) -> bool:
         """Tell whether what is held was made with the rope factors and adapters expected now."""
@@ -193,6 +194,7 @@ class Cache:
         self.tokens = None if self.tokens is None else self.tokens[index]
         self.valid = None if self.valid is None else self.valid[index]
         self.row_lengths = chosen(self.row_lengths, rows)
+        self.expected_lengths = chosen(self.expected_lengths, rows)
         self.long = chosen(self.long, rows)
         self.adapters = chosen(self.adapters, rows)
 
@@ -213,8 +215,10 @@ class Cache:
         before = self.row_lengths or (0,) * batch
         return tuple(a + b for a, b in zip(before, added, strict=True))
 
-    def _long_rows(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
-        return tuple(self.rope.is_long(max(n, self.expected_length)) for n in row_lengths)
+    def _tables(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
+        expected = self.expected_lengths or (self.expected_length,) * len(row_lengths)
+        pairs = zip(row_lengths, expected, strict=True)
+        return tuple(self.rope.is_long(max(pair)) for pair in pairs)
 
     def _mask(self, length: int) -> mx.array:
         """Make a mask `[batch or 1, 1, length, columns]`: causal, in the window, padding hidden.

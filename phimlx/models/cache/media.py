@@ -34,8 +34,8 @@ class MediaCache(Cache):
         self.expected_adapters = expected_adapters
         self._pending_features: tuple[Features, ...] = ()
 
-    def expect(self, length: int, adapters: tuple[str | None, ...] = ()) -> None:
-        super().expect(length, adapters)
+    def expect(self, lengths: Sequence[int], adapters: tuple[str | None, ...] = ()) -> None:
+        super().expect(lengths, adapters)
         self.expected_adapters = adapters
 
     def serves(self) -> bool:
