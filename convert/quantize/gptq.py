@@ -87,8 +87,8 @@ def inverse_factor(hessian: mx.array) -> mx.array:
     """Compute the upper triangular U with UᵀU = (H + damping)⁻¹, `[in, in]`, float32.
 
     With J that reverses the order of rows or columns and L the Cholesky factor of J H J, U is
-    J L⁻¹ J: one factor and one inverse of a triangle, where the paper has three factors. In float64,
-    since the Hessian of a wide layer may have a condition of a million.
+    J L⁻¹ J: one factor and one inverse of a triangle, where the paper has three factors. In
+    float64, since the Hessian of a wide layer may have a condition of a million.
     """
     with mx.stream(mx.cpu):  # the only device that has float64 and these functions
         diagonal = mx.diag(hessian)

@@ -13,8 +13,10 @@
 - It says none of that in a sentence, neither a file that would leave the folder.
 
 In one row that pair does better: where a server answers with another range than was asked for, ours
-begins again at the first byte and waits 3 s, theirs fetches half again after 1 s. Xet's servers cannot be had in that table. Its transfer writes to
-the same temporary file, which the library deletes after every failure, so it cannot go on either.
+begins again at the first byte and waits 3 s, theirs fetches half again after 1 s.
+
+Xet's servers cannot be had in that table. Its transfer writes to the same temporary file, which the
+library deletes after every failure, so it cannot go on either.
 """
 
 from __future__ import annotations

@@ -215,7 +215,7 @@ class Cache:
         before = self.row_lengths or (0,) * batch
         return tuple(a + b for a, b in zip(before, added, strict=True))
 
-    def _tables(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
+    def _long_rows(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
         expected = self.expected_lengths or (self.expected_length,) * len(row_lengths)
         pairs = zip(row_lengths, expected, strict=True)
         return tuple(self.rope.is_long(max(pair)) for pair in pairs)
