@@ -75,6 +75,7 @@ def test_generate_and_show(folder: Path) -> None:
     assert told["context_length"] == 2048
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bits", [2, 3, 4, 5, 6, 8])
 def test_every_quantization_loads_in_mlx_lm(folder: Path, tmp_path: Path, bits: int) -> None:
     from mlx_lm.utils import load_model as load_in_mlx_lm
@@ -104,6 +105,7 @@ def test_older_layouts_convert_to_todays(data: Path, name: str, tmp_path: Path) 
     assert difference(logits(source), theirs(IDS)) <= 1e-5
 
 
+@pytest.mark.slow
 def test_gptq_is_nearer_than_rounding(folder: Path, tmp_path: Path) -> None:
     """On the kind of text that it was calibrated with; every layer here has a bias."""
     text = BUNDLED_TEXT.read_text()[:2000]
@@ -140,6 +142,7 @@ def test_gguf_holds_every_tensor_under_llama_cpps_names(folder: Path, tmp_path: 
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["lora", "dora"])
 @pytest.mark.parametrize("bits", [None, 4])
 def test_tune_load_and_fuse(folder: Path, tmp_path: Path, kind: str, bits: int | None) -> None:

@@ -54,6 +54,7 @@ def test_half_precision_agrees_where_the_margin_is_clear(
     assert mx.where(clear, agree, True).all().item()
 
 
+@pytest.mark.slow
 def test_quantized_logits_are_finite_and_closer_with_more_bits(
     model: CausalLM, ids: mx.array
 ) -> None:

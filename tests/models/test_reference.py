@@ -15,9 +15,10 @@ import pytest
 from phimlx.evaluation import parity as selftest
 
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
+NAMES = ["mini-step-32", "mini-window", "phi-3-window", "phi-4"]
 
 
-@pytest.mark.parametrize("name", ["mini", "mini-step-32", "mini-window", "phi-3-window", "phi-4"])
+@pytest.mark.parametrize("name", [pytest.param("mini", marks=pytest.mark.slow), *NAMES])
 def test_every_case_equals_the_reference(name: str) -> None:
     results = list(selftest.run(MODELS / name, MODELS / name / "reference.safetensors"))
     assert len(results) >= 10

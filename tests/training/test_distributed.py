@@ -90,6 +90,7 @@ def test_losses_are_those_of_one_process(
     assert names == sorted(path.name for path in (place / f"{name}-1").iterdir())
 
 
+@pytest.mark.slow
 def test_a_lost_machine_ends_the_run_with_what_was_learned(place: Path) -> None:
     lost = together(arguments(place, "lost", "rows.jsonl"), "SIGKILL@1", "5")
     assert "Another of the 2 machines is lost, so the run ends here" in lost.stderr + lost.stdout

@@ -56,6 +56,7 @@ def weights_of(model: nn.Module) -> int:
     return sum(array.nbytes for array in dict(tree_flatten(model.parameters())).values())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", RUNS)
 def test_within_15_percent_of_the_measured_peak(name: str) -> None:
     changes, options, bits, length = RUNS[name]

@@ -285,6 +285,7 @@ def test_generating_across_the_step(
     assert len(said) == 68
 
 
+@pytest.mark.slow
 def test_the_real_step_counts_pictures_and_sounds(
     model: Phi4MMForCausalLM, oracle: dict[str, Case], features: dict[str, Features]
 ) -> None:
@@ -424,6 +425,7 @@ def test_a_quantized_base_with_live_adapters(
         assert difference(found[0], case["logits"]) > EXACT
 
 
+@pytest.mark.slow
 def test_half_precision_agrees_where_the_margin_is_clear(
     folder: Path, oracle: dict[str, Case]
 ) -> None:

@@ -109,6 +109,7 @@ def test_a_run_is_the_same_when_it_is_run_again(place: Path) -> None:
     check_same(place, "again")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "step"), [("SIGKILL", 7), ("saving", 8)])
 def test_killed_and_resumed_equals_uninterrupted(place: Path, how: str, step: int) -> None:
     ended = kill(place, how, how, step)
