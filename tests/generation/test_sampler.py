@@ -47,6 +47,7 @@ def test_what_is_kept(settings: dict[str, float], expected: list[int]) -> None:
     assert kept(**settings) == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(5))
 @pytest.mark.parametrize("spread", [0.1, 1, 2, 3])
 def test_top_p_of_a_large_vocabulary_keeps_what_a_float64_sum_keeps(

@@ -117,6 +117,7 @@ def test_measuring_finds_the_losses_without_a_gradient(kind: str) -> None:
     assert close(measured_losses(head, hidden, targets), expected)
 
 
+@pytest.mark.slow
 def test_memory_does_not_grow_with_the_rows() -> None:
     head = nn.Embedding(50_000, 16)
     head.freeze()

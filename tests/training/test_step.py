@@ -121,6 +121,7 @@ def test_a_step_learns() -> None:
     assert losses[-1] < losses[0] / 2
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(shutil.which("c++") is None, reason="compiling for the CPU takes a compiler")
 def test_a_compiled_step_finds_the_same() -> None:
     model, recorder = tiny(), Recorder()

@@ -71,6 +71,7 @@ def published(data: Path, name: str) -> tuple[RowEncoder, tokenizers.Tokenizer]:
     return RowEncoder.load(folder), tokenizers.Tokenizer.from_file(str(folder / "tokenizer.json"))
 
 
+@pytest.mark.slow
 def test_mini_trains_on_the_published_text(data: Path) -> None:
     encoder, reference = published(data, "Phi-4-mini-instruct")
     (example,) = made({"messages": CHAT, "tools": TOOLS}, encoder)
@@ -98,6 +99,7 @@ def test_phi4_trains_on_the_published_text(data: Path) -> None:
     assert learned(example, encoder) == ["It is 3.<|im_end|>", "Bitte.<|im_end|>"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["Phi-4-mini-instruct", "phi-4"])
 def test_real_data_load_in_full(data: Path, name: str) -> None:
     encoder, reference = published(data, name)

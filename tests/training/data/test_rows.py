@@ -91,6 +91,7 @@ def test_the_last_line_needs_no_line_break(tmp_path: Path) -> None:
     assert rows_of(tmp_path, "d.jsonl", b'{"text": "a"}') == [Row("d.jsonl, line 1", {"text": "a"})]
 
 
+@pytest.mark.slow
 @given(st.lists(st.dictionaries(st.sampled_from("abc"), st.text()), min_size=1))
 def test_jsonl_gives_back_whatever_json_writes(
     tmp_path_factory: pytest.TempPathFactory, rows: list[dict[str, str]]
