@@ -10,6 +10,7 @@ import click
 
 from phimlx.cli.options import (
     adapter_option,
+    dtype_option,
     frames_option,
     is_debugging,
     limit_options,
@@ -28,6 +29,7 @@ from phimlx.terminal.sampling_settings import given
 @click.command()
 @model_option
 @adapter_option
+@dtype_option
 @system_option
 @tools_option
 @prompt_form_option
@@ -44,6 +46,7 @@ from phimlx.terminal.sampling_settings import given
 def command(
     model: str | None,
     adapter: Path | None,
+    dtype: str | None,
     system: str | None,
     tools_file: Path | None,
     prompt_form: str | None,
@@ -81,7 +84,7 @@ def command(
         conversation.system = system
     if tools_file is not None:
         conversation.tools = load_tools(tools_file)
-    phi = load_or_download(model, output, adapter, always_ask=named_by_file)
+    phi = load_or_download(model, output, adapter, dtype=dtype, always_ask=named_by_file)
     form = prompt_form or phi.chat_form
     if form is not None:
         phi.use_prompt_form(form)

@@ -9,7 +9,13 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import adapter_option, json_option, load_or_download, model_option
+from phimlx.cli.options import (
+    adapter_option,
+    dtype_option,
+    json_option,
+    load_or_download,
+    model_option,
+)
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -21,6 +27,7 @@ COUNT = click.IntRange(min=1)
 @click.command()
 @model_option
 @adapter_option
+@dtype_option
 @click.option(
     "--data",
     metavar="DATA",
@@ -94,6 +101,7 @@ COUNT = click.IntRange(min=1)
 def command(
     model: str | None,
     adapter: Path | None,
+    dtype: str | None,
     data: str | None,
     split: str | None,
     loss_on: str,
@@ -137,7 +145,7 @@ def command(
         if value is not None and tasks is None:
             raise click.UsageError(f"{name} goes with --tasks.")
     columns = _pairs(mapping)
-    phi = load_or_download(model, output, adapter)
+    phi = load_or_download(model, output, adapter, dtype=dtype)
     found: dict[str, Any] = {"model": phi.name, "adapter": adapter and str(adapter)}
     if data is not None:
         from phimlx.training.data.examples import RowSettings

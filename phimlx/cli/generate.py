@@ -12,6 +12,7 @@ from phimlx.cli.options import (
     MULTIMODAL,
     adapter_option,
     check_files,
+    dtype_option,
     frames_option,
     json_option,
     limit_options,
@@ -43,6 +44,7 @@ NO_PROMPT = (
 @click.argument("words", metavar="[PROMPT]", required=False)
 @model_option
 @adapter_option
+@dtype_option
 @click.option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.")
 @media_options
 @frames_option
@@ -64,6 +66,7 @@ def command(
     words: str | None,
     model: str | None,
     adapter: Path | None,
+    dtype: str | None,
     prompt: str | None,
     image: tuple[str, ...],
     audio: tuple[str, ...],
@@ -117,7 +120,7 @@ def command(
         media |= {"frames": frames, "limits": limits}
     tools = None if tools_file is None else load_tools(tools_file)
     output = Output(json=as_json)
-    phi = load_or_download(model, output, adapter)
+    phi = load_or_download(model, output, adapter, dtype=dtype)
     if prompt_form is not None:
         phi.use_prompt_form(prompt_form)
     with output.prompt_progress() as report:

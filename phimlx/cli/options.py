@@ -37,6 +37,11 @@ adapter_option = click.option(
     type=click.Path(path_type=Path),
     help="What was fine-tuned: an adapter folder of phimlx, mlx-lm or PEFT.",
 )
+dtype_option = click.option(
+    "--dtype",
+    type=click.Choice(["float32", "float16", "bfloat16"]),
+    help="What to compute in  [default: as stored]",
+)
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON object."
 )
@@ -150,12 +155,18 @@ def is_debugging() -> bool:
 
 
 def load_or_download(
-    model: str | None, output: Output, adapter: Path | None = None, always_ask: bool = False
+    model: str | None,
+    output: Output,
+    adapter: Path | None = None,
+    *,
+    dtype: str | None = None,
+    always_ask: bool = False,
 ) -> Phi:
     """Load the model that `--model` names; the catalogue's default where it was not given.
 
     Args:
         adapter: its folder, from --adapter-path.
+        dtype: to compute in; as stored where None.
         always_ask: before any download, where a file rather than the user named the model.
 
     Where it is not here and somebody sits at the terminal, it is downloaded, above 1 GB after
@@ -167,10 +178,10 @@ def load_or_download(
     loading = f"Loading {model or 'the model'}…"
     try:
         with output.status(loading):
-            return api.load(model, adapter)
+            return api.load(model, adapter, dtype)
     except ModelAbsentError as absent:
         from phimlx.cli.bars import download_missing
 
         download_missing(model, output, absent, always_ask)
     with output.status(loading):
-        return api.load(model, adapter)
+        return api.load(model, adapter, dtype)

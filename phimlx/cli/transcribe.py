@@ -17,6 +17,7 @@ import click
 from phimlx.cli.options import (
     MULTIMODAL,
     check_files,
+    dtype_option,
     json_option,
     limit_options,
     load_or_download,
@@ -84,6 +85,7 @@ class Transcript:
     default=MULTIMODAL,
     help=f"An alias, a Hub id or a folder  [default: {MULTIMODAL}]",
 )
+@dtype_option
 @click.option(
     "--translate-to",
     metavar="LANG",
@@ -126,6 +128,7 @@ class Transcript:
 def command(
     files: tuple[str, ...],
     model: str,
+    dtype: str | None,
     translate_to: str | None,
     prompt: str | None,
     format_name: str,
@@ -161,7 +164,7 @@ def command(
                 check_files([transcript.name])
     found = [transcript for transcript in transcripts if transcript.error is None]
     if found:
-        phi = load_or_download(model, screen)
+        phi = load_or_download(model, screen, dtype=dtype)
         model = phi.name
         if not phi.takes_media:
             raise no_media(model)

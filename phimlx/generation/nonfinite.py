@@ -24,13 +24,13 @@ def nonfinite_error(model: CausalLM, tokens: Sequence[int]) -> GenerationError:
         return GenerationError(
             f"The model computes no numbers in {dtype}: its weights hold some that are not finite, "
             f"the first in {damaged}.",
-            hint="Convert it again from its source with --dtype float32, or download it again.",
+            hint="Convert it again from its source, or download it again.",
         )
     layer = _first_layer(model, tokens)
     place = "" if layer is None else f": what model.layers.{layer} puts out is not finite"
     return GenerationError(
         f"The model computes no numbers in {dtype}{place}.",
-        hint="Use float32: convert it with --dtype float32, or phimlx.load(…, dtype='float32').",
+        hint="Compute in float32: --dtype float32.",
     )
 
 

@@ -22,7 +22,7 @@ class Piped:
         self.sources: list[Any] = []
         monkeypatch.setattr("phimlx.api.load", self._load)
 
-    def _load(self, source: Any = None, adapter: Any = None) -> FakePhi:
+    def _load(self, source: Any = None, adapter: Any = None, dtype: Any = None) -> FakePhi:
         self.sources.append(source)
         return self.phi
 

@@ -29,7 +29,7 @@ class Generate:
         self.sources: list[Any] = []
         monkeypatch.setattr("phimlx.api.load", self._load)
 
-    def _load(self, source: Any = None, adapter: Any = None) -> FakePhi:
+    def _load(self, source: Any = None, adapter: Any = None, dtype: Any = None) -> FakePhi:
         self.sources.append(source)
         return self.phi
 
@@ -217,7 +217,7 @@ def test_a_model_that_is_not_here_and_a_prompt_too_long(
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "Error: The prompt has 200 tokens.\nHint: Shorten it.\n"
 
-    def missing(source: Any, adapter: Any = None) -> FakePhi:
+    def missing(source: Any, adapter: Any = None, dtype: Any = None) -> FakePhi:
         raise ModelNotFoundError("phi-4-mini is not here.", "phimlx download phi-4-mini")
 
     monkeypatch.setattr("phimlx.api.load", missing)

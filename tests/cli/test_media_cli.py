@@ -38,7 +38,7 @@ def phi(monkeypatch: pytest.MonkeyPatch) -> FakePhi:
     phi = FakePhi(Script(["Hel", "lo."]))
     phi.takes_media = True
 
-    def load(source: Any = None, adapter: Any = None) -> FakePhi:
+    def load(source: Any = None, adapter: Any = None, dtype: Any = None) -> FakePhi:
         phi.sources.append(source)
         return phi
 

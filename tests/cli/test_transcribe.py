@@ -73,7 +73,7 @@ class Transcribe:
         monkeypatch.chdir(folder)
         monkeypatch.setattr("phimlx.api.load", self._load)
 
-    def _load(self, source: Any = None, adapter: Any = None) -> FakePhi:
+    def _load(self, source: Any = None, adapter: Any = None, dtype: Any = None) -> FakePhi:
         self.sources.append(source)
         return self.phi
 

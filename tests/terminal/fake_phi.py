@@ -105,6 +105,8 @@ class FakePhi:
     name = "fake"
     context_length = 100
     takes_media = False
+    is_base = False
+    chat_form = None
     sampling = Sampling(temperature=0.8)
 
     def __init__(self, *scripts: Script | str | PhimlxError) -> None:
