@@ -11,7 +11,7 @@ import numpy as np
 from phimlx.errors import GenerationError, PromptError
 from phimlx.models.base import CausalLM
 from phimlx.models.features import ADAPTERS, TEXT, Features, Placeholders
-from phimlx.models.phi4mm.audio import MAX_TOKENS, audio_tokens
+from phimlx.models.phi4mm.conformer import MAX_TOKENS, audio_tokens
 
 # The arrays of each kind of media, under the names of the checkpoint's processor: a row an item.
 ARRAYS = (

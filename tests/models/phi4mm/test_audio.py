@@ -16,8 +16,9 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phimlx.errors import ConfigError, MediaError
-from phimlx.models.phi4mm import audio as conformer
-from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding, audio_layouts, audio_tokens
+from phimlx.models.phi4mm import conformer
+from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding, audio_layouts
+from phimlx.models.phi4mm.conformer import audio_tokens
 
 GOLDEN = Path(__file__).parents[2] / "goldens" / "encoders" / "audio.safetensors"
 ARRAYS, METADATA = mx.load(str(GOLDEN), return_metadata=True)
