@@ -16,12 +16,18 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, load_model
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError
 from phimlx.models import registry
+from phimlx.models.names import Renames
 from phimlx.models.phi4mm.model import Phi4MMConfig, Phi4MMForCausalLM
+from phimlx.models.phi4mm.names import PATHS, TENSORS
 from tests.convert.tiny import write_config, write_index
 
 DIALECT = registry.dialect_of({"model_type": "phi4_multimodal"})
 assert DIALECT is not None
 RENAMES, ADAPTER_FOLDERS = DIALECT.names({}), DIALECT.adapter_folders
+BACKWARDS = Renames(
+    {published: native for native, published in PATHS.items()},
+    {published: native for native, published in TENSORS.items()},
+)
 
 # As `save_pretrained` of transformers writes the tiny model's config.
 NATIVE: dict[str, Any] = {
@@ -107,6 +113,11 @@ def config(folder: Path) -> dict[str, Any]:
     return json.loads((folder / "config.json").read_text())
 
 
+def native_name(name: str) -> str:
+    """Name a published tensor as transformers does."""
+    return BACKWARDS.ours(name)[0]
+
+
 def save(file: Path, weights: Weights) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     mx.save_safetensors(str(file), dict(weights), {"format": "pt"})
@@ -120,7 +131,7 @@ def write(folder: Path, config: Mapping[str, Any], weights: Weights) -> Path:
 
 def write_native(folder: Path, weights: Weights, prefix: str = "") -> Path:
     """The published weights as transformers' conversion lays them out: adapters in folders."""
-    base = {RENAMES.theirs(n): w for n, w in weights.items() if ".lora_" not in n}
+    base = {native_name(n): w for n, w in weights.items() if ".lora_" not in n}
     write(folder, NATIVE, base)
     for adapter, name in ADAPTER_FOLDERS.items():
         own = {
@@ -193,7 +204,7 @@ def test_native_names_with_the_adapters_among_them(
 ) -> None:
     """As a model that had its adapters loaded is saved: `base_layer` and `lora_A.vision` names."""
     native = {
-        n if "_proj.base_layer" in n or ".lora_" in n else RENAMES.theirs(n): w
+        n if "_proj.base_layer" in n or ".lora_" in n else native_name(n): w
         for n, w in weights.items()
     }
     config = {**NATIVE, "vision_lora": LORA["vision"], "speech_lora": LORA["speech"]}
@@ -205,7 +216,7 @@ def test_native_names_are_transformers(weights: Weights) -> None:
     them."""
     for name in weights:
         if ".lora_" not in name:
-            assert RENAMES.ours(RENAMES.theirs(name)) == (name,)
+            assert RENAMES.ours(native_name(name)) == (name,)
     extend = "model.embed_tokens_extend"
     for native, published in {
         f"{extend}.audio_embed.encoder.encoders.11.feed_forward_in.gate_up_proj.weight": (
@@ -236,11 +247,11 @@ def test_native_names_are_transformers(weights: Weights) -> None:
         "model.norm.weight": "model.norm.weight",
     }.items():
         assert RENAMES.ours(native) == (published,)
-        assert RENAMES.theirs(published) == native
+        assert native_name(published) == native
 
 
 def test_native_without_adapters(weights: Weights, tmp_path: Path) -> None:
-    base = {RENAMES.theirs(n): w for n, w in weights.items() if ".lora_" not in n}
+    base = {native_name(n): w for n, w in weights.items() if ".lora_" not in n}
     error = loading(write(tmp_path, NATIVE, base))
     assert isinstance(error, CheckpointError)
     assert str(error) == (
