@@ -111,7 +111,7 @@ def modules_beside() -> Iterator[Path]:
         yield from (file for file in sorted(root.rglob("*.py")) if MODELS not in file.parents)
 
 
-@pytest.mark.parametrize("file", modules_beside(), ids=lambda file: "/".join(file.parts[-3:]))
+@pytest.mark.parametrize("file", list(modules_beside()), ids=lambda file: "/".join(file.parts[-3:]))
 def test_no_other_module_knows_an_architecture(file: Path) -> None:
     """None names a projection, a model's class or a model type, nor compares one."""
     tree = ast.parse(file.read_text("utf-8"))
