@@ -187,9 +187,12 @@ def _on_data(
 ) -> dict[str, Any]:
     """Loss, and where `asked` for (tokens of an answer, file to write to) answers."""
     from phimlx.evaluation.data import ask, examples_of, measure_loss, questions_of, read_data
+    from phimlx.training.data.statistics import unused_notes
 
     rows = read_data(data, split, limit)
     examples = examples_of(phi, rows, settings)
+    for line in unused_notes([examples]):
+        output.note(line)
     with output.progress(len(examples.examples), "Measuring", " rows") as bar:
         loss = measure_loss(phi.model, examples.examples, batch_size, bar.update)
     found: dict[str, Any] = {**asdict(loss), "perplexity": loss.perplexity}

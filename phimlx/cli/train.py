@@ -84,6 +84,7 @@ def command(
     if given.data is None and not resume:
         raise click.UsageError("--data is missing: name what to learn from.")
 
+    from phimlx.terminal.training import note_unused
     from phimlx.training.distributed import ProcessGroup
 
     processes = ProcessGroup.join()
@@ -93,6 +94,7 @@ def command(
     session = _open(given, resume, processes, output)
     session.check()
     data = _read(session, output)
+    note_unused(data, output)
     if check:
         _check(session, data, output)
         return

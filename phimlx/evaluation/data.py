@@ -188,7 +188,7 @@ def questions_of(
     for row in rows:
         if isinstance(row, Problem):
             raise DataError([row], 1)
-        said = read_content(row.values, settings.mapping)
+        said, _ = read_content(row.values, settings.mapping, thinks=encoder.thinks)
         if not isinstance(said, Conversation) or not _ends_in_text(said):
             without += 1
             continue

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -111,6 +111,14 @@ class RunDisplay:
             name = self.session.settings.model
             model = f" --model {name}" if name else ""
             self.output.note(f"Try it: phimlx chat{model} --adapter-path {self.folder}")
+
+
+def note_unused(data: Mapping[str, Dataset], output: Output) -> None:
+    """Say what the rows of each file hold that nothing is made of."""
+    from phimlx.training.data.statistics import unused_notes
+
+    for line in unused_notes(data.values()):
+        output.note(line)
 
 
 def show_examples(data: Dataset, tokenizer: Tokenizer, output: Output) -> None:

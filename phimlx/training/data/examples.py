@@ -17,13 +17,13 @@ from phimlx.hub.download import ProgressContext, without_progress
 from phimlx.training.data.batches import Example
 from phimlx.training.data.lengths import Tokens, exchanges, windows
 from phimlx.training.data.loss_mask import LossOn, RowEncoder, learned_length
+from phimlx.training.data.row_messages import RowError
 from phimlx.training.data.row_types import (
     ROW_FAULTS,
     Conversation,
     PlainText,
     PreferencePair,
     RowContent,
-    RowError,
     check_mapping,
     read_content,
 )
@@ -33,6 +33,8 @@ from phimlx.training.data.sources import find_splits
 Overlong = Literal["refuse", "cut", "split"]
 
 SHOWN = 20  # problems that are kept and told; the others are counted
+
+MOST_UNUSED = 100  # names of unused columns that are told apart
 
 NO_REPLY = "no reply to learn"
 CUT_AWAY = "nothing to learn is left after cutting"
@@ -106,6 +108,7 @@ class Dataset:
         kinds: for each example what its row was: a conversation, a text or a preference.
         skipped: how many had nothing to learn in them, by reason.
         cut, split: how many were too long, and what became of them.
+        unused: what rows hold that nothing is made of, and how many do, by the file's name.
         problems: the first rows that are at fault, at most `SHOWN`; `faults` counts all.
     """
 
@@ -115,6 +118,7 @@ class Dataset:
     skipped: Counter[str] = field(default_factory=Counter)
     cut: int = 0
     split: int = 0
+    unused: dict[str, Counter[str]] = field(default_factory=dict)
     problems: list[Problem] = field(default_factory=list)
     faults: int = 0
 
@@ -131,7 +135,8 @@ class Dataset:
     def hold_out(self, amount: float, seed: int = 0) -> tuple[Dataset, Dataset]:
         """Part the rows to learn from and those to validate on, drawn by the seed alone.
 
-        What is counted of rows that were skipped, cut or split stays with the former.
+        What is counted of rows that were skipped, cut, split or not all used stays with the
+        former.
 
         Args:
             amount: of rows, below 1 a part of them (one at least), else their number.
@@ -148,7 +153,7 @@ class Dataset:
             )
         order = np.random.Generator(np.random.PCG64([seed])).permutation(len(rows))
         drawn = {rows[i] for i in order[:count]}
-        held = replace(self._part(drawn), skipped=Counter(), cut=0, split=0)
+        held = replace(self._part(drawn), skipped=Counter(), cut=0, split=0, unused={})
         return self._part(set(rows) - drawn), held
 
     def _part(self, rows: set[int]) -> Dataset:
@@ -159,6 +164,12 @@ class Dataset:
             rows=[self.rows[i] for i in kept],
             kinds=[self.kinds[i] for i in kept],
         )
+
+    def note_unused(self, file: str, names: Iterable[str]) -> None:
+        """Count what a row holds and nothing is made of; of names that never end only the first."""
+        counts = self.unused.setdefault(file, Counter())
+        for name in names:
+            counts[name if name in counts or len(counts) < MOST_UNUSED else "others"] += 1
 
     def note(self, problem: Problem) -> None:
         """Count a problem, and keep it where there are few."""
@@ -234,7 +245,9 @@ def tokenize(
             data.note(row)
             continue
         try:
-            content = read_content(row.values, settings.mapping, settings.preferences)
+            content, unused = read_content(
+                row.values, settings.mapping, settings.preferences, thinks=encoder.thinks
+            )
         except ROW_FAULTS as error:
             data.note(Problem(row.place, str(error), error.hint))
             continue
@@ -245,6 +258,7 @@ def tokenize(
         except ROW_FAULTS as error:
             data.note(Problem(row.place, str(error), error.hint))
             continue
+        data.note_unused(row.file, unused)
         _add(data, number, made, content)
     return data
 

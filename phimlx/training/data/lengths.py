@@ -40,9 +40,7 @@ def exchanges(
     ]
 
     def part(start: int, stop: int) -> Tokens:
-        given = first + min(max(said.given - start, 0), stop - start)
-        some = Conversation([*messages[:first], *messages[start:stop]], said.tools, given)
-        return encode(some)
+        return encode(said.excerpt(first, start, stop))
 
     parts: list[Tokens] = []
     start = border = first

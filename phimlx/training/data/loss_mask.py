@@ -11,8 +11,10 @@ import numpy as np
 
 from phimlx.api import STOP_TOKENS
 from phimlx.errors import PromptError, TokenizerError
+from phimlx.prompt.reply_parser import THINK
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
-from phimlx.training.data.row_types import Conversation, RowError
+from phimlx.training.data.row_messages import RowError
+from phimlx.training.data.row_types import Conversation
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
@@ -33,9 +35,13 @@ class RowEncoder:
     A text gets `<|endoftext|>` after it.
     """
 
-    def __init__(self, tokenizer: Tokenizer, template: Callable[[], ChatTemplate]) -> None:
-        """`template` is called when there is a first conversation: texts need none."""
+    def __init__(
+        self, tokenizer: Tokenizer, template: Callable[[], ChatTemplate], name: str | None = None
+    ) -> None:
+        """`template` is called when there is a first conversation: texts need none. `name`, the
+        model's, tells whether it reasons where its tokenizer does not."""
         self.tokenizer = tokenizer
+        self.thinks = THINK in tokenizer.control_tokens or "reasoning" in (name or "").lower()
         self._make_template = template
         control = tokenizer.control_tokens
         self.stop_tokens = frozenset(control[name] for name in STOP_TOKENS if name in control)
@@ -45,7 +51,7 @@ class RowEncoder:
         """Raises TokenizerError where the model has no tokenizer."""
         if phi.tokenizer is None:
             return cls.load(phi.path, phi.name)
-        return cls(phi.tokenizer, lambda: phi.template)
+        return cls(phi.tokenizer, lambda: phi.template, phi.name)
 
     @classmethod
     def load(cls, folder: Path, name: str | None = None) -> RowEncoder:
@@ -57,7 +63,7 @@ class RowEncoder:
         from phimlx.prompt.chat_template import ChatTemplate
 
         tokenizer = Tokenizer.load(folder)
-        return cls(tokenizer, lambda: ChatTemplate.load(folder, tokenizer, name))
+        return cls(tokenizer, lambda: ChatTemplate.load(folder, tokenizer, name), name)
 
     @cached_property
     def template(self) -> ChatTemplate:
@@ -71,10 +77,12 @@ class RowEncoder:
         Of a reply its text, its calls and the token that ends it are learned: what stands after
         the prompt that inference would give for it. What follows the
         last token that is learned is left out. With "all" every token is learned but the first.
+        Replies of weight 0 never are.
 
         Raises:
             PromptError: where the template has no place for a message.
-            RowError: where a reply does not follow its prompt, or is not ended.
+            RowError: where a reply does not follow its prompt, or is not ended, or where weights
+                do not go with what is to be learned.
         """
         messages = said.messages
         encoded = self.template.encode_conversation(messages, said.tools)
@@ -85,12 +93,20 @@ class RowEncoder:
         supervised = np.zeros(len(ids), bool)
         if loss_on == "all":
             supervised[1:] = True
+            for index in sorted(said.unlearned):
+                if messages[index].role != "assistant":
+                    raise RowError(
+                        f"messages[{index}] has the weight 0, but is no reply, and all is to be "
+                        "learned.",
+                        hint="Learn replies alone (--loss-on assistant), or leave the weight out.",
+                    )
+                supervised[self._reply(ids, encoded, index)] = False
             return tokens, supervised
         replies = [i for i, message in enumerate(messages) if message.role == "assistant"]
         if loss_on == "last":
             replies = replies[-1:]
         for index in replies:
-            if index >= said.given:
+            if index >= said.given and index not in said.unlearned:
                 supervised[self._reply(ids, encoded, index)] = True
         length = learned_length(supervised)
         return tokens[:length], supervised[:length]

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, replace
+from typing import Any, NamedTuple
 
 from phimlx.errors import PromptError, TrainingError, shortened
-from phimlx.prompt.messages import Message, read_messages
+from phimlx.prompt.messages import Message
+from phimlx.training.data.row_messages import RowError, Turn, is_filled, read_turns
 
 # What a row's keys may be called otherwise; `role` and `content` are those of its messages.
 FIELDS = (
@@ -16,6 +17,7 @@ FIELDS = (
     "tools",
     "system",
     "prompt",
+    "input",
     "completion",
     "text",
     "chosen",
@@ -23,21 +25,18 @@ FIELDS = (
     "role",
     "content",
 )
-# ShareGPT's names for who speaks.
-ROLES = {"human": "user", "gpt": "assistant", "observation": "tool"}
-SHAREGPT = {"messages": "conversations", "role": "from", "content": "value"}
+# Stanford Alpaca's names.
+# Source: https://github.com/tatsu-lab/stanford_alpaca#data-release
+ALPACA = {"prompt": "instruction", "input": "input", "completion": "output"}
+SHAREGPT = {"messages": "conversations"}
 
 KNOWN = (
-    "A row has messages, prompt and completion, or text; other names need a mapping, such as "
-    "prompt=question."
+    "A row has messages, prompt and completion, instruction and output, or text; other names need "
+    "a mapping, such as prompt=question."
 )
 KNOWN_PAIR = (
     "A row has prompt, chosen and rejected; other names need a mapping, such as chosen=better."
 )
-
-
-class RowError(TrainingError):
-    """A row that cannot be learned from; the message does not name it."""
 
 
 # A row's fault, whether this module finds it or reading messages and templates does.
@@ -48,12 +47,24 @@ ROW_FAULTS = (RowError, PromptError)
 class Conversation:
     """Messages, and the functions that the model is offered in them.
 
-    `given`: how many of the messages are never to be learned, whoever speaks.
+    `given`: how many of the messages are never to be learned, whoever speaks. `unlearned`: those
+    that are not, by their index, for their own weight is 0.
     """
 
     messages: list[Message]
     tools: Sequence[Mapping[str, Any]] | None = None
     given: int = 0
+    unlearned: frozenset[int] = frozenset()
+
+    def excerpt(self, head: int, start: int, stop: int) -> Conversation:
+        """Return the first `head` messages, and then those from `start` to before `stop`."""
+        places = [*range(head), *range(start, stop)]
+        return Conversation(
+            [self.messages[place] for place in places],
+            self.tools,
+            sum(place < self.given for place in places),
+            frozenset(i for i, place in enumerate(places) if place in self.unlearned),
+        )
 
 
 @dataclass(frozen=True)
@@ -84,32 +95,68 @@ def check_mapping(mapping: Mapping[str, str]) -> None:
             )
 
 
+class ReadRow(NamedTuple):
+    """What a row says, and the names of what it holds besides, which nothing is made of."""
+
+    content: RowContent
+    unused: frozenset[str]
+
+
 def read_content(
-    values: Mapping[str, Any], mapping: Mapping[str, str], preferences: bool = False
-) -> RowContent:
+    values: Mapping[str, Any],
+    mapping: Mapping[str, str],
+    preferences: bool = False,
+    *,
+    thinks: bool = False,
+) -> ReadRow:
     """Read what a row says.
 
     Its keys tell what it is: `messages` (or `conversations`), else `prompt` and `completion`, else
-    `text`; with `preferences` it is `chosen` and `rejected`. A mapping tells it where it names one
-    of these. Other keys are passed over. `messages` and `tools` may be the JSON text of a list, as
-    they have to in CSV. A prompt or an answer is a text, which is one message, or a list of
-    messages; `system` is a text that comes before all of them.
+    Alpaca's `instruction` and `output`, else `text`; with `preferences` it is `chosen` and
+    `rejected`. A mapping tells it where it names one of these. `messages` and `tools` may be the
+    JSON text of a list, as they have to in CSV. A prompt or an answer is a text, which is one
+    message, or a list of messages; `system` is a text that comes before all of them. Alpaca's
+    `input`, or what a mapping calls so, follows the prompt after an empty line.
 
     Args:
         mapping: the row's own key by the name in `FIELDS`.
+        thinks: whether the model's replies begin with reasoning.
 
     Raises:
-        RowError: with the reason.
+        RowError, PromptError: with the reason.
     """
-    row = _Fields(values, mapping)
-    for needed, read in _PREFERENCE_READERS if preferences else _READERS:
-        if any(name in mapping for name in needed) or row.has(*needed):
-            return read(row)
+    unused: set[str] = set()
+    row, read = _form(values, mapping, preferences)
+    fields = _Fields(values, row, thinks, unused)
+    content = read(fields)
+    unused.update(
+        f"the column {shortened(key, 30)}"
+        for key, value in values.items()
+        if key not in fields.used and is_filled(value)
+    )
+    return ReadRow(content, frozenset(unused))
+
+
+def _form(
+    values: Mapping[str, Any], mapping: Mapping[str, str], preferences: bool
+) -> tuple[Mapping[str, str], Callable[[_Fields], RowContent]]:
+    """Choose what reads a row, and the names that it reads.
+
+    A form that the row has comes first; of several one that the mapping speaks of.
+    """
+    forms = [
+        (needed, others | dict(mapping), read)
+        for needed, others, read in (_PREFERENCE_READERS if preferences else _READERS)
+    ]
+    named = [form for form in forms if any(name in mapping for name in form[0])]
+    for needed, names, read in [*named, *forms]:
+        if all(names.get(name, name) in values for name in needed):
+            return names, read
+    if named:
+        return mapping, named[0][2]  # which says what is missing
     if preferences:
         raise _unknown(values, KNOWN_PAIR)
-    if "conversations" in values:
-        return _messages(_Fields(values, SHAREGPT | dict(mapping)))
-    if row.has("chosen", "rejected"):
+    if all(mapping.get(name, name) in values for name in ("chosen", "rejected")):
         raise RowError(
             "This is a better and a worse answer, which only training by preference takes.",
             hint="Train with --dpo, or name the answer: completion=chosen.",
@@ -128,27 +175,32 @@ def _keys(values: Mapping[str, Any]) -> str:
 
 @dataclass(frozen=True)
 class _Fields:
-    """A row's values under the names in `FIELDS`."""
+    """A row's values under the names in `FIELDS`; `used`: the keys that have been asked for."""
 
     values: Mapping[str, Any]
     mapping: Mapping[str, str]
+    thinks: bool
+    unused: set[str]
+    used: set[str] = field(default_factory=set)
     names: Mapping[str, str] = field(init=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "names", {name: name for name in FIELDS} | dict(self.mapping))
+        names = {name: name for name in FIELDS} | dict(self.mapping)
+        object.__setattr__(self, "names", names)
 
-    def has(self, *names: str) -> bool:
-        return all(self.names[name] in self.values for name in names)
+    def has(self, name: str) -> bool:
+        return self.names[name] in self.values
 
     def get(self, name: str) -> Any:
         """The value, or None where it is absent."""
+        self.used.add(self.names[name])
         return self.values.get(self.names[name])
 
     def need(self, name: str) -> Any:
         key = self.names[name]
         if key not in self.values:
             raise RowError(f"It has no {key!r}, but {_keys(self.values)}.", hint=KNOWN)
-        return self.values[key]
+        return self.get(name)
 
     def text(self, name: str) -> str:
         """A value that has to be text, and not an empty one."""
@@ -175,39 +227,24 @@ class _Fields:
             raise RowError(f"{key!r} is {shortened(value)}, not a list.")
         return value
 
-    def turns(self, name: str, role: str) -> list[Message]:
+    def turns(self, name: str, role: str) -> list[Turn]:
         """Messages, given as a list of them or as the text of one."""
         value = self.need(name)
         if isinstance(value, list):
-            return self.messages(name, value)
-        return [Message(role, self.text(name))]
+            return self.listed_turns(name, value)
+        return [Turn(Message(role, self.text(name)))]
 
-    def messages(self, name: str, value: list[Any]) -> list[Message]:
-        """The messages in a list, each checked as those that the model is asked are."""
-        role, content = self.names["role"], self.names["content"]
-        plain = []
-        for message in value:
-            if isinstance(message, Mapping):
-                message = {
-                    {role: "role", content: "content"}.get(key, key): item
-                    for key, item in message.items()
-                }
-                said = message.get("role")
-                message["role"] = ROLES.get(said, said) if isinstance(said, str) else said
-            plain.append(message)
-        read = read_messages(plain)
-        for index, message in enumerate(read):
-            if message.parts:
-                raise RowError(
-                    f"{self.names[name]}[{index}] has a picture or a sound; training takes text "
-                    "alone."
-                )
-            says = message.content.strip() or message.tool_calls
-            if message.role == "assistant" and not says:
-                raise RowError(
-                    f"{self.names[name]}[{index}] is a reply without text and without calls."
-                )
-        return read
+    def listed_turns(self, name: str, listed: list[Any]) -> list[Turn]:
+        """The messages in a list."""
+        key = self.names[name]
+        return read_turns(listed, key, self.names, thinks=self.thinks, unused=self.unused)
+
+
+def _conversation(
+    turns: Sequence[Turn], tools: Sequence[Mapping[str, Any]] | None, given: int = 0
+) -> Conversation:
+    unlearned = frozenset(i for i, turn in enumerate(turns) if not turn.is_learned)
+    return Conversation([turn.message for turn in turns], tools, given, unlearned)
 
 
 def _messages(row: _Fields) -> Conversation:
@@ -215,24 +252,31 @@ def _messages(row: _Fields) -> Conversation:
     listed = row.listed("messages")
     if listed is None:
         raise RowError(f"{row.names['messages']!r} is empty.")
-    messages = row.messages("messages", listed)
+    turns = row.listed_turns("messages", listed)
     if row.get("system"):
-        if messages[0].role == "system":
+        if turns[0].message.role == "system":
             raise RowError(f"It has a system message in its messages and {row.names['system']!r}.")
-        messages.insert(0, Message("system", row.text("system")))
-    return Conversation(messages, row.listed("tools"))
+        turns.insert(0, Turn(Message("system", row.text("system"))))
+    return _conversation(turns, row.listed("tools"))
 
 
 def _answer(row: _Fields) -> Conversation:
     asked = _question(row)
-    return Conversation(
-        [*asked, *row.turns("completion", "assistant")], row.listed("tools"), len(asked)
-    )
+    said = [*asked, *row.turns("completion", "assistant")]
+    return _conversation(said, row.listed("tools"), len(asked))
 
 
-def _question(row: _Fields) -> list[Message]:
-    system = [Message("system", row.text("system"))] if row.get("system") else []
-    return [*system, *row.turns("prompt", "user")]
+def _question(row: _Fields) -> list[Turn]:
+    system = [Turn(Message("system", row.text("system")))] if row.get("system") else []
+    asked = row.turns("prompt", "user")
+    if "input" in row.mapping and is_filled(row.get("input")):
+        if isinstance(row.need("prompt"), list):
+            raise RowError(
+                f"{row.names['prompt']!r} is a list of messages, which {row.names['input']!r} "
+                "cannot be added to."
+            )
+        asked = [Turn(Message("user", f"{row.text('prompt')}\n\n{row.text('input')}"))]
+    return [*system, *asked]
 
 
 def _text(row: _Fields) -> PlainText:
@@ -246,30 +290,38 @@ def _pair(row: _Fields) -> PreferencePair:
     whole = []
     for name in ("chosen", "rejected"):
         said = row.turns(name, "assistant")
-        if said[0].role == "assistant":
+        messages = [turn.message for turn in said]
+        if messages[0].role == "assistant":
             said = [*asked, *said]
-        elif any(message not in said for message in asked):
+        elif any(turn.message not in messages for turn in asked):
             raise RowError(f"The prompt is no part of {row.names[name]!r}.")
-        whole.append(said)
+        whole.append(_conversation(said, tools))
     chosen, rejected = whole
-    if chosen == rejected:
+    if chosen.messages == rejected.messages:
         raise RowError("The chosen and the rejected answer are the same.")
+    pairs = zip(chosen.messages, rejected.messages, strict=False)
     shared = next(
-        (i for i, (one, other) in enumerate(zip(chosen, rejected, strict=False)) if one != other),
-        min(len(chosen), len(rejected)),
+        (i for i, (one, other) in enumerate(pairs) if one != other),
+        min(len(chosen.messages), len(rejected.messages)),
     )
     if not shared:
         raise RowError(
             "The chosen and the rejected answer belong to no common prompt.", hint=KNOWN_PAIR
         )
-    return PreferencePair(*(Conversation(said, tools, shared) for said in whole))
+    return PreferencePair(replace(chosen, given=shared), replace(rejected, given=shared))
 
 
-_READERS: tuple[tuple[tuple[str, ...], Callable[[_Fields], RowContent]], ...] = (
-    (("messages",), _messages),
-    (("prompt", "completion"), _answer),
-    (("text",), _text),
+# For each form the names that a row must have, what it calls them, and what reads it.
+_Form = tuple[tuple[str, ...], dict[str, str], Callable[[_Fields], RowContent]]
+_READERS: tuple[_Form, ...] = (
+    (("messages",), {}, _messages),
+    (("prompt", "completion"), {}, _answer),
+    (("prompt", "completion"), ALPACA, _answer),
+    (("text",), {}, _text),
+    (("messages",), SHAREGPT, _messages),
 )
-_PREFERENCE_READERS: tuple[tuple[tuple[str, ...], Callable[[_Fields], RowContent]], ...] = (
-    (("chosen", "rejected"), _pair),
+_PREFERENCE_READERS: tuple[_Form, ...] = (
+    (("prompt", "chosen", "rejected"), {}, _pair),
+    (("prompt", "chosen", "rejected"), ALPACA, _pair),
+    (("chosen", "rejected"), {}, _pair),
 )

@@ -38,6 +38,11 @@ class Row:
     place: str
     values: dict[str, Any]
 
+    @property
+    def file(self) -> str:
+        """The name of the file that it is in."""
+        return self.place.rpartition(",")[0] or self.place
+
 
 @dataclass(frozen=True)
 class Problem:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -12,6 +12,7 @@ from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.data.examples import Dataset
 
+MOST_NAMED = 8  # unused columns of a file that are named
 PERCENTILES = (5, 50, 95, 100)
 
 MaskedText = tuple[str, bool]
@@ -27,6 +28,7 @@ class DatasetSummary:
         rows: those that became examples.
         kinds: rows by what they are.
         skipped: rows left out, by reason.
+        unused: what rows hold that nothing is made of, and how many do, by the file's name.
         lengths: tokens of an example, by percentile; 100 is the longest.
         tokens: of all examples, which is what an epoch feeds.
         supervised_share: part of them that is learned.
@@ -41,6 +43,7 @@ class DatasetSummary:
     skipped: dict[str, int]
     cut: int
     split: int
+    unused: dict[str, dict[str, int]]
     lengths: dict[int, int]
     tokens: int
     supervised_share: float
@@ -62,6 +65,7 @@ def summarize(data: Dataset, batch_size: int, row_length: int | None = None) -> 
         skipped=dict(data.skipped),
         cut=data.cut,
         split=data.split,
+        unused={file: dict(counts) for file, counts in data.unused.items() if counts},
         lengths=dict(zip(PERCENTILES, found.tolist(), strict=True)),
         tokens=int(lengths.sum()),
         supervised_share=learned / int(lengths.sum()),
@@ -94,6 +98,22 @@ def summary_table(summaries: Mapping[str, DatasetSummary]) -> list[list[str]]:
         ["learned", *(f"{s.supervised_share:.1%}" for s in each)],
         ["padding", *(f"{s.padding_share:.1%}" for s in each)],
     ]
+
+
+def unused_notes(data: Iterable[Dataset]) -> list[str]:
+    """Say of each file in a sentence what its rows hold that nothing is made of."""
+    notes = []
+    for file, counts in ((file, c) for each in data for file, c in each.unused.items() if c):
+        named = [
+            f"{name} ({count:,} {'row' if count == 1 else 'rows'})"
+            for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
+        ]
+        more = [f"{len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
+        text = f"{file}: not used: {', '.join(named[:MOST_NAMED] + more)}."
+        if "the column 'input'" in counts:
+            text += " With --mapping input=input it follows the prompt."
+        notes.append(text)
+    return notes
 
 
 def samples(data: Dataset, count: int = 3) -> list[Example]:

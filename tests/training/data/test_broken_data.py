@@ -19,8 +19,8 @@ ENCODER = RowEncoder.load(NANO)
 GOOD = b'{"prompt": "Hi", "completion": "Ho"}\n'
 MENDED = "Mend what is named, or leave it out of the data."
 KNOWN = (
-    "A row has messages, prompt and completion, or text; other names need a mapping, such as "
-    "prompt=question."
+    "A row has messages, prompt and completion, instruction and output, or text; other names need "
+    "a mapping, such as prompt=question."
 )
 EXAMPLE = 'A message is {"role": "system" | "user" | "assistant" | "tool", "content": "…"}.'
 
@@ -266,11 +266,34 @@ BROKEN: dict[str, tuple[str, bytes, str, str]] = {
         "d.jsonl, line 1: messages[0] is a message without content.",
         EXAMPLE,
     ),
-    "unknown key": (
+    "weight between": (
         "d.jsonl",
-        said({**USER, "id": 7}),
-        "d.jsonl, line 1: messages[0] has the unknown key 'id'.",
-        "Known keys: role, content, tool_calls, tools, name, tool_call_id.",
+        said(USER, {"role": "assistant", "content": "Ho", "weight": 0.5}),
+        "d.jsonl, line 1: messages[1] has the weight 0.5; it must be 0 or 1.",
+        "A reply of weight 0 is read, but not learned.",
+    ),
+    "weight in words": (
+        "d.jsonl",
+        said(USER, {"role": "assistant", "content": "Ho", "weight": "0"}),
+        "d.jsonl, line 1: messages[1] has the weight '0'; it must be 0 or 1.",
+        "A reply of weight 0 is read, but not learned.",
+    ),
+    "function_call without JSON": (
+        "d.jsonl",
+        line(
+            conversations=[
+                {"from": "human", "value": "Hi"},
+                {"from": "function_call", "value": "f("},
+            ]
+        ),
+        "d.jsonl, line 1: conversations[1] is a function_call, but no JSON.",
+        MENDED,
+    ),
+    "input below a list": (
+        "d.jsonl",
+        line(instruction=[USER], input="x", output="Ho"),
+        "d.jsonl, line 1: 'instruction' is a list of messages, which 'input' cannot be added to.",
+        MENDED,
     ),
     "empty reply": (
         "d.jsonl",
