@@ -6,9 +6,12 @@ import codecs
 import importlib.util
 import io
 import json
+import re
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cache
+from itertools import islice
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NoReturn
@@ -16,6 +19,10 @@ from typing import Any, NoReturn
 from phimlx.errors import TrainingError, shortened
 from phimlx.extras import import_extra
 
+DELIMITERS = (",", ";", "\t", "|")
+RECORDS_TRIED = 20  # records after the header that tell one delimiter from another
+_LINE = re.compile(r"\r\n?|\n")
+_SEP = re.compile(r"sep=(.)\r?\n?", re.IGNORECASE)  # a first line by which Excel is told
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
 PARQUET_ROWS = 1024  # rows that are in memory at one time
 
@@ -125,7 +132,7 @@ def reader_of(file: DataFile) -> Reader:
 def _read_jsonl(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
     done, blank = 0, True
     with file.path.open("rb") as lines:
-        for number, line in enumerate(lines, 1):
+        for number, line in enumerate(_divided_at_returns(lines), 1):
             done += len(line)
             if number == 1:
                 line = _without_mark(line)
@@ -141,6 +148,15 @@ def _read_jsonl(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]
             yield item, done
 
 
+def _divided_at_returns(lines: Iterable[bytes]) -> Iterator[bytes]:
+    """Yield lines that end with a carriage return alone as the lines that they are."""
+    for line in lines:
+        if b"\r" in line.rstrip(b"\r\n"):
+            yield from line.splitlines(keepends=True)
+        else:
+            yield line
+
+
 def _read_line(place: str, line: bytes) -> Row | Problem:
     """A line of JSONL; only the last of a file may lack its line break."""
     try:
@@ -151,7 +167,7 @@ def _read_line(place: str, line: bytes) -> Row | Problem:
     try:
         return _row(place, _parse(text))
     except json.JSONDecodeError as error:
-        if not line.endswith(b"\n") and _is_cut(text, error):
+        if not line.endswith((b"\n", b"\r")) and _is_cut(text, error):
             return Problem(place, "The file ends in the middle of this row.")
         return Problem(place, f"No JSON at column {error.colno}: {error.msg}.")
     except (ValueError, RecursionError) as error:
@@ -174,7 +190,7 @@ def _read_json(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]
         ) from error
     except (ValueError, RecursionError) as error:
         raise _BadFileError(_no_json(error)) from error
-    if isinstance(value, dict) and "data" not in value and text.strip().count("\n") == 0:
+    if isinstance(value, dict) and "data" not in value and len(_LINE.split(text.strip())) == 1:
         value = [value]  # JSONL of one line
     rows = value.get("data") if isinstance(value, dict) else value
     if not isinstance(rows, list):
@@ -183,15 +199,15 @@ def _read_json(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]
         yield _row(f"{file.name}, row {number}", row), size * number // len(rows)
 
 
-def _read_csv(
-    file: DataFile, size: int, delimiter: str = ","
-) -> Iterator[tuple[Row | Problem, int]]:
-    text, csv = _text(file), _csv_with_long_cells()
-    records = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter, strict=True)
-    line, lines = 1, text.count("\n") + 1
+def _read_csv(file: DataFile, size: int, usual: str = ",") -> Iterator[tuple[Row | Problem, int]]:
+    text = _text(file)
+    named = _SEP.match(text)
+    records = _csv_records(text, named[1] if named else _delimiter(text, usual))
+    line, lines = 1, max(text.count("\n"), text.count("\r")) + 1
     try:
-        header = [name.strip() for name in next(records, [])]
-        _check_header(header)
+        if named:
+            next(records)
+        header = _column_names(next(records, []), records.line_num)
         line = records.line_num + 1
         for cells in records:
             place = f"{file.name}, line {line}"
@@ -204,8 +220,32 @@ def _read_csv(
             else:
                 count = f"{len(cells)} {'column' if len(cells) == 1 else 'columns'}"
                 yield Problem(place, f"It has {count}, but the header has {len(header)}."), done
-    except csv.Error as error:
+    except _csv_with_long_cells().Error as error:
         raise _BadFileError(f"This is no CSV: {error}.", f", line {line}") from error
+
+
+def _csv_records(text: str, delimiter: str) -> Any:
+    """Make a reader of records, whose `line_num` is the line that it has come to."""
+    lines = io.StringIO(text, newline="")
+    return _csv_with_long_cells().reader(lines, delimiter=delimiter, strict=True)
+
+
+def _delimiter(text: str, usual: str) -> str:
+    """Find what parts the columns: what divides the header, and most of the next records alike.
+
+    Where several do, the usual one comes first; where none does, there is one column.
+    """
+    best, most = usual, (0, False, 0)
+    for delimiter in dict.fromkeys((usual, *DELIMITERS)):
+        try:
+            header, *first = islice(_csv_records(text, delimiter), RECORDS_TRIED + 1)
+        except (ValueError, _csv_with_long_cells().Error):
+            continue  # no record at all, or none by this delimiter; reading says where
+        alike = sum(len(cells) == len(header) for cells in first)
+        found = (alike, delimiter == usual, len(header))
+        if len(header) > 1 and alike and found > most:
+            best, most = delimiter, found
+    return best
 
 
 @cache
@@ -224,13 +264,17 @@ def _read_tsv(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
     return _read_csv(file, size, "\t")
 
 
-def _check_header(header: Sequence[str]) -> None:
-    if "" in header:
-        number = header.index("") + 1
-        raise _BadFileError(f"Column {number} of the header has no name.", ", line 1")
-    twice = next((name for name in header if header.count(name) > 1), None)
+def _column_names(header: Sequence[str], line: int) -> list[str]:
+    """Return the names of columns; those without, such as an index, are called as pandas does."""
+    if header and not any(name.strip() for name in header):
+        raise _BadFileError("No column of the header has a name.", f", line {line}")
+    names = [name.strip() or f"Unnamed: {number}" for number, name in enumerate(header)]
+    twice = next((name for name, count in Counter(names).items() if count > 1), None)
     if twice is not None:
-        raise _BadFileError(f"The header names the column {twice!r} twice.", ", line 1")
+        raise _BadFileError(
+            f"The header names the column {shortened(twice)} twice.", f", line {line}"
+        )
+    return names
 
 
 def _read_parquet(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
@@ -292,7 +336,7 @@ def _is_cut(text: str, error: json.JSONDecodeError) -> bool:
 
 def _is_jsonl(text: str) -> bool:
     """Whether the first line that is not empty is an object of its own."""
-    first = next((line for line in text.split("\n") if line.strip()), "")
+    first = next((line for line in _LINE.split(text) if line.strip()), "")
     try:
         return isinstance(_parse(first), dict)
     except (ValueError, RecursionError):

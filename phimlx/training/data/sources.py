@@ -15,7 +15,7 @@ from phimlx.errors import TrainingError
 from phimlx.hub.client import Remote
 from phimlx.hub.datasets import download_missing
 from phimlx.hub.download import ProgressContext, without_progress
-from phimlx.training.data.rows import READERS, DataFile
+from phimlx.training.data.rows import COMPRESSED, READERS, DataFile
 
 SPLITS = ("train", "valid", "test")
 
@@ -81,11 +81,12 @@ def find_splits(
 
 
 def _in_folder(folder: Path) -> Splits:
-    splits: Splits = defaultdict(list)
+    named: Splits = defaultdict(list)
     for path in sorted(folder.iterdir()):
         stem = _SHARD.sub("", path.name.partition(".")[0]).lower()
         if stem in STEMS and path.is_file():
-            splits[STEMS[stem]].append(DataFile(path, path.name))
+            named[STEMS[stem]].append(DataFile(path, path.name))
+    splits = {split: files for split, each in named.items() if (files := _data_files(split, each))}
     for files in splits.values():
         first, *others = files
         if others and not all(_SHARD.search(file.name) for file in files):
@@ -100,6 +101,18 @@ def _in_folder(folder: Path) -> Splits:
             hint="Name the file to learn from train.jsonl, or give its path instead of the folder.",
         )
     return _ordered(splits)
+
+
+def _data_files(split: str, files: list[DataFile]) -> list[DataFile]:
+    """Choose the files of data among those named after a split, such as train.py or train.sh.
+
+    Where there are none it is what is to be unpacked, or, of training, whatever has the name.
+    """
+    for suffixes in (READERS, COMPRESSED):
+        chosen = [file for file in files if file.path.suffix.lower() in suffixes]
+        if chosen:
+            return chosen
+    return files[:1] if split == "train" else []
 
 
 def _choose(

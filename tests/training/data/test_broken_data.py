@@ -128,8 +128,8 @@ BROKEN: dict[str, tuple[str, bytes, str, str]] = {
     ),
     "CSV header unnamed": (
         "d.csv",
-        b"prompt,,completion\na,b,c\n",
-        "d.csv, line 1: Column 2 of the header has no name.",
+        b" ,,\na,b,c\n",
+        "d.csv, line 1: No column of the header has a name.",
         MENDED,
     ),
     "CSV columns missing": (
@@ -152,8 +152,8 @@ BROKEN: dict[str, tuple[str, bytes, str, str]] = {
     ),
     "CSV by semicolons": (
         "d.csv",
-        b"prompt;completion\na;b\n",
-        "d.csv, line 2: It has 'prompt;completion', from which nothing can be learned.",
+        b"question;answer\na;b\n",
+        "d.csv, line 2: It has 'question', 'answer', from which nothing can be learned.",
         KNOWN,
     ),
     "CSV cell empty": (

@@ -12,7 +12,7 @@ from typing import Any
 
 import pytest
 from huggingface_hub import constants
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from phimlx.errors import DownloadError, PhimlxError, TrainingError
@@ -75,6 +75,75 @@ def test_every_kind_of_file_gives_the_same_rows(
 ) -> None:
     expected = [Row(f"{name}, {place}", row) for place, row in zip(places, ROWS, strict=True)]
     assert rows_of(tmp_path, name, content) == expected
+
+
+CELLS = st.text(st.sampled_from("ab ,;|\t\"'é\n"), min_size=1, max_size=8)
+
+
+@pytest.mark.parametrize("name", ["d.csv", "d.tsv"])
+@pytest.mark.parametrize("delimiter", [",", ";", "\t", "|"])
+@pytest.mark.parametrize("end", ["\n", "\r\n", "\r"])
+@settings(max_examples=15)
+@given(
+    rows=st.lists(st.tuples(CELLS, CELLS, CELLS), min_size=1, max_size=4),
+    is_quoted=st.booleans(),
+    sep=st.booleans(),
+)
+def test_columns_are_parted_by_what_parts_the_header(
+    tmp_path_factory: pytest.TempPathFactory,
+    name: str,
+    delimiter: str,
+    end: str,
+    rows: list[tuple[str, ...]],
+    is_quoted: bool,
+    sep: bool,
+) -> None:
+    if end == "\r" and not is_quoted:  # the writer would leave line feeds bare
+        rows = [tuple(cell.replace("\n", " ") for cell in row) for row in rows]
+    text = io.StringIO(newline="")
+    quoting = csv.QUOTE_ALL if is_quoted else csv.QUOTE_MINIMAL
+    writer = csv.writer(text, delimiter=delimiter, lineterminator=end, quoting=quoting)
+    header = ("prompt", "completion", "id")
+    writer.writerows([header, *rows])
+    content = (f"sep={delimiter}{end}" if sep else "") + text.getvalue()
+    found = rows_of(tmp_path_factory.mktemp("d"), name, content.encode())
+    assert [row.values for row in found if isinstance(row, Row)] == [
+        dict(zip(header, row, strict=True)) for row in rows
+    ]
+
+
+@pytest.mark.parametrize(
+    ("content", "values"),
+    [
+        ("text\na; b | c\n", {"text": "a; b | c"}),
+        ("text;\nHello\n", {"text;": "Hello"}),
+        ("prompt,completion;x\na,b;c\n", {"prompt": "a", "completion;x": "b;c"}),
+        ("prompt;completion, x\na;b\nc;d\n", {"prompt": "a", "completion, x": "b"}),
+        ("prompt|completion\na, b|c; d\n", {"prompt": "a, b", "completion": "c; d"}),
+        (",prompt,completion\n0,a,b\n", {"Unnamed: 0": "0", "prompt": "a", "completion": "b"}),
+        (";prompt;\n0;a;\n", {"Unnamed: 0": "0", "prompt": "a", "Unnamed: 2": ""}),
+    ],
+)
+def test_what_else_might_part_columns(tmp_path: Path, content: str, values: dict[str, str]) -> None:
+    first = rows_of(tmp_path, "d.csv", content.encode())[0]
+    assert first == Row("d.csv, line 2", values)
+
+
+@pytest.mark.parametrize("name", ["d.jsonl", "d.json"])
+@pytest.mark.parametrize("end", [b"\r", b"\r\n", b"\n", b"\r\r\n"])
+@pytest.mark.parametrize("last", [b"", b"\r", b"\n"])
+def test_lines_end_as_any_system_ends_them(
+    tmp_path: Path, name: str, end: bytes, last: bytes
+) -> None:
+    lines = [json.dumps(row).encode() for row in ROWS]
+    found = rows_of(tmp_path, name, end.join(lines) + last)
+    assert [row.values for row in found if isinstance(row, Row)] == ROWS
+    assert len(found) == len(ROWS)
+    if end == b"\r":
+        assert rows_of(tmp_path, name, end.join([*lines, b'{"a": '])) == [
+            *found,
+            Problem(f"{name}, line 4", "The file ends in the middle of this row."),
+        ]
 
 
 def test_parquet_gives_the_same_rows(tmp_path: Path) -> None:
@@ -172,6 +241,24 @@ def test_a_folder_may_hold_parts_of_a_split(tmp_path: Path) -> None:
     parts = [f"train-0000{i}-of-00002.jsonl" for i in range(2)]
     write(tmp_path, *parts)
     assert names_of(tmp_path) == {"train": parts}
+
+
+BESIDE = [
+    *("train.py", "train.jsonl.bak", "train.jsonl~", "train.sh", "train.log", "train.txt"),
+    *("test.py", "valid.yaml", "val.ipynb", "._train.jsonl", ".train.jsonl.swp", "train.jsonl.gz"),
+]
+
+
+@pytest.mark.parametrize("beside", [*([name] for name in BESIDE), BESIDE])
+@pytest.mark.parametrize("suffix", [".jsonl", ".csv", ".parquet", ".JSON"])
+def test_what_lies_beside_data_is_none(tmp_path: Path, beside: list[str], suffix: str) -> None:
+    write(tmp_path, f"train{suffix}", f"valid{suffix}", *beside)
+    assert names_of(tmp_path) == {"train": [f"train{suffix}"], "valid": [f"valid{suffix}"]}
+
+
+def test_a_split_that_is_compressed_is_not_left_out(tmp_path: Path) -> None:
+    write(tmp_path, "train.jsonl", "valid.jsonl.gz", "valid.py")
+    assert names_of(tmp_path) == {"train": ["train.jsonl"], "valid": ["valid.jsonl.gz"]}
 
 
 def test_a_file_is_all_training_data(tmp_path: Path) -> None:
