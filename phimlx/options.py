@@ -45,6 +45,7 @@ from phimlx.errors import PhimlxError, SettingsError, shortened
 from phimlx.files import read_text
 
 MAX_FILE_BYTES = 1 << 20
+MOST_NAMED = 12  # unknown settings in one message
 
 Text = Annotated[str, Field(min_length=1)]
 Positive = Annotated[FiniteFloat, Field(gt=0)]
@@ -134,7 +135,8 @@ def option(default: Any, text: str, *flags: str, **more: Any) -> Any:
         flags: on the command line; the field's name with dashes where none is given.
         more: what JSON Schema keeps of it. `metavar` stands for the value in help, and `what`
             completes "it must be", where the type does not tell; with `commas` a list is one flag
-            whose items are joined by commas, else the flag is given again for each item.
+            whose items are joined by commas, else the flag is given again for each item; what is
+            `in_files_only` has no flag.
     """
     return Field(default, description=text, json_schema_extra={"flags": list(flags), **more})
 
@@ -245,8 +247,13 @@ METAVARS = {"integer": "N", "number": "X", "string": "TEXT"}
 def _explain(
     model: type[Options], given: Mapping[str, Any], errors: ValidationError
 ) -> tuple[str, str | None]:
-    """Say the first of pydantic's errors in a sentence, with a hint."""
-    first = errors.errors(include_url=False)[0]
+    """Say in a sentence, with a hint, what is unknown, or else the first that does not hold."""
+    found = errors.errors(include_url=False)
+    unknown = [shortened(str(e["loc"][0])) for e in found if e["type"] == "extra_forbidden"]
+    if len(unknown) > 1:
+        more = [f"{len(unknown) - MOST_NAMED} more"] if len(unknown) > MOST_NAMED else []
+        return f"there are no settings {', '.join(unknown[:MOST_NAMED] + more)}.", model.hint
+    first = found[0]
     if not first["loc"]:
         error = first["ctx"]["error"]
         return error.message, error.hint
@@ -319,7 +326,7 @@ def click_options(
 
     def add(command: Command) -> Command:
         for name, schema in reversed(schemas(model).items()):
-            if names is None or name in names:
+            if (names is None or name in names) and not schema.get("in_files_only"):
                 command = _click_option(model, name, schema)(command)
         return command
 

@@ -23,6 +23,7 @@ from phimlx.options import (
     read,
     schemas,
 )
+from phimlx.training.mlx_lm_config import CheckedSchedule, OptimizerTables, translate
 
 MAX_RANK = 1 << 14  # as of adapters in configurations, which are read where MLX is loaded
 
@@ -78,6 +79,9 @@ class TrainSettings(Options):
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (
         ("iters", "epochs"),
         ("layers", "num_layers"),
+        ("schedule", "lr_schedule"),
+        ("schedule", "learning_rate"),
+        ("schedule", "warmup"),
     )
     # What mlx-lm's files call otherwise.
     other_names: ClassVar[dict[str, str]] = {
@@ -161,6 +165,18 @@ class TrainSettings(Options):
     optimizer: Literal["adamw", "adam", "adafactor", "lion", "muon", "sgd"] = option(
         "adamw", "What updates the weights."
     )
+    schedule: CheckedSchedule | None = option(
+        None,
+        "MLX's own schedule instead, as in the files of mlx-lm.",
+        what="a table of name, arguments, warmup and warmup_init, as MLX's schedule takes them",
+        in_files_only=True,
+    )
+    optimizer_config: OptimizerTables = option(
+        {},
+        "What optimizers take beside these, by their name, as in the files of mlx-lm.",
+        what="a table of values for each optimizer, as MLX's optimizer takes them",
+        in_files_only=True,
+    )
     weight_decay: NonNegative = option(0.01, "Where the optimizer has it.")
     clip: NonNegative = option(1.0, "Largest norm of all gradients together; 0 for none.")
     grad_checkpoint: bool = option(
@@ -207,10 +223,11 @@ class TrainSettings(Options):
         """Return a file's table under the names of the fields, mlx-lm's files included.
 
         Raises:
-            OptionError: for a setting that is given twice, and what is no table or no number.
+            OptionError: for a setting that is given twice, what is no table or no number, and what
+                a run here cannot follow.
         """
-        outer = super().rename(table)
-        outer.pop("train", None)  # where training is another word of the same command
+        known = {*cls.model_fields, *cls.other_names, "lora_parameters"}
+        outer = translate(super().rename(table), known)
         section = outer.pop("lora_parameters", None) or {}
         if not isinstance(section, Mapping):
             raise OptionError(f"lora_parameters is {shortened(section)}, not a table of values.")
@@ -233,6 +250,8 @@ class TrainSettings(Options):
     @property
     def peak_learning_rate(self) -> float:
         """The learning rate at its highest."""
+        if self.schedule is not None:
+            return float(self.schedule.arguments[0])
         usual = 1e-5 if self.fine_tune_type == "full" else 1e-4
         return usual if self.learning_rate is None else self.learning_rate
 
