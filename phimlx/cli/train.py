@@ -66,10 +66,10 @@ def command(
       phimlx train --model phi-4-mini --data rows.jsonl
       phimlx chat --model phi-4-mini --adapter-path adapters
 
-    A row of data has messages, prompt and completion, or text. All rows are checked before the
-    first step. A model at 4 bits takes a quarter of the memory (QLoRA). Ctrl-C ends the run after
-    the step that it is in; --resume goes on from there, or from wherever it was killed, as if it
-    had never stopped.
+    A row of data has messages, prompt and completion, Alpaca's instruction, input and output, or
+    text. All rows are checked before the first step. A model at 4 bits takes a quarter of the
+    memory (QLoRA). Ctrl-C ends the run after the step that it is in; --resume goes on from there,
+    or from wherever it was killed, as if it had never stopped.
 
     --adapter-path gets adapters.safetensors, of the best checkpoint where there is validation data
     and of the last one elsewhere; a log, a curve of the loss, and checkpoints/, of which the newest

@@ -68,6 +68,24 @@ def test_check_trains_nothing(model: Path, rows: Path, tmp_path: Path) -> None:
     assert not out.exists()
 
 
+@pytest.mark.parametrize("flags", [["--check"], ["--check", "--json"], ["--iters", "1"]])
+def test_what_rows_hold_and_is_not_used_is_told_once_a_file(
+    model: Path, tmp_path: Path, flags: list[str]
+) -> None:
+    path = tmp_path / "d.jsonl"
+    row = {"instruction": "Translate.", "input": "cat", "output": "chat"}
+    path.write_text(4 * (json.dumps(row) + "\n"))
+    arguments = ["--model", model, "--data", path, "--adapter-path", tmp_path / "out", *flags]
+    mapped = run(*arguments, "--mapping", "prompt=instruction,completion=output")
+    assert mapped.exit_code == 0, mapped.output
+    told = "d.jsonl: not used: the column 'input' (4 rows). With --mapping input=input it follows"
+    assert mapped.stderr.count(told) == mapped.stderr.count("not used") == 1
+    if flags == ["--check"]:
+        result = run(*arguments)
+        assert "not used" not in result.stderr
+        assert "<|user|>Translate.\n\ncat<|end|>" in result.stdout
+
+
 def test_check_as_json(model: Path, rows: Path) -> None:
     result = run("--model", model, "--data", rows, "--check", "--json", "--iters", "5")
     found = json.loads(result.stdout)

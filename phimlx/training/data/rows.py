@@ -9,6 +9,7 @@ import json
 import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from functools import cache
 from itertools import islice
@@ -22,7 +23,7 @@ from phimlx.extras import import_extra
 DELIMITERS = (",", ";", "\t", "|")
 RECORDS_TRIED = 20  # records after the header that tell one delimiter from another
 _LINE = re.compile(r"\r\n?|\n")
-_SEP = re.compile(r"sep=(.)\r?\n?", re.IGNORECASE)  # a first line by which Excel is told
+_SEP = re.compile(r"sep=([,;\t|])[\r\n]", re.IGNORECASE)  # a first line by which Excel is told
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
 PARQUET_ROWS = 1024  # rows that are in memory at one time
 
@@ -230,6 +231,14 @@ def _csv_records(text: str, delimiter: str) -> Any:
     return _csv_with_long_cells().reader(lines, delimiter=delimiter, strict=True)
 
 
+def _first_records(text: str, delimiter: str) -> list[list[str]]:
+    """The header and the records after it, up to one that is none by this delimiter."""
+    found: list[list[str]] = []
+    with suppress(_csv_with_long_cells().Error):
+        found.extend(islice(_csv_records(text, delimiter), RECORDS_TRIED + 1))
+    return found
+
+
 def _delimiter(text: str, usual: str) -> str:
     """Find what parts the columns: what divides the header, and most of the next records alike.
 
@@ -237,10 +246,7 @@ def _delimiter(text: str, usual: str) -> str:
     """
     best, most = usual, (0, False, 0)
     for delimiter in dict.fromkeys((usual, *DELIMITERS)):
-        try:
-            header, *first = islice(_csv_records(text, delimiter), RECORDS_TRIED + 1)
-        except (ValueError, _csv_with_long_cells().Error):
-            continue  # no record at all, or none by this delimiter; reading says where
+        header, *first = _first_records(text, delimiter) or [[]]
         alike = sum(len(cells) == len(header) for cells in first)
         found = (alike, delimiter == usual, len(header))
         if len(header) > 1 and alike and found > most:

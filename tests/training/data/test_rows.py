@@ -119,6 +119,7 @@ def test_columns_are_parted_by_what_parts_the_header(
         ("text;\nHello\n", {"text;": "Hello"}),
         ("prompt,completion;x\na,b;c\n", {"prompt": "a", "completion;x": "b;c"}),
         ("prompt;completion, x\na;b\nc;d\n", {"prompt": "a", "completion, x": "b"}),
+        ('prompt;completion\na;b\n"c"d;e\n', {"prompt": "a", "completion": "b"}),
         ("prompt|completion\na, b|c; d\n", {"prompt": "a, b", "completion": "c; d"}),
         (",prompt,completion\n0,a,b\n", {"Unnamed: 0": "0", "prompt": "a", "completion": "b"}),
         (";prompt;\n0;a;\n", {"Unnamed: 0": "0", "prompt": "a", "Unnamed: 2": ""}),
