@@ -71,6 +71,20 @@ def test_pieces_come_as_they_are_understood(phi: phimlx.Phi, asked: list[dict[st
     assert len(asked) == 2
 
 
+@pytest.mark.parametrize("kind", ["WAV", "AIFF", "FLAC", "MP3"])
+def test_a_recording_cut_short_is_asked_about_as_far_as_it_goes(
+    kind: str, phi: phimlx.Phi, asked: list[dict[str, Any]]
+) -> None:
+    file = sound_file(recording(), 16_000, kind)
+    pieces = phi.transcribe(file[: len(file) // 2])
+    first = next(pieces)
+    assert first.start == 0.0
+    assert first.end == pytest.approx(2.7, abs=0.6)
+    with pytest.raises(MediaError, match=r"^The data ends after [23]\.\d s of 5\.5 s\.$"):
+        next(pieces)
+    assert len(asked) == 1
+
+
 def test_what_is_asked_can_be_changed(phi: phimlx.Phi, asked: list[dict[str, Any]]) -> None:
     source = (noise(1.0), 16_000)
     list(phi.transcribe(source, translate_to=" French "))

@@ -21,6 +21,7 @@ from phimlx.media.container import (
     open_container,
     too_long,
 )
+from phimlx.media.data_chunk import find_data_chunk, is_open_ogg
 from phimlx.media.limits import Limits, source_name
 from phimlx.media.log_mel import AudioClip, Samples
 from phimlx.media.mp3 import xing_frame
@@ -35,12 +36,13 @@ RATES = (1000, 768_000)  # Hz: below is no speech, above no recorder
 MAX_CHANNELS = 64
 # 36 dB over full scale: no float recording is that hot, but integers left unscaled are.
 LOUDEST = 64.0
-# Decoders and headers differ by less than these; a file that ends earlier was cut short.
-SLACK_SHARE = 0.01
-SLACK_SECONDS = 0.5
+STEP = 4096  # samples asked of a decoder at once: what it loses where a file breaks off
+# Headers differ from what is decoded by less than these; a file that ends earlier was cut short.
+SLACK_SECONDS = 0.02
+DECODER_SLACK_SECONDS = 0.2  # where encoders pad
 
 _UNKNOWN_LENGTH = 1 << 62  # what libsndfile counts in a file that does not say
-_CUT_SHORT = "It may have been cut short: copy or download it again."
+_COPY_AGAIN = "It may have been cut short: copy or download it again."
 
 
 @dataclass(frozen=True)
@@ -149,9 +151,18 @@ def _to_float32(samples: NDArray[Any]) -> NDArray[np.float32]:
 
 
 class _SeekableBytes(io.BytesIO):
-    """Bytes that libsndfile may seek in; damaged ones send it before the first."""
+    """Bytes that libsndfile may seek in; damaged ones send it before the first.
+
+    `missing` bytes seem to lie behind the last: so long the file was before it was cut.
+    """
+
+    def __init__(self, data: bytes, missing: int = 0) -> None:
+        super().__init__(data)
+        self._length = len(data) + missing
 
     def seek(self, offset: int, whence: int = io.SEEK_SET, /) -> int:
+        if whence == io.SEEK_END:
+            return super().seek(self._length + offset)
         return super().seek(offset if whence else max(offset, 0), whence)
 
 
@@ -166,10 +177,18 @@ def _open_soundfile(data: bytes, name: str, limits: Limits) -> Iterator[_Recorde
         def seekable(self) -> bool:
             return False
 
+    chunk = find_data_chunk(data)
     opening = xing_frame(data)
+    bytes_read = _SeekableBytes(chunk.repaired(data) if chunk else opening + data)
     try:
-        file = Forward(_SeekableBytes(opening + data if opening else data))
+        file = Forward(bytes_read)
     except soundfile.SoundFileError as error:
+        if chunk and chunk.missing:
+            raise MediaError(
+                f"{name} was cut short, and cannot be read without its last "
+                f"{chunk.missing:,} bytes.",
+                hint=_COPY_AGAIN,
+            ) from error
         raise MediaError(
             f"{name} is not a sound that can be read.",
             hint="wav, flac, mp3, ogg and aiff are; m4a and webm with the extra phimlx[video].",
@@ -179,36 +198,64 @@ def _open_soundfile(data: bytes, name: str, limits: Limits) -> Iterator[_Recorde
         declared = None if opening or file.frames >= _UNKNOWN_LENGTH else file.frames
         if declared is not None:
             _check_length(name, declared, file.samplerate, limits)
+            if chunk and chunk.missing:
+                with Forward(_SeekableBytes(data, chunk.missing)) as uncut:
+                    declared = uncut.frames
         seconds = None if declared is None else declared / file.samplerate
-        yield _RecordedAudio(
-            name, file.samplerate, _soundfile_blocks(file, name, declared), seconds
-        )
+        share = chunk.share if chunk else 1.0
+        blocks = _soundfile_blocks(file, name, bytes_read, seconds, share, is_open_ogg(data))
+        yield _RecordedAudio(name, file.samplerate, blocks, seconds)
 
 
-def _soundfile_blocks(file: Any, name: str, declared: int | None) -> Iterator[NDArray[np.float32]]:
+def _soundfile_blocks(
+    file: Any,
+    name: str,
+    bytes_read: BinaryIO,
+    seconds: float | None,
+    share: float,
+    is_open: bool,
+) -> Iterator[NDArray[np.float32]]:
+    """Read what is there, then fail where that is not all.
+
+    Args:
+        seconds: how long it should be.
+        share: how much of its bytes is there.
+        is_open: whether its end is missing, however long it should be.
+    """
+    heard, failed = 0, False
+    while not failed:
+        steps, failed = _read_steps(file)
+        if not steps:
+            break
+        heard += sum(map(len, steps))
+        yield np.concatenate(steps)
+    ended = heard / file.samplerate
+    if failed and bytes_read.read(1):
+        raise MediaError(f"{name} is damaged somewhere after {ended:.1f} s.", hint=_COPY_AGAIN)
+    if is_open or seconds is None:
+        if is_open or failed:
+            raise _cut_short(name, ended, None)
+        return
+    ended = min(ended, seconds * share)  # a decoder may fill up what it has half of
+    slack = DECODER_SLACK_SECONDS if file.format == "MP3" else SLACK_SECONDS
+    if seconds - ended > slack:
+        raise _cut_short(name, ended, seconds)
+
+
+def _read_steps(file: Any) -> tuple[list[NDArray[np.float32]], bool]:
+    """Read a block, step by step; true where the decoder failed behind it."""
     import soundfile  # type: ignore[import-untyped]
 
-    heard = 0
-    while True:
+    steps: list[NDArray[np.float32]] = []
+    for _ in range(BLOCK // STEP):
         try:
-            block = file.read(BLOCK, dtype="float32", always_2d=True)
-        except soundfile.SoundFileError as error:
-            raise MediaError(
-                f"{name} is damaged somewhere after {heard / file.samplerate:.1f} s.",
-                hint=_CUT_SHORT,
-            ) from error
-        if not len(block):
+            step = file.read(STEP, dtype="float32", always_2d=True)
+        except soundfile.SoundFileError:
+            return steps, True
+        if not len(step):
             break
-        heard += len(block)
-        yield block
-    if declared is not None:
-        slack = max(SLACK_SECONDS * file.samplerate, SLACK_SHARE * declared)
-        if declared - heard > slack:
-            raise MediaError(
-                f"{name} ends after {heard / file.samplerate:.1f} s "
-                f"of {declared / file.samplerate:.1f} s.",
-                hint=_CUT_SHORT,
-            )
+        steps.append(step)
+    return steps, False
 
 
 @contextmanager
@@ -267,6 +314,12 @@ def _check_length(name: str, samples: int, rate: int, limits: Limits) -> None:
         raise too_long(name, limits)
 
 
+def _cut_short(name: str, ended: float, seconds: float | None) -> MediaError:
+    """Make the error of a sound that ends before the length it declares; None where it has none."""
+    whole = ", before its own end" if seconds is None else f" of {seconds:.1f} s"
+    return MediaError(f"{name} ends after {ended:.1f} s{whole}.", hint=_COPY_AGAIN)
+
+
 def _no_sound(name: str) -> MediaError:
     return MediaError(f"{name} holds no sound.", hint="It has a header, and nothing after it.")
 
@@ -304,6 +357,10 @@ def _resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Sa
     import soxr  # type: ignore[import-untyped]
 
     stream = soxr.ResampleStream(rate, target, 1, dtype="float32", quality="HQ")
-    for block in blocks:
-        yield stream.resample_chunk(block)
+    try:
+        for block in blocks:
+            yield stream.resample_chunk(block)
+    except MediaError:
+        yield stream.resample_chunk(np.empty(0, np.float32), last=True)
+        raise
     yield stream.resample_chunk(np.empty(0, np.float32), last=True)

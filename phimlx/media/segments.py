@@ -58,6 +58,8 @@ def split_audio(
     silence of more than a second is left out, and pieces of nothing but silence are too: every
     moment that is louder than `SILENCE` is in a piece.
 
+    Of a recording that is damaged or cut short, the pieces before come first, then the error.
+
     Args:
         on_open: called with the recording's length in seconds, None where it does not say.
     """
@@ -65,7 +67,18 @@ def split_audio(
     with open_audio(source, limits) as sound:
         if on_open is not None:
             on_open(sound.seconds)
-        yield from _pieces(sound.blocks, sound.rate, max_seconds)
+        failures: list[MediaError] = []
+        yield from _pieces(_up_to_failure(sound.blocks, failures), sound.rate, max_seconds)
+        if failures:
+            raise failures[0]
+
+
+def _up_to_failure(blocks: Iterable[Samples], failures: list[MediaError]) -> Iterator[Samples]:
+    """Yield what can be read; what ends it early goes into `failures`."""
+    try:
+        yield from blocks
+    except MediaError as error:
+        failures.append(error)
 
 
 def _check_seconds(max_seconds: float) -> None:

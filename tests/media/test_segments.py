@@ -160,7 +160,7 @@ def test_a_file_is_read_as_its_pieces_are_asked_for(tmp_path: Path) -> None:
     assert next(pieces).start == 0.0
     with pytest.raises(MediaError) as error:
         list(pieces)
-    assert str(error.value).startswith(f"{path} is damaged somewhere after 1")
+    assert str(error.value).startswith(f"{path} ends after 1")
 
 
 def test_the_length_is_told_before_the_first_piece() -> None:
