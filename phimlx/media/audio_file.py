@@ -15,9 +15,11 @@ from numpy.typing import NDArray
 
 from phimlx.errors import MediaError
 from phimlx.media.container import (
+    HEADERS_TELL_LENGTH,
     ContainerFormat,
     declared_seconds,
     detect_container,
+    is_cut_short,
     open_container,
     too_long,
 )
@@ -231,7 +233,7 @@ def _soundfile_blocks(
         yield np.concatenate(steps)
     ended = heard / file.samplerate
     if failed and bytes_read.read(1):
-        raise MediaError(f"{name} is damaged somewhere after {ended:.1f} s.", hint=_COPY_AGAIN)
+        raise _damaged(name, ended)
     if is_open or seconds is None:
         if is_open or failed:
             raise _cut_short(name, ended, None)
@@ -269,7 +271,8 @@ def _open_av(
         declared = declared_seconds(container, stream)
         if declared is not None and declared > limits.max_seconds:
             raise too_long(name, limits)
-        blocks = _av_blocks(container, stream, name)
+        told = declared if form.demuxer in HEADERS_TELL_LENGTH else None
+        blocks = _av_blocks(container, stream, name, told, is_cut_short(data, form))
         # The decoder alone knows the rate: AAC may declare half of it.
         first = next(blocks, None)
         if first is None:
@@ -278,22 +281,40 @@ def _open_av(
         yield _RecordedAudio(name, first[0], every, declared)
 
 
-def _av_blocks(container: Any, stream: Any, name: str) -> Iterator[tuple[int, NDArray[np.float32]]]:
+def _av_blocks(
+    container: Any, stream: Any, name: str, seconds: float | None, is_cut: bool
+) -> Iterator[tuple[int, NDArray[np.float32]]]:
+    """Decode what is there, then fail where that is not all; the rate, and `[samples, channels]`.
+
+    Args:
+        seconds: how long it should be.
+        is_cut: whether bytes of its end are missing.
+    """
     import av
 
     resampler = av.AudioResampler(format="fltp")
     shape: tuple[int, int] | None = None
-    for frame in container.decode(stream):
-        if shape is None:
-            shape = frame.sample_rate, frame.layout.nb_channels
-            _check_format(name, *shape)
-        elif shape != (frame.sample_rate, frame.layout.nb_channels):
-            raise MediaError(
-                f"{name} changes its rate or channels in the middle.",
-                hint="Convert it to wav or flac first.",
-            )
-        for plane in resampler.resample(frame):
-            yield shape[0], plane.to_ndarray().T.astype(np.float32)  # [samples, channels]
+    ended = 0.0
+    try:
+        for frame in container.decode(stream):
+            if shape is None:
+                shape = frame.sample_rate, frame.layout.nb_channels
+                _check_format(name, *shape)
+            elif shape != (frame.sample_rate, frame.layout.nb_channels):
+                raise MediaError(
+                    f"{name} changes its rate or channels in the middle.",
+                    hint="Convert it to wav or flac first.",
+                )
+            ended += frame.samples / frame.sample_rate
+            for plane in resampler.resample(frame):
+                yield shape[0], plane.to_ndarray().T.astype(np.float32)  # [samples, channels]
+    except av.FFmpegError as error:
+        if isinstance(error, MemoryError) or not (ended or is_cut):
+            raise
+        if not is_cut:
+            raise _damaged(name, ended) from error
+    if is_cut and (seconds is None or seconds - ended > SLACK_SECONDS):
+        raise _cut_short(name, ended, seconds)
 
 
 def _check_format(name: str, rate: int, channels: int) -> None:
@@ -312,6 +333,10 @@ def _check_format(name: str, rate: int, channels: int) -> None:
 def _check_length(name: str, samples: int, rate: int, limits: Limits) -> None:
     if samples > limits.max_seconds * rate:
         raise too_long(name, limits)
+
+
+def _damaged(name: str, ended: float) -> MediaError:
+    return MediaError(f"{name} is damaged somewhere after {ended:.1f} s.", hint=_COPY_AGAIN)
 
 
 def _cut_short(name: str, ended: float, seconds: float | None) -> MediaError:

@@ -5,9 +5,12 @@ What is there is heard, sample for sample; what is missing is told, with both le
 
 from __future__ import annotations
 
+import io
 import re
 import struct
+from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 from numpy.typing import NDArray
@@ -17,7 +20,7 @@ from phimlx.media.audio import load_audio
 from phimlx.media.audio_file import open_audio
 from phimlx.media.data_chunk import find_data_chunk
 from phimlx.media.segments import split_audio
-from tests.media.sounds import noise, sound_file
+from tests.media.sounds import av_sound, av_video, noise, sound_file
 
 RATE = 16000
 SECONDS = 2.0
@@ -201,3 +204,76 @@ def test_a_wav_that_holds_nothing_is_not_made_of_what_follows(trailing: bytes) -
 def test_a_header_of_chunks_without_end_is_left_alone() -> None:
     data = b"RIFF\0\0\0\0WAVE" + b"junk\0\0\0\0" * 1_000_000
     assert find_data_chunk(data) is None
+
+
+def index_first(data: bytes, path: Path) -> bytes:
+    """An MP4 whose index stands before its sound."""
+    with (
+        av.open(io.BytesIO(data)) as source,
+        av.open(path, "w", options={"movflags": "faststart"}) as output,
+    ):
+        stream = output.add_stream_from_template(source.streams[0])
+        for packet in source.demux():
+            if packet.dts is not None:
+                packet.stream = stream
+                output.mux(packet)
+    return path.read_bytes()
+
+
+@pytest.mark.parametrize("share", [0.2, 0.33, 0.5, 0.77, 0.97])
+@pytest.mark.parametrize(
+    ("container", "codec", "rate"),
+    [
+        ("mp4", "aac", RATE),
+        ("mp4", "alac", RATE),
+        ("webm", "libopus", 48000),
+        ("matroska", "aac", 44100),
+        ("flv", "aac", 44100),
+        ("avi", "pcm_s16le", RATE),
+        ("mpegts", "aac", RATE),
+    ],
+)
+def test_a_container_cut_short_is_heard_as_far_as_it_goes(
+    container: str, codec: str, rate: int, share: float, tmp_path: Path
+) -> None:
+    data = av_sound(noise(5.0, rate), rate, container, codec)
+    data = index_first(data, tmp_path / "sound.mp4") if container == "mp4" else data
+    whole, none = heard(data)
+    assert none is None
+    samples, error = heard(data[: round(share * len(data)) | 1])
+    length = "before its own end" if container in ("avi", "mpegts") else "of 5.0 s"
+    ended = len(samples) / RATE
+    assert error is not None
+    told = re.fullmatch(r"The data ends after ([\d.]+) s,? (.+)\.", error)
+    assert told, error
+    assert told[2] == length
+    assert float(told[1]) == pytest.approx(ended, abs=0.11)
+    assert ended == pytest.approx(share * 5.0, abs=0.4)
+    same = min(len(samples) - 2000, len(whole))
+    np.testing.assert_allclose(samples[:same], whole[:same], rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("container", ["matroska", "mpegts", "avi"])
+def test_a_sound_that_ends_before_its_video_is_whole(container: str) -> None:
+    samples, error = heard(av_video(100, container, sound=noise(2.0)))
+    assert error is None
+    assert len(samples) / RATE == pytest.approx(2.0, abs=0.15)
+
+
+def test_a_container_written_to_a_pipe_is_whole() -> None:
+    """Its sizes and its length were never written."""
+
+    class Pipe(io.BytesIO):
+        def seekable(self) -> bool:
+            return False
+
+    pipe = Pipe()
+    with av.open(pipe, "w", format="webm", options={"live": "1"}) as output:
+        stream = output.add_stream("libopus", rate=48000, layout="mono")
+        frame = av.AudioFrame.from_ndarray(noise(3.0, 48000)[None], format="flt", layout="mono")
+        frame.sample_rate, frame.pts = 48000, 0
+        output.mux(stream.encode(frame))
+        output.mux(stream.encode(None))
+    samples, error = heard(pipe.getvalue())
+    assert error is None
+    assert len(samples) / RATE == pytest.approx(3.0, abs=0.1)
