@@ -74,7 +74,7 @@ LIMITS: dict[str, tuple[click.ParamType[Any], str, str]] = {
 MEDIA = {
     "image": "Show a picture to the model; may be given again.",
     "audio": "Play a sound to the model; may be given again.",
-    "video": "Show some pictures of a video; may be given again. Needs the extra phimlx[video].",
+    "video": "Show some pictures of a video; may be given again. On Linux, needs phimlx[video].",
 }
 
 

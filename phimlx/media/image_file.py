@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, TypeAlias, TypeVar
 import numpy as np
 
 from phimlx.errors import MediaError
+from phimlx.extras import import_extra
 from phimlx.media.limits import Limits, out_of_memory, raising, source_name
 from phimlx.media.source import read_bytes
 
@@ -58,6 +59,9 @@ def load_image(source: ImageSource, limits: Limits | None = None) -> Image:
         data = read_bytes(source, limits)
         detected = _detect_format(data, name)
         kind = detected.name
+        if detected.extra:
+            without = f"{name} is {kind}, which needs pillow-heif, and that is not installed."
+            import_extra(detected.plugin[0], detected.extra, without, MediaError)
         if detected.declared:
             check_pixels(detected.declared(data), name, limits)
         image = _translate_errors(lambda: detected.open(data), name, kind)
@@ -73,6 +77,7 @@ def load_image(source: ImageSource, limits: Limits | None = None) -> Image:
             hint="Save it with 8 bits per channel.",
         )
     _translate_errors(image.load, name, kind)
+    check_pixels(image.size, name, limits)  # what HEIC holds may be larger than it declares
     return _translate_errors(lambda: _upright(_rgb(image), _orientation(image)), name, kind)
 
 
@@ -102,19 +107,21 @@ class _ImageFormat:
 
     Attributes:
         magic: what its files begin with.
-        plugin: Pillow's module and class. Opened through them, a file meets these limits alone,
-            and not the one that Pillow keeps for the whole process.
+        plugin: module and class of the reader. Opened through them, a file meets these limits
+            alone, and not the one that Pillow keeps for the whole process.
         declared: the size in a file's first bytes, where Pillow allocates as soon as it opens.
+        extra: the extra of phimlx that brings the plugin, where that is not Pillow's own.
     """
 
     name: str
     magic: re.Pattern[bytes]
     plugin: tuple[str, str]
     declared: Callable[[bytes], ImageSize] | None = None
+    extra: str | None = None
 
     def open(self, data: bytes) -> Image:
         module, factory = self.plugin
-        return getattr(importlib.import_module(f"PIL.{module}"), factory)(BytesIO(data))
+        return getattr(importlib.import_module(module), factory)(BytesIO(data))
 
 
 def _little(data: bytes) -> int:
@@ -137,15 +144,22 @@ def _webp_size(data: bytes) -> ImageSize:
             return _little(data[26:28]) & 0x3FFF, _little(data[28:30]) & 0x3FFF
 
 
+# ISO 23008-12, 10: brands of a box `ftyp`, of which the first is the file's own. Where that says
+# no more than that it holds images, one of the others tells how they are coded.
+_AVIF = rb".{4}ftyp(?:avif|avis|(?:mif1|msf1|miaf).{4}(?:.{4}){0,12}?avi[fs])"
+_HEIC = rb".{4}ftyp(?:hei[cxms]|hev[cxms]|(?:mif1|msf1|miaf).{4}(?:.{4}){0,12}?he[iv][cxms])"
+
 _IMAGE_FORMATS = tuple(
-    _ImageFormat(name, re.compile(magic, re.DOTALL), plugin, declared)
-    for name, magic, plugin, declared in (
-        ("PNG", rb"\x89PNG\r\n\x1a\n", ("PngImagePlugin", "PngImageFile"), None),
-        ("JPEG", rb"\xff\xd8\xff", ("JpegImagePlugin", "jpeg_factory"), None),
-        ("WEBP", rb"RIFF.{4}WEBP", ("WebPImagePlugin", "WebPImageFile"), _webp_size),
-        ("GIF", rb"GIF8[79]a", ("GifImagePlugin", "GifImageFile"), _gif_size),
-        ("BMP", rb"BM", ("BmpImagePlugin", "BmpImageFile"), None),
-        ("TIFF", rb"II[*+]\0|MM\0[*+]", ("TiffImagePlugin", "TiffImageFile"), None),
+    _ImageFormat(name, re.compile(magic, re.DOTALL), plugin, declared, extra)
+    for name, magic, plugin, declared, extra in (
+        ("PNG", rb"\x89PNG\r\n\x1a\n", ("PIL.PngImagePlugin", "PngImageFile"), None, None),
+        ("JPEG", rb"\xff\xd8\xff", ("PIL.JpegImagePlugin", "jpeg_factory"), None, None),
+        ("WEBP", rb"RIFF.{4}WEBP", ("PIL.WebPImagePlugin", "WebPImageFile"), _webp_size, None),
+        ("GIF", rb"GIF8[79]a", ("PIL.GifImagePlugin", "GifImageFile"), _gif_size, None),
+        ("BMP", rb"BM", ("PIL.BmpImagePlugin", "BmpImageFile"), None, None),
+        ("TIFF", rb"II[*+]\0|MM\0[*+]", ("PIL.TiffImagePlugin", "TiffImageFile"), None, None),
+        ("AVIF", _AVIF, ("PIL.AvifImagePlugin", "AvifImageFile"), None, None),
+        ("HEIC", _HEIC, ("pillow_heif.as_plugin", "HeifImageFile"), None, "heic"),
     )
 )
 
@@ -155,7 +169,8 @@ def _detect_format(data: bytes, name: str) -> _ImageFormat:
         if known.magic.match(data):
             return known
     raise MediaError(
-        f"{name} is no PNG, JPEG, WEBP, GIF, BMP or TIFF picture.", hint="Save it as PNG or JPEG."
+        f"{name} is no PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF or HEIC picture.",
+        hint="Save it as PNG or JPEG.",
     )
 
 

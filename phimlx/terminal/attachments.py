@@ -19,7 +19,10 @@ if TYPE_CHECKING:
 
 KINDS = {"image": "picture", "audio": "sound", "video": "video"}
 _SUFFIXES = {
-    "image": (".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+    "image": (
+        *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
+        *(".heic", ".heif", ".avif"),
+    ),
     "audio": (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".m4a", ".aac"),
     "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
 }

@@ -17,7 +17,7 @@ from phimlx.media.image_file import load_image
 from phimlx.media.limits import Limits
 
 DAMAGED = "{} is damaged or cut short: it cannot be read as {}."
-UNKNOWN = "{} is no PNG, JPEG, WEBP, GIF, BMP or TIFF picture."
+UNKNOWN = "{} is no PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF or HEIC picture."
 TOO_MANY = "{} has {} pixels; at most 100,000,000 are read."
 TOO_LONG = "{} has {} pixels; its longer side may be at most 200 times the shorter."
 SAVE_AGAIN = "Open it in another program and save it again."
@@ -144,7 +144,8 @@ HOSTILE: dict[str, Case] = {
     "script.eps": unknown(lambda: b"%!PS-Adobe-3.0 EPSF-3.0\n"),
     "layers.psd": unknown(lambda: b"8BPS\0\1" + bytes(40)),
     "paper.pdf": unknown(lambda: b"%PDF-1.7\n"),
-    "phone.heic": unknown(lambda: b"\0\0\0\x18ftypheic" + bytes(40)),
+    "phone.heic": damaged("HEIC", lambda: b"\0\0\0\x18ftypheic" + bytes(40)),
+    "phone.avif": damaged("AVIF", lambda: b"\0\0\0\x18ftypavif" + bytes(40)),
     "zip.png": unknown(zipped),
     "magic-only.png": damaged("PNG", lambda: b"\x89PNG\r\n\x1a\n"),
     "magic-only.jpg": damaged("JPEG", lambda: b"\xff\xd8\xff"),
@@ -204,6 +205,8 @@ HOSTILE: dict[str, Case] = {
 @pytest.mark.filterwarnings("ignore::UserWarning", "ignore::PIL.Image.DecompressionBombWarning")
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_file_is_refused(name: str, tmp_path: Path) -> None:
+    if name.endswith("heic"):
+        pytest.importorskip("pillow_heif")
     content, message, hint = HOSTILE[name]
     path = tmp_path / name
     path.write_bytes(content())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import struct
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from PIL import Image, ImageCms
 
 from phimlx.errors import MediaError
 from phimlx.media.image_file import load_image
+from phimlx.media.limits import Limits
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 CORNERS = np.array([[RED, GREEN, WHITE], [BLUE, (0, 0, 0), (90, 90, 90)]], np.uint8)  # [2, 3, 3]
@@ -227,3 +229,133 @@ def test_a_bare_exif_block_in_a_jpeg_turns_it() -> None:
     block = b"Exif\0\0MM\0*\0\0\0\x08\0\x01\x01\x12" + struct.pack(">HIHH", 3, 1, 8, 0) + bytes(4)
 
     assert load_image(saved(plain, "JPEG", exif=block)).size == (32, 48)
+
+
+def smooth(size: tuple[int, int] = (96, 64)) -> Image.Image:
+    """Colours that run across, so that little is lost in coding; `size` is width and height."""
+    across, down = np.meshgrid(np.linspace(0, 255, size[0]), np.linspace(0, 255, size[1]))
+    return Image.fromarray(np.stack((across, down, 255 - across), 2).astype(np.uint8))
+
+
+def coded(image: Image.Image, kind: str, **options: Any) -> bytes:
+    if kind == "HEIF":
+        heif = pytest.importorskip("pillow_heif")
+        file = io.BytesIO()
+        heif.from_pillow(image).save(file, **options)
+        return file.getvalue()
+    return saved(image, kind, **options)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_what_telephones_make(kind: str, tmp_path: Path) -> None:
+    path = tmp_path / "IMG_0001.jpg"
+    path.write_bytes(coded(smooth(), kind, quality=95))
+
+    found = load_image(path)
+
+    assert (found.mode, found.size) == ("RGB", (96, 64))
+    assert np.abs(np.asarray(found, int) - np.asarray(smooth(), int)).mean() < 2
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+@pytest.mark.parametrize("orientation", range(1, 9))
+def test_telephones_turn_pictures_once(kind: str, orientation: int) -> None:
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    jpeg = load_image(saved(smooth(), "JPEG", exif=exif, quality=95))
+
+    found = load_image(coded(smooth(), kind, exif=exif.tobytes(), quality=95))
+
+    assert found.size == jpeg.size
+    assert np.abs(np.asarray(found, int) - np.asarray(jpeg, int)).mean() < 4
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_their_transparent_parts_lie_on_white(kind: str) -> None:
+    image = Image.new("RGBA", (64, 64), (255, 0, 0, 0))
+    assert np.asarray(load_image(coded(image, kind, quality=95))).min() >= 250
+
+
+@pytest.mark.parametrize(
+    ("brands", "kind"),
+    [
+        (b"heic\0\0\0\0mif1heic", "HEIC"),
+        (b"heix\0\0\0\0mif1heix", "HEIC"),
+        (b"mif1\0\0\0\0mif1heic", "HEIC"),
+        (b"mif1\0\0\0\0mif1miafMiHBheic", "HEIC"),
+        (b"msf1\0\0\0\0mif1hevc", "HEIC"),
+        (b"avif\0\0\0\0mif1miaf", "AVIF"),
+        (b"mif1\0\0\0\0mif1miafavif", "AVIF"),
+        (b"avis\0\0\0\0msf1", "AVIF"),
+    ],
+)
+def test_brands_tell_the_coding(brands: bytes, kind: str) -> None:
+    if kind == "HEIC":
+        pytest.importorskip("pillow_heif")
+    data = struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + bytes(200)
+    with pytest.raises(MediaError, match=f"it cannot be read as {kind}"):
+        load_image(data)
+
+
+@pytest.mark.parametrize(
+    "brands", [b"isom\0\0\0\0iso2avc1mp41", b"M4A \0\0\0\0isom", b"qt  \0\0\0\0qt  "]
+)
+def test_films_are_no_pictures(brands: bytes) -> None:
+    data = struct.pack(">I", 8 + len(brands)) + b"ftyp" + brands + bytes(200)
+    with pytest.raises(MediaError, match="is no PNG"):
+        load_image(data)
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+@pytest.mark.parametrize("share", [0.02, 0.1, 0.3, 0.5, 0.9])
+def test_telephone_pictures_cut_short(kind: str, share: float) -> None:
+    noise = Image.fromarray(np.random.default_rng(3).integers(0, 256, (64, 96, 3), np.uint8))
+    data = coded(noise, kind)
+    with pytest.raises(MediaError, match=r"damaged or cut short|is no PNG") as error:
+        load_image(data[: round(share * len(data))])
+    assert error.value.hint
+
+
+@pytest.mark.parametrize("kind", ["HEIF", "AVIF"])
+def test_telephone_pictures_meet_the_limits(kind: str) -> None:
+    data = coded(smooth(), kind)
+    with pytest.raises(MediaError, match=r"96 × 64 pixels; at most 6,000 are read"):
+        load_image(data, Limits(max_pixels=6000))
+    long = coded(Image.new("RGB", (640, 64)), kind)
+    with pytest.raises(MediaError, match="its longer side may be at most 5 times"):
+        load_image(long, Limits(max_aspect=5))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "message"),
+    [
+        ("HEIF", (60_000, 60_000), "at most 100,000,000 are read"),
+        ("HEIF", (9000, 12_000), "at most 100,000,000 are read"),
+        ("HEIF", (2**31, 2**31), "cannot be read as HEIC"),
+        ("HEIF", (9000, 9000), "cannot be read as HEIC"),
+        ("HEIF", (0, 0), "cannot be read as HEIC"),
+        ("HEIF", (1, 1), "cannot be read as HEIC"),
+        ("AVIF", (9000, 12_000), "at most 100,000,000 are read"),
+        ("AVIF", (2**31, 2**31), "cannot be read as AVIF"),
+        ("AVIF", (0, 0), "cannot be read as AVIF"),
+    ],
+)
+def test_telephone_pictures_that_lie_about_their_size(
+    kind: str, size: tuple[int, int], message: str
+) -> None:
+    """In `ispe`, ISO 23008-12, 6.5.3: what it declares is compared before anything is decoded."""
+    data = coded(smooth(), kind)
+    place = data.index(b"ispe") + 8
+    with pytest.raises(MediaError, match=message):
+        load_image(data[:place] + struct.pack(">II", *size) + data[place + 8 :])
+
+
+def test_without_pillow_heif_the_extra_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "pillow_heif", None)
+    monkeypatch.setitem(sys.modules, "pillow_heif.as_plugin", None)
+    with pytest.raises(MediaError) as error:
+        load_image(b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + bytes(100))
+    assert str(error.value) == (
+        "The picture is HEIC, which needs pillow-heif, and that is not installed."
+    )
+    assert error.value.hint == "Install it with: pip install 'phimlx[heic]'"

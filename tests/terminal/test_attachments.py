@@ -170,7 +170,7 @@ def test_clearing_forgets_what_waits(files: Path) -> None:
         ("/image none.png", "There is no file none.png.", "Check the path."),
         (
             "/image it\\'s.wav",
-            "it's.wav: The picture is no PNG, JPEG, WEBP, GIF, BMP or TIFF picture.",
+            "it's.wav: The picture is no PNG, JPEG, WEBP, GIF, BMP, TIFF, AVIF or HEIC picture.",
             None,
         ),
         ("/audio 'a cat.png'", "a cat.png: The data is not a sound that can be read.", None),
