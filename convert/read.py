@@ -12,7 +12,7 @@ from pathlib import Path
 
 import mlx.core as mx
 
-from phimlx.checkpoint.folder import STORED_DTYPES, TensorInfo
+from phimlx.checkpoint.header import STORED_DTYPES, TensorInfo
 from phimlx.errors import CheckpointError
 
 

@@ -13,7 +13,8 @@ import mlx.nn as nn
 from convert.quantize.recipe import Quantization, Recipe
 from convert.quantize.tensor import TensorTransform
 from convert.read import RowBlock, TensorLocation, locate
-from phimlx.checkpoint.folder import DTYPES, FLOATING_DTYPES, STORED_DTYPES, Checkpoint
+from phimlx.checkpoint.folder import DTYPES, Checkpoint
+from phimlx.checkpoint.header import FLOATING_DTYPES, STORED_DTYPES
 from phimlx.checkpoint.load import build_model, stored_parameters
 from phimlx.errors import ConversionError
 from phimlx.models.registry import part_of

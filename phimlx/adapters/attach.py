@@ -14,7 +14,7 @@ from phimlx import catalog
 from phimlx.adapters.adapter import LAYER, Adapter
 from phimlx.adapters.files import CONFIG, some
 from phimlx.adapters.read import read_adapter
-from phimlx.checkpoint.folder import PACKED_DTYPES
+from phimlx.checkpoint.header import PACKED_DTYPES
 from phimlx.errors import CheckpointError
 from phimlx.hub.layout import model_name
 from phimlx.models.base import CausalLM

@@ -10,7 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from phimlx.checkpoint.arrays import write_arrays
-from phimlx.checkpoint.folder import FLOATING_DTYPES, TensorInfo, read_header
+from phimlx.checkpoint.header import FLOATING_DTYPES, TensorInfo, read_header
 from phimlx.errors import CheckpointError, ConfigError, shortened
 from phimlx.files import replacing, translate_write_errors, write_json
 from phimlx.models.lora import MAX_RANK

@@ -5,14 +5,15 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from safetensors import SafetensorError, safe_open
 
+from phimlx.checkpoint.head import has_own_head, with_embedding
+from phimlx.checkpoint.header import TensorInfo, read_header
 from phimlx.checkpoint.quantization import read_quantization
 from phimlx.errors import CheckpointError, ConfigError
 from phimlx.files import read_json
@@ -20,42 +21,6 @@ from phimlx.models import registry
 from phimlx.models.names import adapter_tensor
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
-
-# Element types that a checkpoint may hold, in safetensors' names.
-STORED_DTYPES = {
-    "F32": mx.float32,
-    "F16": mx.float16,
-    "BF16": mx.bfloat16,
-    "U32": mx.uint32,
-    "U8": mx.uint8,
-}
-FLOATING_DTYPES = ("F32", "F16", "BF16")
-PACKED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
-
-
-@dataclass(frozen=True)
-class TensorInfo:
-    """One tensor, as its file's header describes it.
-
-    Attributes:
-        dtype: safetensors' name: BF16, F32, U32 …
-        name: under which it is stored, in a dialect whose names are not the model's.
-        first_row: where it begins in the stored tensor, of which it is some rows in a dialect that
-            keeps several together.
-    """
-
-    file: Path
-    shape: tuple[int, ...]
-    dtype: str
-    name: str
-    first_row: int = 0
-
-    @property
-    def nbytes(self) -> int:
-        size = STORED_DTYPES[self.dtype].size
-        for dimension in self.shape:
-            size *= dimension
-        return size
 
 
 class Checkpoint:
@@ -65,7 +30,8 @@ class Checkpoint:
     A folder in another dialect of its architecture appears as one in the architecture's own layout.
 
     Attributes:
-        config: in the architecture's own terms.
+        config: in the architecture's own terms; where it ties the output head and the weights hold
+            a head of other values, it says that it does not.
         dialect: that the files are in; None for the architecture's own layout, or where phimlx
             does not run the architecture.
         adapter_files: adapters that lie in files of their own, by name.
@@ -80,9 +46,9 @@ class Checkpoint:
             raise CheckpointError(f"{self.folder} is not a folder.")
         if not (self.folder / "config.json").is_file():
             raise ConfigError(f"{self.folder} holds no config.json, so it is not a model folder.")
-        self.config = read_json(self.folder / "config.json")
+        self._config = read_json(self.folder / "config.json")
         self.adapter_files: dict[str, Path] = {}
-        self.dialect = registry.dialect_of(self.config)
+        self.dialect = registry.dialect_of(self._config)
         if self.dialect is not None:
             self._read_dialect(self.dialect)
 
@@ -99,7 +65,20 @@ class Checkpoint:
                 self.adapter_files[adapter] = folder / "adapter_model.safetensors"
                 if (folder / "adapter_config.json").is_file():
                     configs[adapter] = read_json(folder / "adapter_config.json")
-        self.config = dialect.own_config(self.config, configs)
+        self._config = dialect.own_config(self._config, configs)
+
+    @cached_property
+    def config(self) -> dict[str, Any]:
+        architecture = registry.find(self._config.get("model_type"))
+        if architecture is None or not self._is_tied:
+            return self._config
+        untied = {**self._config, "tie_word_embeddings": False}
+        architecture.read_config(untied)  # what is wrong with it is said before weights are read
+        return untied if has_own_head(self.tensors) else self._config
+
+    @property
+    def _is_tied(self) -> bool:
+        return self._config.get("tie_word_embeddings") is True
 
     @cached_property
     def _shards(self) -> list[Path]:
@@ -145,13 +124,14 @@ class Checkpoint:
             unnamed = [name for name in stored if name not in weight_map]
             if unnamed:
                 raise CheckpointError(f"{index.name} does not name {some(unnamed)}.")
-        return stored if self.dialect is None else self._renamed(self.dialect, stored)
+        named = stored if self.dialect is None else self._renamed(self.dialect, stored)
+        return with_embedding(named) if self._is_tied else named
 
     def _renamed(
         self, dialect: registry.Dialect, stored: Mapping[str, TensorInfo]
     ) -> dict[str, TensorInfo]:
         """Tensors of a dialect and those of adapter files, under the architecture's names."""
-        renames = dialect.names(self.config)
+        renames = dialect.names(self._config)
         named = [part for name, info in stored.items() for part in _parts(renames.ours(name), info)]
         for adapter, file in self.adapter_files.items():
             named += [(adapter_tensor(name, adapter), info) for name, info in read_header(file)]
@@ -215,25 +195,6 @@ def _parts(names: tuple[str, ...], info: TensorInfo) -> Iterator[tuple[str, Tens
     rows = info.shape[0] // len(names)
     for index, name in enumerate(names):
         yield name, replace(info, shape=(rows, *info.shape[1:]), first_row=index * rows)
-
-
-def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """Names, shapes and types of a safetensors file, through the reference parser."""
-    try:
-        with safe_open(str(file), framework="mlx") as opened:
-            for name in opened.keys():  # noqa: SIM118 (not a mapping)
-                tensor = opened.get_slice(name)
-                dtype = tensor.get_dtype()
-                if dtype not in STORED_DTYPES:
-                    raise CheckpointError(
-                        f"{name} in {file.name} is stored as {dtype}, which phimlx does not read."
-                    )
-                yield name, TensorInfo(file, tuple(tensor.get_shape()), dtype, name)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(
-            f"{file.name} is not a whole safetensors file ({error}).",
-            hint="Download or convert the model again.",
-        ) from error
 
 
 def some(names: list[str]) -> str:

@@ -10,13 +10,8 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import (
-    FLOATING_DTYPES,
-    PACKED_DTYPES,
-    Checkpoint,
-    TensorInfo,
-    some,
-)
+from phimlx.checkpoint.folder import Checkpoint, some
+from phimlx.checkpoint.header import FLOATING_DTYPES, PACKED_DTYPES, TensorInfo
 from phimlx.errors import CheckpointError
 from phimlx.models import registry
 from phimlx.models.base import CausalLM

@@ -69,7 +69,8 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     from mlx.utils import tree_flatten
 
     from phimlx import catalog
-    from phimlx.checkpoint.folder import FLOATING_DTYPES, Checkpoint
+    from phimlx.checkpoint.folder import Checkpoint
+    from phimlx.checkpoint.header import FLOATING_DTYPES
     from phimlx.checkpoint.load import build_model, stored_parameters
     from phimlx.files import read_json
     from phimlx.generation.sampler import Sampling

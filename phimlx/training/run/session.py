@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Any
 
 import phimlx
 from phimlx import catalog
-from phimlx.checkpoint.folder import Checkpoint, TensorInfo
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.header import TensorInfo
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors

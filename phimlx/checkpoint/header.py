@@ -1,0 +1,79 @@
+"""Headers of safetensors files: which tensors they hold, in what shape and type."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlx.core as mx
+from safetensors import SafetensorError, safe_open
+
+from phimlx.errors import CheckpointError
+
+# Element types that a checkpoint may hold, in safetensors' names.
+STORED_DTYPES = {
+    "F32": mx.float32,
+    "F16": mx.float16,
+    "BF16": mx.bfloat16,
+    "U32": mx.uint32,
+    "U8": mx.uint8,
+}
+FLOATING_DTYPES = ("F32", "F16", "BF16")
+PACKED_DTYPES = {mx.uint32: ("U32",), mx.uint8: ("U8",)}
+
+
+@dataclass(frozen=True)
+class TensorInfo:
+    """One tensor, as its file's header describes it.
+
+    Attributes:
+        dtype: safetensors' name: BF16, F32, U32 …
+        name: under which it is stored, in a dialect whose names are not the model's.
+        first_row: where it begins in the stored tensor, of which it is some rows in a dialect that
+            keeps several together.
+    """
+
+    file: Path
+    shape: tuple[int, ...]
+    dtype: str
+    name: str
+    first_row: int = 0
+
+    @property
+    def nbytes(self) -> int:
+        size = STORED_DTYPES[self.dtype].size
+        for dimension in self.shape:
+            size *= dimension
+        return size
+
+
+def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """Names, shapes and types of a safetensors file, through the reference parser."""
+    try:
+        with safe_open(str(file), framework="mlx") as opened:
+            for name in opened.keys():  # noqa: SIM118 (not a mapping)
+                tensor = opened.get_slice(name)
+                dtype = tensor.get_dtype()
+                if dtype not in STORED_DTYPES:
+                    raise CheckpointError(
+                        f"{name} in {file.name} is stored as {dtype}, which phimlx does not read."
+                    )
+                yield name, TensorInfo(file, tuple(tensor.get_shape()), dtype, name)
+    except (SafetensorError, OSError) as error:
+        raise CheckpointError(
+            f"{file.name} is not a whole safetensors file ({error}).",
+            hint="Download or convert the model again.",
+        ) from error
+
+
+def data_offset(info: TensorInfo) -> int:
+    """Find where in its file the stored tensor of `info` begins, as an accepted header says.
+
+    Source: https://github.com/huggingface/safetensors#format
+    """
+    with info.file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        begin: int = json.loads(opened.read(length))[info.name]["data_offsets"][0]
+    return 8 + length + begin
