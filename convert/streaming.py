@@ -11,6 +11,9 @@ from pathlib import Path
 
 from convert.folder import claim, discard, refuse_existing, writing
 from convert.read import WeightFiles
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.head import has_own_head
+from phimlx.checkpoint.header import TensorInfo, byte_range
 from phimlx.errors import CheckpointError, DownloadError
 from phimlx.hub import download, resolve
 from phimlx.hub.client import Remote, RemoteFile, Repository
@@ -81,7 +84,7 @@ class StreamedModel(WeightFiles):
         self.stopped.set()
 
     def prepare(self, small: tuple[RemoteFile, ...]) -> None:
-        """Bring the small files and the headers."""
+        """Bring the small files, the headers, and what tells whether a tied head is another."""
         for file in small:
             self._transfer(file, self.folder)
         for file in self.shards:
@@ -98,6 +101,21 @@ class StreamedModel(WeightFiles):
                 opened.write(head)
                 opened.truncate(file.size)
             os.utime(path, (0, 0))  # the commit tells versions apart
+        checkpoint = Checkpoint(self.folder)
+        if checkpoint.is_tied:
+            has_own_head(checkpoint.tensors, self._bring_rows)
+
+    def _bring_rows(self, info: TensorInfo, first: int, last: int) -> bytes:
+        """Bring rows of a tensor to the hole that stands for them, where they are compared."""
+        begin, end = byte_range(info, first, last)
+        name = self._name(info.file)
+        shard = next(shard for shard in self.shards if shard.name == name)
+        rows = self.remote.read(self.repository, shard, begin, end)
+        with info.file.open("r+b") as opened:
+            opened.seek(begin)
+            opened.write(rows)
+        os.utime(info.file, (0, 0))
+        return rows
 
     @property
     def _coming(self) -> Path:

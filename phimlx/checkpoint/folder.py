@@ -70,14 +70,15 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         architecture = registry.find(self._config.get("model_type"))
-        if architecture is None or not self._is_tied:
+        if architecture is None or not self.is_tied:
             return self._config
         untied = {**self._config, "tie_word_embeddings": False}
         architecture.read_config(untied)  # what is wrong with it is said before weights are read
         return untied if has_own_head(self.tensors) else self._config
 
     @property
-    def _is_tied(self) -> bool:
+    def is_tied(self) -> bool:
+        """Whether config.json ties the output head to the embedding, whatever the weights do."""
         return self._config.get("tie_word_embeddings") is True
 
     @cached_property
@@ -125,7 +126,7 @@ class Checkpoint:
             if unnamed:
                 raise CheckpointError(f"{index.name} does not name {some(unnamed)}.")
         named = stored if self.dialect is None else self._renamed(self.dialect, stored)
-        return with_embedding(named) if self._is_tied else named
+        return with_embedding(named) if self.is_tied else named
 
     def _renamed(
         self, dialect: registry.Dialect, stored: Mapping[str, TensorInfo]

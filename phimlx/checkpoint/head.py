@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 
 import mlx.core as mx
 
-from phimlx.checkpoint.header import STORED_DTYPES, TensorInfo, data_offset
+from phimlx.checkpoint.header import STORED_DTYPES, TensorInfo, byte_range
 from phimlx.errors import CheckpointError
 
 HEAD, EMBEDDING = "lm_head", "model.embed_tokens"
@@ -15,12 +15,16 @@ PARTS = ("weight", "scales", "biases")
 BLOCK_BYTES = 16 << 20  # of each that are compared at once
 
 Tensors = Mapping[str, TensorInfo]
+ReadRows = Callable[[TensorInfo, int, int], bytes]
 
 
-def has_own_head(tensors: Tensors) -> bool:
+def has_own_head(tensors: Tensors, read: ReadRows | None = None) -> bool:
     """Whether a head is stored whose values are not the embedding's.
 
     Both are read as far as they are equal, a block of rows at a time.
+
+    Args:
+        read: gives bytes of rows `first` to `last` (not included); from its file where None.
 
     Raises:
         CheckpointError: where a file ends before its tensors do.
@@ -31,7 +35,7 @@ def has_own_head(tensors: Tensors) -> bool:
     if "weight" not in head or "weight" not in embedding:
         return False
     return head.keys() != embedding.keys() or any(
-        _differ(info, embedding[part]) for part, info in head.items()
+        _differ(info, embedding[part], read or _read_rows) for part, info in head.items()
     )
 
 
@@ -52,31 +56,29 @@ def parts_of(tensors: Tensors, path: str) -> dict[str, TensorInfo]:
     return {part: tensors[name] for part, name in names.items() if name in tensors}
 
 
-def _differ(one: TensorInfo, other: TensorInfo) -> bool:
+def _differ(one: TensorInfo, other: TensorInfo, read: ReadRows) -> bool:
     if one.shape != other.shape:
         return True
     if not one.nbytes:
         return False
     rows = one.shape[0] if one.shape else 1
     height = max(1, BLOCK_BYTES // (max(one.nbytes, other.nbytes) // rows))
-    with one.file.open("rb") as file, other.file.open("rb") as other_file:
-        for first in range(0, rows, height):
-            last = min(first + height, rows)
-            block = _read_rows(file.fileno(), one, first, last)
-            other_block = _read_rows(other_file.fileno(), other, first, last)
-            if one.dtype == other.dtype and block == other_block:
-                continue
-            values = _numbers(block, one), _numbers(other_block, other)
-            if not mx.array_equal(*values, equal_nan=True):
-                return True
+    for first in range(0, rows, height):
+        last = min(first + height, rows)
+        block, other_block = read(one, first, last), read(other, first, last)
+        if one.dtype == other.dtype and block == other_block:
+            continue
+        values = _numbers(block, one), _numbers(other_block, other)
+        if not mx.array_equal(*values, equal_nan=True):
+            return True
     return False
 
 
-def _read_rows(descriptor: int, info: TensorInfo, first: int, last: int) -> bytes:
-    size = info.nbytes // (info.shape[0] if info.shape else 1)
-    begin = data_offset(info) + (info.first_row + first) * size
-    data = os.pread(descriptor, (last - first) * size, begin)
-    if len(data) < (last - first) * size:
+def _read_rows(info: TensorInfo, first: int, last: int) -> bytes:
+    begin, end = byte_range(info, first, last)
+    with info.file.open("rb") as file:
+        data = os.pread(file.fileno(), end - begin, begin)
+    if len(data) < end - begin:
         raise CheckpointError(
             f"{info.file.name} ends within {info.name}: it was changed while it was read.",
             hint="Download or convert the model again.",

@@ -68,12 +68,14 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
         ) from error
 
 
-def data_offset(info: TensorInfo) -> int:
-    """Find where in its file the stored tensor of `info` begins, as an accepted header says.
+def byte_range(info: TensorInfo, first: int, last: int) -> tuple[int, int]:
+    """Find the bytes of rows `first` to `last` (not included) in a file of an accepted header.
 
     Source: https://github.com/huggingface/safetensors#format
     """
     with info.file.open("rb") as opened:
         length = int.from_bytes(opened.read(8), "little")
-        begin: int = json.loads(opened.read(length))[info.name]["data_offsets"][0]
-    return 8 + length + begin
+        offset: int = json.loads(opened.read(length))[info.name]["data_offsets"][0]
+    row = info.nbytes // (info.shape[0] if info.shape else 1)
+    begin = 8 + length + offset + (info.first_row + first) * row
+    return begin, begin + (last - first) * row

@@ -18,6 +18,7 @@ from phimlx.checkpoint import head as head_module
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.models.base import CausalLM
+from tests.convert.export.test_gguf import TOKENIZER
 from tests.convert.tiny import MINI, parameters, same_bits, weights_of, write_model
 
 TOKENS = mx.array([[1, 5, 9, 33, 2, 7]])
@@ -166,3 +167,14 @@ def test_a_conversion_is_untied(tmp_path: Path, layout: str) -> None:
     assert json.loads((tmp_path / "a" / "config.json").read_text())["tie_word_embeddings"] is False
     assert same_bits(weights_of(tmp_path / "a"), weights_of(tmp_path / "b"))
     assert mx.array_equal(load(tmp_path / "a")(TOKENS), load(tmp_path / "b")(TOKENS))
+
+
+def test_a_gguf_file_has_the_head(tmp_path: Path) -> None:
+    gguf = pytest.importorskip("gguf", reason="gguf is not installed: pip install 'phimlx[gguf]'")
+    weights = parameters(UNTIED)
+    source = write_model(tmp_path / "source", MINI, weights)
+    (source / "tokenizer.json").write_text(json.dumps(TOKENIZER))
+    convert(source, tmp_path / "out.gguf", layout="gguf")
+    found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
+    head = weights[HEAD].astype(mx.float16)
+    assert mx.array_equal(mx.array(found["output.weight"]), head)

@@ -19,12 +19,13 @@ from convert import convert as convert_model
 from convert import plan as plan_module
 from convert.export import gguf
 from convert.streaming import stream_model
+from phimlx.checkpoint import head
 from phimlx.cli.group import cli
 from phimlx.errors import CheckpointError, ConfigError, ConversionError, DownloadError
 from phimlx.hub import transfer
 from phimlx.hub.client import Remote
 from tests.convert.export.test_gguf import TOKENIZER
-from tests.convert.tiny import PHI_4, parameters, plan, same_bits, weights_of, write_model
+from tests.convert.tiny import MINI, PHI_4, parameters, plan, same_bits, weights_of, write_model
 from tests.hub.loopback_hub import Fault, Hub, serve
 
 REPO = "someone/tune"
@@ -79,6 +80,27 @@ def test_what_comes_is_what_would_have_come_from_the_disk(world: World) -> None:
     assert (world.out / "tokenizer.json").read_text() == "{}"
     assert result.bytes_before == 2 * result.parameters
     assert sum(world.counted) == sum(len(world.hub.repos[REPO][name]) for name in SHARDS)
+
+
+@pytest.mark.parametrize("block", [500, 16 << 20])
+@pytest.mark.parametrize("row", [None, 0, 47])
+def test_a_tied_head_of_other_values_comes_too(
+    world: World, row: int | None, block: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(head, "BLOCK_BYTES", block)
+    weights = parameters(MINI, mx.bfloat16)
+    weights["lm_head.weight"] = mx.array(weights["model.embed_tokens.weight"])
+    if row is not None:
+        weights["lm_head.weight"][row, 5] = 3
+    write_model(world.source, MINI, weights, shards=3)
+    world.hub.repos[REPO] = {file.name: file.read_bytes() for file in world.source.iterdir()}
+    expected = world.out.with_name("expected")
+    convert_model(world.source, expected, FOUR)
+    world.convert()
+    assert same_bits(weights_of(world.out), weights_of(expected))
+    config = json.loads((world.out / "config.json").read_text())
+    assert config["tie_word_embeddings"] is (row is None)
+    assert ("lm_head.weight" in weights_of(world.out)) is (row is not None)
 
 
 def test_one_weight_file_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
