@@ -164,9 +164,8 @@ def stored_recipe(checkpoint: Checkpoint) -> Recipe | None:
         return None
     model = build_model(checkpoint.config)
     paths = [path for path, module in model.named_modules() if hasattr(module, "to_quantized")]
-    stored = stored_quantizations(
-        checkpoint, [path for path in paths if f"{path}.scales" in checkpoint.tensors]
-    )
+    stored_parameters(checkpoint, model)
+    stored = stored_quantizations(model)
     default = Quantization(table["group_size"], table["bits"], table["mode"])
     others = [path for path in paths if stored.get(path) != default]
     rules = tuple(Rule(path, stored.get(path)) for path in others)

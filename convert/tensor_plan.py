@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
-from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -114,7 +113,7 @@ class TensorPlan:
                 for name, info in checkpoint.tensors.items()
                 if part_of(name) and info.dtype in FLOATING_DTYPES
             }
-        stored = stored_quantizations(checkpoint, [p for p in shapes if f"{p}.scales" in tensors])
+        stored = stored_quantizations(model)
         layers: dict[str, Quantization | None] = {}
         undivided: tuple[str, ...] = ()
         if recipe is not None:
@@ -168,13 +167,10 @@ def is_lookup_table(path: str, module: nn.Module) -> bool:
     return isinstance(module, nn.Embedding) and part_of(path) is not None
 
 
-def stored_quantizations(checkpoint: Checkpoint, paths: list[str]) -> dict[str, Quantization]:
-    """Look up the quantization that each layer of `paths` is stored with."""
-    table: Mapping[str, Any] = checkpoint.quantization or {}
-    default = {key: table[key] for key in ("group_size", "bits", "mode") if key in table}
-
-    def settings(path: str) -> Mapping[str, Any]:
-        own = table.get(path)
-        return own if isinstance(own, dict) else default
-
-    return {path: Quantization(**settings(path)) for path in paths}
+def stored_quantizations(model: nn.Module) -> dict[str, Quantization]:
+    """List the form of every layer that is stored quantized, of a model that has that form."""
+    return {
+        path: Quantization(module.group_size, module.bits, module.mode)
+        for path, module in model.named_modules()
+        if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding)
+    }

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
+from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,17 @@ from typing import Any
 import mlx.core as mx
 
 from phimlx.checkpoint.head import has_own_head, with_embedding
-from phimlx.checkpoint.header import TensorInfo, read_header
-from phimlx.checkpoint.quantization import read_quantization
+from phimlx.checkpoint.header import TensorInfo, check_type, list_tensors, read_header
+from phimlx.checkpoint.quantization import is_foreign, read_quantization, refuse_foreign
 from phimlx.errors import CheckpointError, ConfigError
 from phimlx.files import read_json
 from phimlx.models import registry
 from phimlx.models.names import adapter_tensor
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
+
+WHOLE, INDEX = "model.safetensors", "model.safetensors.index.json"
+SHARD = re.compile(r"model-\d+-of-\d+\.safetensors")
 
 
 class Checkpoint:
@@ -69,12 +73,17 @@ class Checkpoint:
 
     @cached_property
     def config(self) -> dict[str, Any]:
-        architecture = registry.find(self._config.get("model_type"))
-        if architecture is None or not self.is_tied:
-            return self._config
-        untied = {**self._config, "tie_word_embeddings": False}
+        config = self._config
+        architecture = registry.find(config.get("model_type"))
+        if architecture is None or not (self.is_tied or is_foreign(config)):
+            return config
+        untied = {**config, "tie_word_embeddings": False}
         architecture.read_config(untied)  # what is wrong with it is said before weights are read
-        return untied if has_own_head(self.tensors) else self._config
+        if self.is_tied and has_own_head(self.tensors):
+            config = untied
+        if is_foreign(config) and self.tensors:  # which are plain then
+            config = {key: value for key, value in config.items() if key != "quantization_config"}
+        return config
 
     @property
     def is_tied(self) -> bool:
@@ -82,22 +91,44 @@ class Checkpoint:
         return self._config.get("tie_word_embeddings") is True
 
     @cached_property
-    def _shards(self) -> list[Path]:
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            names = sorted(set(self._weight_map(index).values()))
-            missing = [name for name in names if not (self.folder / name).is_file()]
-            if missing:
-                raise CheckpointError(
-                    f"{self.folder} lacks {some(missing)}, which model.safetensors.index.json "
-                    "names.",
-                    hint="Download or convert the model again.",
-                )
-            return [self.folder / name for name in names]
-        files = sorted(self.folder.glob("model*.safetensors"))
-        if not files:
+    def _weight_map(self) -> Mapping[str, str] | None:
+        """The index: tensor name -> file name. None where there is none, or it is of other weights.
+
+        As in transformers, model.safetensors is the whole model wherever it is there, unless an
+        index names files beside it that are there too.
+        """
+        index = self.folder / INDEX
+        whole = (self.folder / WHOLE).is_file()
+        if not index.is_file():
+            return None
+        try:
+            weight_map = _read_index(index)
+        except (CheckpointError, ConfigError):
+            if whole:
+                return None
+            raise
+        names = sorted(set(weight_map.values()))
+        missing = [name for name in names if not (self.folder / name).is_file()]
+        if whole and (missing or names == [WHOLE] or WHOLE not in names):
+            return None
+        if missing:
             raise CheckpointError(
-                f"{self.folder} holds no model.safetensors and no model.safetensors.index.json.",
+                f"{self.folder} lacks {some(missing)}, which {INDEX} names.",
+                hint="Download or convert the model again.",
+            )
+        return weight_map
+
+    @cached_property
+    def _shards(self) -> list[Path]:
+        if self._weight_map is not None:
+            return [self.folder / name for name in sorted(set(self._weight_map.values()))]
+        files = sorted(self.folder.glob("model*.safetensors"))
+        if self.folder / WHOLE in files:
+            return [file for file in files if not SHARD.fullmatch(file.name)]
+        if not files:
+            refuse_foreign(self._config, None)
+            raise CheckpointError(
+                f"{self.folder} holds no {WHOLE} and no {INDEX}.",
                 hint="Only safetensors weights are read, never .bin or .pt files.",
             )
         return files
@@ -105,26 +136,38 @@ class Checkpoint:
     @cached_property
     def tensors(self) -> dict[str, TensorInfo]:
         """Every tensor of every file, under the model's names; the index, where there is one,
-        agrees with the files."""
+        agrees with the files.
+
+        Buffers that the architecture computes itself are left out.
+        """
         stored: dict[str, TensorInfo] = {}
         for file in self._shards:
-            for name, info in read_header(file):
+            for name, info in list_tensors(file):
                 if name in stored:
                     raise CheckpointError(
                         f"{name} stands in both {stored[name].file.name} and {file.name}."
                     )
                 stored[name] = info
-        index = self.folder / "model.safetensors.index.json"
-        if index.is_file():
-            weight_map = self._weight_map(index)
+        weight_map = self._weight_map
+        if weight_map is not None:
             for name, file_name in weight_map.items():
                 if name not in stored or stored[name].file.name != file_name:
                     raise CheckpointError(
-                        f"{index.name} says that {name} is in {file_name}, but it is not."
+                        f"{INDEX} says that {name} is in {file_name}, but it is not."
                     )
             unnamed = [name for name in stored if name not in weight_map]
             if unnamed:
-                raise CheckpointError(f"{index.name} does not name {some(unnamed)}.")
+                raise CheckpointError(f"{INDEX} does not name {some(unnamed)}.")
+        architecture = registry.find(self._config.get("model_type"))
+        unused = () if architecture is None else architecture.unused
+        stored = {
+            name: info
+            for name, info in stored.items()
+            if not any(fnmatchcase(name, pattern) for pattern in unused)
+        }
+        refuse_foreign(self._config, stored)
+        for info in stored.values():
+            check_type(info)
         named = stored if self.dialect is None else self._renamed(self.dialect, stored)
         return with_embedding(named) if self.is_tied else named
 
@@ -149,7 +192,7 @@ class Checkpoint:
     @property
     def quantization(self) -> dict[str, Any] | None:
         """MLX's quantization table, checked, or None for a model that is not quantized."""
-        return read_quantization(self.config)
+        return read_quantization(self._config)
 
     def weights(self) -> dict[str, mx.array]:
         """All tensors under the model's names, mapped from the files and not yet read."""
@@ -168,19 +211,20 @@ class Checkpoint:
             weights[name] = array
         return weights
 
-    def _weight_map(self, index: Path) -> Mapping[str, str]:
-        weight_map = read_json(index).get("weight_map")
-        if not isinstance(weight_map, dict) or not weight_map:
-            raise CheckpointError(f"{index.name} has no weight_map.")
-        for name, file_name in weight_map.items():
-            if not isinstance(file_name, str) or not re.fullmatch(
-                r"[\w][\w.-]*\.safetensors", file_name
-            ):
-                raise CheckpointError(
-                    f"{index.name} puts {name} in {file_name!r}, which is not a plain "
-                    "*.safetensors file name."
-                )
-        return weight_map
+
+def _read_index(index: Path) -> Mapping[str, str]:
+    weight_map = read_json(index).get("weight_map")
+    if not isinstance(weight_map, dict) or not weight_map:
+        raise CheckpointError(f"{index.name} has no weight_map.")
+    for name, file_name in weight_map.items():
+        if not isinstance(file_name, str) or not re.fullmatch(
+            r"[\w][\w.-]*\.safetensors", file_name
+        ):
+            raise CheckpointError(
+                f"{index.name} puts {name} in {file_name!r}, which is not a plain "
+                "*.safetensors file name."
+            )
+    return weight_map
 
 
 def _parts(names: tuple[str, ...], info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:

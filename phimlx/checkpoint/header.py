@@ -50,22 +50,37 @@ class TensorInfo:
 
 
 def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
-    """Names, shapes and types of a safetensors file, through the reference parser."""
+    """Names, shapes and types of a safetensors file, through the reference parser.
+
+    Raises:
+        CheckpointError: where it is damaged, or holds a type that phimlx does not read.
+    """
+    for name, info in list_tensors(file):
+        check_type(info)
+        yield name, info
+
+
+def list_tensors(file: Path) -> Iterator[tuple[str, TensorInfo]]:
+    """List what `read_header` does, whatever the types."""
     try:
         with safe_open(str(file), framework="mlx") as opened:
             for name in opened.keys():  # noqa: SIM118 (not a mapping)
                 tensor = opened.get_slice(name)
-                dtype = tensor.get_dtype()
-                if dtype not in STORED_DTYPES:
-                    raise CheckpointError(
-                        f"{name} in {file.name} is stored as {dtype}, which phimlx does not read."
-                    )
-                yield name, TensorInfo(file, tuple(tensor.get_shape()), dtype, name)
+                yield name, TensorInfo(file, tuple(tensor.get_shape()), tensor.get_dtype(), name)
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
             f"{file.name} is not a whole safetensors file ({error}).",
             hint="Download or convert the model again.",
         ) from error
+
+
+def check_type(info: TensorInfo) -> None:
+    """Raise CheckpointError for a type that phimlx does not read."""
+    if info.dtype not in STORED_DTYPES:
+        raise CheckpointError(
+            f"{info.name} in {info.file.name} is stored as {info.dtype}, which phimlx does not "
+            "read."
+        )
 
 
 def byte_range(info: TensorInfo, first: int, last: int) -> tuple[int, int]:

@@ -12,6 +12,7 @@ from mlx.utils import tree_flatten
 
 from phimlx.checkpoint.folder import Checkpoint, some
 from phimlx.checkpoint.header import FLOATING_DTYPES, PACKED_DTYPES, TensorInfo
+from phimlx.checkpoint.quantization import stored_form
 from phimlx.errors import CheckpointError
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
@@ -109,7 +110,14 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
 def quantize_layers(
     model: nn.Module, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
 ) -> None:
-    """Give every layer that is stored quantized the form that its tensors need."""
+    """Give every layer that is stored quantized the form that its tensors have.
+
+    Their shapes tell it, for a table may leave layers out; where they fit no form, the table says
+    what they should have been.
+
+    Raises:
+        CheckpointError: for a layer that groups do not divide.
+    """
     if quantization is None:
         return
     default = {key: quantization[key] for key in ("group_size", "bits", "mode")}
@@ -117,12 +125,16 @@ def quantize_layers(
     def settings(path: str, module: nn.Module) -> bool | dict[str, Any]:
         if f"{path}.scales" not in tensors or not hasattr(module, "to_quantized"):
             return False
+        width = module.weight.shape[-1]
+        if f"{path}.weight" in tensors:
+            stored = stored_form(path, width, tensors)
+            if stored is not None:
+                return stored
         chosen = quantization.get(path, default)
         chosen = chosen if isinstance(chosen, dict) else default
-        if module.weight.shape[-1] % chosen["group_size"]:
+        if width % chosen["group_size"]:
             raise CheckpointError(
-                f"{path} is {module.weight.shape[-1]} wide, which groups of "
-                f"{chosen['group_size']} do not divide."
+                f"{path} is {width} wide, which groups of {chosen['group_size']} do not divide."
             )
         return chosen
 

@@ -79,6 +79,11 @@ class GGUF:
     sliding_window: bool = False
 
 
+# What modelling code computes, and older versions of it save: tables of the rotary embedding, a
+# list of positions, causal masks.
+BUFFERS = ("*.rotary_emb.*", "*.position_ids", "*.causal_mask", "*.masked_bias")
+
+
 @dataclass(frozen=True)
 class Architecture:
     """The record of one architecture: all that the rest of phimlx needs to know of it.
@@ -90,7 +95,7 @@ class Architecture:
             where adapters may sit, and what is calibrated.
         fused_projections: the last name of a projection that holds several of other
             architectures -> the names of these.
-        unused: patterns of stored tensors that the architecture does without.
+        unused: patterns of stored tensors that the architecture does without, of whatever type.
         takes: what goes in: "text", "image", "audio".
         adapters: whether the checkpoint itself holds adapters that its inputs call for.
         parts: what stands beside the language model, "adapters" and "encoders" -> what the paths
@@ -106,7 +111,7 @@ class Architecture:
     config: str
     projections: tuple[str, ...]
     fused_projections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
-    unused: tuple[str, ...] = ("*.rotary_emb.inv_freq",)
+    unused: tuple[str, ...] = BUFFERS
     takes: tuple[str, ...] = ("text",)
     adapters: bool = False
     parts: Mapping[str, str] = field(default_factory=dict)

@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
 import os
 from pathlib import Path
 from typing import Any
 
+import mlx.core as mx
 import pytest
 
+from convert import convert
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import ConfigError, PhimlxError
 from phimlx.models import registry
-from tests.convert.tiny import MINI, PHI_4, write_config, write_model
+from tests.convert.tiny import MINI, PHI_4, parameters, write_config, write_model, write_safetensors
 
 FACTORS = MINI["rope_scaling"]
 
@@ -250,11 +253,66 @@ def test_quantization_tables(tmp_path: Path, table: Any, message: str) -> None:
     assert str(error) == f"config.json: {message}"
 
 
-def test_another_frameworks_quantization(tmp_path: Path) -> None:
-    error = loading(
-        write_model(tmp_path, {**PHI_4, "quantization_config": {"quant_method": "awq"}})
-    )
+PROJECTION = "model.layers.0.self_attn.o_proj"
+SCALES = mx.ones((64, 2))
+# How other frameworks store a layer: the method, and tensors in place of or beside its weight.
+FOREIGN = [
+    ("awq", {"qweight": mx.zeros((64, 8), mx.int32), "scales": SCALES, "qzeros": SCALES}),
+    ("gptq", {"qweight": mx.zeros((8, 64), mx.int32), "g_idx": mx.zeros(64, mx.int32)}),
+    ("bitsandbytes", {"weight": mx.zeros((2048, 1), mx.uint8), "weight.absmax": mx.ones(64)}),
+    ("bitsandbytes", {"weight": mx.zeros((64, 64), mx.int8), "SCB": mx.ones(64)}),
+    ("compressed-tensors", {"weight_packed": mx.zeros((64, 8), mx.int32), "weight_scale": SCALES}),
+    ("compressed-tensors", {"weight": mx.zeros((64, 64), mx.int8), "weight_scale": SCALES}),
+    ("compressed-tensors", {"weight": mx.ones((64, 64)), "weight_scale": SCALES}),
+    ("fp8", {"weight": mx.zeros((64, 64), mx.int8), "weight_scale_inv": SCALES}),
+]
+
+
+def foreign(folder: Path, config: dict[str, Any], method: str, parts: dict[str, mx.array]) -> Path:
+    """A folder in which another framework has packed one layer."""
+    weights = parameters(config)
+    del weights[f"{PROJECTION}.weight"]
+    weights |= {f"{PROJECTION}.{part}": array for part, array in parts.items()}
+    return write_model(folder, {**config, "quantization_config": {"quant_method": method}}, weights)
+
+
+@pytest.mark.parametrize("config", [PHI_4, MINI])
+@pytest.mark.parametrize(("method", "parts"), FOREIGN)
+def test_another_frameworks_quantization(
+    tmp_path: Path, config: dict[str, Any], method: str, parts: dict[str, mx.array]
+) -> None:
+    error = loading(foreign(tmp_path, config, method, parts))
+    assert isinstance(error, ConfigError)
     assert str(error) == (
         "config.json: quantization_config is another framework's; phimlx reads MLX's quantization."
     )
     assert error.hint == "Convert the original model: phimlx convert MODEL --mlx-path OUT -q"
+
+
+def test_another_frameworks_quantization_in_types_that_mlx_has_not(tmp_path: Path) -> None:
+    write_config(tmp_path, {**PHI_4, "quantization_config": {"quant_method": "fp8"}})
+    table = {"dtype": "F8_E4M3", "shape": [64, 64], "data_offsets": [0, 4096]}
+    header = {f"{PROJECTION}.weight": table}
+    write_safetensors(tmp_path / "model.safetensors", header, bytes(4096))
+    assert "another framework's" in str(loading(tmp_path))
+
+
+def test_another_frameworks_weights_under_its_own_name(tmp_path: Path) -> None:
+    folder = foreign(tmp_path, PHI_4, *FOREIGN[1])
+    (folder / "model.safetensors").rename(folder / "gptq_model-4bit-128g.safetensors")
+    assert "another framework's" in str(loading(folder))
+
+
+@pytest.mark.parametrize("config", [PHI_4, MINI])
+@pytest.mark.parametrize("method", ["bitsandbytes", "awq", "gptq", "fp8", "compressed-tensors"])
+def test_a_quantization_that_was_left_over_plain_weights(
+    tmp_path: Path, config: dict[str, Any], method: str
+) -> None:
+    left = {**config, "quantization_config": {"quant_method": method, "bits": 4}}
+    checkpoint = Checkpoint(write_model(tmp_path / "left", left))
+    plain = Checkpoint(write_model(tmp_path / "plain", config))
+    assert checkpoint.config == config
+    tokens = mx.array([[1, 5, 9, 33]])
+    assert mx.array_equal(load_model(checkpoint)(tokens), load_model(plain)(tokens))
+    convert(tmp_path / "left", tmp_path / "out", dtype="float32")
+    assert "quantization_config" not in json.loads((tmp_path / "out" / "config.json").read_text())

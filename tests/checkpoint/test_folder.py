@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
+from convert import convert
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError, ConfigError, PhimlxError
@@ -21,6 +23,8 @@ from tests.convert.tiny import (
     MINI,
     PHI_4,
     parameters,
+    same_bits,
+    weights_of,
     write_config,
     write_index,
     write_model,
@@ -140,21 +144,69 @@ def test_layers_may_differ_in_bits_or_stay_whole(tmp_path: Path) -> None:
 # Quantized tensors and their table
 
 
-def test_groups_that_do_not_divide_a_quantized_layer(tmp_path: Path) -> None:
+FORMS = [
+    {"group_size": group_size, "bits": bits, "mode": "affine"}
+    for group_size in (32, 64)
+    for bits in (2, 3, 4, 5, 6, 8)
+] + [
+    {"group_size": 32, "bits": 4, "mode": "mxfp4"},
+    {"group_size": 32, "bits": 8, "mode": "mxfp8"},
+    {"group_size": 16, "bits": 4, "mode": "nvfp4"},
+]
+
+
+@settings(
+    max_examples=40, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+)
+@given(
+    forms=st.lists(st.sampled_from([None, *FORMS]), min_size=1, max_size=10),
+    default=st.sampled_from(FORMS),
+    listed=st.sampled_from(["nothing", "nulls", "all"]),
+)
+def test_shapes_tell_the_form_of_each_layer(
+    tmp_path: Path, forms: list[dict[str, Any] | None], default: dict[str, Any], listed: str
+) -> None:
+    """As mlx-lm's mixed recipes write it: with `null`, or layers left out of the table."""
+    reference = load_model(Checkpoint(write_model(tmp_path / "source", PHI_4)))
+    layers = [path for path, each in reference.named_modules() if hasattr(each, "to_quantized")]
+    chosen = {path: forms[number % len(forms)] for number, path in enumerate(layers)}
+    chosen = {
+        path: None if path.endswith("down_proj") and form and form["group_size"] == 64 else form
+        for path, form in chosen.items()  # which is 96 wide
+    }
+    nn.quantize(reference, class_predicate=lambda path, module: chosen.get(path) or False)
+    table: dict[str, Any] = dict(default)
+    for path, form in chosen.items() if listed != "nothing" else ():
+        hidden = {"group_size": None, "bits": None} if listed == "nulls" else {}
+        table[path] = False if form is None else {**form, **hidden}
+    weights = dict(tree_flatten(reference.parameters()))
+    folder = write_model(tmp_path / "mixed", {**PHI_4, "quantization": table}, weights)
+    assert mx.array_equal(load_model(Checkpoint(folder))(TOKENS), reference(TOKENS))
+    shutil.rmtree(tmp_path / "out", ignore_errors=True)
+    if any(chosen.values()):
+        convert(folder, tmp_path / "out", dequantize=True, dtype="float32")
+        for path, form in chosen.items():
+            if form is not None:
+                layer = reference
+                for name in path.split("."):
+                    layer = layer[int(name)] if name.isdigit() else layer[name]
+                parts = (layer.weight, layer.scales, layer.get("biases"))
+                plain = mx.dequantize(*parts, **form, dtype=mx.float32)
+                assert mx.array_equal(weights_of(tmp_path / "out")[f"{path}.weight"], plain)
+
+
+def test_quantized_tensors_of_a_form_that_mlx_has_not(tmp_path: Path) -> None:
     folder = quantized_folder(tmp_path)
+    weights = Checkpoint(folder).weights()
+    weights["lm_head.weight"] = mx.zeros((48, 14), mx.uint32)  # 7 bits
+    write_model(folder, Checkpoint(folder).config, weights)
+    assert str(loading(folder)) == (
+        "lm_head.weight has shape [48, 14]; config.json makes it [48, 8]."
+    )
+    weights["lm_head.scales"] = mx.zeros((48, 3))
     table = {"group_size": 128, "bits": 4}
-    write_config(folder, {**PHI_4, "quantization": table})
-    assert str(loading(folder)) == (
-        "model.embed_tokens is 64 wide, which groups of 128 do not divide."
-    )
-
-
-def test_quantized_tensors_that_are_not_of_the_table(tmp_path: Path) -> None:
-    folder = quantized_folder(tmp_path)
-    write_config(folder, {**PHI_4, "quantization": {"group_size": 32, "bits": 8}})
-    assert str(loading(folder)) == (
-        "model.embed_tokens.weight has shape [48, 8]; config.json makes it [48, 16]."
-    )
+    write_model(folder, {**PHI_4, "quantization": table}, weights)
+    assert str(loading(folder)) == "lm_head is 64 wide, which groups of 128 do not divide."
 
 
 def test_quantized_weights_without_a_table(tmp_path: Path) -> None:
@@ -339,6 +391,74 @@ def test_a_tensor_in_two_files(tmp_path: Path) -> None:
         "model.embed_tokens.weight stands in both model-00001-of-00002.safetensors and "
         "model-00002-of-00002.safetensors."
     )
+
+
+def weights_and_index(folder: Path, weight_map: Any) -> Path:
+    """A whole model.safetensors beside some index."""
+    write_model(folder)
+    write_index(folder, weight_map)
+    return folder
+
+
+@pytest.mark.parametrize(
+    "weight_map",
+    [
+        pytest.param(
+            {"model.norm.weight": "model-00001-of-00002.safetensors"}, id="files that are gone"
+        ),
+        pytest.param({"model.norm.weight": "model.safetensors"}, id="fewer tensors"),
+        pytest.param({"model.norm.scales": "model.safetensors"}, id="other tensors"),
+        pytest.param(
+            {"model.norm.weight": "model.safetensors", "lm_head.weight": "model-2.safetensors"},
+            id="a file that is gone beside it",
+        ),
+        pytest.param({"model.norm.weight": "../evil.safetensors"}, id="no plain name"),
+        pytest.param({}, id="empty"),
+        pytest.param(None, id="nothing"),
+    ],
+)
+def test_a_stale_index_beside_a_whole_model(tmp_path: Path, weight_map: Any) -> None:
+    plain = load_model(Checkpoint(write_model(tmp_path / "plain")))
+    folder = weights_and_index(tmp_path / "stale", weight_map)
+    assert mx.array_equal(load_model(Checkpoint(folder))(TOKENS), plain(TOKENS))
+    convert(folder, tmp_path / "out", dtype="float32")
+    assert same_bits(weights_of(tmp_path / "out"), weights_of(tmp_path / "plain"))
+
+
+@pytest.mark.parametrize("index", ["kept", "gone", "damaged"])
+def test_a_whole_model_beside_old_shards(tmp_path: Path, index: str) -> None:
+    """As transformers, which takes model.safetensors wherever it is there."""
+    old = {name: mx.zeros_like(array) for name, array in parameters(PHI_4).items()}
+    folder = write_model(tmp_path / "both", PHI_4, old, shards=3)
+    write_model(folder)
+    if index == "gone":
+        (folder / "model.safetensors.index.json").unlink()
+    if index == "damaged":
+        (folder / "model.safetensors.index.json").write_text("{")
+    plain = load_model(Checkpoint(write_model(tmp_path / "plain")))
+    assert mx.array_equal(load_model(Checkpoint(folder))(TOKENS), plain(TOKENS))
+
+
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int64, mx.bool_])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "model.layers.0.self_attn.rotary_emb.inv_freq",
+        "model.layers.1.self_attn.rotary_emb.cos_cached",
+        "model.rotary_emb.inv_freq",
+        "model.rotary_emb.original_inv_freq",
+        "model.embeddings.position_ids",
+        "model.layers.0.self_attn.masked_bias",
+    ],
+)
+@pytest.mark.parametrize("shards", [1, 2])
+def test_buffers_that_are_computed_are_left_aside(
+    tmp_path: Path, name: str, dtype: mx.Dtype, shards: int
+) -> None:
+    weights = {**parameters(PHI_4), name: mx.ones(8).astype(dtype)}
+    folder = write_model(tmp_path / "buffers", PHI_4, weights, shards)
+    plain = load_model(Checkpoint(write_model(tmp_path / "plain")))
+    assert mx.array_equal(load_model(Checkpoint(folder))(TOKENS), plain(TOKENS))
 
 
 # Hostile safetensors files: MLX would map some of these without a word
