@@ -12,8 +12,8 @@ from phimlx import catalog
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import ConfigError, GenerationError
-from phimlx.files import read_json
 from phimlx.generation.engine import Engine
+from phimlx.generation.generation_config import GenerationConfig
 from phimlx.generation.options import GenerationOptions, PromptOptions
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.prompt_reader import Prompt, PromptReader
@@ -79,6 +79,7 @@ class Phi:
         eos: tokens that end a reply.
         is_base: whether the model was trained to complete text, not to answer.
         chat_form: the prompt form in which such a model writes conversations; None for its usual.
+        remarks: what of its generation_config.json could not be understood.
         placeholders: the tokens that stand for images and sounds; None where text alone is read.
     """
 
@@ -106,10 +107,11 @@ class Phi:
         self._reader = PromptReader(
             self.path, self.name, self.model.config.vocab_size, self.placeholders
         )
-        generation_config = read_json(self.path / "generation_config.json", missing_ok=True)
+        generation_config = GenerationConfig.read(self.path)
+        self.remarks = generation_config.remarks
         usual = known.sampling if known else {}
-        self.sampling = Sampling.defaults(generation_config, usual)
-        self.eos = self._stop_tokens(generation_config)
+        self.sampling = Sampling.defaults(generation_config.values, usual)
+        self.eos = self._stop_tokens(generation_config.values)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

@@ -178,10 +178,13 @@ def load_or_download(
     loading = f"Loading {model or 'the model'}…"
     try:
         with output.status(loading):
-            return api.load(model, adapter, dtype)
+            phi = api.load(model, adapter, dtype)
     except ModelAbsentError as absent:
         from phimlx.cli.bars import download_missing
 
         download_missing(model, output, absent, always_ask)
-    with output.status(loading):
-        return api.load(model, adapter, dtype)
+        with output.status(loading):
+            phi = api.load(model, adapter, dtype)
+    for remark in phi.remarks:
+        output.warning(remark)
+    return phi

@@ -50,6 +50,8 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
             about, shape = describe_absent(known, model or known.alias), known
         else:
             about, shape = describe_remote(str(model), absent)
+    for remark in about.pop("remarks", ()):
+        output.warning(remark)
     longest = about["context_length"]
     if context is not None and context > longest:
         raise click.BadParameter(
@@ -72,7 +74,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     from phimlx.checkpoint.folder import Checkpoint
     from phimlx.checkpoint.header import FLOATING_DTYPES
     from phimlx.checkpoint.load import build_model, stored_parameters
-    from phimlx.files import read_json
+    from phimlx.generation.generation_config import GenerationConfig
     from phimlx.generation.sampler import Sampling
     from phimlx.hub.layout import model_name
     from phimlx.models.registry import part_of
@@ -86,8 +88,8 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     stored = stored_parameters(checkpoint, model).values()
     nbytes = sum(info.nbytes for info in stored)
     known = catalog.by_config(checkpoint.config, model_name(folder.resolve()))
-    settings = read_json(folder / "generation_config.json", missing_ok=True)
-    sampling = asdict(Sampling.defaults(settings, known.sampling if known else {}))
+    settings = GenerationConfig.read(folder)
+    sampling = asdict(Sampling.defaults(settings.values, known.sampling if known else {}))
     usual = asdict(Sampling())
     quantization = checkpoint.quantization
     return {
@@ -110,6 +112,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
         "tied": model.config.tie_word_embeddings,
         "licence": known.licence if known else None,
         "sampling": {key: value for key, value in sampling.items() if value != usual[key]},
+        "remarks": list(settings.remarks),
     }, model.config
 
 

@@ -60,10 +60,11 @@ class Sampling:
         """Read a model's own settings: `generation_config.json` over what is usual for it.
 
         Args:
+            generation_config: as `GenerationConfig.read` understands it.
             usual: settings that its makers advise; None where they advise nothing.
 
         Raises:
-            GenerationError: for a value in the file outside its range.
+            GenerationError: for a value outside its range.
         """
         values: dict[str, Any] = {k: v for k, v in usual.items() if v is not None}
         if generation_config.get("do_sample") is False:

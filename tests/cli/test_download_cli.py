@@ -269,7 +269,12 @@ def test_bars_count_every_byte_of_every_file(server: Hub, monkeypatch: pytest.Mo
 def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders that were loaded, without a model."""
     loaded: list[Path] = []
-    monkeypatch.setattr(api, "Phi", lambda folder, dtype=None, adapter=None: loaded.append(folder))
+
+    def load(folder: Path, dtype: object = None, adapter: object = None) -> SimpleNamespace:
+        loaded.append(folder)
+        return SimpleNamespace(remarks=())
+
+    monkeypatch.setattr(api, "Phi", load)
     return loaded
 
 

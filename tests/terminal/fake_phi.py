@@ -109,6 +109,8 @@ class FakePhi:
     chat_form = None
     sampling = Sampling(temperature=0.8)
 
+    remarks: tuple[str, ...] = ()
+
     def __init__(self, *scripts: Script | str | PhimlxError) -> None:
         self._scripts = list(scripts)
         self.sources: list[Any] = []  # for tests that load it by name
