@@ -16,6 +16,20 @@ ASSETS = Path(__file__).parents[1] / "assets"
 NANO = ASSETS / "nano"
 NANO_MULTIMODAL = ASSETS / "nano-multimodal"
 
+FOLDER = "Give a model's folder, or an alias such as phi-4-mini."
+ORIGINAL = (
+    "Give the folder of the original model, with config.json and model.safetensors, or an alias "
+    "such as phi-4-mini."
+)
+PYTORCH = ("a PyTorch file, and only safetensors weights are read", ORIGINAL)
+# Files that are given as a model, by the end of their name: what they are, and what helps.
+FILES = {
+    ".gguf": ("a GGUF file, which phimlx writes and does not read", ORIGINAL),
+    ".safetensors": ("a weight file, not a model's folder", FOLDER),
+    **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), PYTORCH),
+}
+ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors")
+
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
@@ -68,6 +82,8 @@ def repositories(name: str, original: bool = False) -> list[str]:
         ModelNotFoundError: where it is neither an alias nor a Hub id.
     """
     model = catalog.find(name)
+    if Path(name).suffix.lower() in (".gguf", ".safetensors"):
+        raise ModelNotFoundError(f"There is no file {name}, and no model of that name.", FOLDER)
     if not name:
         raise ModelNotFoundError("The model's name is empty.", hint=suggestion(name))
     if "/" in name:
@@ -102,13 +118,30 @@ def _local_folder(source: str | Path) -> Path | None:
         folder = Path(os.path.expanduser(source))
         if folder.is_dir():
             return folder
-        what = "is a file, not a folder" if is_file(folder) else "is no folder on this machine"
-        raise ModelNotFoundError(
-            f"{source} {what}.", hint="Give a model's folder, or an alias such as phi-4-mini."
-        )
+        if is_file(folder):
+            raise _file_error(source, folder)
+        raise ModelNotFoundError(f"{source} is no folder on this machine.", hint=FOLDER)
     folder = Path(source)
-    is_model = is_file(folder / "config.json") or (catalog.find(source) is None and folder.is_dir())
-    return folder if source and is_model else None
+    if is_file(folder / "config.json"):
+        return folder if source else None
+    if catalog.find(source) is not None:
+        return None
+    if is_file(folder):
+        raise _file_error(source, folder)
+    return folder if source and folder.is_dir() else None
+
+
+def _file_error(source: str | Path, file: Path) -> ModelNotFoundError:
+    """Say what a file is that was given as a model, and what to give instead."""
+    what, hint = FILES.get(file.suffix.lower(), ("a file, not a folder", FOLDER))
+    with file.open("rb") as opened:
+        if opened.read(4) == b"GGUF":
+            what, hint = FILES[".gguf"]
+    if file.name in ADAPTERS:
+        what, hint = "an adapter's file", f"Give its folder: --adapter-path {file.parent}"
+    elif hint == FOLDER and is_file(file.parent / "config.json"):
+        hint = f"Give its folder: {file.parent}"
+    return ModelNotFoundError(f"{source} is {what}.", hint=hint)
 
 
 def suggestion(name: str) -> str:

@@ -9,9 +9,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 from huggingface_hub import constants
 
-from phimlx.errors import CheckpointError, DownloadError, ModelNotFoundError
+from phimlx.cli.group import cli
+from phimlx.errors import CheckpointError, DownloadError, ModelAbsentError, ModelNotFoundError
 from phimlx.hub import resolve
 from tests.hub.cached import ORIGINAL, OTHER_COMMIT, QUANTIZED, keep, use_empty_cache
 from tests.locked_out import locked_out, open_folder
@@ -227,7 +229,9 @@ def test_the_original_of_an_alias_is_not_here(cache: Path) -> None:
 
 def test_a_file_is_no_folder() -> None:
     Path("model.gguf").touch()
-    assert str(resolving("./model.gguf")) == "./model.gguf is a file, not a folder."
+    assert str(resolving("./model.gguf")) == (
+        "./model.gguf is a GGUF file, which phimlx writes and does not read."
+    )
 
 
 def test_folders_and_nano_need_no_huggingface_hub(tmp_path: Path) -> None:
@@ -243,3 +247,96 @@ def test_folders_and_nano_need_no_huggingface_hub(tmp_path: Path) -> None:
         timeout=60,
     )
     assert run.stdout == "False False\n"
+
+
+GGUF = "is a GGUF file, which phimlx writes and does not read."
+WHOLE_MODEL = (
+    "Give the folder of the original model, with config.json and model.safetensors, or an alias "
+    "such as phi-4-mini."
+)
+FOLDER = "Give a model's folder, or an alias such as phi-4-mini."
+PYTORCH = "is a PyTorch file, and only safetensors weights are read."
+WEIGHTS = "is a weight file, not a model's folder."
+
+
+@pytest.mark.parametrize("place", ["{}", "files/{}", "./files/{}", "a/b/{}", "{root}/files/{}"])
+@pytest.mark.parametrize(
+    ("name", "content", "message", "hint"),
+    [
+        ("phi.gguf", b"GGUF\3\0", GGUF, WHOLE_MODEL),
+        ("phi.GGUF", b"", GGUF, WHOLE_MODEL),
+        ("phi-q4", b"GGUF\3\0", GGUF, WHOLE_MODEL),
+        ("model.safetensors", b"", WEIGHTS, FOLDER),
+        ("pytorch_model.bin", b"PK", PYTORCH, WHOLE_MODEL),
+        ("model.pth", b"PK", PYTORCH, WHOLE_MODEL),
+        ("notes.txt", b"", "is a file, not a folder.", FOLDER),
+    ],
+)
+def test_a_file_is_told_what_it_is(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    place: str,
+    name: str,
+    content: bytes,
+    message: str,
+    hint: str,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    given = place.format(name, root=tmp_path)
+    Path(given).parent.mkdir(parents=True, exist_ok=True)
+    Path(given).write_bytes(content)
+    for source in (given, Path(given)):
+        error = resolving(source)
+        assert not isinstance(error, ModelAbsentError)
+        assert (str(error), error.hint) == (f"{source} {message}", hint)
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
+def test_a_file_of_a_model_names_its_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("models/mini").mkdir(parents=True)
+    for each in ("config.json", "model.safetensors", "tokenizer.json"):
+        Path(f"models/mini/{each}").touch()
+    assert resolving(f"models/mini/{name}").hint == "Give its folder: models/mini"
+
+
+@pytest.mark.parametrize("name", ["adapters.safetensors", "adapter_model.safetensors"])
+def test_an_adapters_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("tuned").mkdir()
+    Path(f"tuned/{name}").touch()
+    error = resolving(f"tuned/{name}")
+    assert str(error) == f"tuned/{name} is an adapter's file."
+    assert error.hint == "Give its folder: --adapter-path tuned"
+
+
+@pytest.mark.parametrize("name", ["files/phi.gguf", "phi.gguf", "files/model.safetensors"])
+def test_a_file_that_is_not_there_is_no_model_to_download(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    error = resolving(name)
+    assert not isinstance(error, ModelAbsentError)
+    assert str(error) == f"There is no file {name}, and no model of that name."
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["generate", "--prompt", "hi", "--model", "files/phi.gguf"],
+        ["show", "files/phi.gguf"],
+        ["convert", "files/phi.gguf", "--mlx-path", "out"],
+        ["train", "--data", "data", "--adapter-path", "run", "--model", "files/phi.gguf"],
+    ],
+)
+def test_commands_tell_what_a_file_is(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("files").mkdir()
+    Path("files/phi.gguf").write_bytes(b"GGUF")
+    result = CliRunner().invoke(cli, command)
+    assert result.exit_code == 1
+    assert f"files/phi.gguf {GGUF}" in result.stderr
