@@ -49,7 +49,10 @@ class Checkpoint:
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder.")
         if not (self.folder / "config.json").is_file():
-            raise ConfigError(f"{self.folder} holds no config.json, so it is not a model folder.")
+            raise ConfigError(
+                f"{self.folder} holds no config.json, so it is not a model folder.",
+                hint=_other_weights(self.folder),
+            )
         self._config = read_json(self.folder / "config.json")
         self.adapter_files: dict[str, Path] = {}
         self.dialect = registry.dialect_of(self._config)
@@ -129,7 +132,8 @@ class Checkpoint:
             refuse_foreign(self._config, None)
             raise CheckpointError(
                 f"{self.folder} holds no {WHOLE} and no {INDEX}.",
-                hint="Only safetensors weights are read, never .bin or .pt files.",
+                hint=_other_weights(self.folder)
+                or "Only safetensors weights are read, never .bin or .pt files.",
             )
         return files
 
@@ -210,6 +214,13 @@ class Checkpoint:
                 array = array[info.first_row : info.first_row + info.shape[0]]
             weights[name] = array
         return weights
+
+
+def _other_weights(folder: Path) -> str | None:
+    """Say what a folder without a model holds instead: GGUF files; None where there are none."""
+    if any(folder.glob("*.gguf")):
+        return "It holds GGUF files, which are not read: get the original model's folder."
+    return None
 
 
 def _read_index(index: Path) -> Mapping[str, str]:

@@ -77,16 +77,17 @@ def is_whole(folder: Path) -> bool:
     """
     if not all(is_file(folder / name) for name in ("config.json", "tokenizer.json")):
         return False
-    index = folder / "model.safetensors.index.json"
+    index, single = folder / "model.safetensors.index.json", "model.safetensors"
     if not is_file(index):
-        return is_file(folder / "model.safetensors")
+        return is_file(folder / single)
     try:
         weight_map = read_json(index).get("weight_map")
     except ConfigError:  # it names no file that could be whole
-        return False
-    if not isinstance(weight_map, dict) or not weight_map:
-        return False
-    return all(is_file(folder / name) for name in set(map(str, weight_map.values())))
+        weight_map = None
+    names = set(map(str, weight_map.values())) if isinstance(weight_map, dict) else set()
+    if single not in names and is_file(folder / single):
+        return True  # the index is of other weights; see `Checkpoint`
+    return bool(names) and all(is_file(folder / name) for name in names)
 
 
 def files_of(folder: Path) -> dict[str, Path]:

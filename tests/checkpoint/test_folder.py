@@ -230,6 +230,15 @@ def test_no_weights(tmp_path: Path) -> None:
     assert error.hint == "Only safetensors weights are read, never .bin or .pt files."
 
 
+@pytest.mark.parametrize("with_config", [False, True])
+def test_a_folder_of_gguf_files(tmp_path: Path, with_config: bool) -> None:
+    (tmp_path / "phi-q4.gguf").write_bytes(b"GGUF")
+    if with_config:
+        write_config(tmp_path, PHI_4)
+    hint = "It holds GGUF files, which are not read: get the original model's folder."
+    assert loading(tmp_path).hint == hint
+
+
 def test_missing_tensors(tmp_path: Path) -> None:
     weights = parameters(PHI_4)
     for name in ("lm_head.weight", "model.norm.weight"):

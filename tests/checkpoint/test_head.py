@@ -14,6 +14,8 @@ from hypothesis import strategies as st
 from mlx.utils import tree_flatten
 
 from convert import Quantization, convert
+from convert.folder import Journal
+from convert.quantize.layerwise import quantize_layer_by_layer
 from phimlx.checkpoint import head as head_module
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
@@ -178,3 +180,27 @@ def test_a_gguf_file_has_the_head(tmp_path: Path) -> None:
     found = {tensor.name: tensor.data for tensor in gguf.GGUFReader(tmp_path / "out.gguf").tensors}
     head = weights[HEAD].astype(mx.float16)
     assert mx.array_equal(mx.array(found["output.weight"]), head)
+
+
+def test_gptq_sees_the_head(tmp_path: Path) -> None:
+    """What walks the layers, with the head after them."""
+    weights = parameters(UNTIED)
+    windows = [tuple(range(1, 17)), tuple(range(20, 36))]
+    found = []
+    for name, config in (("tied", MINI), ("untied", UNTIED)):
+        checkpoint = Checkpoint(write_model(tmp_path / name, config, weights))
+        folder = tmp_path / f"journal-{name}"
+        folder.mkdir()
+        forms = {path: FOUR for path, _ in load_model(checkpoint).named_modules()}
+        found.append(
+            quantize_layer_by_layer(
+                checkpoint,
+                forms,
+                windows,
+                mx.float32,
+                Journal(folder, "", 0),
+                lambda share: None,
+            )
+        )
+    assert HEAD in found[0]
+    assert same_bits(*found)

@@ -75,6 +75,14 @@ def test_the_main_branch_comes_first_then_the_newest(cache: Path) -> None:
 
 INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.safetensors"}})
 
+BOTH = json.dumps({"weight_map": {"a": "model.safetensors", "b": "model-2.safetensors"}})
+STALE = [
+    INDEX,
+    "{",
+    "[]",
+    *(json.dumps({"weight_map": weight_map}) for weight_map in (3, {"a": 3}, {})),
+]
+
 
 @pytest.mark.parametrize(
     "files",
@@ -83,17 +91,23 @@ INDEX = json.dumps({"weight_map": {"a": "model-1.safetensors", "b": "model-2.saf
         {"tokenizer.json": ""},
         {"model.safetensors": ""},
         {"model.safetensors": "", "model-1.safetensors": "x"},
-        {"model.safetensors.index.json": INDEX, "model-1.safetensors": "x"},
-        {"model.safetensors.index.json": "{"},
-        {"model.safetensors.index.json": "[]"},
-        {"model.safetensors.index.json": '{"weight_map": 3}'},
-        {"model.safetensors.index.json": '{"weight_map": {"a": 3}}'},
-        {"model.safetensors.index.json": '{"weight_map": {}}'},
+        *(
+            {"model.safetensors": "", "model.safetensors.index.json": index, **files}
+            for index in STALE
+            for files in ({}, {"model-1.safetensors": "x"})
+        ),
+        {"model.safetensors.index.json": BOTH},
     ],
 )
 def test_half_a_model_does_not_count(cache: Path, files: dict[str, str]) -> None:
     keep(cache, QUANTIZED, **files)
     assert str(resolving("phi-4-mini")) == "phi-4-mini is not on this machine."
+
+
+@pytest.mark.parametrize("index", STALE)
+def test_a_whole_model_counts_beside_a_stale_index(cache: Path, index: str) -> None:
+    folder = keep(cache, QUANTIZED, **{"model.safetensors.index.json": index})
+    assert resolve.resolve(QUANTIZED) == folder
 
 
 def test_a_sharded_model_counts_when_all_of_it_is_there(cache: Path) -> None:

@@ -16,7 +16,7 @@ import phimlx
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.header import TensorInfo
-from phimlx.checkpoint.load import build_model
+from phimlx.checkpoint.load import build_model, needed_tensors
 from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
@@ -258,12 +258,7 @@ class Session:
 
     @cached_property
     def _tensors(self) -> dict[str, TensorInfo]:
-        unused = build_model(self.checkpoint.config).unused
-        return {
-            name: info
-            for name, info in self.checkpoint.tensors.items()
-            if not name.startswith(unused)
-        }
+        return needed_tensors(self.checkpoint, build_model(self.checkpoint.config))
 
 
 def resumed_settings(about: Mapping[str, Any], given: TrainSettings) -> TrainSettings:
