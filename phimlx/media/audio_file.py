@@ -23,7 +23,7 @@ from phimlx.media.container import (
     open_container,
     too_long,
 )
-from phimlx.media.data_chunk import find_data_chunk, is_open_ogg
+from phimlx.media.data_chunk import find_data_chunk, is_open_ogg, sphere_samples
 from phimlx.media.limits import Limits, source_name
 from phimlx.media.log_mel import AudioClip, Samples
 from phimlx.media.mp3 import xing_frame
@@ -203,6 +203,7 @@ def _open_soundfile(data: bytes, name: str, limits: Limits) -> Iterator[_Recorde
             if chunk and chunk.missing:
                 with Forward(_SeekableBytes(data, chunk.missing)) as uncut:
                     declared = uncut.frames
+            declared = max(declared, sphere_samples(data) or 0)
         seconds = None if declared is None else declared / file.samplerate
         share = chunk.share if chunk else 1.0
         blocks = _soundfile_blocks(file, name, bytes_read, seconds, share, is_open_ogg(data))

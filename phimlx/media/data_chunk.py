@@ -5,7 +5,7 @@ recorder was killed before it wrote the length.
 
 Sources: IBM and Microsoft, "Multimedia Programming Interface and Data Specifications 1.0" (RIFF);
 EBU Tech 3306 (RF64); Sony, "Wave64"; Apple, "Audio Interchange File Format" and "Core Audio
-Format"; Electronic Arts, "8SVX"; Sun's `audio_filehdr`; RFC 3533 (Ogg).
+Format"; Electronic Arts, "8SVX"; Sun's `audio_filehdr`; RFC 3533 (Ogg); NIST's SPHERE.
 """
 
 from __future__ import annotations
@@ -100,6 +100,7 @@ _LAYOUTS = (
     ),
     _ChunkLayout(re.compile(rb"caff"), 8, ">q", b"data", inner=4, align=1),
 )
+_SPHERE_SAMPLES = re.compile(rb"NIST_1A\n.*?\nsample_count -i (\d{1,12})\s", re.DOTALL)
 _SUN = {b".snd": ">I", b"dns.": "<I"}
 
 
@@ -173,6 +174,12 @@ def _ends_in_chunks(data: bytes, layout: _ChunkLayout, place: int) -> bool:
             return False
         place = layout.behind(place, chunk[1])
     return False
+
+
+def sphere_samples(data: bytes) -> int | None:
+    """Return how many samples of each channel a SPHERE file declares; None for anything else."""
+    told = _SPHERE_SAMPLES.match(data[:4096])
+    return int(told[1]) if told else None
 
 
 def is_open_ogg(data: bytes) -> bool:

@@ -45,6 +45,7 @@ FORMS = [
     ("CAF", "PCM_16", 0.0),
     ("CAF", "ALAC_16", 0.5),
     ("AU", "PCM_16", 0.0),
+    ("NIST", "PCM_16", 0.1),
     ("FLAC", "PCM_16", 0.6),
     ("MP3", "MPEG_LAYER_III", 0.3),
 ]
