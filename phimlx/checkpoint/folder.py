@@ -203,7 +203,10 @@ class Checkpoint:
         known = self.tensors  # every header is checked before MLX sees a file
         loaded: dict[Path, dict[str, mx.array]] = {}
         for file in self.files:
-            mapped = mx.load(str(file))
+            try:
+                mapped = mx.load(str(file))
+            except RuntimeError as error:  # a type in an accepted header that MLX does not know
+                raise CheckpointError(f"{file.name} cannot be read by MLX: {error}.") from error
             assert isinstance(mapped, dict)  # as it is for every safetensors file
             loaded[file] = mapped
         shared = Counter((info.file, info.name) for info in known.values())

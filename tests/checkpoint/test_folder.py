@@ -448,6 +448,21 @@ def test_a_whole_model_beside_old_shards(tmp_path: Path, index: str) -> None:
     assert mx.array_equal(load_model(Checkpoint(folder))(TOKENS), plain(TOKENS))
 
 
+def test_a_buffer_of_a_type_that_mlx_cannot_map(tmp_path: Path) -> None:
+    file = write_model(tmp_path) / "model.safetensors"
+    content = file.read_bytes()
+    start = 8 + int.from_bytes(content[:8], "little")
+    data = content[start:]
+    table = {"dtype": "F64", "shape": [8], "data_offsets": [len(data), len(data) + 64]}
+    named = {**json.loads(content[8:start]), "model.rotary_emb.inv_freq": table}
+    write_safetensors(file, named, data + bytes(64))
+    assert str(loading(tmp_path)) == (
+        "model.safetensors cannot be read by MLX: [safetensor] unsupported dtype F64."
+    )
+    convert(tmp_path, tmp_path / "out", dtype="float32")  # which reads what it needs alone
+    assert same_bits(weights_of(tmp_path / "out"), parameters(PHI_4))
+
+
 @pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16, mx.int64, mx.bool_])
 @pytest.mark.parametrize(
     "name",

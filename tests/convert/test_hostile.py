@@ -117,7 +117,6 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "groups that MLX lacks": {"quantization": {"bits": 4, "group_size": 1}},
     "quantization of text": {"quantization": "4bit"},
     "layers of unknown mode": {"quantization": {"bits": 4, "group_size": 32, "x": {"mode": "q"}}},
-    "another's quantization": {"quantization_config": {"quant_method": "gptq", "bits": 4}},
 }
 
 COMPANIONS: dict[str, Spoil] = {
@@ -136,7 +135,12 @@ COMPANIONS: dict[str, Spoil] = {
     "config that is a folder": lambda folder: _replaced(folder, "config.json").mkdir(),
     "config of 65 MB": lambda folder: os.truncate(folder / "config.json", 65 << 20),
     "index of 65 MB": lambda folder: write_sparse(
-        folder / "model.safetensors.index.json", 65 << 20
+        _as_shard(folder).with_name("model.safetensors.index.json"), 65 << 20
+    ),
+    "another's quantization": lambda folder: write_model(
+        folder,
+        {**PHI_4, "quantization_config": {"quant_method": "gptq", "bits": 4}},
+        {**parameters(PHI_4), "lm_head.qweight": mx.zeros((8, 48), mx.int32)},
     ),
     "weights cut short": lambda folder: os.truncate(folder / "model.safetensors", 10_000),
 }
@@ -145,6 +149,11 @@ COMPANIONS: dict[str, Spoil] = {
 def _replaced(folder: Path, name: str = "model.safetensors") -> Path:
     (folder / name).unlink()
     return folder / name
+
+
+def _as_shard(folder: Path) -> Path:
+    """The weights under another name: beside model.safetensors no index would be read."""
+    return (folder / "model.safetensors").rename(folder / "model-1.safetensors")
 
 
 def write_sparse(file: Path, size: int) -> None:
@@ -158,9 +167,12 @@ def in_header(header: Any, data: bytes, length: int | None) -> Spoil:
 
 def in_index(file_name: Any) -> Spoil:
     names = [*parameters(PHI_4)]
-    return lambda folder: write_index(
-        folder, dict.fromkeys(names, "model.safetensors") | {names[-1]: file_name}
-    )
+
+    def spoil(folder: Path) -> None:
+        shard = _as_shard(folder).name
+        write_index(folder, dict.fromkeys(names, shard) | {names[-1]: file_name})
+
+    return spoil
 
 
 def in_config(changes: dict[str, Any]) -> Spoil:
@@ -176,7 +188,7 @@ HOSTILE: dict[str, Spoil] = {
 
 
 def test_there_are_many() -> None:
-    assert len(HOSTILE) == 36 + 13 + 21 + 12 == 82
+    assert len(HOSTILE) == 36 + 13 + 20 + 13 == 82
 
 
 @pytest.mark.parametrize("what", HOSTILE)
