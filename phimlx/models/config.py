@@ -6,6 +6,7 @@ Source of the rope settings: transformers `modeling_rope_utils.py`.
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Self
@@ -43,7 +44,7 @@ ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
 
 
 @dataclass(frozen=True)
-class ModelConfig:
+class ModelConfig(ABC):
     """Shape of a decoder, under the checkpoint's own names; every architecture adds its own.
 
     Attributes:
@@ -66,6 +67,7 @@ class ModelConfig:
     sliding_window: int | None
 
     @classmethod
+    @abstractmethod
     def from_dict(cls, config: Mapping[str, Any]) -> Self:
         """Read a Hub config (`rope_scaling`, `rope_theta`) or a transformers 5 one
         (`rope_parameters`).
@@ -73,12 +75,11 @@ class ModelConfig:
         Raises:
             ConfigError: naming the key, where a value is missing, unknown or contradicts another.
         """
-        raise NotImplementedError
 
     @property
+    @abstractmethod
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
         """Input and output width of each of a layer's projections, by path, in calling order."""
-        raise NotImplementedError
 
 
 def read_decoder(
