@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 
 class PhimlxError(Exception):
     """Anything a user can cause or mend.
@@ -76,3 +78,9 @@ def shortened(value: object, longest: int = 60) -> str:
     """A value as it may stand in a message, whatever a file put there."""
     text = repr(value)
     return text if len(text) <= longest else text[: longest - 3] + "..."
+
+
+def some(names: Sequence[str]) -> str:
+    """Name the first of a list, and how many more there are."""
+    shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:3])
+    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -12,10 +12,10 @@ from mlx.utils import tree_flatten, tree_unflatten
 
 from phimlx import catalog
 from phimlx.adapters.adapter import LAYER, Adapter
-from phimlx.adapters.files import CONFIG, some
+from phimlx.adapters.files import CONFIG
 from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.header import PACKED_DTYPES
-from phimlx.errors import CheckpointError
+from phimlx.errors import CheckpointError, some
 from phimlx.hub.layout import model_name
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import LoRALinear, input_dims

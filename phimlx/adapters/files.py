@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -96,9 +96,3 @@ def write_files(
         with replacing(folder / name) as temporary:
             write_arrays(temporary, arrays)
         write_json(folder / CONFIG, config)
-
-
-def some(names: Sequence[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -15,10 +15,9 @@ from phimlx.adapters.files import (
     load_arrays,
     number,
     read_floats,
-    some,
     write_files,
 )
-from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.errors import CheckpointError, ConfigError, shortened, some
 from phimlx.models.lora import LoRA
 
 WEIGHTS = "adapters.safetensors"

@@ -22,10 +22,9 @@ from phimlx.adapters.files import (
     load_arrays,
     number,
     read_floats,
-    some,
     write_files,
 )
-from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.errors import CheckpointError, ConfigError, shortened, some
 from phimlx.models.lora import LoRA
 
 PEFT_WEIGHTS = "adapter_model.safetensors"

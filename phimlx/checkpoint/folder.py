@@ -16,7 +16,7 @@ import mlx.core as mx
 from phimlx.checkpoint.head import has_own_head, with_embedding
 from phimlx.checkpoint.header import TensorInfo, check_type, list_tensors, read_header
 from phimlx.checkpoint.quantization import is_foreign, read_quantization, refuse_foreign
-from phimlx.errors import CheckpointError, ConfigError
+from phimlx.errors import CheckpointError, ConfigError, some
 from phimlx.files import read_json
 from phimlx.models import registry
 from phimlx.models.names import adapter_tensor
@@ -254,9 +254,3 @@ def _parts(names: tuple[str, ...], info: TensorInfo) -> Iterator[tuple[str, Tens
     rows = info.shape[0] // len(names)
     for index, name in enumerate(names):
         yield name, replace(info, shape=(rows, *info.shape[1:]), first_row=index * rows)
-
-
-def some(names: list[str]) -> str:
-    """The first names of a list, and how many more there are."""
-    shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:3])
-    return shown if len(names) <= 3 else f"{shown} and {len(names) - 3} more"

@@ -10,10 +10,10 @@ import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.folder import Checkpoint, some
+from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.header import FLOATING_DTYPES, PACKED_DTYPES, TensorInfo
 from phimlx.checkpoint.quantization import stored_form
-from phimlx.errors import CheckpointError
+from phimlx.errors import CheckpointError, some
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
 
