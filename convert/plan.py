@@ -292,7 +292,9 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
             "does not come back.",
         )
     small = sum(file.stat().st_size for file in model_files.companions(checkpoint.folder).values())
-    spare = files.spare if calibration is None else calibration.spare(layout.nbytes)
+    spare = (
+        files.spare(tensors.file_order) if calibration is None else calibration.spare(layout.nbytes)
+    )
     check_space(out, layout.nbytes + spare + small)
     return planned
 

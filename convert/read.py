@@ -1,71 +1,66 @@
-"""Tensors of safetensors files in blocks of rows, read ahead of the one who asks for them."""
+"""Rows of a model's tensors in blocks, read ahead of the one who asks for them."""
 
 from __future__ import annotations
 
-import json
 import os
 from collections import Counter, deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 
 import mlx.core as mx
 
-from phimlx.checkpoint.header import STORED_DTYPES, TensorInfo
-from phimlx.errors import CheckpointError
-
-
-@dataclass(frozen=True)
-class TensorLocation:
-    """A stored tensor, and where in its file its bytes begin."""
-
-    name: str
-    info: TensorInfo
-    offset: int
-
-    @property
-    def row_bytes(self) -> int:
-        """Bytes of one row; a tensor of one dimension has a row for each number."""
-        shape = self.info.shape
-        return self.info.nbytes // shape[0] if shape and shape[0] else self.info.nbytes
+from phimlx.checkpoint.tensors import StoredRows, Tensor, Tensors
 
 
 @dataclass(frozen=True)
 class RowBlock:
     """Rows `first` to `last` (not included) of tensors that have the same number of rows."""
 
-    locations: tuple[TensorLocation, ...]
+    tensors: tuple[Tensor, ...]
     first: int
     last: int
 
     @property
     def is_last(self) -> bool:
         """Tells whether no rows come after these."""
-        shape = self.locations[0].info.shape
-        return not shape or self.last == shape[0]
+        return self.last == self.tensors[0].count
 
     @property
     def nbytes(self) -> int:
-        return sum((self.last - self.first) * location.row_bytes for location in self.locations)
+        """Bytes of the stored tensors that these rows stand for, in all blocks together all."""
+        count = self.tensors[0].count
+        total = stored_bytes(self.tensors)
+        return total * self.last // count - total * self.first // count
+
+    @cached_property
+    def reads(self) -> tuple[tuple[StoredRows, ...], ...]:
+        """What is read for each tensor; several blocks may read the same."""
+        return tuple(tensor.reads(self.first, self.last) for tensor in self.tensors)
+
+    def rows(self, parts: Sequence[Sequence[mx.array]]) -> list[mx.array]:
+        """Make the rows of each tensor of what was read for it."""
+        return [
+            tensor.rows(self.first, self.last, read)
+            for tensor, read in zip(self.tensors, parts, strict=True)
+        ]
 
 
-def locate(tensors: Mapping[str, TensorInfo]) -> list[TensorLocation]:
-    """List where tensors stand, in that order, in files whose headers safetensors has accepted."""
-    files = sorted({info.file for info in tensors.values()})
-    locations = []
-    for file in files:
-        with file.open("rb") as opened:
-            length = int.from_bytes(opened.read(8), "little")
-            header = json.loads(opened.read(length))
-        for name, info in tensors.items():
-            if info.file == file:
-                location = TensorLocation(
-                    name, info, 8 + length + header[info.name]["data_offsets"][0]
-                )
-                first = location.offset + info.first_row * location.row_bytes
-                locations.append(replace(location, offset=first))
-    return sorted(locations, key=lambda location: (location.info.file, location.offset))
+def stored_bytes(tensors: Sequence[Tensor]) -> int:
+    """Count the bytes that tensors are stored in."""
+    return sum(rows.nbytes for tensor in tensors for rows in tensor.reads(0, tensor.count))
+
+
+def in_file_order(tensors: Tensors) -> dict[str, Tensor]:
+    """Sort tensors by where they are read: in the last of their files, if they lie in several."""
+
+    def end(item: tuple[str, Tensor]) -> tuple[Path, int]:
+        tensor = item[1]
+        return max((rows.info.file, rows.offset) for rows in tensor.reads(0, tensor.count))
+
+    return dict(sorted(tensors.items(), key=end))
 
 
 class WeightFiles:
@@ -74,8 +69,13 @@ class WeightFiles:
     keep_after: tuple[type[BaseException], ...] = ()
     """Errors after which what was converted is worth keeping."""
 
-    spare = 0
-    """Disk space that they take while they are read."""
+    def spare(self, order: Sequence[frozenset[Path]]) -> int:
+        """Disk space that they take while they are read.
+
+        Args:
+            order: the files of each tensor, in the order in which they are read.
+        """
+        return 0
 
     def open(self, file: Path) -> int:
         """A descriptor of a file that is needed from now on."""
@@ -104,64 +104,51 @@ def read_blocks(
     Raises:
         CheckpointError: where a file is shorter than its header said.
     """
-    size = max((request.nbytes for request in requests), default=0)
+    size, left = 0, Counter[Path]()
+    for request in requests:
+        reads = [rows for part in request.reads for rows in part]
+        size = max(size, sum(rows.nbytes for rows in reads))
+        left.update(rows.info.file for rows in reads)
     buffers = [bytearray(size) for _ in range(ahead + 1)]  # in turn: fresh memory is slow
     files = files or WeightFiles()
-    left = Counter(location.info.file for request in requests for location in request.locations)
     descriptors: dict[Path, int] = {}
 
-    def read(number: int) -> list[memoryview]:
-        request = requests[number]
+    def read(number: int) -> list[list[memoryview]]:
         rest = memoryview(buffers[number % len(buffers)])
-        parts = []
-        for location in request.locations:
-            file = location.info.file
-            if file not in descriptors:
-                descriptors[file] = files.open(file)
-            part = rest[: (request.last - request.first) * location.row_bytes]
-            rest = rest[len(part) :]
-            begin = location.offset + request.first * location.row_bytes
-            _read_whole(descriptors[file], part, begin, location)
-            parts.append(part)
-            left[file] -= 1
-            if not left[file]:
-                files.close(file, descriptors.pop(file))
+        parts: list[list[memoryview]] = []
+        for reads in requests[number].reads:
+            parts.append([])
+            for rows in reads:
+                file = rows.info.file
+                if file not in descriptors:
+                    descriptors[file] = files.open(file)
+                part, rest = rest[: rows.nbytes], rest[rows.nbytes :]
+                rows.read_into(descriptors[file], part)
+                parts[-1].append(part)
+                left[file] -= 1
+                if not left[file]:
+                    files.close(file, descriptors.pop(file))
         return parts
 
-    waiting: deque[Future[list[memoryview]]] = deque()
+    def arrays(number: int, parts: list[list[memoryview]]) -> list[mx.array]:
+        request = requests[number]
+        return request.rows(
+            [
+                [rows.array(data) for rows, data in zip(reads, part, strict=True)]
+                for reads, part in zip(request.reads, parts, strict=True)
+            ]
+        )
+
+    waiting: deque[Future[list[list[memoryview]]]] = deque()
     reader = ThreadPoolExecutor(1, "read-ahead")
     try:
         for number in range(len(requests) + ahead):
             if number < len(requests):
                 waiting.append(reader.submit(read, number))
             if number >= ahead:
-                parts = waiting.popleft().result()
-                yield _arrays(requests[number - ahead], parts)
+                yield arrays(number - ahead, waiting.popleft().result())
     finally:
         files.stop()
         reader.shutdown(cancel_futures=True)
         for descriptor in descriptors.values():
             os.close(descriptor)
-
-
-def _arrays(request: RowBlock, parts: Sequence[memoryview]) -> list[mx.array]:
-    """Make arrays of the rows, copied from the buffer that they were read to."""
-    arrays = []
-    for part, location in zip(parts, request.locations, strict=True):
-        words = mx.array(part)  # type: ignore[arg-type]
-        shape = (request.last - request.first, *location.info.shape[1:])
-        dtype = STORED_DTYPES[location.info.dtype]
-        arrays.append(words.view(dtype).reshape(shape if location.info.shape else ()))
-    return arrays
-
-
-def _read_whole(descriptor: int, buffer: memoryview, begin: int, location: TensorLocation) -> None:
-    while buffer:
-        count = os.preadv(descriptor, [buffer], begin)
-        if count == 0:
-            raise CheckpointError(
-                f"{location.info.file.name} ends within {location.name}: it was changed while it "
-                "was read.",
-                hint="Download or convert the model again.",
-            )
-        buffer, begin = buffer[count:], begin + count

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -13,7 +13,7 @@ from convert.folder import claim, discard, refuse_existing, writing
 from convert.read import WeightFiles
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.head import has_own_head
-from phimlx.checkpoint.header import TensorInfo, byte_range
+from phimlx.checkpoint.tensors import StoredRows
 from phimlx.errors import CheckpointError, DownloadError
 from phimlx.hub import download, resolve
 from phimlx.hub.client import Remote, RemoteFile, Repository
@@ -57,6 +57,18 @@ class StreamedModel(WeightFiles):
     @property
     def nbytes(self) -> int:
         return sum(file.size for file in self.shards)
+
+    def spare(self, order: Sequence[frozenset[Path]]) -> int:
+        """Bytes of those that lie on the disk at once: each from its first tensor to its last."""
+        ends = {file: number for number, files in enumerate(order) for file in files}
+        sizes = {self.folder / shard.name: shard.size for shard in self.shards}
+        here: set[Path] = set()
+        most = 0
+        for number, files in enumerate(order):
+            here |= files
+            most = max(most, sum(sizes[file] for file in here))
+            here = {file for file in here if ends[file] > number}
+        return most
 
     def open(self, file: Path) -> int:
         """Bring a file, checked against its hash, and open it."""
@@ -105,17 +117,17 @@ class StreamedModel(WeightFiles):
         if checkpoint.is_tied:
             has_own_head(checkpoint.tensors, self._bring_rows)
 
-    def _bring_rows(self, info: TensorInfo, first: int, last: int) -> bytes:
+    def _bring_rows(self, rows: StoredRows) -> bytes:
         """Bring rows of a tensor to the hole that stands for them, where they are compared."""
-        begin, end = byte_range(info, first, last)
-        name = self._name(info.file)
+        file = rows.info.file
+        name = self._name(file)
         shard = next(shard for shard in self.shards if shard.name == name)
-        rows = self.remote.read(self.repository, shard, begin, end)
-        with info.file.open("r+b") as opened:
-            opened.seek(begin)
-            opened.write(rows)
-        os.utime(info.file, (0, 0))
-        return rows
+        data = self.remote.read(self.repository, shard, rows.offset, rows.offset + rows.nbytes)
+        with file.open("r+b") as opened:
+            opened.seek(rows.offset)
+            opened.write(data)
+        os.utime(file, (0, 0))
+        return data
 
     @property
     def _coming(self) -> Path:
@@ -174,7 +186,6 @@ def stream_model(
             here = StreamedModel(repository, remote, home, shards)
             here.folder.mkdir(parents=True, exist_ok=True)
             here.prepare(tuple(file for file in files if file not in shards))
-            here.spare = max(file.size for file in shards)  # one at a time lies on the disk
             yield here
             discard(home)
         except (DownloadError, KeyboardInterrupt):

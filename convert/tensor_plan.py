@@ -5,16 +5,17 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 
 import mlx.core as mx
 import mlx.nn as nn
 
 from convert.quantize.recipe import Quantization, Recipe
 from convert.quantize.tensor import TensorTransform
-from convert.read import RowBlock, TensorLocation, locate
+from convert.read import RowBlock, in_file_order, stored_bytes
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
-from phimlx.checkpoint.header import FLOATING_DTYPES, STORED_DTYPES
 from phimlx.checkpoint.load import build_model, stored_parameters
+from phimlx.checkpoint.tensors import FLOATING_DTYPES, STORED_DTYPES, Tensor
 from phimlx.errors import ConversionError
 from phimlx.models.registry import part_of
 
@@ -30,7 +31,7 @@ class TensorConversion:
     """
 
     transform: TensorTransform
-    locations: tuple[TensorLocation, ...]
+    tensors: tuple[Tensor, ...]
     shape: tuple[int, ...]
 
     @property
@@ -40,7 +41,13 @@ class TensorConversion:
     @property
     def nbytes(self) -> int:
         """Bytes of the stored tensors."""
-        return sum(location.info.nbytes for location in self.locations)
+        return stored_bytes(self.tensors)
+
+    @property
+    def files(self) -> frozenset[Path]:
+        return frozenset(
+            rows.info.file for tensor in self.tensors for rows in tensor.reads(0, tensor.count)
+        )
 
     def blocks(self, nbytes: int) -> Iterator[RowBlock]:
         """Divide it into rows that together make no more than `nbytes` unquantized, or are one.
@@ -50,14 +57,11 @@ class TensorConversion:
         nbytes //= 1 if self.transform.source is None else 4
         count = max(1, nbytes // (self._row_size * self.transform.dtype.size))
         for first in range(0, self._rows, count):
-            yield RowBlock(self.locations, first, min(first + count, self._rows))
+            yield RowBlock(self.tensors, first, min(first + count, self._rows))
 
     def result(self) -> dict[str, mx.array]:
         """Make the tensors of the output: names, shapes and types, never computed."""
-        templates = [
-            mx.zeros(location.info.shape, STORED_DTYPES[location.info.dtype])
-            for location in self.locations
-        ]
+        templates = [mx.zeros(tensor.shape, STORED_DTYPES[tensor.dtype]) for tensor in self.tensors]
         return self.transform.apply(templates).parts
 
     @property
@@ -126,20 +130,20 @@ class TensorPlan:
                     f"model ({', '.join(map(str, sorted(own)))}).",
                     hint="Choose a smaller group size.",
                 )
-        locations = {location.name: location for location in locate(tensors)}
+        ordered = in_file_order(tensors)
         plain = Counter(STORED_DTYPES[info.dtype] for info in tensors.values())
         usual = max(DTYPES.values(), key=lambda dtype: plain[dtype])  # where scales tell no type
         conversions = []
-        for name, location in locations.items():
+        for name, tensor in ordered.items():
             if name.rpartition(".")[0] in stored and name.endswith((".scales", ".biases")):
                 continue  # comes with its layer's weight
             path = name.removesuffix(".weight")  # a layer's, or a name that is none's: a bias
             source = stored.get(path)
-            members = [location]
+            members = [tensor]
             if source is not None:
                 extra = (f"{path}.scales", f"{path}.biases")
-                members += [locations[other] for other in extra if other in locations]
-            kept = STORED_DTYPES[members[-1].info.dtype]
+                members += [ordered[other] for other in extra if other in ordered]
+            kept = STORED_DTYPES[members[-1].dtype]
             if kept not in NAMES:
                 kept = usual
             target = layers.get(path)
@@ -147,7 +151,7 @@ class TensorPlan:
                 target = layers[path] = source
             transform = TensorTransform(name, source, target, DTYPES[dtype] if dtype else kept)
             conversions.append(
-                TensorConversion(transform, tuple(members), shapes.get(path, location.info.shape))
+                TensorConversion(transform, tuple(members), shapes.get(path, tensor.shape))
             )
         return cls(tuple(conversions), layers, undivided)
 
@@ -156,6 +160,11 @@ class TensorPlan:
         """Type of what is not quantized, and of scales; None where there are several."""
         names = {NAMES[tensor.transform.dtype] for tensor in self.conversions}
         return names.pop() if len(names) == 1 else None
+
+    @property
+    def file_order(self) -> list[frozenset[Path]]:
+        """The files of each tensor, in the order in which they are converted."""
+        return [tensor.files for tensor in self.conversions]
 
     @property
     def bytes_before(self) -> int:

@@ -247,7 +247,7 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
     planned = GgufPlan(checkpoint, config, out, replace(tensors, conversions=typed), kind, files)
     model_files.companions(checkpoint.folder)  # which refuses links that lead elsewhere
     read_vocabulary(checkpoint.folder, config.vocab_size)
-    check_space(out, 2 * sum(tensor.size for tensor in typed) + files.spare)
+    check_space(out, 2 * sum(tensor.size for tensor in typed) + files.spare(tensors.file_order))
     return planned
 
 

@@ -238,7 +238,7 @@ def layer_errors(
     differences, norms = [0.0] * len(matrices), [0.0] * len(matrices)
     first, second = (
         read_blocks(
-            [RowBlock(matrices[n][side].locations, top, end) for n, top, end in work], READ_AHEAD
+            [RowBlock(matrices[n][side].tensors, top, end) for n, top, end in work], READ_AHEAD
         )
         for side in (0, 1)
     )

@@ -14,7 +14,7 @@ from phimlx import catalog
 from phimlx.adapters.adapter import LAYER, Adapter
 from phimlx.adapters.files import CONFIG
 from phimlx.adapters.read import read_adapter
-from phimlx.checkpoint.header import PACKED_DTYPES
+from phimlx.checkpoint.tensors import PACKED_DTYPES
 from phimlx.errors import CheckpointError, some
 from phimlx.hub.layout import model_name
 from phimlx.models.base import CausalLM

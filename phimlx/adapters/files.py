@@ -10,7 +10,8 @@ from typing import Any
 import mlx.core as mx
 
 from phimlx.checkpoint.arrays import write_arrays
-from phimlx.checkpoint.header import FLOATING_DTYPES, TensorInfo, read_header
+from phimlx.checkpoint.header import read_header
+from phimlx.checkpoint.tensors import FLOATING_DTYPES, TensorInfo
 from phimlx.errors import CheckpointError, ConfigError, shortened
 from phimlx.files import replacing, translate_write_errors, write_json
 from phimlx.models.lora import MAX_RANK

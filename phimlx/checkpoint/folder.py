@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections import Counter
 from collections.abc import Iterator, Mapping
-from dataclasses import replace
 from fnmatch import fnmatchcase
 from functools import cached_property
 from pathlib import Path
@@ -14,12 +12,20 @@ from typing import Any
 import mlx.core as mx
 
 from phimlx.checkpoint.head import has_own_head, with_embedding
-from phimlx.checkpoint.header import TensorInfo, check_type, list_tensors, read_header
+from phimlx.checkpoint.header import check_type, list_tensors, read_header
 from phimlx.checkpoint.quantization import is_foreign, read_quantization, refuse_foreign
+from phimlx.checkpoint.tensors import (
+    JoinedTensor,
+    PartialTensor,
+    StoredRows,
+    Tensor,
+    TensorInfo,
+    Tensors,
+)
 from phimlx.errors import CheckpointError, ConfigError, some
 from phimlx.files import read_json
 from phimlx.models import registry
-from phimlx.models.names import adapter_tensor
+from phimlx.models.names import Renames, adapter_tensor
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
 
@@ -138,7 +144,7 @@ class Checkpoint:
         return files
 
     @cached_property
-    def tensors(self) -> dict[str, TensorInfo]:
+    def tensors(self) -> dict[str, Tensor]:
         """Every tensor of every file, under the model's names; the index, where there is one,
         agrees with the files.
 
@@ -172,25 +178,27 @@ class Checkpoint:
         refuse_foreign(self._config, stored)
         for info in stored.values():
             check_type(info)
-        named = stored if self.dialect is None else self._renamed(self.dialect, stored)
+        named: dict[str, Tensor] = dict(stored)
+        if self.dialect is not None:
+            named = self._renamed(self.dialect.names(self._config), stored)
+        elif architecture is not None:
+            named = self._renamed(architecture.names(), stored)
         return with_embedding(named) if self.is_tied else named
 
-    def _renamed(
-        self, dialect: registry.Dialect, stored: Mapping[str, TensorInfo]
-    ) -> dict[str, TensorInfo]:
-        """Tensors of a dialect and those of adapter files, under the architecture's names."""
-        renames = dialect.names(self._config)
-        named = [part for name, info in stored.items() for part in _parts(renames.ours(name), info)]
+    def _renamed(self, renames: Renames, stored: Tensors) -> dict[str, Tensor]:
+        """Tensors of the weight files and of adapter files, under the architecture's names."""
+        named = list(_under_our_names(renames, stored))
         for adapter, file in self.adapter_files.items():
             named += [(adapter_tensor(name, adapter), info) for name, info in read_header(file)]
-        found: dict[str, TensorInfo] = {}
-        for name, info in named:
+        found: dict[str, Tensor] = {}
+        for name, tensor in named:
             if name in found:
+                one, other = (each.reads(0, each.count)[0].info for each in (tensor, found[name]))
                 raise CheckpointError(
-                    f"{info.name} of {info.file.relative_to(self.folder)} and {found[name].name} "
-                    f"of {found[name].file.relative_to(self.folder)} are the same tensor."
+                    f"{one.name} of {one.file.relative_to(self.folder)} and {other.name} of "
+                    f"{other.file.relative_to(self.folder)} are the same tensor."
                 )
-            found[name] = info
+            found[name] = tensor
         return found
 
     @property
@@ -209,14 +217,17 @@ class Checkpoint:
                 raise CheckpointError(f"{file.name} cannot be read by MLX: {error}.") from error
             assert isinstance(mapped, dict)  # as it is for every safetensors file
             loaded[file] = mapped
-        shared = Counter((info.file, info.name) for info in known.values())
-        weights = {}
-        for name, info in known.items():
+
+        def load(rows: StoredRows) -> mx.array:
+            info = rows.info
+            if info.file not in loaded:  # not safetensors
+                return rows.array(rows.read())
             array = loaded[info.file][info.name]
-            if shared[info.file, info.name] > 1:
-                array = array[info.first_row : info.first_row + info.shape[0]]
-            weights[name] = array
-        return weights
+            if rows.last - rows.first == info.count:
+                return array
+            return array[rows.first : rows.last]
+
+        return {name: tensor.whole(load) for name, tensor in known.items()}
 
 
 def _other_weights(folder: Path) -> str | None:
@@ -241,16 +252,33 @@ def _read_index(index: Path) -> Mapping[str, str]:
     return weight_map
 
 
-def _parts(names: tuple[str, ...], info: TensorInfo) -> Iterator[tuple[str, TensorInfo]]:
+def _under_our_names(renames: Renames, stored: Tensors) -> Iterator[tuple[str, Tensor]]:
+    """Stored tensors under the architecture's names: as they are, in parts, or joined."""
+    for name, tensor in stored.items():
+        place = renames.place(name)
+        if len(place.pieces) == 1:
+            yield from _parts(place.names, name, tensor)
+            continue
+        missing = [piece for piece in place.pieces if piece not in stored]
+        if missing:
+            raise CheckpointError(f"The checkpoint holds {name}, but lacks {some(missing)}.")
+        if name == place.pieces[0]:
+            pieces = {piece: stored[piece] for piece in place.pieces}
+            yield place.names[0], JoinedTensor.of(place.names[0], pieces)
+
+
+def _parts(
+    names: tuple[str, ...], stored_name: str, tensor: Tensor
+) -> Iterator[tuple[str, Tensor]]:
     """Tensors of ours that one stored tensor holds, as many rows each, one below the other."""
     if len(names) == 1:
-        yield names[0], info
+        yield names[0], tensor
         return
-    if not info.shape or info.shape[0] % len(names):
+    if not tensor.shape or tensor.shape[0] % len(names):
         raise CheckpointError(
-            f"{info.name} has shape {list(info.shape)}, of which {len(names)} equal parts of rows "
-            "cannot be made."
+            f"{stored_name} has shape {list(tensor.shape)}, of which {len(names)} equal parts of "
+            "rows cannot be made."
         )
-    rows = info.shape[0] // len(names)
+    rows = tensor.shape[0] // len(names)
     for index, name in enumerate(names):
-        yield name, replace(info, shape=(rows, *info.shape[1:]), first_row=index * rows)
+        yield name, PartialTensor(tensor, index * rows, rows)

@@ -11,8 +11,8 @@ import mlx.nn as nn
 from mlx.utils import tree_flatten
 
 from phimlx.checkpoint.folder import Checkpoint
-from phimlx.checkpoint.header import FLOATING_DTYPES, PACKED_DTYPES, TensorInfo
 from phimlx.checkpoint.quantization import stored_form
+from phimlx.checkpoint.tensors import FLOATING_DTYPES, PACKED_DTYPES, Tensor, Tensors
 from phimlx.errors import CheckpointError, some
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
@@ -48,7 +48,7 @@ def map_model(checkpoint: Checkpoint) -> CausalLM:
     return model
 
 
-def stored_parameters(checkpoint: Checkpoint, model: CausalLM) -> dict[str, TensorInfo]:
+def stored_parameters(checkpoint: Checkpoint, model: CausalLM) -> dict[str, Tensor]:
     """The stored tensors that are the model's parameters, all of them and in the right form.
 
     The model's layers are quantized on the way where the stored ones are.
@@ -63,7 +63,7 @@ def stored_parameters(checkpoint: Checkpoint, model: CausalLM) -> dict[str, Tens
     return tensors
 
 
-def needed_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[str, TensorInfo]:
+def needed_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[str, Tensor]:
     """Select the stored tensors that a model does not do without."""
     return {
         name: info
@@ -72,9 +72,7 @@ def needed_tensors(checkpoint: Checkpoint, model: CausalLM) -> dict[str, TensorI
     }
 
 
-def _check_adapters(
-    checkpoint: Checkpoint, model: CausalLM, tensors: Mapping[str, TensorInfo]
-) -> None:
+def _check_adapters(checkpoint: Checkpoint, model: CausalLM, tensors: Tensors) -> None:
     """Raise CheckpointError where a model that has adapters is stored without them."""
     if not model.architecture.adapters or any(".lora_A." in name for name in tensors):
         return
@@ -108,7 +106,7 @@ def build_model(config: Mapping[str, Any]) -> CausalLM:
 
 
 def quantize_layers(
-    model: nn.Module, quantization: Mapping[str, Any] | None, tensors: Mapping[str, TensorInfo]
+    model: nn.Module, quantization: Mapping[str, Any] | None, tensors: Tensors
 ) -> None:
     """Give every layer that is stored quantized the form that its tensors have.
 
@@ -147,7 +145,7 @@ def quantize_layers(
     )
 
 
-def check_parameters(parameters: Mapping[str, mx.array], tensors: Mapping[str, TensorInfo]) -> None:
+def check_parameters(parameters: Mapping[str, mx.array], tensors: Tensors) -> None:
     """The stored tensors are exactly the model's parameters.
 
     Raises:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phimlx.checkpoint.header import FLOATING_DTYPES, TensorInfo
+from phimlx.checkpoint.tensors import FLOATING_DTYPES, TensorInfo, Tensors
 from phimlx.errors import ConfigError, shortened
 
 # What MLX quantizes to: for each mode its group sizes and its bits.
@@ -69,7 +69,7 @@ def _quantization_settings(place: str, table: Mapping[str, Any]) -> dict[str, An
     return settings
 
 
-def stored_form(path: str, width: int, tensors: Mapping[str, TensorInfo]) -> dict[str, Any] | None:
+def stored_form(path: str, width: int, tensors: Tensors) -> dict[str, Any] | None:
     """Tell from its tensors' shapes how a layer is packed; None where they fit no form of MLX's.
 
     A row of `width` numbers has `width` x bits / 32 words and a scale for each group, and affine

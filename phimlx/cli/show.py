@@ -72,8 +72,8 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
 
     from phimlx import catalog
     from phimlx.checkpoint.folder import Checkpoint
-    from phimlx.checkpoint.header import FLOATING_DTYPES
     from phimlx.checkpoint.load import build_model, stored_parameters
+    from phimlx.checkpoint.tensors import FLOATING_DTYPES
     from phimlx.generation.generation_config import GenerationConfig
     from phimlx.generation.sampler import Sampling
     from phimlx.hub.layout import model_name

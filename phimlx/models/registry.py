@@ -94,7 +94,7 @@ class Architecture:
         projections: paths of a decoder layer's projections, in the order in which it calls them:
             where adapters may sit, and what is calibrated.
         fused_projections: the last name of a projection that holds several of other
-            architectures -> the names of these.
+            architectures -> the names of these, in the order of their rows.
         unused: patterns of stored tensors that the architecture does without, of whatever type.
         takes: what goes in: "text", "image", "audio".
         adapters: whether the checkpoint itself holds adapters that its inputs call for.
@@ -124,6 +124,12 @@ class Architecture:
     def takes_media(self) -> bool:
         """Whether anything but text goes in."""
         return self.takes != ("text",)
+
+    def names(self) -> Renames:
+        """Make the table of tensor names that its own layout may have too: split projections."""
+        from phimlx.models.names import Renames, split_projections
+
+        return Renames(split_projections(self.projections, self.fused_projections))
 
     def read_config(self, config: Config) -> ModelConfig:
         """Check a config in the architecture's own terms.

@@ -19,6 +19,7 @@ from convert.quantize.layerwise import quantize_layer_by_layer
 from phimlx.checkpoint import head as head_module
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
+from phimlx.checkpoint.tensors import StoredRows
 from phimlx.models.base import CausalLM
 from tests.convert.export.test_gguf import TOKENIZER
 from tests.convert.tiny import MINI, parameters, same_bits, weights_of, write_model
@@ -102,14 +103,14 @@ def test_reading_ends_at_the_first_block_that_differs(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     read: list[int] = []
-    original = head_module._read_rows
+    original = StoredRows.read
 
     def counted(*arguments: Any) -> bytes:
         data = original(*arguments)
         read.append(len(data))
         return data
 
-    monkeypatch.setattr(head_module, "_read_rows", counted)
+    monkeypatch.setattr(StoredRows, "read", counted)
     monkeypatch.setattr(head_module, "BLOCK_BYTES", 64 * 4 * 8)
     weights = parameters(MINI)
     weights[HEAD] = mx.array(weights[EMBEDDING])

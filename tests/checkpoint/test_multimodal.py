@@ -115,7 +115,7 @@ def config(folder: Path) -> dict[str, Any]:
 
 def native_name(name: str) -> str:
     """Name a published tensor as transformers does."""
-    return BACKWARDS.ours(name)[0]
+    return BACKWARDS.place(name).names[0]
 
 
 def save(file: Path, weights: Weights) -> None:
@@ -175,7 +175,7 @@ def test_the_native_layout_gives_the_same_model(
     native = write_native(tmp_path / "native", weights, prefix)
     check_same(native, folder)
     assert Checkpoint(native).config["model_type"] == "phi4mm"
-    stored = {info.name for info in Checkpoint(native).tensors.values()}
+    stored = {tensor.reads(0, 1)[0].info.name for tensor in Checkpoint(native).tensors.values()}
     assert "model.layers.0.self_attn.qkv_proj.weight" in stored
     names = [file.relative_to(native).as_posix() for file in Checkpoint(native).files]
     assert names == [
@@ -216,7 +216,7 @@ def test_native_names_are_transformers(weights: Weights) -> None:
     them."""
     for name in weights:
         if ".lora_" not in name:
-            assert RENAMES.ours(native_name(name)) == (name,)
+            assert RENAMES.place(native_name(name)).names == (name,)
     extend = "model.embed_tokens_extend"
     for native, published in {
         f"{extend}.audio_embed.encoder.encoders.11.feed_forward_in.gate_up_proj.weight": (
@@ -246,7 +246,7 @@ def test_native_names_are_transformers(weights: Weights) -> None:
         ),
         "model.norm.weight": "model.norm.weight",
     }.items():
-        assert RENAMES.ours(native) == (published,)
+        assert RENAMES.place(native).names == (published,)
         assert native_name(published) == native
 
 

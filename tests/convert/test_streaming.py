@@ -24,6 +24,7 @@ from phimlx.cli.group import cli
 from phimlx.errors import CheckpointError, ConfigError, ConversionError, DownloadError
 from phimlx.hub import transfer
 from phimlx.hub.client import Remote
+from tests.checkpoint.test_tensors import split
 from tests.convert.export.test_gguf import TOKENIZER
 from tests.convert.tiny import MINI, PHI_4, parameters, plan, same_bits, weights_of, write_model
 from tests.hub.loopback_hub import Fault, Hub, serve
@@ -116,6 +117,23 @@ def test_one_weight_file_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch
     monkeypatch.setattr(transfer, "fetch", watched)
     world.convert()
     assert seen == [{name} for name in SHARDS]
+
+
+def test_a_tensor_whose_pieces_lie_in_several_files(world: World) -> None:
+    expected = world.out.with_name("expected")
+    convert_model(world.source, expected, FOUR)
+    write_model(world.source, PHI_4, split(parameters(PHI_4, mx.bfloat16)), shards=3)
+    world.hub.repos[REPO] = {file.name: file.read_bytes() for file in world.source.iterdir()}
+    with stream_model(REPO, world.out, Remote(wait=lambda seconds: None)) as model:
+        planned = plan(model.folder, world.out, FOUR, files=model)
+        # what is in pieces is read when the last file that it needs has come
+        assert model.spare(planned.tensors.file_order) == model.nbytes
+        assert model.spare([frozenset({model.folder / name}) for name in SHARDS]) == max(
+            file.size for file in model.shards
+        )
+        planned.run()
+    assert same_bits(weights_of(world.out), weights_of(expected))
+    assert sorted(name for name in world.hub.requested if name in SHARDS) == sorted(SHARDS * 3)
 
 
 def test_a_connection_that_breaks_is_taken_up(world: World) -> None:

@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from phimlx.errors import ConfigError, shortened
-from phimlx.models.names import Renames
+from phimlx.models.names import Paths, Renames
 
 PUBLISHED_TYPE = "phi4mm"
 
@@ -19,7 +19,7 @@ _AUDIO = "model.embed_tokens_extend.audio_embed"
 
 # Native path -> published path; `#` is a layer's number. The last part of a tensor's name (weight,
 # bias, scales …) is the same in both.
-PATHS = {
+PATHS: Paths = {
     f"{_IMAGE}.img_projection_up": f"{_IMAGE}.img_projection.0",
     f"{_IMAGE}.img_projection_down": f"{_IMAGE}.img_projection.2",
     f"{_AUDIO}.up_proj_for_speech": f"{_AUDIO}.audio_projection.speech.0",

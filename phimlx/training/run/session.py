@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 import phimlx
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
-from phimlx.checkpoint.header import TensorInfo
 from phimlx.checkpoint.load import build_model, needed_tensors
+from phimlx.checkpoint.tensors import Tensor
 from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
@@ -257,7 +257,7 @@ class Session:
         return last[0] if last else SavedCheckpoint(self.run_folder.path, step, state)
 
     @cached_property
-    def _tensors(self) -> dict[str, TensorInfo]:
+    def _tensors(self) -> dict[str, Tensor]:
         return needed_tensors(self.checkpoint, build_model(self.checkpoint.config))
 
 
