@@ -1,6 +1,7 @@
-"""Sizes that suit MLX's default device: a GPU is filled, a CPU's cache is not left.
+"""MLX's default device: its name, and sizes that suit it.
 
-Everything is a function, for the default device may change while the process lives.
+A GPU is filled, a CPU's cache is not left. Everything is a function, for the default device may
+change while the process lives.
 """
 
 from __future__ import annotations
@@ -11,6 +12,16 @@ import mlx.core as mx
 def on_gpu() -> bool:
     """Whether MLX computes on Metal or CUDA, not on the CPU."""
     return mx.default_device().type == mx.DeviceType.gpu
+
+
+def backend() -> str:
+    """Name what MLX computes with: "metal", "cuda" or "cpu"."""
+    return ("metal" if mx.metal.is_available() else "cuda") if on_gpu() else "cpu"
+
+
+def device_name() -> str:
+    """Name the default device as its maker does, such as "Apple M4 Pro"."""
+    return str(mx.device_info(mx.default_device()).get("device_name", "unnamed device"))
 
 
 def suited(*, gpu: int, cpu: int) -> int:

@@ -78,14 +78,11 @@ def _system() -> Finding:
 
 
 def _backend() -> Finding:
-    import mlx.core as mx
+    from phimlx.machine.device import backend, device_name
 
-    from phimlx.machine.device import on_gpu
-
-    if on_gpu():
-        info = mx.device_info()
-        name = "Metal" if mx.metal.is_available() else "CUDA"
-        return Finding("backend", f"{name}, {info.get('device_name', 'unnamed device')}")
+    name = {"metal": "Metal", "cuda": "CUDA"}.get(backend())
+    if name is not None:
+        return Finding("backend", f"{name}, {device_name()}")
     if sys.platform == "darwin":
         hint = "This macOS offers MLX no Metal device; a virtual machine may hide it."
     elif _is_installed(CUDA_PACKAGE):
