@@ -24,6 +24,7 @@ from phimlx.generation.stop import StopStrings
 from phimlx.generation.stream import Stream
 from phimlx.hub.layout import model_name
 from phimlx.hub.resolve import resolve
+from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 
 if TYPE_CHECKING:
@@ -94,7 +95,7 @@ class Phi:
             from phimlx.adapters.attach import load_adapter
 
             load_adapter(self.model, adapter, self.path, self.config)
-        self.engine = Engine(self.model)
+        self.engine = Engine(self.model, load_curve(self.model).cost)
         known = catalog.by_config(self.config, model_name(self.path))
         self.name = known.alias if known else self.path.resolve().name
         self.is_base = known is not None and known.base
@@ -154,7 +155,8 @@ class Phi:
                 out where there is audio: a spoken question.
             options: images, audio, video, frames, limits, tools, raw, max_tokens, temperature,
                 top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, stop,
-                seed, cache, on_prefill; see `phimlx.generation.options.GenerationOptions`.
+                seed, cache, on_prefill, prompt_lookup; see
+                `phimlx.generation.options.GenerationOptions`.
 
         Raises:
             PromptError, TokenizerError: where the prompt cannot be made into tokens.
@@ -230,6 +232,7 @@ class Phi:
             self._reply_reader(tokens, stops, options.tools),
             options.cache,
             options.on_prefill,
+            options.prompt_lookup,
         )
 
     def _reply_reader(

@@ -18,6 +18,7 @@ from phimlx.cli.options import (
     model_option,
     pop_limits,
     prompt_form_option,
+    prompt_lookup_option,
     sampling_options,
     system_option,
     tools_option,
@@ -41,6 +42,7 @@ from phimlx.terminal.sampling_settings import given
     help="Go on with a chat that /save wrote, with its model unless --model names another.",
 )
 @sampling_options
+@prompt_lookup_option
 @frames_option
 @limit_options()
 def command(
@@ -51,6 +53,7 @@ def command(
     tools_file: Path | None,
     prompt_form: str | None,
     session_file: Path | None,
+    prompt_lookup: bool | None,
     frames: int,
     **settings: Any,
 ) -> None:
@@ -89,6 +92,7 @@ def command(
     if form is not None:
         phi.use_prompt_form(form)
     chat = Chat(phi, conversation, output, screen, run_command, limits, frames)
+    chat.reply_options = given({"prompt_lookup": prompt_lookup})
     chat.check(conversation)
     chat.saved_as = session_file
     if interactive:

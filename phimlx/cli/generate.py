@@ -21,6 +21,7 @@ from phimlx.cli.options import (
     model_option,
     pop_limits,
     prompt_form_option,
+    prompt_lookup_option,
     sampling_options,
     system_option,
     tools_option,
@@ -59,6 +60,7 @@ NO_PROMPT = (
     help="Give the prompt to the model as it is: no chat template, control tokens recognised.",
 )
 @sampling_options
+@prompt_lookup_option
 @limit_options()
 @json_option
 @click.option("--verbose", "-v", is_flag=True, help="Print token counts and speed to stderr.")
@@ -193,6 +195,9 @@ def as_object(name: str, reply: Reply) -> dict[str, Any]:
             "prompt_tokens": stats.prompt_tokens,
             "cached_tokens": stats.cached_tokens,
             "generated_tokens": stats.generated_tokens,
+            "forward_passes": stats.forward_passes,
+            "drafted_tokens": stats.drafted_tokens,
+            "accepted_tokens": stats.accepted_tokens,
             "prefill_seconds": stats.prefill_seconds,
             "generate_seconds": stats.generate_seconds,
             "peak_memory": stats.peak_memory,

@@ -62,6 +62,12 @@ prompt_form_option = click.option(
     help="A published form to write the prompt in, other than the model's own: phi-2, phi-2-chat …",
 )
 
+prompt_lookup_option = click.option(
+    "--prompt-lookup/--no-prompt-lookup",
+    default=None,
+    help="Draft tokens from what prompt and reply hold: the same reply, sooner  [default: yes]",
+)
+
 # Field of `Limits`: what it accepts, its metavar, its help.
 LIMITS: dict[str, tuple[click.ParamType[Any], str, str]] = {
     "max_pixels": (click.IntRange(min=1), "N", "Most pixels of a picture or a video's frame."),

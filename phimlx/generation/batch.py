@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
+from itertools import takewhile
 
 import mlx.core as mx
 import numpy as np
@@ -13,6 +15,7 @@ from phimlx.generation.prefill import prefill
 from phimlx.generation.prompt_cache import Prefix
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
+from phimlx.generation.speculation import PromptLookup
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
 from phimlx.models.features import TEXT
@@ -24,17 +27,31 @@ NOT_FINITE = -1  # drawn in place of a token where logits are no numbers
 class Batch:
     """A batch of requests that are prefilled and decoded together.
 
-    A step is one forward pass: over a piece of the prompts, or over one token of every row. While a
-    token is read the next one is already being computed. A row leaves when its request has
-    finished.
+    A step is one forward pass at most: over a piece of the prompts, or over one token of every
+    row. While a token is read the next one is already being computed. A row leaves when its request
+    has finished.
+
+    The pass of a row that is alone may go over drafted tokens as well, where the text repeats
+    itself; those that the sampler draws too are the tokens of the next steps. The next pass then
+    waits until it is known what to draft.
+
+    Args:
+        requests: without prompt caches where they are several.
+        pass_cost: of a pass over so many tokens, relative to a pass over one.
     """
 
-    def __init__(self, model: CausalLM, requests: Sequence[Request]) -> None:
-        """`requests` that are several have no prompt caches."""
+    def __init__(
+        self, model: CausalLM, requests: Sequence[Request], pass_cost: Callable[[int], float]
+    ) -> None:
         self.requests = list(requests)
+        self._first = self.requests[0]
         self._model = model
+        self._pass_cost = pass_cost
         self._kv: Cache
-        self._drawn: mx.array | None = None  # [rows], the next token of each
+        self._drawn: mx.array | None = None  # [rows, 1], or of one row [1, 1 + drafted]
+        self._draft: list[int] = []  # what was fed to draw `_drawn`, behind the last known token
+        self._ready: deque[int] = deque()  # the row's next tokens
+        self._lookup: PromptLookup | None = None
         self._prompts = self._feed_prompts()
         self._steps = 0
 
@@ -46,17 +63,13 @@ class Batch:
     def step(self) -> list[tuple[Request, Chunk]]:
         """Run one forward pass; the chunks that have come, in the order of the rows."""
         if self._drawn is None:
+            if all(request.finished for request in self.requests):
+                return []
             next(self._prompts)
             return []
         self._drop_finished()
-        drawn = self._drawn
-        if any(request.remaining > 1 for request in self.requests):
-            self._recompute_crossing_rows()
-            hidden = self._model.hidden_states(drawn[:, None], self._kv, features=TEXT)
-            self._draw(hidden[:, -1])
         chunks = []
-        tokens: list[int] = drawn.tolist()  # type: ignore[assignment]
-        for request, token in zip(self.requests, tokens, strict=True):
+        for request, token in zip(self.requests, self._next_tokens(self._drawn), strict=True):
             if token == NOT_FINITE:
                 request.cancel(nonfinite_error(self._model, request.tokens))
             else:
@@ -66,6 +79,85 @@ class Batch:
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
         return chunks
+
+    def close(self) -> None:
+        """Leave in the prompt cache, where there is one, the tokens of prompt and reply alone."""
+        request = self._first
+        if request.cache is not None and self._drawn is not None:
+            self._kv.trim(len(request.prompt) + len(request.reply.tokens))
+            request.computed = self._kv.length
+
+    def _next_tokens(self, drawn: mx.array) -> list[int]:
+        """Give the next token of each row."""
+        if self._ready:
+            return [self._ready.popleft()]
+        lookup = self._prepare_lookup()
+        waits = bool(self._draft) or (lookup is not None and bool(lookup.draft()))
+        if not waits and any(request.remaining > 1 for request in self.requests):
+            self._recompute_crossing_rows()
+            self._feed(drawn)
+        if lookup is None:
+            return drawn[:, 0].tolist()  # type: ignore[return-value]
+        tokens = self._verify(drawn)
+        lookup.extend(tokens)
+        if waits:
+            self._feed_draft(tokens, lookup)
+        self._ready.extend(tokens[1:])
+        return tokens[:1]
+
+    def _prepare_lookup(self) -> PromptLookup | None:
+        """The lookup of a row that is alone and may have one, with all of its tokens."""
+        request = self.requests[0]
+        if len(self.requests) > 1 or not request.prompt_lookup:
+            return None
+        known = len(request.prompt) + len(request.reply.tokens)
+        if self._lookup is None:
+            media = self._model.placeholders
+            never = () if media is None else media.tokens
+            self._lookup = PromptLookup(request.tokens, self._pass_cost, never, request.stop_tokens)
+        elif len(self._lookup) < known:
+            self._lookup.extend(request.tokens[len(self._lookup) :])
+        return self._lookup
+
+    def _verify(self, drawn: mx.array) -> list[int]:
+        """Find the tokens that the row's last pass gave: as many drafted ones as were drawn too,
+        and the one behind them. The cache and the sampler forget the rest of the draft."""
+        draft = self._draft
+        tokens: list[int] = drawn[0].tolist()  # type: ignore[assignment]
+        if not draft:
+            return tokens[:1]
+        pairs = zip(tokens, draft, strict=False)
+        accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+        request = self.requests[0]
+        self._kv.trim(self._kv.length - len(draft) + accepted)
+        request.computed = self._kv.length
+        request.sampler.keep(accepted + 1)
+        request.reply.stats.drafted_tokens += len(draft)
+        request.reply.stats.accepted_tokens += accepted
+        self._draft = []
+        return tokens[: accepted + 1]
+
+    def _feed_draft(self, tokens: list[int], lookup: PromptLookup) -> None:
+        """Run the pass after `tokens`, which are known but not taken yet, with a draft behind.
+
+        A draft does not reach over the LongRoPE step: there the pass over one token alone is what
+        the row would have been given.
+        """
+        request = self.requests[0]
+        room = request.remaining - len(tokens)
+        if room < 1 or tokens[-1] == NOT_FINITE:
+            return
+        ends = not request.stop_tokens.isdisjoint(tokens)  # its keys and values are for later turns
+        draft = [] if ends else lookup.draft(room - 1)
+        while draft and self._kv.crossing(1 + len(draft)):
+            draft.pop()
+        self._feed(mx.array([[tokens[-1], *draft]]), draft)
+
+    def _feed(self, tokens: mx.array, draft: Sequence[int] = ()) -> None:
+        """Run the pass over tokens `[rows, length]`, the last of which are drafted."""
+        hidden = self._model.hidden_states(tokens, self._kv, features=TEXT)
+        self._draft = list(draft)
+        self._draw(hidden)
 
     def _feed_prompts(self) -> Iterator[None]:
         """Prefill, a piece between two yields; after the last one the first tokens are drawn."""
@@ -93,7 +185,7 @@ class Batch:
                     own = len(request.prompt) - prefix.computed
                     request.on_prefill(max(0, done - length + own), own)
             if done == length:
-                self._draw(hidden[:, -1])
+                self._draw(hidden[:, -1:])
             else:
                 self._note_pass()
             yield
@@ -120,24 +212,27 @@ class Batch:
             kv.replace_row(row, alone)
 
     def _draw(self, hidden: mx.array) -> None:
-        """Choose the next token of each row, given the hidden states of its last one.
+        """Choose the next token of each row, or the tokens after each place of one row.
 
         A placeholder token has no chance, since a reply has nothing to fill it with.
 
         Args:
-            hidden: `[rows, hidden]`.
+            hidden: `[rows, 1, hidden]`, or `[1, places, hidden]`.
         """
-        logits = self._model.head(hidden)  # [rows, vocab]
-        finite = mx.isfinite(logits.max(axis=-1))  # [rows]; NaN and inf are never less than numbers
+        rows, places, _ = hidden.shape
+        logits = self._model.head(hidden).reshape(rows * places, -1)  # [rows · places, vocab]
+        finite = mx.isfinite(logits.max(axis=-1))  # NaN and inf are never less than numbers
         if self._model.placeholders is not None:
             logits[:, mx.array(self._model.placeholders.tokens)] = -mx.inf
         samplers = [request.sampler for request in self.requests]
-        if len(samplers) > 1 and all(sampler.sampling.is_greedy for sampler in samplers):
+        if rows == 1:
+            tokens = samplers[0].draw(logits)
+        elif all(sampler.sampling.is_greedy for sampler in samplers):
             tokens = mx.argmax(logits, axis=-1)
         else:
-            rows = [sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)]
-            tokens = mx.concatenate(rows)
-        self._drawn = mx.where(finite, tokens.astype(mx.int32), NOT_FINITE)
+            drawn = [sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)]
+            tokens = mx.concatenate(drawn)
+        self._drawn = mx.where(finite, tokens.astype(mx.int32), NOT_FINITE).reshape(rows, places)
         mx.async_eval(self._drawn)
         self._note_pass()
 

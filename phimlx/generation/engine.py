@@ -14,14 +14,17 @@ from phimlx.generation.batch import Batch
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
+from phimlx.machine.pass_cost import PUBLISHED
 from phimlx.models.base import CausalLM
 
 
 class Engine:
     """Generates the replies to any number of requests with one model."""
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, pass_cost: Callable[[int], float] = PUBLISHED.cost) -> None:
+        """`pass_cost`: of a pass over so many tokens, relative to one; it decides what to draft."""
         self.model = model
+        self.pass_cost = pass_cost
         self._batches: list[Batch] = []
         self._active: dict[Request, MemoryUse] = {}
 
@@ -43,7 +46,7 @@ class Engine:
         self._settle()
         for request in requests:
             self._active[request] = ACTIVE_MEMORY.begin()
-        self._batches.append(Batch(self.model, requests))
+        self._batches.append(Batch(self.model, requests, self.pass_cost))
 
     def step(self) -> list[tuple[Request, Chunk]]:
         """Run one forward pass for every batch; what has come, with whose it is.
@@ -125,6 +128,9 @@ class Engine:
 
     def _settle(self) -> None:
         """Let go of what has finished: its batch, its cache and its share of memory."""
+        for batch in self._batches:
+            if batch.done:
+                batch.close()
         self._batches = [batch for batch in self._batches if not batch.done]
         for request in [request for request in self._active if request.finished]:
             use = self._active.pop(request, None)

@@ -40,6 +40,8 @@ class GenerationOptions(PromptOptions):
         seed: for the same reply again; drawn, and named in the reply, where None.
         cache: from `Phi.new_cache`; what earlier calls with it computed is not computed again.
         on_prefill: called with the tokens computed and the tokens to compute.
+        prompt_lookup: draft tokens from what prompt and reply hold, where they repeat themselves;
+            the reply is the same, and comes sooner.
 
     Raises:
         GenerationError: for a seed that is none.
@@ -57,6 +59,7 @@ class GenerationOptions(PromptOptions):
     seed: int | None = None
     cache: PromptCache | None = None
     on_prefill: Callable[[int, int], None] | None = None
+    prompt_lookup: bool = True
 
     def __post_init__(self) -> None:
         if self.seed is not None and not _is_seed(self.seed):

@@ -40,6 +40,8 @@ class Stats:
     generated_tokens: int = 0
     generate_seconds: float = 0.0
     forward_passes: int = 0  # pieces of the prompt and steps of decoding
+    drafted_tokens: int = 0  # guessed, and computed together with a token that was known
+    accepted_tokens: int = 0  # of these, those that the reply holds
     peak_memory: int = 0
 
     @property
@@ -51,6 +53,12 @@ class Stats:
     def generate_rate(self) -> float:
         """Tokens generated in a second; the first belongs to the prefill."""
         return _rate(self.generated_tokens - 1, self.generate_seconds)
+
+    @property
+    def tokens_per_pass(self) -> float:
+        """Tokens of the reply for each pass over them: 1 where nothing was drafted."""
+        passes = self.generated_tokens - self.accepted_tokens
+        return self.generated_tokens / passes if passes else 0.0
 
 
 class Content(Protocol):

@@ -30,6 +30,7 @@ class Request:
         cache: what earlier requests left, and this one leaves to later ones.
         on_prefill: called with the tokens computed and the tokens to compute, after each piece of
             the prompt.
+        prompt_lookup: whether tokens may be drafted from what prompt and reply hold.
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
@@ -44,6 +45,7 @@ class Request:
     reader: ReplyReader | None = None
     cache: PromptCache | None = None
     on_prefill: Callable[[int, int], None] | None = None
+    prompt_lookup: bool = True
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     error: PhimlxError | None = field(default=None, init=False)

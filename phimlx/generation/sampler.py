@@ -115,6 +115,26 @@ class Sampler:
         self.prompt = prompt
         self.counts: mx.array | None = None  # [vocab], how often the reply holds each token
         self.in_prompt: mx.array | None = None  # [vocab]
+        self._drawn: list[tuple[mx.array, mx.array | None]] = []  # key and counts after each draw
+
+    def draw(self, logits: mx.array) -> mx.array:
+        """Draw tokens for consecutive places, `[length]` for logits `[length, vocab]`.
+
+        Each is what it would be if those before it stood in the reply; `keep` says how many do.
+        """
+        self._drawn = []
+        if logits.shape[0] > 1 and self.sampling.is_greedy:
+            return mx.argmax(logits, axis=-1)
+        tokens = []
+        for place in range(logits.shape[0]):
+            tokens.append(self(logits[place : place + 1]))
+            self._drawn.append((self.key, self.counts))
+        return mx.concatenate(tokens)
+
+    def keep(self, count: int) -> None:
+        """Go on as if only the first `count` tokens of the last `draw` had been drawn."""
+        if self._drawn:
+            self.key, self.counts = self._drawn[count - 1]
 
     def __call__(self, logits: mx.array) -> mx.array:
         """The next token, `[1]`, for logits `[1, vocab]`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.prompt.media_parts import no_media
@@ -55,6 +55,7 @@ class Chat:
         self.last_reply: Reply | None = None
         self.saved_as: Path | None = None
         self.left = False
+        self.reply_options: dict[str, Any] = {}  # beside those that a saved chat keeps
         self.pending: list[Attachment] = []
         self._run_command = run_command
         self._limits = limits
@@ -145,6 +146,7 @@ class Chat:
                     tools=conversation.tools,
                     cache=self._cache,
                     on_prefill=report,
+                    **self.reply_options,
                     **conversation.settings,
                 )
                 answer = Interruptible(stream)

@@ -47,8 +47,9 @@ def reply_summary(reply: Reply) -> str:
     stats = reply.stats
     cached = f" ({stats.cached_tokens} cached)" if stats.cached_tokens else ""
     cut = ", cut there" if reply.finish_reason == "length" else ""
+    drafted = f", {stats.tokens_per_pass:.2f} a pass" if stats.drafted_tokens else ""
     return (
         f"{stats.prompt_tokens} prompt tokens{cached}, {stats.prefill_rate:.1f}/s · "
-        f"{stats.generated_tokens} tokens{cut}, {stats.generate_rate:.1f}/s · "
+        f"{stats.generated_tokens} tokens{cut}, {stats.generate_rate:.1f}/s{drafted} · "
         f"peak {stats.peak_memory / 2**30:.2f} GiB"
     )

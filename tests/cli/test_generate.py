@@ -127,7 +127,7 @@ def test_options_reach_the_model(generate: Generate, tmp_path: Path) -> None:
     generate(
         *["--model", "nano", "--system", "Be brief.", "--tools", str(tools), "--max-tokens", "9"],
         *["--temp", "0", "--top-p", "0.9", "--top-k", "5", "--min-p", "0.1", "--seed", "3"],
-        *["--repetition-penalty", "1.1", "--stop", "a", "--stop", "b", "Hi"],
+        *["--repetition-penalty", "1.1", "--stop", "a", "--stop", "b", "--no-prompt-lookup", "Hi"],
     )
     assert generate.sources == ["nano"]
     assert generate.phi.prompts == [
@@ -145,6 +145,7 @@ def test_options_reach_the_model(generate: Generate, tmp_path: Path) -> None:
             "seed": 3,
             "repetition_penalty": 1.1,
             "stop": ("a", "b"),
+            "prompt_lookup": False,
         }
     ]
 
@@ -175,6 +176,9 @@ def test_json_is_one_object_and_nothing_else(generate: Generate) -> None:
             "prompt_tokens": 10,
             "cached_tokens": 0,
             "generated_tokens": 2,
+            "forward_passes": 0,
+            "drafted_tokens": 0,
+            "accepted_tokens": 0,
             "prefill_seconds": 0.5,
             "generate_seconds": 0.5,
             "peak_memory": 0,

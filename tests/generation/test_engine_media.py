@@ -16,12 +16,13 @@ import pytest
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import GenerationError, PromptError
-from phimlx.generation import prefill
+from phimlx.generation import batch, prefill
 from phimlx.generation.engine import Engine
 from phimlx.generation.placed_media import Media
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.generation.speculation import PromptLookup
 from phimlx.models.features import Features
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
@@ -123,6 +124,33 @@ def plain(
         logits = model.head(model.hidden_states(mx.array([tokens]), features=features))[0, -1]
         tokens.append(int(logits[:IMAGE].argmax().item()))
     return tokens[len(prompt) :]
+
+
+@pytest.mark.parametrize("kind", ["image", "audio", "both"])
+def test_drafts_change_nothing(
+    model: Phi4MMForCausalLM, monkeypatch: pytest.MonkeyPatch, kind: str
+) -> None:
+    """What is drafted is right for some tokens, then wrong, then a placeholder."""
+    (pixels, first), (samples, second) = picture("a"), sound("b")
+    media = {"image": first, "audio": second, "both": together(first, second)}[kind]
+    slots = {"image": pixels, "audio": samples, "both": [*pixels, 5, *samples]}[kind]
+    prompt = [*words(3), *slots, *words(4)]
+    expected = plain(model, prompt, media, 12)
+    text = prompt + expected
+
+    class Foresight(PromptLookup):
+        def draft(self, limit: int = 31) -> list[int]:
+            right = text[len(self) : len(self) + len(self) % 4]
+            return [*right, 3, AUDIO, IMAGE][:limit]
+
+    monkeypatch.setattr(batch, "PromptLookup", Foresight)
+    sampler = Sampler(Sampling(), 0)
+    request = Request(prompt, sampler, 12, media=media, cache=PromptCache(model))
+    list(Engine(model).run(request))
+    assert request.reply.tokens == expected
+    assert request.reply.stats.accepted_tokens
+    follow = [*prompt, *expected, 7, 8]
+    assert greedy(model, follow, media, 5, request.cache) == plain(model, follow, media, 5)
 
 
 def kept(cache: PromptCache) -> tuple[int, int]:
