@@ -38,12 +38,17 @@ class Batch:
     Args:
         requests: without prompt caches where they are several.
         pass_cost: of a pass over so many tokens, relative to a pass over one.
+
+    Attributes:
+        requests: those that have not left.
+        may_draft: whether a row that is alone may draft tokens.
     """
 
     def __init__(
         self, model: CausalLM, requests: Sequence[Request], pass_cost: Callable[[int], float]
     ) -> None:
         self.requests = list(requests)
+        self.may_draft = True
         self._first = self.requests[0]
         self._model = model
         self._pass_cost = pass_cost
@@ -60,21 +65,43 @@ class Batch:
         """Whether every request has finished."""
         return all(request.finished for request in self.requests)
 
+    @property
+    def prefilled(self) -> bool:
+        """Whether the prompts are computed."""
+        return self._drawn is not None
+
+    @property
+    def can_be_joined(self) -> bool:
+        """Whether no row has drafted tokens or such that are known and not taken."""
+        return not self._draft and not self._ready
+
+    def join(self, other: Batch) -> None:
+        """Take the rows of another batch, which has been prefilled, below these."""
+        assert self._drawn is not None
+        assert other._drawn is not None
+        self.drop_finished()
+        other.drop_finished()
+        self._kv.join(other._kv)
+        self._drawn = mx.concatenate([self._drawn, other._drawn])
+        self.requests += other.requests
+        self._lookup = None
+
     def step(self) -> list[tuple[Request, Chunk]]:
         """Run one forward pass; the chunks that have come, in the order of the rows."""
         if self._drawn is None:
-            if all(request.finished for request in self.requests):
-                return []
-            next(self._prompts)
+            if not self.done:
+                next(self._prompts)
             return []
-        self._drop_finished()
+        self.drop_finished()
+        if not self.requests:
+            return []
         chunks = []
         for request, token in zip(self.requests, self._next_tokens(self._drawn), strict=True):
             if token == NOT_FINITE:
                 request.cancel(nonfinite_error(self._model, request.tokens))
             else:
                 chunks += [(request, chunk) for chunk in request.take(token)]
-        self._drop_finished()
+        self.drop_finished()
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
@@ -96,19 +123,20 @@ class Batch:
         if not waits and any(request.remaining > 1 for request in self.requests):
             self._recompute_crossing_rows()
             self._feed(drawn)
-        if lookup is None:
+        if len(self.requests) > 1:
             return drawn[:, 0].tolist()  # type: ignore[return-value]
         tokens = self._verify(drawn)
-        lookup.extend(tokens)
+        if lookup is not None:
+            lookup.extend(tokens)
         if waits:
             self._feed_draft(tokens, lookup)
         self._ready.extend(tokens[1:])
         return tokens[:1]
 
     def _prepare_lookup(self) -> PromptLookup | None:
-        """The lookup of a row that is alone and may have one, with all of its tokens."""
+        """The lookup of a row that is alone and may draft, with all of its tokens."""
         request = self.requests[0]
-        if len(self.requests) > 1 or not request.prompt_lookup:
+        if len(self.requests) > 1 or not self.may_draft or not request.prompt_lookup:
             return None
         known = len(request.prompt) + len(request.reply.tokens)
         if self._lookup is None:
@@ -137,7 +165,7 @@ class Batch:
         self._draft = []
         return tokens[: accepted + 1]
 
-    def _feed_draft(self, tokens: list[int], lookup: PromptLookup) -> None:
+    def _feed_draft(self, tokens: list[int], lookup: PromptLookup | None) -> None:
         """Run the pass after `tokens`, which are known but not taken yet, with a draft behind.
 
         A draft does not reach over the LongRoPE step: there the pass over one token alone is what
@@ -148,7 +176,7 @@ class Batch:
         if room < 1 or tokens[-1] == NOT_FINITE:
             return
         ends = not request.stop_tokens.isdisjoint(tokens)  # its keys and values are for later turns
-        draft = [] if ends else lookup.draft(room - 1)
+        draft = [] if ends or lookup is None else lookup.draft(room - 1)
         while draft and self._kv.crossing(1 + len(draft)):
             draft.pop()
         self._feed(mx.array([[tokens[-1], *draft]]), draft)
@@ -241,7 +269,7 @@ class Batch:
             request.computed = computed
             request.reply.stats.forward_passes += 1
 
-    def _drop_finished(self) -> None:
+    def drop_finished(self) -> None:
         """Let the rows go whose requests have finished."""
         rows = [row for row, request in enumerate(self.requests) if not request.finished]
         if len(rows) == len(self.requests):

@@ -13,67 +13,85 @@ import mlx.core as mx
 from phimlx.generation.batch import Batch
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
+from phimlx.generation.scheduler import MAX_ROWS, Scheduler
 from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
 from phimlx.machine.pass_cost import PUBLISHED
 from phimlx.models.base import CausalLM
 
+CLEAR_EVERY = 64  # requests between handing freed buffers back to the system
+
 
 class Engine:
-    """Generates the replies to any number of requests with one model."""
+    """Generates the replies to any number of requests with one model.
 
-    def __init__(self, model: CausalLM, pass_cost: Callable[[int], float] = PUBLISHED.cost) -> None:
-        """`pass_cost`: of a pass over so many tokens, relative to one; it decides what to draft."""
+    Requests that are added share a continuous batch, which `step` advances. One that is `run` has
+    a batch of its own, and may have a prompt cache: it is advanced as its chunks are asked for.
+    """
+
+    def __init__(
+        self,
+        model: CausalLM,
+        pass_cost: Callable[[int], float] = PUBLISHED.cost,
+        max_rows: int = MAX_ROWS,
+        memory: int | None = None,
+    ) -> None:
+        """`pass_cost`: of a pass over so many tokens, relative to one; it decides what to draft.
+        `max_rows`, `memory`: as `Scheduler` takes them."""
         self.model = model
         self.pass_cost = pass_cost
-        self._batches: list[Batch] = []
+        self._scheduler = Scheduler(model, pass_cost, self._begin, max_rows, memory)
+        self._running: list[Batch] = []
         self._active: dict[Request, MemoryUse] = {}
 
     def add(self, *requests: Request) -> None:
-        """Begin requests; several given together share their forward passes.
-
-        A request whose prompt cache another one holds ends that one.
+        """Let requests wait for their turn in the continuous batch.
 
         Raises:
-            GenerationError: where a prompt cache belongs to another model.
-            ValueError: for prompt caches of requests that are given together.
+            GenerationError: where keys and values of one would never fit.
+            ValueError: for requests with prompt caches, which are to be `run`.
         """
-        if len(requests) > 1 and any(request.cache is not None for request in requests):
+        if any(request.cache is not None for request in requests):
             raise ValueError("requests that share forward passes have no prompt caches")
-        for request in requests:
-            if request.cache is not None:
-                request.cache.check(self.model)
-                request.cache.lease(request)
-        self._settle()
-        for request in requests:
-            self._active[request] = ACTIVE_MEMORY.begin()
-        self._batches.append(Batch(self.model, requests, self.pass_cost))
+        self._scheduler.add(requests)
 
     def step(self) -> list[tuple[Request, Chunk]]:
-        """Run one forward pass for every batch; what has come, with whose it is.
+        """Compute a token of every request that was added, and a piece of the prompt that is next.
 
-        A prompt counts as many passes as it has pieces, so no request waits for another's prompt.
-
-        Raises:
-            GenerationError, PromptError: where media do not fit a prompt; its requests have ended.
+        Returns:
+            What has come, with whose it is. A request that could not go on has its `error`.
         """
-        self._settle()
-        return [pair for batch in list(self._batches) for pair in self._step(batch)]
+        try:
+            return self._scheduler.step()
+        except BaseException:
+            self._scheduler.cancel_all()
+            raise
+        finally:
+            self._settle()
 
     def cancel(self, request: Request) -> None:
-        """End a request; nothing where it has ended."""
+        """End a request, whose memory is free at once; nothing where it has ended."""
         request.cancel()
+        self._scheduler.settle()
         self._settle()
 
     def run(self, request: Request) -> Generator[Chunk]:
         """Generate one reply, whatever else there is waits meanwhile.
 
-        However the reader stops, the request's cache is left holding what has been computed.
+        A request whose prompt cache another one holds ends that one. However the reader stops, the
+        cache is left holding what has been computed.
 
         Raises:
-            GenerationError: where another request has taken the cache, or logits are not finite.
+            GenerationError: where the prompt cache belongs to another model, another request has
+                taken it, or logits are not finite.
+            PromptError: where media do not fit the prompt.
         """
-        self.add(request)
-        batch = self._batches[-1]
+        if request.cache is not None:
+            request.cache.check(self.model)
+            request.cache.lease(request)
+        self._settle()
+        self._begin(request)
+        batch = Batch(self.model, [request], self.pass_cost)
+        self._running.append(batch)
         try:
             while not request.finished:
                 for _, chunk in self._step(batch):
@@ -93,28 +111,37 @@ class Engine:
 
         Args:
             requests: without prompt caches.
-            batch_size: rows of a batch.
+            batch_size: rows of the batch.
             advance: called with the number of requests that have finished.
 
         Raises:
-            GenerationError: where logits are not finite.
+            GenerationError: where logits are not finite, or one would never fit.
+            PromptError: where media do not fit a prompt.
         """
-        longest_first = sorted(requests, key=lambda request: -len(request.prompt))
-        for begin in range(0, len(requests), batch_size):
-            group = longest_first[begin : begin + batch_size]
-            self.add(*group)
-            batch = self._batches[-1]
-            try:
-                while not batch.done:
-                    self._step(batch)
-            finally:
-                for request in group:
-                    self.cancel(request)
-            for request in group:
-                if request.error is not None:
-                    raise request.error
-            advance(len(group))
-            mx.clear_cache()
+        scheduler = Scheduler(self.model, self.pass_cost, self._begin, batch_size)
+        scheduler.add(sorted(requests, key=lambda request: -len(request.prompt)))
+        left, cleared = list(requests), 0
+        try:
+            while left:
+                scheduler.step()
+                self._settle()
+                ended = [request for request in left if request.finished]
+                for request in ended:
+                    if request.error is not None:
+                        raise request.error
+                if ended:
+                    left = [request for request in left if not request.finished]
+                    cleared += len(ended)
+                    advance(len(ended))
+                if cleared >= CLEAR_EVERY or not left:
+                    mx.clear_cache()
+                    cleared = 0
+        finally:
+            scheduler.cancel_all()
+            self._settle()
+
+    def _begin(self, request: Request) -> None:
+        self._active[request] = ACTIVE_MEMORY.begin()
 
     def _step(self, batch: Batch) -> list[tuple[Request, Chunk]]:
         try:
@@ -128,10 +155,10 @@ class Engine:
 
     def _settle(self) -> None:
         """Let go of what has finished: its batch, its cache and its share of memory."""
-        for batch in self._batches:
+        for batch in self._running:
             if batch.done:
                 batch.close()
-        self._batches = [batch for batch in self._batches if not batch.done]
+        self._running = [batch for batch in self._running if not batch.done]
         for request in [request for request in self._active if request.finished]:
             use = self._active.pop(request, None)
             if use is not None:

@@ -390,3 +390,29 @@ def test_rows_of_a_batch_hold_what_they_like(model: Phi4MMForCausalLM) -> None:
         engine.step()
     expected = [plain(model, prompt, media, 4) for prompt, media in prompts]
     assert [request.reply.tokens for request in requests] == expected
+
+
+def test_rows_that_hold_what_they_like_join_and_leave(model: Phi4MMForCausalLM) -> None:
+    """Each keeps the adapter of its own media; one whose media do not fit ends alone."""
+    (pixels, first), (samples, second), (others, third) = picture("a"), sound("b"), sound("c", 30)
+    prompts: list[tuple[list[int], Media | None]] = [
+        (words(12), None),
+        ([*words(3), *pixels, *words(2)], first),
+        ([*words(3), *samples, *words(40)], second),
+        ([*words(1), *others, *words(2)], third),
+        (words(5, 9), None),
+    ]
+    expected = [plain(model, prompt, media, 8) for prompt, media in prompts]
+    engine = Engine(model)
+    requests = [Request(p, Sampler(Sampling(), 0), 8, media=media) for p, media in prompts]
+    wrong = Request([*words(3), *samples], Sampler(Sampling(), 0), 8, media=third)
+    for number, request in enumerate([*requests[:3], wrong, *requests[3:]]):
+        engine.add(request)
+        if number % 2:
+            engine.step()
+            engine.step()
+    while not all(request.finished for request in requests):
+        engine.step()
+    assert [request.reply.tokens for request in requests] == expected
+    assert isinstance(wrong.error, PromptError)
+    assert wrong.reply.tokens == []

@@ -46,6 +46,13 @@ class MediaCache(Cache):
         self.features = chosen(self.features, rows)
         self.expected_adapters = chosen(self.expected_adapters, rows)
 
+    def join(self, other: Cache) -> None:
+        assert isinstance(other, MediaCache)
+        features, expected = other.features, other.expected_adapters or other.adapters
+        self.expected_adapters = (self.expected_adapters or self.adapters) + expected
+        super().join(other)
+        self.features += features
+
     def features_with(self, new: tuple[Features, ...]) -> tuple[Features, ...]:
         """Each row's features, those of new tokens included."""
         if not self.features:

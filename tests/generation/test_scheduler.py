@@ -1,0 +1,181 @@
+"""Continuous batching: whoever joins and leaves, each request gets the reply that it gets alone."""
+
+from __future__ import annotations
+
+import random
+from pathlib import Path
+
+import mlx.core as mx
+import pytest
+
+from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
+from phimlx.errors import GenerationError
+from phimlx.generation import prefill, scheduler
+from phimlx.generation.engine import Engine
+from phimlx.generation.prompt_cache import PromptCache
+from phimlx.generation.request import Request
+from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.machine.memory import cache_bytes_per_token
+from phimlx.models.base import CausalLM
+
+MODELS = Path(__file__).parents[1] / "goldens" / "models"
+SAMPLINGS = (
+    Sampling(),
+    Sampling(temperature=1.0, top_k=20),
+    Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.3),
+    Sampling(frequency_penalty=0.5),
+)
+
+
+@pytest.fixture(scope="module", params=["mini-step-32", "mini-window", "phi-4"])
+def model(request: pytest.FixtureRequest) -> CausalLM:
+    return load_model(Checkpoint(MODELS / request.param), mx.float32)
+
+
+@pytest.fixture(autouse=True)
+def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    for module in (prefill, scheduler):
+        monkeypatch.setattr(module, "prefill_tokens", lambda: 16)
+
+
+def any_request(rng: random.Random) -> Request:
+    length = rng.choice([1, 3, 14, 28, 31, 32, 33, 50])
+    prompt = [rng.randrange(4, 240) for _ in range(length)]
+    sampler = Sampler(rng.choice(SAMPLINGS), rng.randrange(99), prompt)
+    return Request(prompt, sampler, rng.choice([1, 2, 7, 12, 20]))
+
+
+def alone(model: CausalLM, request: Request) -> list[int]:
+    sampler = Sampler(request.sampler.sampling, request.sampler.seed, request.prompt)
+    other = Request(request.prompt, sampler, request.max_tokens, prompt_lookup=False)
+    list(Engine(model).run(other))
+    return other.reply.tokens
+
+
+@pytest.mark.parametrize("seed", range(4))
+@pytest.mark.parametrize("max_rows", [2, 16])
+def test_requests_join_and_leave_at_any_step(model: CausalLM, seed: int, max_rows: int) -> None:
+    """On either side of the LongRoPE step and across it; some are cancelled, or while they wait."""
+    rng = random.Random(seed)
+    engine = Engine(model, lambda tokens: 1.0, max_rows)
+    arriving = sorted(((rng.randrange(30), any_request(rng)) for _ in range(9)), key=lambda a: a[0])
+    cancelled = {rng.choice(arriving)[1]: rng.randrange(40) for _ in range(2)}
+    heard: dict[Request, list[int | None]] = {request: [] for _, request in arriving}
+    for step in range(600):
+        for when, request in arriving:
+            if when == step:
+                engine.add(request)
+        for request, when in cancelled.items():
+            if when == step:
+                engine.cancel(request)
+        chunks = engine.step()
+        assert len({request for request, _ in chunks}) <= max_rows
+        for request, chunk in chunks:
+            heard[request].append(chunk.token)
+        if step > 40 and all(request.finished for _, request in arriving):
+            break
+    for _, request in arriving:
+        expected = alone(model, request)
+        assert heard[request] == request.reply.tokens
+        if request in cancelled and request.reply.finish_reason == "cancelled":
+            assert request.reply.tokens == expected[: len(request.reply.tokens)]
+        else:
+            assert request.reply.tokens == expected
+            assert request.reply.finish_reason == "length"
+    assert engine.step() == []
+
+
+def test_memory_is_free_at_once_when_a_long_row_goes(model: CausalLM) -> None:
+    engine = Engine(model)
+    long, short = (Request([9] * n, Sampler(Sampling(), 0), 40) for n in (700, 5))
+    engine.add(long)
+    engine.add(short)
+    for _ in range(60):
+        engine.step()
+    rows = engine._scheduler._rows
+    assert rows is not None
+    assert [rows._kv.row_lengths[0] > 700, len(rows.requests)] == [True, 2]
+    engine.cancel(long)
+    assert rows._kv.length < 64
+    assert rows._kv.valid is None
+    while not short.finished:
+        engine.step()
+    assert short.reply.tokens == alone(model, short)
+
+
+def test_what_does_not_fit_waits_and_what_never_fits_is_refused(model: CausalLM) -> None:
+    per_token = cache_bytes_per_token(model.config, 4)
+    engine = Engine(model, memory=100 * per_token)
+    one, two, three = (Request([9 + n] * 30, Sampler(Sampling(), 0), 10) for n in range(3))
+    engine.add(one, two, three)  # 40 columns each: two fit
+    both = 0
+    while not all(request.finished for request in (one, two, three)):
+        rows = {request for request, _ in engine.step()}
+        assert len(rows) <= 2
+        both = max(both, len(rows))
+    assert both == 2
+    for request in (one, two, three):
+        assert request.reply.tokens == alone(model, request)
+    with pytest.raises(GenerationError) as caught:
+        engine.add(Request([9] * 95, Sampler(Sampling(), 0), 10))
+    assert "The prompt has 95 tokens, whose keys and values" in str(caught.value)
+    assert caught.value.hint == "Shorten the prompt."
+    assert engine.step() == []
+
+
+def test_a_reply_that_is_read_beside_the_batch(model: CausalLM) -> None:
+    engine = Engine(model)
+    shared = [Request([5 + n] * 7, Sampler(Sampling(), 0), 9) for n in range(2)]
+    own = Request([6] * 9, Sampler(Sampling(), 0), 9)
+    engine.add(*shared)
+    read = []
+    for chunk in engine.run(own):
+        read.append(chunk.token)
+        assert own not in {request for request, _ in engine.step()}
+    while not all(request.finished for request in shared):
+        engine.step()
+    for request in (*shared, own):
+        assert request.reply.tokens == alone(model, request)
+    assert read == own.reply.tokens
+    cached = Request([5], Sampler(Sampling(), 0), 1, cache=PromptCache(model))
+    with pytest.raises(ValueError, match="no prompt caches"):
+        engine.add(cached)
+
+
+def test_a_row_that_is_alone_drafts_until_another_comes(model: CausalLM) -> None:
+    engine = Engine(model, lambda tokens: 1.0)
+    first = Request([4, 15, 26, 37, 48] * 6, Sampler(Sampling(), 0), 60)
+    second = Request([7, 8, 9], Sampler(Sampling(), 0), 30)
+    engine.add(first)
+    for step in range(200):
+        if step == 12:
+            engine.add(second)
+        engine.step()
+    assert first.reply.tokens == alone(model, first)
+    assert second.reply.tokens == alone(model, second)
+
+
+def test_an_error_of_the_machine_ends_all_and_is_raised(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(model)
+    requests = [Request([5 + n] * 7, Sampler(Sampling(), 0), 9) for n in range(2)]
+    engine.add(*requests)
+    engine.step()
+    engine.step()
+
+    def full(*_: object, **__: object) -> mx.array:
+        raise RuntimeError("no memory")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(type(model), "hidden_states", full)
+        with pytest.raises(RuntimeError):
+            engine.step()
+    assert all(request.finished for request in requests)
+    assert engine.step() == []
+    after = Request([5] * 7, Sampler(Sampling(), 0), 9)
+    engine.add(after)
+    while not after.finished:
+        engine.step()
+    assert after.reply.tokens == alone(model, after)
