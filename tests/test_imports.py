@@ -23,7 +23,7 @@ RANKS = (
     ("evaluation",),
     ("training", "convert"),
     ("api",),
-    ("adapters", "transcription"),
+    ("adapters", "transcription", "prompt_file"),
     ("hub", "generation"),
     ("checkpoint", "media", "prompt"),
     ("models",),

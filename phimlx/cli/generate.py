@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import click
 
@@ -28,11 +28,7 @@ from phimlx.cli.options import (
 )
 from phimlx.errors import PromptError
 from phimlx.terminal.output import Output
-from phimlx.terminal.reply import tool_call_object
 from phimlx.terminal.sampling_settings import given
-
-if TYPE_CHECKING:
-    from phimlx.generation.reply import Reply
 
 STDIN = "-"
 NO_PROMPT = (
@@ -61,6 +57,29 @@ NO_PROMPT = (
 )
 @sampling_options
 @prompt_lookup_option
+@click.option(
+    "--prompts",
+    "prompts_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Answer every line of a JSONL file; needs --output.",
+)
+@click.option(
+    "--output",
+    "-o",
+    "output_file",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Write the replies to --prompts to this file, one a line.",
+)
+@click.option(
+    "--batch-size",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=8,
+    show_default=True,
+    help="Lines of --prompts that are answered together.",
+)
 @limit_options()
 @json_option
 @click.option("--verbose", "-v", is_flag=True, help="Print token counts and speed to stderr.")
@@ -78,6 +97,9 @@ def command(
     tools_file: Path | None,
     prompt_form: str | None,
     raw: bool,
+    prompts_file: Path | None,
+    output_file: Path | None,
+    batch_size: int,
     as_json: bool,
     verbose: bool,
     **settings: Any,
@@ -98,13 +120,25 @@ def command(
     stdout gets the answer, and tool calls as one JSON object a line. Reasoning and statistics
     go to stderr, where it is a terminal. Control characters are removed from what the model
     says; --json keeps them, escaped.
+
+    With --prompts every line of a file is answered, several at a time: a text, or an object with
+    prompt or messages and options of its own, such as max_tokens. After an interruption the same
+    command goes on where it was.
+
+    \b
+      phimlx generate --prompts questions.jsonl --output answers.jsonl
     """
+    if (prompts_file is None) != (output_file is None):
+        raise click.UsageError("--prompts and --output belong together.")
     if raw and (system is not None or tools_file is not None or prompt_form is not None):
         raise click.UsageError(
             "--raw uses no chat template, so it takes no --system, --tools or --prompt-form."
         )
+    in_file = prompts_file is not None
+    if in_file and (words or prompt or image or audio or video):
+        raise click.UsageError("With --prompts the file says what is asked, and nothing else does.")
     spoken = bool(audio) and prompt is None and words is None and not raw
-    text = "" if spoken else read_prompt(prompt, words, raw)
+    text = "" if spoken or in_file else read_prompt(prompt, words, raw)
     messages = [{"role": "user", "content": text}]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
@@ -125,6 +159,14 @@ def command(
     phi = load_or_download(model, output, adapter, dtype=dtype)
     if prompt_form is not None:
         phi.use_prompt_form(prompt_form)
+    if prompts_file is not None and output_file is not None:
+        from phimlx.terminal.prompt_file import answer_prompts
+
+        options = {"raw": raw, "tools": tools, "limits": limits, **given(settings)}
+        about = [str(phi.path.resolve()), str(adapter), str(dtype), str(prompt_form)]
+        more = {"system": system, "about": about, "batch_size": batch_size}
+        answer_prompts(phi, prompts_file, output_file, options, output, **more)
+        return
     with output.prompt_progress() as report:
         stream = phi.stream(
             text if raw else messages,
@@ -136,7 +178,7 @@ def command(
         )
         answer = Interruptible(stream)
         reply = print_reply(answer, output)
-    output.json(as_object(phi.name, reply))
+    output.json(reply.as_object(phi.name))
     for warning in reply.warnings:
         output.warning(warning)
     if verbose or (output.is_watched and not as_json):
@@ -178,28 +220,3 @@ def read_stdin(raw: bool) -> str:
     if "\0" in text:
         raise PromptError("What was piped in is binary, not text.")
     return text if raw else text.rstrip("\r\n")
-
-
-def as_object(name: str, reply: Reply) -> dict[str, Any]:
-    """Make the object that `--json` prints."""
-    stats = reply.stats
-    return {
-        "text": reply.text,
-        "reasoning": reply.reasoning,
-        "tool_calls": [tool_call_object(call) for call in reply.tool_calls],
-        "finish_reason": reply.finish_reason,
-        "model": name,
-        "seed": reply.seed,
-        "warnings": list(reply.warnings),
-        "stats": {
-            "prompt_tokens": stats.prompt_tokens,
-            "cached_tokens": stats.cached_tokens,
-            "generated_tokens": stats.generated_tokens,
-            "forward_passes": stats.forward_passes,
-            "drafted_tokens": stats.drafted_tokens,
-            "accepted_tokens": stats.accepted_tokens,
-            "prefill_seconds": stats.prefill_seconds,
-            "generate_seconds": stats.generate_seconds,
-            "peak_memory": stats.peak_memory,
-        },
-    }

@@ -6,10 +6,13 @@ stream that somebody abandons holds nothing but its request.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import closing
+from itertools import islice
 
 import mlx.core as mx
 
+from phimlx.errors import GenerationError
 from phimlx.generation.batch import Batch
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
@@ -17,8 +20,6 @@ from phimlx.generation.scheduler import MAX_ROWS, Scheduler
 from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
 from phimlx.machine.pass_cost import PUBLISHED
 from phimlx.models.base import CausalLM
-
-CLEAR_EVERY = 64  # requests between handing freed buffers back to the system
 
 
 class Engine:
@@ -101,6 +102,35 @@ class Engine:
         finally:
             self.cancel(request)
 
+    def run_each(self, requests: Iterable[Request], batch_size: int = 8) -> Generator[Request]:
+        """Generate replies, several at a time, and yield each request when it has ended.
+
+        One that could not go on, or whose keys and values would never fit, has its `error`.
+
+        Args:
+            requests: without prompt caches; taken as there is room for them.
+            batch_size: rows of the batch.
+        """
+        scheduler = Scheduler(self.model, self.pass_cost, self._begin, batch_size)
+        coming, going = iter(requests), list[Request]()
+        try:
+            while True:
+                for request in islice(coming, 2 * batch_size - len(going)):
+                    going.append(request)
+                    try:
+                        scheduler.add([request])
+                    except GenerationError as error:
+                        request.cancel(error)
+                if not going:
+                    return
+                scheduler.step()
+                self._settle()
+                yield from (request for request in going if request.finished)
+                going = [request for request in going if not request.finished]
+        finally:
+            scheduler.cancel_all()
+            self._settle()
+
     def run_all(
         self,
         requests: Sequence[Request],
@@ -115,30 +145,16 @@ class Engine:
             advance: called with the number of requests that have finished.
 
         Raises:
-            GenerationError: where logits are not finite, or one would never fit.
+            GenerationError: where logits are not finite, or keys and values would never fit.
             PromptError: where media do not fit a prompt.
         """
-        scheduler = Scheduler(self.model, self.pass_cost, self._begin, batch_size)
-        scheduler.add(sorted(requests, key=lambda request: -len(request.prompt)))
-        left, cleared = list(requests), 0
-        try:
-            while left:
-                scheduler.step()
-                self._settle()
-                ended = [request for request in left if request.finished]
-                for request in ended:
-                    if request.error is not None:
-                        raise request.error
-                if ended:
-                    left = [request for request in left if not request.finished]
-                    cleared += len(ended)
-                    advance(len(ended))
-                if cleared >= CLEAR_EVERY or not left:
-                    mx.clear_cache()
-                    cleared = 0
-        finally:
-            scheduler.cancel_all()
-            self._settle()
+        longest_first = sorted(requests, key=lambda request: -len(request.prompt))
+        with closing(self.run_each(longest_first, batch_size)) as ended:
+            for request in ended:
+                if request.error is not None:
+                    raise request.error
+                advance(1)
+        mx.clear_cache()
 
     def _begin(self, request: Request) -> None:
         self._active[request] = ACTIVE_MEMORY.begin()

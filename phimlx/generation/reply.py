@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import TokenizerError
 from phimlx.generation.stop import StopStrings
@@ -122,6 +122,30 @@ class Reply:
     def warnings(self) -> list[str]:
         """Remarks on what looked like a tool call and was none; its text is in `text`."""
         return self.content.warnings if self.content else []
+
+    def as_object(self, model: str) -> dict[str, Any]:
+        """Make an object of JSON, as `phimlx generate --json` prints it; `model` is its name."""
+        stats = self.stats
+        return {
+            "text": self.text,
+            "reasoning": self.reasoning,
+            "tool_calls": [call.as_object() for call in self.tool_calls],
+            "finish_reason": self.finish_reason,
+            "model": model,
+            "seed": self.seed,
+            "warnings": list(self.warnings),
+            "stats": {
+                "prompt_tokens": stats.prompt_tokens,
+                "cached_tokens": stats.cached_tokens,
+                "generated_tokens": stats.generated_tokens,
+                "forward_passes": stats.forward_passes,
+                "drafted_tokens": stats.drafted_tokens,
+                "accepted_tokens": stats.accepted_tokens,
+                "prefill_seconds": stats.prefill_seconds,
+                "generate_seconds": stats.generate_seconds,
+                "peak_memory": stats.peak_memory,
+            },
+        }
 
 
 class ReplyReader:

@@ -21,6 +21,10 @@ class ToolCall:
     name: str
     arguments: dict[str, Any]
 
+    def as_object(self) -> dict[str, Any]:
+        """Make an object of JSON."""
+        return {"name": self.name, "arguments": self.arguments}
+
 
 def read_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """Read the function objects of `tools`: name, description, parameters.

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from phimlx.terminal.output import Output, encode_json
 
 if TYPE_CHECKING:
     from phimlx.generation.reply import Reply
-    from phimlx.prompt.tools import ToolCall
     from phimlx.terminal.interrupt import Interruptible
 
 
@@ -33,13 +32,8 @@ def print_reply(answer: Interruptible, output: Output) -> Reply:
         write("\n")
     reply = answer.stream.reply
     for call in reply.tool_calls:
-        output.text(encode_json(tool_call_object(call)))
+        output.text(encode_json(call.as_object()))
     return reply
-
-
-def tool_call_object(call: ToolCall) -> dict[str, Any]:
-    """Turn a tool call into an object of JSON."""
-    return {"name": call.name, "arguments": call.arguments}
 
 
 def reply_summary(reply: Reply) -> str:

@@ -123,3 +123,30 @@ def test_a_folder_that_only_shares_an_alias_does_not_name_the_model(
     assert model_name("nano") == "nano"
     (tmp_path / "nano" / "config.json").write_text("{}")
     assert model_name("nano") == str(tmp_path / "nano")
+
+
+def test_generate_answers_a_file(phi: Phi, tmp_path: Path) -> None:
+    source, target = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    source.write_text(f'{json.dumps(QUESTION)}\n{{"prompt": "What is 3 + 4?", "id": "sum"}}\n')
+    arguments = ["generate", "--model", "nano", "--temp", "0", "--prompts", str(source)]
+    for wrong in ([], ["--output", str(target), "Hi"], ["--output", str(target), "--prompt", "Hi"]):
+        result = CliRunner().invoke(cli, [*arguments, *wrong])
+        assert result.exit_code == 2, wrong
+        assert not target.exists()
+    result = CliRunner().invoke(cli, [*arguments, "--output", str(target)])
+    assert (result.exit_code, result.stderr) == (0, "")
+    assert result.stdout == f"2 replies are in {target}.\n"
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    expected = phi.generate(QUESTION, temperature=0).text
+    assert [(row["line"], row.get("id"), row["text"]) for row in rows] == [
+        (1, None, expected),
+        (2, "sum", "7"),
+    ]
+    target.unlink()
+    source.write_text(f"{json.dumps(QUESTION)}\nnonsense\n")
+    result = CliRunner().invoke(cli, [*arguments, "--json", "--output", str(target)])
+    assert result.exit_code == 1
+    told = json.loads(result.stdout)
+    assert told == {"output": str(target), "answered": 1, "failed": told["failed"]}
+    assert list(told["failed"]) == ["2"]
+    assert "Error: 1 of 2 lines could not be answered: 2." in result.stderr
