@@ -15,7 +15,7 @@ from convert.quantize.recipe import Quantization, Recipe, Rule
 from convert.quantize.tensor import TensorTransform, TransformedRows
 from convert.tensor_plan import TensorConversion, TensorPlan, stored_quantizations
 from phimlx.adapters.adapter import Adapter
-from phimlx.adapters.attach import check_fit
+from phimlx.adapters.fit import check_fit
 from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, stored_parameters

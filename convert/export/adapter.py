@@ -7,7 +7,7 @@ from pathlib import Path
 
 from convert.folder import new_folder, refuse_existing
 from phimlx.adapters.adapter import Adapter, Base
-from phimlx.adapters.attach import check_fit
+from phimlx.adapters.fit import check_fit
 from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.adapters.peft import write_peft
 from phimlx.adapters.read import read_adapter

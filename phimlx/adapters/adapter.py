@@ -6,7 +6,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import mlx.core as mx
 
@@ -14,6 +14,7 @@ from phimlx import catalog
 from phimlx.hub.destination import origin_of
 from phimlx.hub.layout import model_name
 from phimlx.models.lora import LoRA
+from phimlx.models.token_rows import TokenRows
 
 KINDS = ("lora", "dora", "full")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
@@ -41,22 +42,65 @@ class Base:
         return cls(name, commit if repository == name else None)
 
 
+class Change(Protocol):
+    """A change of one parameter, made block of rows by block of rows."""
+
+    def merged(self, weight: mx.array, first: int = 0) -> mx.array:
+        """Change rows of the unquantized parameter, from number `first` on; float32."""
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """Numbers that take a parameter's place."""
+
+    values: mx.array
+
+    def merged(self, weight: mx.array, first: int = 0) -> mx.array:
+        return self.values[first : first + weight.shape[0]].astype(mx.float32)
+
+
+@dataclass(frozen=True)
+class BiasShift:
+    """Numbers that are added to a bias: scale · the bias of a LoRA's B."""
+
+    values: mx.array
+
+    def merged(self, weight: mx.array, first: int = 0) -> mx.array:
+        return weight.astype(mx.float32) + self.values[first : first + weight.shape[0]]
+
+
 @dataclass(frozen=True)
 class Adapter:
-    """An adapter: all that fine-tuning adds to a model.
+    """An adapter: all that fine-tuning changes in a model.
+
+    Each change belongs to a parameter: low rank beside it, some of its rows in place of its own, or
+    all of it. What of that reaches an output head that is tied to the embedding, `resolved` says.
 
     Attributes:
         layers: by path in the model (`model.layers.0.self_attn.qkv_proj`); empty for "full".
-        weights: for "full", tensors that take the place of the model's own.
+        weights: tensors that take the place of the model's own, by name.
+        rows: of an embedding or an output head, by its path.
+        base: that it was trained on.
         blocks: how many the model has that it was made for; None where that is not known.
         dropout: that it was trained with.
+        copies: those of `weights` that are a copy of one layer, whatever its numbers are tied to.
+        tied: whether what changes the embedding changes a head that is tied to it.
+        own_head: whether a head that was tied is parted from the embedding; `resolved` says so.
+        start: the method that took the first A and B out of the base weights; None for none.
+        remarks: what a person should know of how it was read.
     """
 
     layers: Mapping[str, LoRA] = field(default_factory=dict)
     weights: Mapping[str, mx.array] = field(default_factory=dict)
+    rows: Mapping[str, TokenRows] = field(default_factory=dict)
     base: Base | None = None
     blocks: int | None = None
     dropout: float = 0.0
+    copies: frozenset[str] = frozenset()
+    tied: bool = True
+    own_head: bool = False
+    start: str | None = None
+    remarks: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
@@ -65,14 +109,31 @@ class Adapter:
             return "full"
         return "lora" if next(iter(self.layers.values())).magnitude is None else "dora"
 
+    def changes(self, name: str) -> list[Change]:
+        """List what changes a parameter, in order; nothing for most."""
+        path, _, part = name.rpartition(".")
+        path = path.removesuffix(".base_layer")
+        layer = self.layers.get(path)
+        found: list[Change] = []
+        if name in self.weights:
+            found.append(Replacement(self.weights[name]))
+        if part == "weight":
+            found += [each for each in (layer, self.rows.get(path)) if each is not None]
+        elif part == "bias" and layer is not None and layer.bias is not None:
+            found.append(BiasShift(layer.bias * layer.scale))
+        return found
+
     @property
     def arrays(self) -> dict[str, mx.array]:
-        """All tensors, under mlx-lm's names."""
+        """All tensors, under mlx-lm's names, or such as it would give."""
         found = dict(self.weights)
+        found.update({f"{path}.rows": rows.values for path, rows in self.rows.items()})
         for path, layer in self.layers.items():
             found[f"{path}.lora_a"], found[f"{path}.lora_b"] = layer.lora_a, layer.lora_b
             if layer.magnitude is not None:
                 found[f"{path}.m"] = layer.magnitude
+            if layer.bias is not None:
+                found[f"{path}.bias_b"] = layer.bias
         return found
 
     @property

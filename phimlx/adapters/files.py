@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ from phimlx.files import replacing, translate_write_errors, write_json
 from phimlx.models.lora import MAX_RANK
 
 CONFIG = "adapter_config.json"
+MAX_SCALE = 1e9  # a product with more leaves the range that numbers of a model have
 PARTS = ("lora_a", "lora_b", "m")  # of a layer's adapter, in mlx-lm's names
 
 
@@ -80,9 +80,11 @@ def load_arrays(file: Path) -> dict[str, mx.array]:
 def number(place: str, value: Any, kind: type = float) -> Any:
     """A value above 0 from an adapter's config; `kind` int takes whole ones up to `MAX_RANK`."""
     allowed = (int,) if kind is int else (int, float)
-    top = MAX_RANK if kind is int else math.inf
-    if type(value) not in allowed or not 0 < value <= top or value == math.inf:
+    top = MAX_RANK if kind is int else MAX_SCALE
+    if type(value) not in allowed or not 0 < value <= top:
         what = f"a whole number from 1 to {MAX_RANK}" if kind is int else "a number above 0"
+        if type(value) in allowed and kind is not int and value > top:
+            what = f"a number up to {MAX_SCALE:g}"
         raise ConfigError(f"{CONFIG}: {place} is {shortened(value)}, not {what}.")
     return kind(value)
 

@@ -17,8 +17,9 @@ from phimlx.adapters.files import (
     read_floats,
     write_files,
 )
+from phimlx.checkpoint.head import EMBEDDING
 from phimlx.errors import CheckpointError, ConfigError, shortened, some
-from phimlx.models.lora import LoRA
+from phimlx.models.lora import EmbeddingLoRA, LoRA
 
 WEIGHTS = "adapters.safetensors"
 
@@ -66,9 +67,14 @@ def read_mlx_lm(config: Mapping[str, Any], file: Path) -> Adapter:
     check_ranks(
         {name: info.shape for name, info in tensors.items()}, lambda path: rank, kind == "dora"
     )
+    if f"{EMBEDDING}.m" in tensors:
+        raise CheckpointError(
+            f"{file.name} holds a DoRA of {EMBEDDING}, which phimlx reads from PEFT alone.",
+            hint="Train it as LoRA, or fuse it with mlx-lm.",
+        )
     arrays = load_arrays(file)
     layers = {
-        path: LoRA(
+        path: (EmbeddingLoRA if path == EMBEDDING else LoRA)(
             arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"], scale, arrays.get(f"{path}.m")
         )
         for path in dict.fromkeys(name.rpartition(".")[0] for name in arrays)
@@ -80,10 +86,31 @@ def write_adapter(folder: str | Path, adapter: Adapter) -> None:
     """Write a folder that mlx-lm loads too; files that are there are replaced, each as a whole.
 
     Raises:
-        CheckpointError: where it cannot be written.
+        CheckpointError: where it cannot be written, or changes what mlx-lm's adapters do not.
     """
+    foreign = _foreign(adapter)
+    if foreign is not None:
+        raise CheckpointError(
+            f"The adapter has {foreign}, which mlx-lm's format does not hold.",
+            hint="Fuse it: phimlx fuse --model MODEL --adapter-path ADAPTER --save-path OUT",
+        )
     adapter = adapter.uniform() if adapter.layers else adapter
     write_files(Path(folder), WEIGHTS, adapter.arrays, adapter_config(adapter))
+
+
+def _foreign(adapter: Adapter) -> str | None:
+    """Name what mlx-lm's format has no place for; None where there is nothing."""
+    if adapter.rows:
+        return "rows of tokens"
+    if adapter.layers and adapter.weights:
+        return "whole weights beside its layers"
+    if any(layer.bias is not None for layer in adapter.layers.values()):
+        return "biases of B"
+    if EMBEDDING in adapter.layers and not adapter.tied:
+        return "a LoRA of the embedding that leaves a tied output head as it is"
+    if adapter.start is not None:
+        return f"a LoRA over what {adapter.start} left of the base weights"
+    return None
 
 
 def adapter_config(adapter: Adapter) -> dict[str, Any]:

@@ -1,126 +1,108 @@
 """LoRA and DoRA adapters in the format of PEFT, the library for transformers.
 
-Settings that change more than some linear layers are refused.
-Source: peft `tuners/lora/config.py`, `tuners/lora/layer.py`, `utils/save_and_load.py`.
+Source: peft `tuners/lora/layer.py`, `utils/other.py`, `utils/save_and_load.py`.
 """
 
 from __future__ import annotations
 
-import math
 import re
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from phimlx.adapters.adapter import LAYER, Adapter, Base
-from phimlx.adapters.files import (
-    CONFIG,
-    check_ranks,
-    load_arrays,
-    number,
-    read_floats,
-    write_files,
-)
-from phimlx.errors import CheckpointError, ConfigError, shortened, some
-from phimlx.models.lora import LoRA
+from phimlx.adapters.files import check_ranks, load_arrays, read_floats, write_files
+from phimlx.adapters.peft_settings import PeftSettings
+from phimlx.checkpoint.head import EMBEDDING
+from phimlx.errors import CheckpointError, some
+from phimlx.models.lora import EmbeddingLoRA, LoRA
+from phimlx.models.token_rows import TokenRows
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
 PREFIX = "base_model.model."
 PARTS = {
     "lora_A.weight": "lora_a",
     "lora_B.weight": "lora_b",
+    "lora_embedding_A": "lora_a",
+    "lora_embedding_B": "lora_b",
+    "lora_B.bias": "bias of B",
     "lora_magnitude_vector": "m",
     "lora_magnitude_vector.weight": "m",
+    "token_adapter.trainable_tokens_delta": "rows",
+    "weight": "weight",
+    "bias": "bias",
 }
-"""PEFT's name of a layer's tensor, after its path: mlx-lm's, whose matrices are transposed."""
+"""PEFT's name of a tensor, after the path of the layer that it belongs to: what it is, where mlx-lm
+has it by mlx-lm's name, whose matrices are transposed."""
 
-NAME = re.compile(rf"{re.escape(PREFIX)}(.+?)\.({'|'.join(map(re.escape, PARTS))})")
+LOW_RANK = ("lora_a", "lora_b", "m")
+OWN = ("weight", "bias")
+NAME = re.compile(
+    rf"{re.escape(PREFIX)}(.+?)(?:\.base_layer|\.modules_to_save)?\."
+    rf"({'|'.join(map(re.escape, PARTS))})"
+)
 
-# Settings that make of an adapter something else, with the values that do not. PEFT writes nearly
-# all of them into every config.
-HARMLESS: dict[str, tuple[Any, ...]] = {
-    "peft_type": ("LORA",),
-    "bias": ("none",),
-    "fan_in_fan_out": (False,),
-    "lora_bias": (False,),
-    "modules_to_save": ([],),
-    "layer_replication": (),
-    "trainable_token_indices": ([], {}),
-    "target_parameters": ([],),
-    "alora_invocation_tokens": ([],),
-    "use_qalora": (False,),
-    "use_bdlora": (False,),
-    **dict.fromkeys(
-        ("arrow_config", "kasa_config", "loftq_config", "monteclora_config", "velora_config"), ({},)
-    ),
-}
-
-# Ways to start that also change the weights of the base.
-CHANGING_STARTS = ("pissa", "olora", "corda", "loftq", "lora_ga")
+Tensor = TypeVar("Tensor")
 
 
 def read_peft(config: Mapping[str, Any], file: Path) -> Adapter:
     """The adapter of a folder: its `adapter_config.json`, and `adapter_model.safetensors`.
 
-    The tensors' names tell which layers are adapted, whatever `target_modules` and
+    The tensors' names tell what is changed, whatever `target_modules`, `exclude_modules` and
     `layers_to_transform` say.
 
     Raises:
         ConfigError, CheckpointError: naming what is missing, unknown or damaged.
     """
-    for key, harmless in HARMLESS.items():
-        if config.get(key) not in (None, *harmless):
-            raise ConfigError(
-                f"{CONFIG}: {key} is {shortened(config[key])}; phimlx reads LoRA and DoRA of "
-                "linear layers alone."
+    settings = PeftSettings.of(config)
+    stored = _by_part(read_floats(file), file)
+    for part, flag, what in (
+        ("m", "use_dora", "magnitudes"),
+        ("bias of B", "lora_bias", "biases of B"),
+    ):
+        if bool(stored[part]) != settings.flags[flag]:
+            has = "has" if stored[part] else "has no"
+            raise CheckpointError(
+                f"{flag} is {settings.flags[flag]}, but {file.name} {has} {what}."
             )
-    start = str(config.get("init_lora_weights")).lower()
-    if start.startswith(CHANGING_STARTS):
-        raise ConfigError(
-            f"{CONFIG}: init_lora_weights is {shortened(start)}, which changes the model's own "
-            "weights too.",
-            hint="Save it in PEFT with path_initial_model_for_weight_conversion, which makes it a "
-            "plain LoRA.",
-        )
-    tensors = read_floats(file)
-    names = {name: _own_name(name, file) for name in tensors}
     shapes = {
-        names[name]: info.shape if names[name].endswith(".m") else info.shape[::-1]
-        for name, info in tensors.items()
+        f"{path}.{part}": info.shape if part == "m" else info.shape[::-1]
+        for part in LOW_RANK
+        for path, info in stored[part].items()
     }
-    if len(shapes) < len(tensors):
-        twice = [name for name, count in Counter(names.values()).items() if count > 1]
-        raise CheckpointError(f"{file.name} holds {some(twice)} twice.")
-    ranks, alphas = _Values(config, "r", "rank_pattern"), _Values(config, "lora_alpha")
-    rooted = config.get("use_rslora") is True
-    dora = config.get("use_dora") is True
-    if dora != any(name.endswith(".m") for name in shapes):
-        has = "has no" if dora else "has"
-        raise CheckpointError(f"use_dora is {dora}, but {file.name} {has} magnitudes.")
-    check_ranks(shapes, lambda path: int(ranks.of(path)), dora)
-    arrays = load_arrays(file)
-    own = {
-        names[name]: array if names[name].endswith(".m") else array.T
-        for name, array in arrays.items()
-    }
+    paths = list(dict.fromkeys(name.rpartition(".")[0] for name in shapes))
+    settings.check_named([path for part in OWN for path in stored[part]], stored["rows"])
+    settings.ranks.read(paths)
+    settings.alphas.read(paths)
+    check_ranks(shapes, lambda path: int(settings.ranks.of(path)), settings.flags["use_dora"])
+    arrays = _by_part(load_arrays(file), file)
     layers = {}
-    for path in dict.fromkeys(name.rpartition(".")[0] for name in own):
-        rank = int(ranks.of(path))
-        layers[path] = LoRA(
-            own[f"{path}.lora_a"],
-            own[f"{path}.lora_b"],
-            alphas.of(path) / (math.sqrt(rank) if rooted else rank),
-            own.get(f"{path}.m"),
+    for path in paths:
+        kind = EmbeddingLoRA if path == EMBEDDING else LoRA
+        a, b = arrays["lora_a"][path].T, arrays["lora_b"][path].T
+        layers[path] = kind(
+            a, b, settings.scale(path), arrays["m"].get(path), arrays["bias of B"].get(path)
         )
+    weights = {f"{path}.{part}": array for part in OWN for path, array in arrays[part].items()}
+    rows = {
+        path: TokenRows(settings.tokens_of(path, array.shape), array)
+        for path, array in arrays["rows"].items()
+    }
     name, revision = config.get("base_model_name_or_path"), config.get("revision")
+    base = None
+    if isinstance(name, str):
+        base = Base(name, revision if isinstance(revision, str) else None)
     return Adapter(
         layers,
-        base=Base(name, revision if isinstance(revision, str) else None)
-        if isinstance(name, str)
-        else None,
+        weights,
+        rows,
+        base=base,
+        copies=frozenset(each for each in weights if settings.is_copy(each.rpartition(".")[0])),
+        tied=settings.flags["ensure_weight_tying"],
+        start=settings.start,
     )
 
 
@@ -139,6 +121,9 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
     alphas = {path: layer.scale * layer.rank for path, layer in adapter.layers.items()}
     rank, alpha = (Counter(values.values()).most_common(1)[0][0] for values in (ranks, alphas))
     base = adapter.base
+    copies = sorted({name.rpartition(".")[0] for name in adapter.copies})
+    shifted = any(name.endswith(".bias") for name in adapter.weights.keys() - adapter.copies)
+    rows = {path: list(each.tokens) for path, each in adapter.rows.items()}
     config = {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -151,65 +136,56 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
         "alpha_pattern": {f"^{path}": own for path, own in alphas.items() if own != alpha},
         "use_dora": adapter.kind == "dora",
         "use_rslora": False,
-        "bias": "none",
+        "lora_bias": any(layer.bias is not None for layer in adapter.layers.values()),
+        "bias": "all" if shifted else "none",
         "fan_in_fan_out": False,
-        "modules_to_save": None,
+        "modules_to_save": copies or None,
+        "trainable_token_indices": rows.get(EMBEDDING) if len(rows) == 1 else rows or None,
+        "ensure_weight_tying": adapter.tied and EMBEDDING in {*adapter.layers, *copies},
+        "init_lora_weights": adapter.start or True,
         "inference_mode": True,
         **_targets(adapter),
     }
-    theirs = {own: name for name, own in reversed(PARTS.items())}
-    arrays = {}
-    for name, array in adapter.arrays.items():
+    if len(rows) == 1 and EMBEDDING not in rows:
+        config["trainable_token_indices"] = rows
+    write_files(Path(folder), PEFT_WEIGHTS, _named(adapter), config)
+
+
+def _by_part(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:
+    """Sort a file's tensors: what they are -> path of their layer -> tensor."""
+    found: dict[str, dict[str, Tensor]] = {part: {} for part in PARTS.values()}
+    for name, tensor in tensors.items():
+        match = NAME.fullmatch(name)
+        if match is None:
+            raise CheckpointError(
+                f"{file.name} holds {some([name])}, which is no part of a LoRA or DoRA adapter."
+            )
+        path, part = match[1], PARTS[match[2]]
+        if path in found[part]:
+            raise CheckpointError(f"{file.name} holds {some([f'{path}.{part}'])} twice.")
+        found[part][path] = tensor
+    return found
+
+
+def _named(adapter: Adapter) -> dict[str, mx.array]:
+    """All tensors of an adapter under PEFT's names."""
+    found = {}
+    for path, layer in adapter.layers.items():
+        part = "embedding_{}" if isinstance(layer, EmbeddingLoRA) else "{}.weight"
+        place = f"{PREFIX}{path}.lora_"
+        found[place + part.format("A")] = mx.contiguous(layer.lora_a.T)
+        found[place + part.format("B")] = mx.contiguous(layer.lora_b.T)
+        if layer.bias is not None:
+            found[f"{place}B.bias"] = layer.bias
+        if layer.magnitude is not None:
+            found[f"{place}magnitude_vector"] = layer.magnitude
+    for path, rows in adapter.rows.items():
+        found[f"{PREFIX}{path}.token_adapter.trainable_tokens_delta"] = rows.values
+    for name, array in adapter.weights.items():
         path, _, part = name.rpartition(".")
-        arrays[f"{PREFIX}{path}.{theirs[part]}"] = array if part == "m" else mx.contiguous(array.T)
-    write_files(Path(folder), PEFT_WEIGHTS, arrays, config)
-
-
-class _Values:
-    """A setting that a pattern may change for some layers: ranks, alphas."""
-
-    def __init__(self, config: Mapping[str, Any], key: str, patterns: str = "") -> None:
-        self._kind = int if key == "r" else float
-        self._usual = number(key, config.get(key), self._kind)
-        place = patterns or "alpha_pattern"
-        table = config.get(place) or {}
-        if not isinstance(table, Mapping):
-            raise ConfigError(f"{CONFIG}: {place} is {shortened(table)}, not a table of values.")
-        self._patterns = {
-            _literal(place, pattern): number(f"{place}.{shortened(pattern)}", value, self._kind)
-            for pattern, value in table.items()
-        }
-
-    def of(self, path: str) -> float:
-        """A layer's value: that of the first pattern that its path ends with."""
-        for (pattern, anchored), value in self._patterns.items():
-            if path == pattern or (not anchored and path.endswith(f".{pattern}")):
-                return value
-        return self._usual
-
-
-def _literal(place: str, pattern: str) -> tuple[str, bool]:
-    """A pattern as the end of a path, and whether it is the whole.
-
-    PEFT takes regular expressions; those that are read are paths, as PEFT's own tools write them.
-    """
-    text = pattern.removeprefix("^").removesuffix("$").replace("\\.", ".")
-    if not re.fullmatch(r"[\w.-]+", text):
-        raise ConfigError(
-            f"{CONFIG}: {place} has the pattern {shortened(pattern)}; phimlx reads names of "
-            "layers, no other regular expressions."
-        )
-    return text, pattern.startswith("^")
-
-
-def _own_name(name: str, file: Path) -> str:
-    """mlx-lm's name of a tensor."""
-    found = NAME.fullmatch(name)
-    if found is None:
-        raise CheckpointError(
-            f"{file.name} holds {some([name])}, which is no part of a LoRA or DoRA adapter."
-        )
-    return f"{found[1]}.{PARTS[found[2]]}"
+        inner = ".base_layer" if path in adapter.layers else ""
+        found[f"{PREFIX}{path}{inner}.{part}"] = array
+    return found
 
 
 def _targets(adapter: Adapter) -> dict[str, Any]:

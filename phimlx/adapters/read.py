@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 from phimlx.adapters.adapter import Adapter
 from phimlx.adapters.files import CONFIG
@@ -10,6 +13,8 @@ from phimlx.adapters.mlx_lm import WEIGHTS, read_mlx_lm
 from phimlx.adapters.peft import PEFT_WEIGHTS, read_peft
 from phimlx.errors import CheckpointError, ConfigError
 from phimlx.files import read_json
+
+PICKLED = "Only safetensors weights are read, never .bin, .pt or .npz files."
 
 
 def read_adapter(folder: str | Path) -> Adapter:
@@ -26,11 +31,21 @@ def read_adapter(folder: str | Path) -> Adapter:
     if not (folder / CONFIG).is_file():
         raise ConfigError(f"{folder} holds no {CONFIG}, so it is not an adapter folder.")
     config = read_json(folder / CONFIG)
-    is_peft = "peft_type" in config
+    is_peft, remarks = _is_peft(config, folder)
     file = folder / (PEFT_WEIGHTS if is_peft else WEIGHTS)
     if not file.is_file():
-        raise CheckpointError(
-            f"{folder} holds no {file.name}.",
-            hint="Only safetensors weights are read, never .bin, .pt or .npz files.",
-        )
-    return (read_peft if is_peft else read_mlx_lm)(config, file)
+        raise CheckpointError(f"{folder} holds no {file.name}.", hint=PICKLED)
+    adapter = (read_peft if is_peft else read_mlx_lm)(config, file)
+    return replace(adapter, remarks=(*adapter.remarks, *remarks))
+
+
+def _is_peft(config: Mapping[str, Any], folder: Path) -> tuple[bool, tuple[str, ...]]:
+    """Decide by the weights that are there, and by the config where both are; and say so."""
+    wants = "peft_type" in config and "fine_tune_type" not in config
+    has = [(folder / name).is_file() for name in (WEIGHTS, PEFT_WEIGHTS)]
+    if not any(has):
+        return "peft_type" in config, ()
+    if not all(has):
+        return has[1], ()
+    read, left = (PEFT_WEIGHTS, WEIGHTS) if wants else (WEIGHTS, PEFT_WEIGHTS)
+    return wants, (f"{folder} holds {WEIGHTS} and {PEFT_WEIGHTS}: {read} is read, {left} is not.",)

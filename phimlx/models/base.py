@@ -10,7 +10,7 @@ Generation, training, measuring and calibration all do the same few lines:
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar
 
 import mlx.core as mx
@@ -89,6 +89,17 @@ class CausalLM(nn.Module):
     def output_layer(self) -> nn.Module:
         """The layer whose weight makes logits: a linear one, or the embedding where it is tied."""
         return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
+
+    def untie(self) -> None:
+        """Give a tied model an output head of its own, which shares the embedding's numbers."""
+        embedding = self.model.embed_tokens
+        head: nn.Module = nn.Linear(1, 1, bias=False)
+        if isinstance(embedding, nn.QuantizedEmbedding):
+            form = (embedding.group_size, embedding.bits, embedding.mode)
+            head = nn.QuantizedLinear(embedding.group_size, 1, False, *form)
+        head.update(embedding.parameters())
+        self.lm_head = head.eval()
+        self.config = replace(self.config, tie_word_embeddings=False)
 
     @property
     def unused(self) -> tuple[str, ...]:

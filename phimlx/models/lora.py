@@ -1,13 +1,14 @@
-"""Linear layers with low-rank adapters beside them, chosen row by row in every call.
+"""Layers with low-rank adapters beside them, chosen row by row in every call.
 
 The layer below may be quantized: nothing is ever merged into it.
-Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5.
+Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5; of an embedding: peft,
+`tuners/lora/layer.py` and `tuners/lora/dora.py`.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -23,12 +24,14 @@ class LoRA:
         lora_a: A transposed, `[input, rank]`.
         lora_b: B transposed, `[rank, output]`.
         magnitude: `[output]`; None for LoRA.
+        bias: `[output]`, added to what B gives; None for none.
     """
 
     lora_a: mx.array
     lora_b: mx.array
     scale: float
     magnitude: mx.array | None = None
+    bias: mx.array | None = None
 
     @property
     def rank(self) -> int:
@@ -47,6 +50,36 @@ class LoRA:
             return merged
         gain = self.magnitude[first:last] / mx.linalg.norm(merged, axis=1)
         return gain[:, None] * merged
+
+
+@dataclass(frozen=True)
+class EmbeddingLoRA(LoRA):
+    """An embedding's adapter: that of a linear layer over tokens, one for each number that goes in.
+
+    Attributes:
+        lora_a: `[vocab, rank]`.
+        lora_b: `[rank, hidden]`.
+        magnitude: `[hidden]`: the length of each column.
+        gain: `[hidden]`: magnitude over length, which the whole weight tells; see `settled`.
+    """
+
+    gain: mx.array | None = None
+
+    def settled(self, weight: mx.array) -> EmbeddingLoRA:
+        """Compute the gain from the embedding's whole weight, `[vocab, hidden]`."""
+        if self.magnitude is None:
+            return self
+        gain = self.magnitude / mx.linalg.norm(weight.astype(mx.float32) + self.delta(), axis=0)
+        return replace(self, gain=gain)
+
+    def delta(self, first: int = 0, last: int | None = None) -> mx.array:
+        """Multiply scale · A B in float32, `[vocab, hidden]`: tokens `first` up to `last`."""
+        a, b = self.lora_a[first:last], self.lora_b
+        return (self.scale * a.astype(mx.float32)) @ b.astype(mx.float32)
+
+    def merged(self, weight: mx.array, first: int = 0) -> mx.array:
+        merged = weight.astype(mx.float32) + self.delta(first, first + weight.shape[0])
+        return merged if self.gain is None else merged * self.gain
 
 
 class Routing:
@@ -100,14 +133,17 @@ class LoRALinear(nn.Module):
 
     @classmethod
     def adapted(cls, base_layer: nn.Module, lora: LoRA) -> LoRALinear:
-        """Put an adapter beside a layer, which every row uses."""
-        layer = cls(base_layer, always="default")
+        """Put an adapter beside a layer, which every row uses; others that it has stay."""
+        layer = base_layer if isinstance(base_layer, cls) else cls(base_layer)
+        layer._always = "default"
         for part, matrix in ((layer.lora_A, lora.lora_a), (layer.lora_B, lora.lora_b)):
             part["default"] = nn.Linear(1, 1, bias=False)
             part["default"].weight = mx.contiguous(matrix.T)
+        if lora.bias is not None:
+            layer.lora_B["default"].bias = lora.bias * lora.scale
         layer._scales["default"] = lora.scale
         if lora.magnitude is not None:
-            merged = dequantized_weight(base_layer) + lora.delta()
+            merged = dequantized_weight(layer.base_layer) + lora.delta()
             layer._gains["default"] = lora.magnitude / mx.linalg.norm(merged, axis=1)
             mx.eval(layer._gains)  # now: a whole weight is unpacked for it
         return layer
@@ -139,14 +175,34 @@ class LoRALinear(nn.Module):
         return (y - bias) * gain + bias
 
 
+class LoRAEmbedding(nn.Module):
+    """An embedding with an adapter as side path, which every row uses."""
+
+    def __init__(self, base_layer: nn.Module, lora: EmbeddingLoRA) -> None:
+        super().__init__()
+        self.base_layer = base_layer
+        self.lora_embedding_A = lora.lora_a
+        self.lora_embedding_B = lora.lora_b * lora.scale
+        self._gain = lora.gain
+
+    def __call__(self, ids: mx.array) -> mx.array:
+        """`[batch, length]` tokens to `[batch, length, hidden]`."""
+        y = self.base_layer(ids)
+        y = y + (self.lora_embedding_A[ids] @ self.lora_embedding_B).astype(y.dtype)
+        return y if self._gain is None else y * self._gain.astype(y.dtype)
+
+
 def project(layer: nn.Module, x: mx.array, routing: Routing | None) -> mx.array:
     """Call a projection; only one with adapters is ever given a routing."""
     return layer(x, routing) if routing is not None and isinstance(layer, LoRALinear) else layer(x)
 
 
 def dequantized_weight(linear: nn.Module) -> mx.array:
-    """Read a linear layer's weight in float32, `[output, input]`, however it is stored."""
-    if not isinstance(linear, nn.QuantizedLinear):
+    """Read a layer's weight in float32, `[output, input]`, however it is stored.
+
+    Of an embedding: `[vocab, hidden]`.
+    """
+    if not isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
         return linear.weight.astype(mx.float32)
     weight = mx.dequantize(
         linear.weight,
