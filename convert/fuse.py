@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -14,13 +15,15 @@ from convert.folder import stamps
 from convert.quantize.recipe import Quantization, Recipe, Rule
 from convert.quantize.tensor import TensorTransform, TransformedRows
 from convert.tensor_plan import TensorConversion, TensorPlan, stored_quantizations
-from phimlx.adapters.adapter import Adapter
+from phimlx.adapters.adapter import Adapter, Change
 from phimlx.adapters.fit import check_fit
 from phimlx.adapters.read import read_adapter
+from phimlx.adapters.resolve import resolved
 from phimlx.checkpoint.folder import Checkpoint
-from phimlx.checkpoint.load import build_model, stored_parameters
+from phimlx.checkpoint.head import EMBEDDING, HEAD
+from phimlx.checkpoint.load import build_model, map_model, stored_parameters
+from phimlx.errors import CheckpointError
 from phimlx.machine.reductions import sum_of_squares
-from phimlx.models.lora import LoRA
 
 
 @dataclass
@@ -47,10 +50,12 @@ class AdapterFusion:
 
     Attributes:
         folder: that it was read from.
+        changes: the same in terms of the model's own parameters.
     """
 
     folder: Path
     adapter: Adapter
+    changes: Adapter = field(repr=False)
     rounding: RoundingLoss = field(default_factory=RoundingLoss)
 
     @classmethod
@@ -58,13 +63,20 @@ class AdapterFusion:
         """Read an adapter.
 
         Raises:
-            ConfigError, CheckpointError: where it cannot be read, or was made for another model.
+            ConfigError, CheckpointError: where it cannot be read, was made for another model, or
+                cannot be a part of its weights.
         """
         adapter = read_adapter(folder)
-        model = build_model(checkpoint.config)
-        stored_parameters(checkpoint, model)
+        model = map_model(checkpoint)
         check_fit(adapter, model, checkpoint.folder, checkpoint.config)
-        return cls(Path(folder), adapter)
+        vocabulary = adapter.vocabulary
+        if vocabulary not in (None, model.config.vocab_size):
+            raise CheckpointError(
+                f"The adapter gives the model {vocabulary} tokens instead of "
+                f"{model.config.vocab_size}, which fusing leaves as they are.",
+                hint="Use it beside the model, or merge it in PEFT and convert what this makes.",
+            )
+        return cls(Path(folder), adapter, resolved(adapter, model))
 
     @property
     def digest(self) -> str:
@@ -73,8 +85,27 @@ class AdapterFusion:
         return hashlib.sha256(repr(stamps(files)).encode()).hexdigest()
 
     def applied_to(self, tensors: TensorPlan) -> TensorPlan:
-        """Return the same plan with the adapter merged on the way."""
-        return replace(tensors, conversions=tuple(map(self._merging, tensors.conversions)))
+        """Return the same plan with the adapter merged on the way.
+
+        Raises:
+            CheckpointError: where it adds to a parameter that the model does not have.
+        """
+        conversions, layers = tensors.conversions, dict(tensors.layers)
+        if self.changes.own_head:
+            conversions = (*conversions, *filter(None, map(_as_head, conversions)))
+            layers |= {HEAD: layers[EMBEDDING]} if EMBEDDING in layers else {}
+        names = {tensor.transform.name for tensor in conversions}
+        for path, layer in self.changes.layers.items():
+            if layer.bias is not None and f"{path}.bias" not in names:
+                raise CheckpointError(
+                    f"The adapter adds a bias to {path}, which has none in this model.",
+                    hint="Use it beside the model: --adapter-path",
+                )
+        return replace(tensors, conversions=tuple(map(self._merging, conversions)), layers=layers)
+
+    def config(self, config: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Say in a model's config what the adapter makes of it."""
+        return {**config, "tie_word_embeddings": False} if self.changes.own_head else config
 
     def markdown(self) -> str:
         """Write a section for the model card."""
@@ -84,33 +115,42 @@ class AdapterFusion:
             name = {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
             ranks = sorted({layer.rank for layer in adapter.layers.values()})
             what = f"A {name} of rank {', '.join(map(str, ranks))} on {len(adapter.layers)} layers"
+            whole, rows = len(adapter.weights), sum(len(r.tokens) for r in adapter.rows.values())
+            what += f" with {whole} whole tensors" if whole else ""
+            what += f" with rows for {rows} tokens" if rows else ""
         trained = "" if adapter.base is None else f", trained on {adapter.base.name},"
         return f"\n## Fine-tuning\n\n{what}{trained} is fused into the weights.\n"
 
     def _merging(self, tensor: TensorConversion) -> TensorConversion:
         transform = tensor.transform
-        layer = self.adapter.layers.get(transform.name.removesuffix(".weight"))
+        changes = self.changes.changes(transform.name)
+        if not changes:
+            return tensor
         values = {each.name: getattr(transform, each.name) for each in fields(transform)}
-        if layer is not None:
-            merge = AdapterMerge(**values, layer=layer, rounding=self.rounding)
-            return replace(tensor, transform=merge)
-        weight = self.adapter.weights.get(transform.name)
-        if weight is not None:
-            return replace(tensor, transform=TensorReplacement(**values, weight=weight))
-        return tensor
+        merge = AdapterMerge(**values, changes=tuple(changes), rounding=self.rounding)
+        return replace(tensor, transform=merge)
+
+
+def _as_head(tensor: TensorConversion) -> TensorConversion | None:
+    """Convert the embedding once more as the output head that was tied to it; None for others."""
+    path, _, part = tensor.transform.name.rpartition(".")
+    if path != EMBEDDING:
+        return None
+    return replace(tensor, transform=replace(tensor.transform, name=f"{HEAD}.{part}"))
 
 
 @dataclass(frozen=True)
 class AdapterMerge(TensorTransform):
-    """A transform that merges an adapter into a layer, in float32."""
+    """A transform that makes an adapter's changes of a parameter, in float32."""
 
-    layer: LoRA = field(repr=False)
+    changes: tuple[Change, ...] = field(repr=False)
     rounding: RoundingLoss = field(repr=False)
 
     def apply(self, stored: Sequence[mx.array], first: int = 0) -> TransformedRows:
         before = TensorTransform(self.name, self.source, None, mx.float32).apply(stored)
-        plain = before.parts[self.name]
-        merged = self.layer.merged(plain, first)
+        plain = merged = before.parts[self.name]
+        for change in self.changes:
+            merged = change.merged(merged, first)
         after = TensorTransform(self.name, None, self.target, self.dtype).apply([merged])
         parts = tuple(after.parts.values())
         kept = parts[0].astype(mx.float32) if self.target is None else self._unpacked(parts)
@@ -143,18 +183,6 @@ class MergedRows(TransformedRows):
         assert isinstance(self.transform, AdapterMerge)
         self.transform.rounding.error += float(self.error)
         self.transform.rounding.change += float(self.moved)
-
-
-@dataclass(frozen=True)
-class TensorReplacement(TensorTransform):
-    """A transform to the tensor that full fine-tuning made of one."""
-
-    weight: mx.array = field(repr=False)
-
-    def apply(self, stored: Sequence[mx.array], first: int = 0) -> TransformedRows:
-        count = stored[0].shape[0]
-        plain = TensorTransform(self.name, None, self.target, self.dtype)
-        return plain.apply([self.weight[first : first + count]])
 
 
 def stored_recipe(checkpoint: Checkpoint) -> Recipe | None:

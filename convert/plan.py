@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 
@@ -255,9 +256,9 @@ class ConversionPlan:
         card += "" if self.calibration is None else self.calibration.markdown()
         card += "" if self.fusion is None else self.fusion.markdown()
         (folder / "README.md").write_text(card, encoding="utf-8")
-        config = model_config(
-            self.checkpoint.config, known, self.tensors.dtype, self.recipe, self.tensors.layers
-        )
+        config: Mapping[str, Any] = self.checkpoint.config
+        config = config if self.fusion is None else self.fusion.config(config)
+        config = model_config(config, known, self.tensors.dtype, self.recipe, self.tensors.layers)
         (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
 
 

@@ -11,6 +11,7 @@ from typing import Any, Protocol
 import mlx.core as mx
 
 from phimlx import catalog
+from phimlx.checkpoint.head import EMBEDDING, HEAD
 from phimlx.hub.destination import origin_of
 from phimlx.hub.layout import model_name
 from phimlx.models.lora import LoRA
@@ -108,6 +109,14 @@ class Adapter:
         if not self.layers:
             return "full"
         return "lora" if next(iter(self.layers.values())).magnitude is None else "dora"
+
+    @property
+    def vocabulary(self) -> int | None:
+        """Tell how many tokens the model has with the adapter's own embedding; None without."""
+        for name in (f"{EMBEDDING}.weight", f"{HEAD}.weight"):
+            if name in self.weights:
+                return self.weights[name].shape[0]
+        return None
 
     def changes(self, name: str) -> list[Change]:
         """List what changes a parameter, in order; nothing for most."""

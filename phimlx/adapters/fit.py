@@ -40,7 +40,7 @@ def check_fit(
                 hint=f"Use it with --model {trained.alias}; to use it here all the same, take the "
                 f"model's name out of its {CONFIG}.",
             )
-    name = known.alias if known is not None else folder.resolve().name if folder else None
+    name = known.alias if known else shortened(folder.resolve().name) if folder else None
     _check_shapes(adapter, model, _Names(adapter.base, name))
 
 
@@ -56,9 +56,9 @@ class _Names:
         if shape == wanted:
             return
         made_for = "another model" if self.base is None else shortened(self.base.name)
-        here = "this one" if self.base is None or self.model is None else shortened(self.model)
+        made_for += "" if self.base is None or self.model is None else f", not for {self.model}"
         raise CheckpointError(
-            f"The adapter was made for {made_for}: {name} has shape {list(shape)}, and {here} "
+            f"The adapter was made for {made_for}: {name} has shape {list(shape)}, and this one "
             f"needs {list(wanted)}."
         )
 

@@ -9,8 +9,11 @@ import mlx.nn as nn
 import pytest
 from mlx.utils import tree_unflatten
 
+from convert import convert
 from phimlx.adapters.adapter import Adapter
 from phimlx.adapters.attach import load_adapter
+from phimlx.adapters.peft import write_peft
+from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import CheckpointError
@@ -55,6 +58,44 @@ def test_logits_are_those_of_peft(form: str) -> None:
     assert distance(found, expected) < TOLERANCE
     shared = min(expected.shape[-1], 40)
     assert distance(golden(model_of(form))[..., :shared], expected[..., :shared]) > 0.1
+
+
+RESIZED = [form for form in FORMS if form.endswith(("grown", "shrunk"))]
+
+
+@pytest.mark.parametrize("form", [form for form in FORMS if form not in RESIZED])
+def test_fused_logits_are_those_of_peft(form: str, tmp_path: Path) -> None:
+    if form == "lora-bias":
+        with pytest.raises(CheckpointError, match=r"adds a bias to .*, which has none"):
+            convert(GOLDENS / "plain", tmp_path / "out", adapter=GOLDENS / form)
+        return
+    convert(GOLDENS / model_of(form), tmp_path / "out", adapter=GOLDENS / form)
+    fused = load_model(Checkpoint(tmp_path / "out"))
+    assert distance(fused(golden("input_ids")), golden(form)) < TOLERANCE
+
+
+@pytest.mark.parametrize("form", RESIZED)
+def test_another_vocabulary_is_not_fused(form: str, tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError) as caught:
+        convert(GOLDENS / model_of(form), tmp_path / "out", adapter=GOLDENS / form)
+    tokens = golden(form).shape[-1]
+    assert str(caught.value) == (
+        f"The adapter gives the model {tokens} tokens instead of 40, which fusing leaves as they "
+        "are."
+    )
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_what_goes_out_is_what_peft_wrote(form: str, tmp_path: Path) -> None:
+    write_peft(tmp_path, read_adapter(GOLDENS / form))
+    ours, theirs = (
+        mx.load(str(folder / "adapter_model.safetensors")) for folder in (tmp_path, GOLDENS / form)
+    )
+    assert isinstance(ours, dict)
+    assert isinstance(theirs, dict)
+    assert ours.keys() == theirs.keys()
+    assert all(mx.array_equal(ours[key], theirs[key]) for key in theirs)
+    assert distance(logits(form, tmp_path), golden(form)) < TOLERANCE
 
 
 def random(*shape: int) -> mx.array:
