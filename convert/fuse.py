@@ -23,6 +23,7 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.head import EMBEDDING, HEAD
 from phimlx.checkpoint.load import build_model, map_model, stored_parameters
 from phimlx.errors import CheckpointError
+from phimlx.hub.resolve import resolve_adapter
 from phimlx.machine.reductions import sum_of_squares
 
 
@@ -59,13 +60,18 @@ class AdapterFusion:
     rounding: RoundingLoss = field(default_factory=RoundingLoss)
 
     @classmethod
-    def of(cls, folder: str | Path, checkpoint: Checkpoint) -> AdapterFusion:
+    def of(cls, source: str | Path, checkpoint: Checkpoint) -> AdapterFusion:
         """Read an adapter.
 
+        Args:
+            source: its folder, or a Hub id.
+
         Raises:
+            ModelNotFoundError: where it is not on this machine.
             ConfigError, CheckpointError: where it cannot be read, was made for another model, or
                 cannot be a part of its weights.
         """
+        folder = resolve_adapter(source)
         adapter = read_adapter(folder)
         model = map_model(checkpoint)
         check_fit(adapter, model, checkpoint.folder, checkpoint.config)
@@ -76,7 +82,7 @@ class AdapterFusion:
                 f"{model.config.vocab_size}, which fusing leaves as they are.",
                 hint="Use it beside the model, or merge it in PEFT and convert what this makes.",
             )
-        return cls(Path(folder), adapter, resolved(adapter, model))
+        return cls(folder, adapter, resolved(adapter, model))
 
     @property
     def digest(self) -> str:

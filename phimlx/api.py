@@ -23,7 +23,7 @@ from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.generation.stop import StopStrings
 from phimlx.generation.stream import Stream
 from phimlx.hub.layout import model_name
-from phimlx.hub.resolve import resolve
+from phimlx.hub.resolve import resolve, resolve_adapter
 from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 
@@ -52,7 +52,8 @@ def load(
     Args:
         source: a name of the catalogue ("phi-4-mini", "nano"), a Hub id or a folder, in MLX or Hub
             layout; the catalogue's default where None.
-        adapter: folder of a LoRA or DoRA, in mlx-lm's or PEFT's format, or of a full fine-tuning.
+        adapter: folder or Hub id of a LoRA or DoRA, in mlx-lm's or PEFT's format, or of a full
+            fine-tuning.
         dtype: "float32", "float16" or "bfloat16"; as stored where None.
 
     Raises:
@@ -80,7 +81,8 @@ class Phi:
         eos: tokens that end a reply.
         is_base: whether the model was trained to complete text, not to answer.
         chat_form: the prompt form in which such a model writes conversations; None for its usual.
-        remarks: what of its generation_config.json could not be understood.
+        remarks: what of its generation_config.json could not be understood, and how an adapter
+            was read.
         placeholders: the tokens that stand for images and sounds; None where text alone is read.
     """
 
@@ -91,10 +93,9 @@ class Phi:
         self.path = checkpoint.folder
         self.config = checkpoint.config
         self.model: CausalLM = load_model(checkpoint, dtype)
+        prompt_folder, remarks = self.path, tuple[str, ...]()
         if adapter is not None:
-            from phimlx.adapters.attach import load_adapter
-
-            load_adapter(self.model, adapter, self.path, self.config)
+            prompt_folder, remarks = self._adapt(resolve_adapter(adapter))
         self.engine = Engine(self.model, load_curve(self.model).cost)
         known = catalog.by_config(self.config, model_name(self.path))
         self.name = known.alias if known else self.path.resolve().name
@@ -106,13 +107,23 @@ class Phi:
             None if tokens is None else {"image": tokens.image, "audio": tokens.audio}
         )
         self._reader = PromptReader(
-            self.path, self.name, self.model.config.vocab_size, self.placeholders
+            prompt_folder, self.name, self.model.config.vocab_size, self.placeholders
         )
         generation_config = GenerationConfig.read(self.path)
-        self.remarks = generation_config.remarks
+        self.remarks = (*remarks, *generation_config.remarks)
         usual = known.sampling if known else {}
         self.sampling = Sampling.defaults(generation_config.values, usual)
         self.eos = self._stop_tokens(generation_config.values)
+
+    def _adapt(self, folder: Path) -> tuple[Path, tuple[str, ...]]:
+        """Put an adapter beside the model; tell whose tokenizer goes with it, and remarks."""
+        from phimlx.adapters.attach import load_adapter
+        from phimlx.adapters.tokenizer import choose_tokenizer
+
+        adapter = load_adapter(self.model, folder, self.path, self.config)
+        vocabulary = self.model.config.vocab_size
+        chosen, remarks = choose_tokenizer(folder, self.path, vocabulary)
+        return chosen, (*adapter.remarks, *remarks)
 
     @property
     def tokenizer(self) -> Tokenizer | None:

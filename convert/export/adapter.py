@@ -13,17 +13,18 @@ from phimlx.adapters.peft import write_peft
 from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, stored_parameters
+from phimlx.hub.resolve import resolve_adapter
 
 WRITERS = {"peft": write_peft, "mlx-lm": write_adapter}
 
 
 def export_adapter(
-    source: Path, out: Path, format: str, model_folder: Path | None = None
+    source: str | Path, out: Path, format: str, model_folder: Path | None = None
 ) -> Adapter:
     """Write an adapter in another format.
 
     Args:
-        source: its folder.
+        source: its folder, or a Hub id.
         out: the folder to make.
         format: one of `WRITERS`.
         model_folder: of the model that it is for, which it then names as its base.
@@ -39,7 +40,7 @@ def export_adapter(
     """
     out = out.absolute()
     refuse_existing(out)
-    adapter = read_adapter(source)
+    adapter = read_adapter(resolve_adapter(source))
     if model_folder is not None:
         checkpoint = Checkpoint(model_folder)
         model = build_model(checkpoint.config)

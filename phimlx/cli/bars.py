@@ -112,11 +112,17 @@ def download_summary(plan: DownloadPlan) -> str:
 
 
 def download_missing(
-    model: str | None, output: Output, absent: ModelAbsentError, always_ask: bool = False
+    model: str | None,
+    output: Output,
+    absent: ModelAbsentError,
+    always_ask: bool = False,
+    *,
+    adapter: bool = False,
 ) -> None:
     """Download a model that a command needs; raise `absent` where nobody wants or can say so.
 
     Args:
+        adapter: whether it is an adapter.
         always_ask: before a small model too.
     """
     import click
@@ -136,7 +142,8 @@ def download_missing(
     output.note(str(absent))
     remote = Remote(log=logger(output))
     name = model or catalog.DEFAULT.alias
-    download(name, remote=remote, show_progress=download_bars(output, agree))
+    bars = download_bars(output, agree)
+    download(name, adapter=adapter, remote=remote, show_progress=bars)
 
 
 def can_ask() -> bool:

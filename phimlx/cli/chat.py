@@ -47,7 +47,7 @@ from phimlx.terminal.sampling_settings import given
 @limit_options()
 def command(
     model: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     dtype: str | None,
     system: str | None,
     tools_file: Path | None,

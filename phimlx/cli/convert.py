@@ -173,7 +173,7 @@ def command(
     quantizing: QuantizationFlags,
     calibrating: CalibrationFlags,
     dequantize: bool,
-    adapter: Path | None,
+    adapter: str | None,
     export: str | None,
     keep_original: bool,
     reporting: ReportFlags,

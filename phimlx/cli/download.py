@@ -1,4 +1,4 @@
-"""`phimlx download`: bring a model from the Hub to this machine."""
+"""`phimlx download`: bring a model or an adapter from the Hub to this machine."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def command(
     token: str | None,
     as_json: bool,
 ) -> None:
-    """Bring MODEL, an alias or a Hub id, to this machine.
+    """Bring MODEL, an alias or a Hub id, to this machine; an adapter's Hub id brings the adapter.
 
     An alias brings the model at 4 bits; the original comes by its Hub id or with --original:
 
@@ -75,21 +75,29 @@ def command(
     output.text(f"{done.folder}: {done.files} files, {size_text(done.nbytes)}")
     if not as_json:
         name = done.repository if original else model
-        output.note(f"Try it: phimlx chat --model {done.folder if local_dir or revision else name}")
+        place = done.folder if local_dir or revision else name
+        base = "BASE --adapter-path " if done.is_adapter else ""
+        output.note(f"Try it: phimlx chat --model {base}{place}")
 
 
 def check_folder(source: str, output: Output) -> None:
     """Compare a folder with the hashes that came with it, and read its headers."""
     from phimlx.checkpoint.folder import Checkpoint
+    from phimlx.checkpoint.header import read_header
     from phimlx.hub import cache
+    from phimlx.hub.model_files import ADAPTER_WEIGHTS, is_whole_adapter
     from phimlx.hub.resolve import resolve
     from phimlx.sizes import size_text
 
     folder = resolve(source)
     with output.progress(cache.recorded_bytes(folder), "Checking", "B") as bar:
         right, unrecorded = cache.verify(folder, lambda file, nbytes: bar.update(nbytes))
-    files = Checkpoint(folder).files
-    tensors = len(Checkpoint(folder).tensors)
+    if is_whole_adapter(folder):
+        files = [folder / name for name in ADAPTER_WEIGHTS if (folder / name).is_file()]
+        tensors = sum(1 for file in files for _ in read_header(file))
+    else:
+        files = Checkpoint(folder).files
+        tensors = len(Checkpoint(folder).tensors)
     nbytes = sum(file.stat().st_size for file in files)
     output.json(
         {

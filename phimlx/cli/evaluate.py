@@ -100,7 +100,7 @@ COUNT = click.IntRange(min=1)
 @json_option
 def command(
     model: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     dtype: str | None,
     data: str | None,
     split: str | None,
@@ -146,7 +146,7 @@ def command(
             raise click.UsageError(f"{name} goes with --tasks.")
     columns = _pairs(mapping)
     phi = load_or_download(model, output, adapter, dtype=dtype)
-    found: dict[str, Any] = {"model": phi.name, "adapter": adapter and str(adapter)}
+    found: dict[str, Any] = {"model": phi.name, "adapter": adapter}
     if data is not None:
         from phimlx.training.data.examples import RowSettings
 

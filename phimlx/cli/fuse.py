@@ -47,7 +47,7 @@ NOTED = 0.01  # share of the adapter's change that rounding may take without a w
 @json_option
 def command(
     model: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     out: Path,
     dequantize: bool,
     dtype: str | None,
@@ -98,11 +98,11 @@ def command(
             f"Rounding to {form} put an error on the fused layers that is {lost:.0%} of what the "
             f"adapter changed; {instead} avoids most of it."
         )
-    output.json({**as_object(result), "adapter": str(adapter), "rounding_error": lost})
+    output.json({**as_object(result), "adapter": adapter, "rounding_error": lost})
 
 
 def _export(
-    format: str, model: str | None, adapter: Path, out: Path, output: Output
+    format: str, model: str | None, adapter: str, out: Path, output: Output
 ) -> dict[str, Any]:
     """Write an adapter in another format; returns what `--json` prints."""
     from convert.export.adapter import export_adapter

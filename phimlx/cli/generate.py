@@ -86,7 +86,7 @@ NO_PROMPT = (
 def command(
     words: str | None,
     model: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     dtype: str | None,
     prompt: str | None,
     image: tuple[str, ...],

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 def command(as_json: bool) -> None:
     """List the models on this machine: size, bits, whether they are complete, last use.
 
-    Each by the name that --model takes. They lie in the Hub's cache, whoever brought them there;
-    models of other families that lie there too are left out.
+    Each by the name that --model takes, and adapters by that which --adapter-path takes. They lie
+    in the Hub's cache, whoever brought them there; those of other families are left out.
     """
     from phimlx.hub import cache, resolve
     from phimlx.hub.layout import cache_folder
@@ -40,7 +40,7 @@ def command(as_json: bool) -> None:
                 entry["name"],
                 size_text(entry["bytes"]),
                 entry["bits"],
-                entry["state"],
+                entry["kind"] if entry["kind"] == "adapter" and entry["path"] else entry["state"],
                 (entry["last_used"] or "")[:10],
             )
             for entry in entries
@@ -63,6 +63,7 @@ def cached_entry(model: CachedModel) -> dict[str, Any]:
     aliased = known is not None and model.repository == known.quantized_repo
     return {
         "name": model.alias if aliased else model.repository,
+        "kind": "adapter" if model.is_adapter else "model",
         "repository": model.repository,
         "path": None if model.snapshot is None else str(model.snapshot),
         "bytes": model.nbytes,
@@ -79,6 +80,7 @@ def bundled_entry(folder: Path) -> dict[str, Any]:
 
     return {
         "name": folder.name,
+        "kind": "model",
         "repository": None,
         "path": str(folder),
         "bytes": sum(file.stat().st_size for file in folder.rglob("*") if file.is_file()),

@@ -33,9 +33,8 @@ model_option = click.option(
 adapter_option = click.option(
     "--adapter-path",
     "adapter",
-    metavar="FOLDER",
-    type=click.Path(path_type=Path),
-    help="What was fine-tuned: an adapter folder of phimlx, mlx-lm or PEFT.",
+    metavar="ADAPTER",
+    help="What was fine-tuned: a folder or a Hub id of an adapter of phimlx, mlx-lm or PEFT.",
 )
 dtype_option = click.option(
     "--dtype",
@@ -163,7 +162,7 @@ def is_debugging() -> bool:
 def load_or_download(
     model: str | None,
     output: Output,
-    adapter: Path | None = None,
+    adapter: str | None = None,
     *,
     dtype: str | None = None,
     always_ask: bool = False,
@@ -171,7 +170,7 @@ def load_or_download(
     """Load the model that `--model` names; the catalogue's default where it was not given.
 
     Args:
-        adapter: its folder, from --adapter-path.
+        adapter: a folder or a Hub id, from --adapter-path.
         dtype: to compute in; as stored where None.
         always_ask: before any download, where a file rather than the user named the model.
 
@@ -180,7 +179,15 @@ def load_or_download(
     """
     from phimlx import api
     from phimlx.errors import ModelAbsentError
+    from phimlx.hub.resolve import resolve_adapter
 
+    if adapter is not None:
+        try:
+            resolve_adapter(adapter)
+        except ModelAbsentError as absent:
+            from phimlx.cli.bars import download_missing
+
+            download_missing(adapter, output, absent, adapter=True)
     loading = f"Loading {model or 'the model'}…"
     try:
         with output.status(loading):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import re
 import shutil
+from collections.abc import Callable
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
@@ -19,7 +21,14 @@ from phimlx.hub.layout import (
     model_folders,
     recorded_hash,
 )
-from phimlx.hub.model_files import ADAPTER_FILES, entries_of, files_of, is_whole
+from phimlx.hub.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    entries_of,
+    files_of,
+    is_whole,
+    is_whole_adapter,
+)
 from phimlx.hub.transfer import ProgressCallback, locked, matches_hash, no_progress
 from phimlx.models import registry
 
@@ -28,12 +37,13 @@ _DTYPE_BITS = {"float32": 32, "float16": 16, "bfloat16": 16}
 
 @dataclass(frozen=True)
 class CachedModel:
-    """A repository of which something is in the cache.
+    """A repository of a model, or of an adapter, of which something is in the cache.
 
     Attributes:
         repository: its name on the Hub.
         home: its place in the cache.
         snapshot: the folder of the model, or None where no whole copy is here.
+        is_adapter: whether it is an adapter, not a model.
         bits: of a weight, or None where its config does not tell.
         nbytes: on disk, partial files among them.
         last_used: when its largest file was last read, as exactly as the file system notes it.
@@ -43,6 +53,7 @@ class CachedModel:
     repository: str
     home: RepositoryFolder
     snapshot: Path | None = None
+    is_adapter: bool = False
     bits: int | None = None
     nbytes: int = 0
     last_used: datetime | None = None
@@ -62,11 +73,14 @@ class CachedModel:
         return known.alias if known else None
 
 
-def find_snapshot(repo: str, revision: str | None = None) -> Path | None:
+def find_snapshot(
+    repo: str, revision: str | None = None, whole: Callable[[Path], bool] = is_whole
+) -> Path | None:
     """Find the newest whole copy of a repository in the cache, its main branch first.
 
     Args:
         revision: a branch, tag or commit that the copy must be of.
+        whole: tells whether a folder is; `is_whole_adapter` for an adapter.
 
     Raises:
         DownloadError: where the cache cannot be read.
@@ -79,7 +93,7 @@ def find_snapshot(repo: str, revision: str | None = None) -> Path | None:
             candidates = candidates or [home.snapshot(revision)]
         else:
             candidates += reversed(home.list_snapshots())
-        return next((folder for folder in candidates if is_whole(folder)), None)
+        return next((folder for folder in candidates if whole(folder)), None)
 
 
 def list_models() -> list[CachedModel]:
@@ -113,14 +127,18 @@ def find_model(repo: str) -> CachedModel | None:
     """
     home = RepositoryFolder(cache_folder(), repo)
     snapshot = bits = problem = None
+    is_adapter = False
     with _readable(home.path):
         if not home.path.is_dir():
             return None
         try:
             snapshot = find_snapshot(repo)
+            is_adapter = snapshot is None and _is_adapter(home)
+            if is_adapter:
+                snapshot = find_snapshot(repo, whole=is_whole_adapter)
             begun = (path for path in home.list_snapshots() if is_file(path / "config.json"))
             folder = snapshot or next(begun, None)
-            bits = None if folder is None else bits_of(folder)
+            bits = None if folder is None or is_adapter else bits_of(folder)
         except ConfigError as error:
             problem = str(error)
         stats = list(home.contents())
@@ -129,6 +147,7 @@ def find_model(repo: str) -> CachedModel | None:
         repository=repo,
         home=home,
         snapshot=None if problem else snapshot,
+        is_adapter=is_adapter,
         bits=bits,
         nbytes=sum(stat.st_size for stat in stats),
         last_used=None if largest is None else datetime.fromtimestamp(largest.st_atime, UTC),
@@ -258,7 +277,28 @@ def _is_family(home: RepositoryFolder) -> bool:
                 told.append(read_json(snapshot / "config.json").get("model_type"))
     if told:
         return any(registry.find(each) for each in told)
+    if _is_adapter(home):
+        return any(map(_adapts_family, home.list_snapshots()))
     return catalog.find(home.name) is not None or home.has_blob_like(PARTIAL)
+
+
+def _is_adapter(home: RepositoryFolder) -> bool:
+    """Whether a repository is an adapter's: it has the config of one, and none of a model."""
+    folders = home.list_snapshots()
+    has = [
+        any(is_file(each / name) for each in folders) for name in (ADAPTER_CONFIG, "config.json")
+    ]
+    return has == [True, False]
+
+
+def _adapts_family(folder: Path) -> bool:
+    """Whether an adapter's config names a model of the family; where it names none, it may be."""
+    with suppress(ConfigError):
+        config = read_json(folder / ADAPTER_CONFIG, missing_ok=True)
+        named = config.get("base_model_name_or_path", config.get("model"))
+        if isinstance(named, str) and catalog.find(named) is None:
+            return re.search(r"(?<![a-z])phi(?![a-z])", named, re.IGNORECASE) is not None
+    return True
 
 
 def _readable(place: Path) -> AbstractContextManager[None]:

@@ -1,4 +1,4 @@
-"""Downloads of models: which files one needs, where they go, and the transfer."""
+"""Downloads of models and adapters: which files one needs, where they go, and the transfer."""
 
 from __future__ import annotations
 
@@ -10,12 +10,22 @@ from pathlib import Path
 
 from phimlx import catalog
 from phimlx.errors import DownloadError, ModelNotFoundError, shortened
-from phimlx.files import parse_json_object
+from phimlx.files import is_file, parse_json_object
 from phimlx.hub.cache import find_snapshot
 from phimlx.hub.client import Remote, RemoteFile, Repository, translate_errors
 from phimlx.hub.destination import CacheDestination, FolderDestination
 from phimlx.hub.layout import cache_folder, place_of
-from phimlx.hub.model_files import ADAPTER_FILES, download_order, files_of, is_wanted, is_whole
+from phimlx.hub.model_files import (
+    ADAPTER_CONFIG,
+    ADAPTER_FILES,
+    ADAPTER_WANTED,
+    ADAPTER_WEIGHTS,
+    download_order,
+    files_of,
+    is_wanted,
+    is_whole,
+    is_whole_adapter,
+)
 from phimlx.hub.resolve import ASSETS, looks_like_path, repositories, suggestion
 from phimlx.hub.transfer import DownloadPlan, ProgressCallback, no_progress
 from phimlx.models import registry
@@ -40,6 +50,11 @@ class DownloadResult:
     files: int
     nbytes: int
 
+    @property
+    def is_adapter(self) -> bool:
+        """Whether it is an adapter, not a model."""
+        return is_whole_adapter(self.folder) and not is_file(self.folder / "config.json")
+
 
 ProgressContext = Callable[[DownloadPlan], AbstractContextManager[ProgressCallback]]
 """Takes a plan before anything is fetched; gives a callback for as long as the transfer lasts."""
@@ -57,10 +72,11 @@ def download(
     *,
     original: bool = False,
     local_dir: Path | None = None,
+    adapter: bool = False,
     remote: Remote | None = None,
     show_progress: ProgressContext = without_progress,
 ) -> DownloadResult:
-    """Download a model, or what of it is missing; check what is here.
+    """Download a model or an adapter, or what of it is missing; check what is here.
 
     Files that the model does not need stay away: see `plan_download`. With HF_HUB_OFFLINE set, what
     is here answers, unchecked.
@@ -71,6 +87,7 @@ def download(
         original: take the original of an alias, not the pre-quantized one.
         local_dir: a folder for plain files, copied from huggingface_hub's cache where that has
             them; the cache where None.
+        adapter: take an adapter's files alone, also where the repository holds a model too.
         show_progress: called with the plan; its context lasts as long as the transfer.
 
     Raises:
@@ -89,10 +106,10 @@ def download(
     _check_revision(revision)
     repo = repositories(source, original)[0]
     if constants.HF_HUB_OFFLINE:
-        return _offline(repo, revision, local_dir)
+        return _offline(repo, revision, local_dir, adapter)
     remote = remote or Remote()
     repository = remote.repository(repo, revision)
-    plan = plan_download(repository, remote, local_dir)
+    plan = plan_download(repository, remote, local_dir, adapter)
     plan.check_space()
     with show_progress(plan) as progress:
         plan.run(remote, progress)
@@ -102,19 +119,28 @@ def download(
 
 
 def plan_download(
-    repository: Repository, remote: Remote, local_dir: Path | None = None
+    repository: Repository, remote: Remote, local_dir: Path | None = None, adapter: bool = False
 ) -> DownloadPlan:
     """Plan what a model needs of a repository, adapters in folders too, and where it goes.
 
+    A repository without a model's weights may be an adapter's; then it is what that needs.
+
+    Args:
+        adapter: whether it must be one.
+
     Raises:
-        DownloadError: where the repository holds no model, or the Hub does not tell.
+        DownloadError: where the repository holds no model and no adapter, or the Hub does not tell.
     """
     files = [file for file in repository.files if is_wanted(file.name)]
-    if not any(file.name.endswith(".safetensors") for file in files):
+    has_model = any(file.name.endswith(".safetensors") for file in files)
+    if adapter or (not has_model and repository.file(ADAPTER_CONFIG) is not None):
+        files = _adapter_files(repository)
+    elif not has_model:
         raise DownloadError(
             f"{repository.name} holds no model*.safetensors, the only weights that phimlx reads."
         )
-    files += _adapters(repository, remote)
+    else:
+        files += _adapters(repository, remote)
     files.sort(key=lambda file: download_order(file.name))
     destination = (
         CacheDestination(cache_folder(), repository)
@@ -122,6 +148,25 @@ def plan_download(
         else FolderDestination(local_dir.expanduser().absolute(), repository, cache=cache_folder())
     )
     return DownloadPlan(repository, destination, tuple(files))
+
+
+def _adapter_files(repository: Repository) -> list[RemoteFile]:
+    """List the files that an adapter needs."""
+    names = {file.name for file in repository.files}
+    if ADAPTER_CONFIG not in names:
+        raise DownloadError(f"{repository.name} holds no {ADAPTER_CONFIG}: it is no adapter.")
+    if names.isdisjoint(ADAPTER_WEIGHTS):
+        pickled = sorted(names & {"adapter_model.bin", "adapters.npz"})
+        what = f" but {pickled[0]}" if pickled else ""
+        raise DownloadError(
+            f"{repository.name} holds no weights of an adapter{what}; phimlx reads "
+            f"{' or '.join(ADAPTER_WEIGHTS)}.",
+            hint="Load it with PEFT and save it again with save_pretrained, which writes "
+            "safetensors."
+            if pickled
+            else None,
+        )
+    return [file for file in repository.files if is_wanted(file.name, ADAPTER_WANTED)]
 
 
 def _adapters(repository: Repository, remote: Remote) -> list[RemoteFile]:
@@ -153,11 +198,14 @@ def _here(folder: Path, repo: str | None) -> DownloadResult:
     )
 
 
-def _offline(repo: str, revision: str | None, local_dir: Path | None) -> DownloadResult:
-    folder = find_snapshot(repo, revision) if local_dir is None else local_dir
-    with translate_errors(repo, revision, folder):
-        if folder is not None and is_whole(folder):
-            return _here(folder, repo)
+def _offline(
+    repo: str, revision: str | None, local_dir: Path | None, adapter: bool
+) -> DownloadResult:
+    for whole in (is_whole_adapter,) if adapter else (is_whole, is_whole_adapter):
+        folder = find_snapshot(repo, revision, whole) if local_dir is None else local_dir
+        with translate_errors(repo, revision, folder):
+            if folder is not None and whole(folder):
+                return _here(folder, repo)
     what = f"{repo} at {revision}" if revision else repo
     raise DownloadError(
         f"{what} is not complete on this machine, and HF_HUB_OFFLINE is set.",

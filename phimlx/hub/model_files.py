@@ -6,6 +6,7 @@ Never code, and no pickles.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from fnmatch import fnmatch
 from pathlib import Path
 
@@ -32,6 +33,22 @@ ADAPTER_FILES = tuple(
     for name in ("adapter_config.json", "adapter_model.safetensors")
 )
 
+ADAPTER_CONFIG = "adapter_config.json"
+ADAPTER_WEIGHTS = ("adapter_model.safetensors", "adapters.safetensors")
+# What an adapter needs of a repository's top folder: itself, and a tokenizer that has more tokens.
+ADAPTER_WANTED = (
+    ADAPTER_CONFIG,
+    *ADAPTER_WEIGHTS,
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "LICENSE*",
+    "NOTICE*",
+)
+
 # What goes along with converted weights, where the source has it.
 COMPANIONS = (
     "tokenizer.json",
@@ -53,9 +70,9 @@ COMPANIONS = (
 )
 
 
-def is_wanted(name: str) -> bool:
-    """Whether a model needs a file of that name from a repository's top folder."""
-    return "/" not in name and any(fnmatch(name, pattern) for pattern in WANTED)
+def is_wanted(name: str, patterns: Sequence[str] = WANTED) -> bool:
+    """Whether a model, or what the patterns are of, needs a file of that name from a top folder."""
+    return "/" not in name and any(fnmatch(name, pattern) for pattern in patterns)
 
 
 def download_order(name: str) -> tuple[bool, bool, str]:
@@ -88,6 +105,16 @@ def is_whole(folder: Path) -> bool:
     if single not in names and is_file(folder / single):
         return True  # the index is of other weights; see `Checkpoint`
     return bool(names) and all(is_file(folder / name) for name in names)
+
+
+def is_whole_adapter(folder: Path) -> bool:
+    """Whether a downloaded folder has an adapter's config and its weights.
+
+    Raises:
+        OSError: where the folder cannot be read.
+    """
+    has_weights = any(is_file(folder / name) for name in ADAPTER_WEIGHTS)
+    return has_weights and is_file(folder / ADAPTER_CONFIG)
 
 
 def files_of(folder: Path) -> dict[str, Path]:

@@ -11,6 +11,7 @@ from phimlx import catalog
 from phimlx.errors import CheckpointError, ModelAbsentError, ModelNotFoundError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.cache import find_snapshot
+from phimlx.hub.model_files import ADAPTER_WEIGHTS, is_whole_adapter
 
 ASSETS = Path(__file__).parents[1] / "assets"
 NANO = ASSETS / "nano"
@@ -28,7 +29,6 @@ FILES = {
     ".safetensors": ("a weight file, not a model's folder", FOLDER),
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), PYTORCH),
 }
-ADAPTERS = ("adapter_model.safetensors", "adapters.safetensors")
 
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
@@ -63,6 +63,11 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
         snapshot = find_snapshot(repo)
         if snapshot is not None:
             return snapshot
+    if any(find_snapshot(repo, whole=is_whole_adapter) for repo in candidates):
+        raise ModelNotFoundError(
+            f"{name} is an adapter, not a model.",
+            hint=f"Give it with --adapter-path {name}, and with --model what it was trained on.",
+        )
     if source is None:
         raise ModelAbsentError(
             f"{name}, the default model, is not on this machine.",
@@ -73,6 +78,43 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
     raise ModelAbsentError(
         f"{wanted} is not on this machine.", hint=f"Get it with: phimlx download {wanted}"
     )
+
+
+def resolve_adapter(source: str | Path) -> Path:
+    """Find the folder of an adapter; one that is there comes before a Hub id of the same name.
+
+    Args:
+        source: a folder, or a Hub id whose files are in huggingface_hub's cache.
+
+    Raises:
+        ModelAbsentError: where a Hub id is not here; the hint says how it comes here.
+        ModelNotFoundError: where it means nothing, or a model.
+        DownloadError: where what is in huggingface_hub's cache cannot be read.
+    """
+    name, folder = str(source), Path(os.path.expanduser(source))
+    if isinstance(source, Path) or looks_like_path(name) or folder.is_dir() or "/" not in name:
+        if is_file(folder):
+            raise ModelNotFoundError(
+                f"{name} is a file, not an adapter's folder.",
+                hint=f"Give its folder: {folder.parent}",
+            )
+        if not folder.is_dir():
+            raise ModelNotFoundError(
+                f"There is no adapter folder {name}.",
+                hint="Give a folder on this machine, or an adapter's Hub id: owner/name",
+            )
+        return folder
+    repo = repositories(name)[0]
+    snapshot = find_snapshot(repo, whole=is_whole_adapter)
+    if snapshot is None and find_snapshot(repo) is not None:
+        raise ModelNotFoundError(
+            f"{name} is a model, not an adapter.", hint=f"Give it with --model {name}"
+        )
+    if snapshot is None:
+        raise ModelAbsentError(
+            f"{name} is not on this machine.", hint=f"Get it with: phimlx download {name}"
+        )
+    return snapshot
 
 
 def repositories(name: str, original: bool = False) -> list[str]:
@@ -137,7 +179,7 @@ def _file_error(source: str | Path, file: Path) -> ModelNotFoundError:
     with file.open("rb") as opened:
         if opened.read(4) == b"GGUF":
             what, hint = FILES[".gguf"]
-    if file.name in ADAPTERS:
+    if file.name in ADAPTER_WEIGHTS:
         what, hint = "an adapter's file", f"Give its folder: --adapter-path {file.parent}"
     elif hint == FOLDER and is_file(file.parent / "config.json"):
         hint = f"Give its folder: {file.parent}"

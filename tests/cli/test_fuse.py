@@ -156,7 +156,7 @@ def test_an_adapter_to_peft_and_back(adapter: Path, tmp_path: Path) -> None:
             ["generate", "--model", "nano", "--adapter-path", "none", "--prompt", "Hi"],
             1,
             "Error: There is no adapter folder none.\n"
-            "Hint: An adapter is a folder on this machine.\n",
+            "Hint: Give a folder on this machine, or an adapter's Hub id: owner/name\n",
         ),
         (
             ["convert", "nano", "--adapter-path", "ADAPTER", "--mlx-path", "x", "--report"],

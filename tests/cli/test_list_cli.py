@@ -94,6 +94,7 @@ def test_json(cache: Path) -> None:
     )
     assert model == {
         "name": "phi-4",
+        "kind": "model",
         "repository": "mlx-community/phi-4-4bit",
         "path": str(snapshot),
         "bytes": nbytes,
