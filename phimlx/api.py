@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -28,13 +29,14 @@ from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 
 if TYPE_CHECKING:
+    from phimlx.adapters.tokenizer import TokenizerChoice
     from phimlx.prompt.chat_template import ChatTemplate
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
     from phimlx.transcription import TranscriptSegment
 
 # Tokens that end a reply in every model of the family that has them, whatever its config lists:
 # phi-4's first release named only <|endoftext|>, and its chats never ended.
-STOP_TOKENS = ("<|endoftext|>", "<|end|>", "<|im_end|>")
+STOP_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|end|>", "<|im_end|>")
 
 GREEDY = Sampling()
 
@@ -93,9 +95,10 @@ class Phi:
         self.path = checkpoint.folder
         self.config = checkpoint.config
         self.model: CausalLM = load_model(checkpoint, dtype)
-        prompt_folder, remarks = self.path, tuple[str, ...]()
+        prompt_folder, remarks, stop = self.path, tuple[str, ...](), STOP_TOKENS
         if adapter is not None:
-            prompt_folder, remarks = self._adapt(resolve_adapter(adapter))
+            choice = self._adapt(resolve_adapter(adapter))
+            prompt_folder, remarks, stop = choice.folder, choice.remarks, stop + choice.stop
         self.engine = Engine(self.model, load_curve(self.model).cost)
         known = catalog.by_config(self.config, model_name(self.path))
         self.name = known.alias if known else self.path.resolve().name
@@ -113,17 +116,16 @@ class Phi:
         self.remarks = (*remarks, *generation_config.remarks)
         usual = known.sampling if known else {}
         self.sampling = Sampling.defaults(generation_config.values, usual)
-        self.eos = self._stop_tokens(generation_config.values)
+        self.eos = self._stop_tokens(generation_config.values, stop)
 
-    def _adapt(self, folder: Path) -> tuple[Path, tuple[str, ...]]:
+    def _adapt(self, folder: Path) -> TokenizerChoice:
         """Put an adapter beside the model; tell whose tokenizer goes with it, and remarks."""
         from phimlx.adapters.attach import load_adapter
         from phimlx.adapters.tokenizer import choose_tokenizer
 
         adapter = load_adapter(self.model, folder, self.path, self.config)
-        vocabulary = self.model.config.vocab_size
-        chosen, remarks = choose_tokenizer(folder, self.path, vocabulary)
-        return chosen, (*adapter.remarks, *remarks)
+        choice = choose_tokenizer(folder, self.path, self.model.config.vocab_size)
+        return replace(choice, remarks=(*adapter.remarks, *choice.remarks))
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -284,7 +286,9 @@ class Phi:
             )
         return max_tokens
 
-    def _stop_tokens(self, generation_config: Mapping[str, Any]) -> frozenset[int]:
+    def _stop_tokens(
+        self, generation_config: Mapping[str, Any], names: Sequence[str]
+    ) -> frozenset[int]:
         found: set[int] = set()
         for place, config in (
             ("config.json", self.config),
@@ -296,5 +300,5 @@ class Phi:
                 raise ConfigError(f"{place}: eos_token_id is {value!r}, not a token or a list.")
             found.update(listed)
         control = self.tokenizer.control_tokens if self.tokenizer else {}
-        found.update(control[name] for name in STOP_TOKENS if name in control)
+        found.update(control[name] for name in names if name in control)
         return frozenset(found)

@@ -38,7 +38,7 @@ def load(folder: Path) -> CausalLM:
 def adapter_for(model: CausalLM, dora: bool) -> Adapter:
     """One that changes every projection of the language model."""
     modules = dict(model.named_modules())
-    layers = {}
+    layers: dict[str, LoRA] = {}
     for number, _ in enumerate(model.layers):
         for name in model.architecture.projections:
             path = f"model.layers.{number}.{name}"
