@@ -230,6 +230,8 @@ def _match_apart(key: str, patterns: Sequence[str], paths: Sequence[str]) -> Seq
             return found
     except subprocess.TimeoutExpired:
         problem = "which take too long to match"
+    except OSError:  # no process can be started
+        problem = "which cannot be matched here"
     raise ConfigError(
         f"{CONFIG}: {key} has the patterns {shortened(', '.join(patterns))}, {problem}.",
         hint="Write names of layers there.",
