@@ -153,6 +153,10 @@ def test_list_and_remove(server: Hub, tmp_path: Path) -> None:
 
 
 def test_an_adapter_is_no_model_and_a_model_no_adapter(server: Hub, tmp_path: Path) -> None:
+    assert run("show", ADAPTER).stderr == (
+        f"Error: {ADAPTER} is an adapter, not a model.\n"
+        f"Hint: Get it with: phimlx download {ADAPTER}\n"
+    )
     run("download", ADAPTER)
     result = run("generate", "--model", ADAPTER, "--prompt", "x")
     assert result.stderr == (
