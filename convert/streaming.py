@@ -176,7 +176,7 @@ def stream_model(
     out = out.absolute()
     refuse_existing(out)
     repository = remote.repository(resolve.repositories(name, original=True)[0], revision)
-    files = download.plan_download(repository, remote).files
+    files = download.plan_download(repository, remote, adapter=False).files
     shards = tuple(file for file in files if file.name.endswith(".safetensors"))
     home = out.parent / f".{out.name}.source"
     with writing(out):

@@ -109,7 +109,7 @@ def download(
         return _offline(repo, revision, local_dir, adapter)
     remote = remote or Remote()
     repository = remote.repository(repo, revision)
-    plan = plan_download(repository, remote, local_dir, adapter)
+    plan = plan_download(repository, remote, local_dir, adapter or None)
     plan.check_space()
     with show_progress(plan) as progress:
         plan.run(remote, progress)
@@ -119,21 +119,31 @@ def download(
 
 
 def plan_download(
-    repository: Repository, remote: Remote, local_dir: Path | None = None, adapter: bool = False
+    repository: Repository,
+    remote: Remote,
+    local_dir: Path | None = None,
+    adapter: bool | None = None,
 ) -> DownloadPlan:
     """Plan what a model needs of a repository, adapters in folders too, and where it goes.
 
     A repository without a model's weights may be an adapter's; then it is what that needs.
 
     Args:
-        adapter: whether it must be one.
+        adapter: whether it must be one, or must not; None for whatever it is.
 
     Raises:
+        ModelNotFoundError: where it is an adapter and must not be.
         DownloadError: where the repository holds no model and no adapter, or the Hub does not tell.
     """
     files = [file for file in repository.files if is_wanted(file.name)]
     has_model = any(file.name.endswith(".safetensors") for file in files)
-    if adapter or (not has_model and repository.file(ADAPTER_CONFIG) is not None):
+    is_adapter = not has_model and repository.file(ADAPTER_CONFIG) is not None
+    if is_adapter and adapter is False:
+        raise ModelNotFoundError(
+            f"{repository.name} is an adapter, not a model.",
+            hint=f"Get it with: phimlx download {repository.name}",
+        )
+    if adapter or is_adapter:
         files = _adapter_files(repository)
     elif not has_model:
         raise DownloadError(

@@ -8,10 +8,9 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
-from phimlx.errors import DownloadError, ModelNotFoundError
+from phimlx.errors import DownloadError
 from phimlx.hub.client import Remote, RemoteFile, Repository, translate_errors
 from phimlx.hub.download import LONGEST_JSON, plan_download
-from phimlx.hub.model_files import ADAPTER_CONFIG
 from phimlx.sizes import size_text
 
 FIRST_BYTES = 128 << 10  # holds most headers whole
@@ -37,11 +36,7 @@ def preview(repo: str, remote: Remote | None = None) -> Iterator[tuple[Path, Rep
     """
     remote = remote or Remote()
     repository = remote.repository(repo)
-    if repository.file("config.json") is None and repository.file(ADAPTER_CONFIG) is not None:
-        raise ModelNotFoundError(
-            f"{repo} is an adapter, not a model.", hint=f"Get it with: phimlx download {repo}"
-        )
-    files = plan_download(repository, remote).files
+    files = plan_download(repository, remote, adapter=False).files
     with tempfile.TemporaryDirectory(prefix="phimlx-") as temporary:
         folder = Path(temporary) / repository.current_name.rpartition("/")[2]
         with translate_errors(repo, place=folder):
