@@ -150,7 +150,8 @@ def _keys(adapter: Adapter, numbers: list[int]) -> list[str]:
     """
     found = [match.groups() for path in adapter.layers if (match := LAYER.match(path))]
     names = list(dict.fromkeys(name for _, name in found))
-    last = adapter.blocks is not None and numbers == list(range(numbers[0], adapter.blocks))
+    first, blocks = min(numbers, default=0), adapter.blocks
+    last = blocks is not None and numbers == list(range(first, blocks))
     if last and len(names) * len(numbers) == len(adapter.layers):
         return names
     return list(adapter.layers)

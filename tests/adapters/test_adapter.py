@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -144,6 +145,40 @@ def test_what_mlx_lm_trains_is_the_same_here(
     loaded = ours(quantized)
     load_adapter(loaded, tmp_path)
     assert mx.allclose(loaded(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("tied", [False, True])
+@pytest.mark.parametrize("keys", [["model.embed_tokens"], ["lm_head", "self_attn.o_proj"]])
+def test_embeddings_and_heads_that_mlx_lm_trains_are_the_same_here(
+    keys: list[str], tied: bool, tmp_path: Path
+) -> None:
+    """A tied output head follows the embedding there, and has no adapter of its own."""
+    from mlx_lm.models.phi3 import Model, ModelArgs
+    from mlx_lm.tuner.utils import linear_to_lora_layers
+
+    config = {**PHI_4, "tie_word_embeddings": tied}
+    weights = list(parameters(config).items())
+    model = Model(ModelArgs.from_dict(config))
+    model.load_weights(weights)
+    model.freeze()
+    settings = {"rank": 4, "scale": 2.5, "dropout": 0.0, "keys": keys}
+    linear_to_lora_layers(model, 1, settings)
+    shaken(model)
+    arrays = dict(tree_flatten(model.trainable_parameters()))
+    mx.save_safetensors(str(tmp_path / "adapters.safetensors"), arrays)
+    saved = {"fine_tune_type": "lora", "num_layers": 1, "lora_parameters": settings}
+    (tmp_path / "adapter_config.json").write_text(json.dumps(saved))
+    loaded = Phi3ForCausalLM(Phi3Config.from_dict(config))
+    loaded.load_weights(weights)
+    before = loaded(IDS)
+    load_adapter(loaded, tmp_path)
+    assert mx.abs(loaded(IDS) - before).max() > 0.01
+    assert mx.allclose(loaded(IDS), model(IDS), rtol=1e-5, atol=1e-5)
+    write_adapter(tmp_path / "again", replace(read_adapter(tmp_path), blocks=2))
+    again = Phi3ForCausalLM(Phi3Config.from_dict(config))
+    again.load_weights(weights)
+    load_adapter(again, tmp_path / "again")
+    assert mx.array_equal(again(IDS), loaded(IDS))
 
 
 def test_the_folder_says_what_was_trained_on_what(tmp_path: Path) -> None:
