@@ -123,7 +123,7 @@ def _segments(
     cache = phi.new_cache()
     for segment in segments:
         sounds = token_count(frame_count(len(segment.samples), segment.rate))
-        room = phi.context_length - words - sounds - 2  # a line break may be two tokens
+        room = phi.context_length - words - sounds
         wanted = SPARE_TOKENS + math.ceil(TOKENS_PER_SECOND * (segment.end - segment.start))
         with phi.stream(
             asked,

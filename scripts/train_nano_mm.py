@@ -219,8 +219,8 @@ def main() -> None:
     parser.add_argument("--text", type=Path, default=TEXT, help="the text model to build on")
     parser.add_argument("--stages", nargs="+", choices=STAGES, default=STAGES)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1, help="processes that share each batch")
-    parser.add_argument("--threads", type=int, default=2, help="of each process")
+    parser.add_argument("--workers", type=int, default=2, help="processes that share each batch")
+    parser.add_argument("--threads", type=int, default=1, help="of each process")
     options = parser.parse_args()
     options.state.mkdir(parents=True, exist_ok=True)
     lessons = [stage for stage in options.stages if stage != "package"]

@@ -69,7 +69,7 @@ def test_slots_are_as_many_as_the_media_need(phi: phimlx.Phi) -> None:
     once = phi.encode("What?", images=RED)
     assert phi.tokenizer is not None
     assert phi.tokenizer.decode(once) == (
-        f"<|user|>{'<|endoftext10|>' * images.tokens[0]}\nWhat?<|end|><|assistant|>"
+        f"<|user|>{'<|endoftext10|>' * images.tokens[0]}What?<|end|><|assistant|>"
     )
 
 
@@ -165,12 +165,12 @@ def test_a_question_may_be_spoken(phi: phimlx.Phi) -> None:
 def test_raw_text_and_ids_take_media_at_their_places(phi: phimlx.Phi) -> None:
     media: dict[str, Any] = {"images": [RED, BLUE], "audio": HUM}
     wide = phi.encode("What?", **media)
-    raw = "<|user|><|image_1|>\n<|image_2|>\n<|audio_1|>\nWhat?<|end|><|assistant|>"
+    raw = "<|user|><|image_1|><|image_2|><|audio_1|>What?<|end|><|assistant|>"
     assert phi.encode(raw, raw=True, **media) == wide
     assert phi.tokenizer is not None
     narrow = [
         *phi.tokenizer.encode("<|user|>", control=True),
-        *(token for slot in (PICTURE, PICTURE, SOUND) for token in (slot, ord("\n"))),
+        *(PICTURE, PICTURE, SOUND),
         *phi.tokenizer.encode("What?<|end|><|assistant|>", control=True),
     ]
     assert phi.encode(narrow, **media) == wide

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cached_property
-from itertools import pairwise
+from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -55,8 +55,9 @@ class ChatTemplate:
     Results are messages of the role tool, which Phi-4-mini's template renders as
     `<|tool|>{content}<|end|>`. A message that the template leaves out is a PromptError.
 
-    A picture or a sound is its placeholder token where it stands among the parts of a message, and
-    a line break parts it from what follows: `<|user|><|image_1|>\\n<|audio_1|>\\n{text}<|end|>`.
+    A picture or a sound is its placeholder token where it stands among the parts of a message, with
+    nothing between it and what follows: `<|user|><|image_1|><|audio_1|>{text}<|end|>`, as the card
+    of Phi-4-multimodal has it.
 
     Attributes:
         stop: strings that end a reply, beside the tokens that do; none but for base models.
@@ -136,6 +137,31 @@ class ChatTemplate:
         rendering = self._prepare(messages, tools)
         pieces = rendering.encode(rendering.complete_text(add_generation_prompt))
         return [token for ids, _, _ in pieces for token in ids]
+
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any] | Message],
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        add_generation_prompt: bool = True,
+    ) -> str:
+        """Text of the conversation, for a person to read: `encode` gives what the model reads.
+
+        Pictures and sounds are numbered tags, as the model's card writes them: `<|image_1|>`.
+        Raises PromptError where a message, a tool or the template is at fault.
+        """
+        rendering = self._prepare(messages, tools)
+        text = rendering.complete_text(add_generation_prompt)
+        names = {token: name for name, token in self._tokenizer.control_tokens.items()}
+        kinds = {token: kind for kind, token in (self._placeholders or {}).items()}
+        numbers = {kind: count(1) for kind in kinds.values()}
+        return "".join(
+            rendering.escaper.unescape(piece, rendering.mark)
+            if isinstance(piece, str)
+            else f"<|{kind}_{next(numbers[kind])}|>"
+            if (kind := kinds.get(piece))
+            else names[piece]
+            for piece, _ in self._tokenizer.split_with_ends(text, 0)
+        )
 
     def encode_conversation(
         self,
@@ -224,10 +250,7 @@ class ChatTemplate:
         parts = message.parts or (ContentPart("text", message.content),)
         turn: dict[str, Any] = {
             "role": message.role,
-            "content": "".join(
-                ("\n" if before.kind != "text" else "") + self._place(part, escaper, mark)
-                for before, part in pairwise((ContentPart("text", ""), *parts))
-            ),
+            "content": "".join(self._place(part, escaper, mark) for part in parts),
         }
         for key in ("tools", "name", "tool_call_id"):
             if getattr(message, key) is not None:

@@ -59,7 +59,7 @@ class Reference:
         self.rounding = Rounding(self.model)
 
     def inputs(self, row: Mapping[str, Any], data: Path) -> dict[str, torch.Tensor]:
-        """The arguments of the native model's forward pass; a line break parts what is given."""
+        """The arguments of the native model's forward pass, in the published prompt's form."""
         given: list[list[int]] = []
         arrays: dict[str, torch.Tensor] = {}
         if "image" in row:
@@ -78,13 +78,12 @@ class Reference:
             arrays["audio_input_features"] = frames[None]
             arrays["audio_embed_sizes"] = torch.tensor([tokens])
         text = row.get("question", TRANSCRIBE if row["modality"] == "speech" else "")
-        before, line_break, after, words = (
+        before, words, after = (
             self.tokenizer.encode(part, add_special_tokens=False).ids
-            for part in ("<|user|>", "\n", "<|end|><|assistant|>", text)
+            for part in ("<|user|>", text, "<|end|><|assistant|>")
         )
-        given += [words] if words else []
-        said = [token for part in given for token in (*line_break, *part)][len(line_break) :]
-        return {"input_ids": torch.tensor([before + said + after]), **arrays}
+        prompt = [token for part in (before, *given, words, after) for token in part]
+        return {"input_ids": torch.tensor([prompt]), **arrays}
 
     @torch.no_grad()
     def logits(self, inputs: Mapping[str, torch.Tensor], adapter: str | None) -> torch.Tensor:

@@ -44,7 +44,7 @@ class Rows:
 def turn(
     tokenizer: Tokenizer, prompt: list[int], text: str, answer: str, decisive: float = 1.0
 ) -> Turn:
-    """`prompt` is what stands between the shared tokens and the text: slots, a line break.
+    """`prompt` is what stands between the shared tokens and the text: slots of a clip, or nothing.
 
     Digits and the first tokens of words weigh `decisive`, since the others follow from them.
     """

@@ -47,7 +47,6 @@ class Tuner:
         self.tokenizer = tokenizer
         self.rounding = Rounding(model)
         self.user = tokenizer.token_to_id("<|user|>")
-        self.line_break = tokenizer.encode("\n", add_special_tokens=False).ids
         self.seed = options.seed
 
     def adapter(self, name: str) -> torch.nn.Module:
@@ -63,10 +62,9 @@ class Tuner:
     def rng(self, name: str) -> random.Random:
         return random.Random(f"{name} {self.seed} {rank()}")
 
-    def typed(self, rng: random.Random, question: pictures.Question) -> Turn:
-        """A question after its picture, with a line break between or without."""
-        between = self.line_break if rng.random() < 0.5 else []
-        return turn(self.tokenizer, between, question.text, question.answer, DECISIVE)
+    def typed(self, question: pictures.Question) -> Turn:
+        """A question that follows its picture at once, as the published prompt has it."""
+        return turn(self.tokenizer, [], question.text, question.answer, DECISIVE)
 
     def answers(
         self, rows: Rows, images: torch.Tensor | None, clips: list[torch.Tensor], rough: bool
@@ -153,7 +151,7 @@ def answered(tuner: Tuner, groups: list[Any], hear: Callable[..., Any] | None = 
         if hear:
             turns = [[hear(rng, q, clips) for q in questions] for questions in asked]
         else:
-            turns = [[tuner.typed(rng, q) for q in questions] for questions in asked]
+            turns = [[tuner.typed(q) for q in questions] for questions in asked]
         _, right = tuner.answers(pack(tuner.shared(images), turns), images, clips, False)
         kinds = [question.kind for questions in asked for question in questions]
         for kind, hit in zip(kinds, right.tolist(), strict=True):
@@ -173,7 +171,7 @@ def vision(tuner: Tuner) -> Stage:
 
     def step(number: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
         small, asked, images = tuner.lesson("vision", number, progress, rng)
-        turns = [[tuner.typed(rng, q) for q in questions] for questions in asked]
+        turns = [[tuner.typed(q) for q in questions] for questions in asked]
         rough = progress > ROUNDED_FROM and number % 2 == 0
         loss, right = tuner.answers(pack(tuner.shared(images), turns), images, [], rough)
         return loss, {"small right" if small else "right": right.float().mean().item()}
@@ -183,10 +181,9 @@ def vision(tuner: Tuner) -> Stage:
     return Stage("vision", modules, 1200, step, rates, evaluate, every=150, report=30)
 
 
-def transcription(tuner: Tuner, tokens: int, text: str, line_break: bool = False) -> Turn:
+def transcription(tuner: Tuner, tokens: int, text: str) -> Turn:
     """The order to transcribe a clip of so many tokens, and what it says."""
-    prompt = [AUDIO_ID] * tokens + (tuner.line_break if line_break else [])
-    return turn(tuner.tokenizer, prompt, TRANSCRIBE, text)
+    return turn(tuner.tokenizer, [AUDIO_ID] * tokens, TRANSCRIBE, text)
 
 
 @torch.no_grad()
@@ -247,9 +244,8 @@ def speaking(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]], words:
             features = encoders.clip_features(encoder, frames, lengths)
             rows = encoders.clip_rows(audio, features, "speech")
         spelling, _ = words(features.float(), sizes, texts)
-        breaks = rng.random() < 0.25
         turns = [
-            transcription(tuner, size, text, breaks)
+            transcription(tuner, size, text)
             for size, text in zip(sizes.tolist(), texts, strict=True)
         ]
         # The reference takes one rope table for a whole batch: rows of the other one are left out.
@@ -308,8 +304,7 @@ def both(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]]) -> Stage:
         """The question as a clip after its picture; the clip's rows are added to `rows`."""
         features = rng.choice(pool[speech.spoken(question.text)])
         rows.append(encoders.clip_rows(audio, features, "vision"))
-        before = tuner.line_break if rng.random() < 0.5 else []
-        prompt = [*before, *[AUDIO_ID] * len(features)]
+        prompt = [AUDIO_ID] * len(features)
         return turn(tuner.tokenizer, prompt, "", question.answer, DECISIVE)
 
     def step(number: int, progress: float) -> tuple[torch.Tensor, dict[str, float]]:
@@ -321,7 +316,7 @@ def both(tuner: Tuner, clips: list[tuple[speech.Clip, torch.Tensor]]) -> Stage:
             aloud += choice
             turns.append(
                 [
-                    spoken(pools[0], rng, q, rows) if voice else tuner.typed(rng, q)
+                    spoken(pools[0], rng, q, rows) if voice else tuner.typed(q)
                     for q, voice in zip(questions, choice, strict=True)
                 ]
             )

@@ -65,8 +65,11 @@ def golden(data: Path, case: str) -> tuple[str, dict[str, list[Path]], list[int]
 def test_ids_are_those_that_the_real_weights_were_given(
     data: Path, multimodal: ChatTemplate, case: str
 ) -> None:
+    """They were made with a line break after each picture and sound; the card's prompt has none."""
     question, sources, ids = golden(data, case)
-    messages = attach([{"role": "user", "content": question}], sources["image"], sources["audio"])
+    given = [part for kind, part in (("image", PICTURE), ("audio", SOUND)) for _ in sources[kind]]
+    parts = [each for part in given for each in (part, text("\n"))]
+    messages = [user(*parts, text(question))]
     expanded, media = fill(multimodal.encode(messages), PLACEHOLDERS, sources, None, {})
     assert expanded == ids
     assert media is not None
@@ -75,6 +78,37 @@ def test_ids_are_those_that_the_real_weights_were_given(
         1745 if path.suffix == ".jpeg" else 114 for path in order
     ]
     assert len({digest for digest, _ in media.digests}) == len(set(order))
+
+
+@pytest.mark.parametrize(
+    ("images", "sounds"), [(1, 0), (0, 1), (1, 1), (2, 0), (0, 2), (2, 1), (3, 2)]
+)
+@pytest.mark.parametrize("said", ["Transcribe the audio clip into text.", "\n", ""])
+def test_the_prompt_is_the_published_cards(
+    multimodal: ChatTemplate, images: int, sounds: int, said: str
+) -> None:
+    messages = attach([{"role": "user", "content": said}], ["x"] * images, ["x"] * sounds)
+    tags = [f"<|image_{n + 1}|>" for n in range(images)]
+    tags += [f"<|audio_{n + 1}|>" for n in range(sounds)]
+    expected = f"<|user|>{''.join(tags)}{said}<|end|><|assistant|>"
+    assert multimodal.render(messages) == expected
+    untagged = expected
+    for tag in tags:
+        kind = "image" if "image" in tag else "audio"
+        untagged = untagged.replace(tag, f"<|endoftext{PLACEHOLDERS[kind] % 100}|>")
+    assert spelled(multimodal, messages) == untagged
+
+
+def test_a_rendered_prompt_numbers_through_the_conversation(multimodal: ChatTemplate) -> None:
+    messages = [
+        user(PICTURE, text("What is <|image_1|>?")),
+        {"role": "assistant", "content": "A disc."},
+        user(SOUND, PICTURE),
+    ]
+    assert multimodal.render(messages, add_generation_prompt=False) == (
+        "<|user|><|image_1|>What is <|image_1|>?<|end|><|assistant|>A disc.<|end|>"
+        "<|user|><|audio_1|><|image_2|><|end|><|endoftext|>"
+    )
 
 
 def test_parts_keep_their_order(
@@ -88,7 +122,7 @@ def test_parts_keep_their_order(
     ]
     assert spelled(multimodal, messages) == (
         "<|system|>Be brief.<|end|>"
-        "<|user|>Which? <|endoftext10|>\n<|endoftext11|>\nor<|endoftext10|><|end|>"
+        "<|user|>Which? <|endoftext10|><|endoftext11|>or<|endoftext10|><|end|>"
         "<|assistant|>The first.<|end|>"
         "<|user|><|endoftext11|><|end|><|assistant|>"
     )
@@ -115,7 +149,7 @@ def test_text_that_spells_a_placeholder_stays_text(multimodal: ChatTemplate, typ
     assert Counter(ids)[200010] == 1
     assert Counter(ids)[200011] == 0
     assert spelled(multimodal, messages) == (
-        f"<|user|>See {typed}:<|endoftext10|>\n{typed}<|end|><|assistant|>"
+        f"<|user|>See {typed}:<|endoftext10|>{typed}<|end|><|assistant|>"
     )
 
 
@@ -151,8 +185,7 @@ def test_only_pictures_become_placeholders_and_text_stays_text(
 ) -> None:
     tokenizer, chat = tiny_chat(make_folder)
     parts = [PICTURE if piece is None else text(piece) for piece in pieces] or [text("")]
-    said = "".join("\0\n" if piece is None else piece for piece in pieces)
-    runs = (said[:-1] if pieces[-1:] == [None] else said).split("\0")
+    runs = "".join("\0" if piece is None else piece for piece in pieces).split("\0")
     names = tokenizer.control_tokens
     expected = [names["<|user|>"], *tokenizer.encode(runs[0].lstrip())]
     for run in runs[1:]:
