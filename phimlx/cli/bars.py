@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 
@@ -69,12 +68,7 @@ def logger(output: Output) -> Callable[[str], None]:
     """Make what `phimlx.hub.client.Remote` may be given as `log`; its notes leave bars whole."""
 
     def log(text: str) -> None:
-        if not output.is_watched:
-            output.note(text)
-            return
-        from tqdm import tqdm
-
-        with tqdm.external_write_mode(file=sys.stderr):
+        with output.beside_bars():
             output.note(text)
 
     return log
@@ -125,7 +119,6 @@ def download_missing(
         adapter: whether it is an adapter.
         always_ask: before a small model too.
     """
-    import click
     from huggingface_hub import constants
 
     from phimlx import catalog
@@ -134,18 +127,13 @@ def download_missing(
     def agree(plan: DownloadPlan) -> None:
         if always_ask or plan.remaining > ASK_ABOVE:
             question = f"Download {plan.repository.name}, {size_text(plan.remaining)}, now?"
-            if not click.confirm(question, default=True, err=True):
+            if not output.confirm(question, default=True):
                 raise absent
 
-    if constants.HF_HUB_OFFLINE or not can_ask():
+    if constants.HF_HUB_OFFLINE or not output.can_ask:
         raise absent
     output.note(str(absent))
     remote = Remote(log=logger(output))
     name = model or catalog.DEFAULT.alias
     bars = download_bars(output, agree)
     download(name, adapter=adapter, remote=remote, show_progress=bars)
-
-
-def can_ask() -> bool:
-    """Tell whether somebody sits at a terminal to answer a question."""
-    return sys.stdin is not None and sys.stdin.isatty() and sys.stderr.isatty()

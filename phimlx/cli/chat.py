@@ -74,7 +74,7 @@ def command(
     output = Output(debug=is_debugging())
     limits = pop_limits(settings)
     typed = sys.stdin is not None and sys.stdin.isatty()
-    interactive = typed and sys.stdout.isatty()
+    interactive = typed and output.is_terminal
     screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
     conversation = Conversation(model=model_name(model))
     named_by_file = session_file is not None and model is None

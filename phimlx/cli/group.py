@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import importlib
+import os
 import sys
+from io import StringIO
 from typing import Any
 
 import click
@@ -13,6 +15,7 @@ from phimlx.cli import EXIT_INTERRUPTED
 from phimlx.cli.options import DEBUG
 from phimlx.errors import PhimlxError
 from phimlx.terminal.output import Output
+from phimlx.terminal.sink import StreamError, indented
 
 COMMANDS = {
     "chat": ("phimlx.cli.chat", "Talk with a model."),
@@ -41,7 +44,7 @@ def _set_debug(context: click.Context, _: click.Parameter, value: bool) -> None:
 
 def _show_version(context: click.Context, _: click.Parameter, value: bool) -> None:
     if value:
-        click.echo(f"phimlx {phimlx.__version__}")
+        Output().text(f"phimlx {phimlx.__version__}")
         context.exit()
 
 
@@ -59,9 +62,26 @@ def _debug_option() -> click.Option:
 class CommandTable(click.Group):
     """A group over `COMMANDS` that imports a command's module when it is called.
 
-    It ends a run with 1 and one message for an error, 130 for an interrupt; click itself ends
-    it with 2 for wrong usage, and quietly with 1 where the reader of stdout has gone.
+    It ends a run with 1 and one message for an error, 2 for wrong usage, 130 for an interrupt, and
+    quietly with 1 where the reader of stdout has gone.
     """
+
+    def main(self, *args: Any, **settings: Any) -> Any:
+        """Run as a program: the process ends with the exit code."""
+        try:
+            code = super().main(*args, **{**settings, "standalone_mode": False})
+            Output().flush()
+        except click.ClickException as error:
+            print_usage(error)
+            code = error.exit_code
+        except StreamError as error:  # while help was printed
+            Output().error(error)
+            code = error.exit_code
+        except BrokenPipeError:
+            code = 1
+        except (KeyboardInterrupt, click.Abort):
+            code = EXIT_INTERRUPTED
+        sys.exit(code if isinstance(code, int) else 0)
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -82,15 +102,50 @@ class CommandTable(click.Group):
     def invoke(self, ctx: click.Context) -> Any:
         try:
             result = super().invoke(ctx)
-            sys.stdout.flush()
+            Output().flush()
         except (click.ClickException, click.exceptions.Exit, BrokenPipeError):
             raise
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(EXIT_INTERRUPTED)
         except Exception as error:
-            Output(debug=DEBUG in ctx.meta).error(error)
-            ctx.exit(error.exit_code if isinstance(error, PhimlxError) else 1)
+            explained = explain(error)
+            Output(debug=DEBUG in ctx.meta).error(explained)
+            ctx.exit(explained.exit_code if isinstance(explained, PhimlxError) else 1)
         return result
+
+
+def explain(error: Exception) -> Exception:
+    """Return what stands behind an error that nobody expected, where it is known; else `error`."""
+    if isinstance(error, PhimlxError):
+        return error
+    from phimlx.hub.environment import check_environment
+
+    try:
+        check_environment()  # huggingface_hub reads it when it is imported, wherever that is
+        if isinstance(error, FileNotFoundError):
+            check_working_directory()
+    except PhimlxError as cause:
+        cause.__cause__ = error
+        return cause
+    return error
+
+
+def check_working_directory() -> None:
+    """Raise `PhimlxError` where the working directory is gone."""
+    try:
+        os.getcwd()
+    except OSError:
+        raise PhimlxError(
+            "The working directory is gone.", hint="Change to a folder that is there."
+        ) from None
+
+
+def print_usage(error: click.ClickException) -> None:
+    """Print how a command is used and what is wrong, as click words it."""
+    error.message = indented(error.message)  # type: ignore[misc]
+    text = StringIO()
+    error.show(text)
+    Output().note(text.getvalue().rstrip("\n"), style_name=None)
 
 
 @click.group(

@@ -13,8 +13,11 @@ from phimlx.cli import EXIT_INTERRUPTED
 
 def main() -> None:
     """Run the command line; the process ends with 0 done, 1 failed, 2 usage or 130 interrupted."""
-    leave_working_directory()
     try:
+        leave_working_directory()
+        from phimlx.terminal.sink import guard_streams
+
+        guard_streams()
         from phimlx.cli.group import cli
 
         cli(prog_name="phimlx")
@@ -27,7 +30,10 @@ def leave_working_directory() -> None:
 
     It stays where phimlx itself was found there, for then the modules in it are ours.
     """
-    here = os.getcwd()
+    try:
+        here = os.getcwd()
+    except OSError:  # it is gone, and holds nothing that could be imported
+        return
     home = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
     if here != home and not here.endswith(("site-packages", "dist-packages")):
         sys.path[:] = [entry for entry in sys.path if os.path.abspath(entry) != here]

@@ -21,7 +21,6 @@ def command(model: str, original: bool, yes: bool, as_json: bool) -> None:
     touched.
     """
     from phimlx import catalog
-    from phimlx.cli.bars import can_ask
     from phimlx.errors import ModelNotFoundError
     from phimlx.hub import cache, resolve
     from phimlx.sizes import size_text
@@ -42,10 +41,10 @@ def command(model: str, original: bool, yes: bool, as_json: bool) -> None:
             f"{model} is not on this machine.", hint="See what is with: phimlx list"
         )
     if not yes:
-        if not can_ask():
+        if not output.can_ask:
             raise click.UsageError("Nobody can be asked here: add --yes to delete without asking.")
         question = f"Delete {cached.repository}, {size_text(cached.nbytes)}?"
-        if not click.confirm(question, err=True):
+        if not output.confirm(question):
             output.note("Nothing is deleted.")
             raise click.Abort
     cache.remove(cached)

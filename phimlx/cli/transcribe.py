@@ -279,14 +279,14 @@ def _transcribe(
 ) -> None:
     """Let the pieces come, and show each."""
     heard = number = 0
-    with output.progress(None, f"Transcribing {printable(transcript.label)}", " s") as bar:
+    with output.progress(None, f"Transcribing {transcript.label}", " s") as bar:
 
         def expect(seconds: float | None) -> None:
             bar.total = None if seconds is None else round(seconds)
 
         for piece in listen(on_open=expect):
             transcript.pieces.append(piece)
-            with _beside_bar(output):
+            with output.beside_bars():
                 cue = _cue(piece)
                 if cue.text.strip() and transcript.target is None:
                     number += 1
@@ -302,15 +302,3 @@ def _transcribe(
 def _cue(piece: TranscriptSegment) -> Cue:
     """A piece without what a terminal would obey."""
     return Cue(piece.start, piece.end, printable(piece.text))
-
-
-@contextlib.contextmanager
-def _beside_bar(output: Output) -> Iterator[None]:
-    """Leave the bar whole while something else is printed."""
-    if not output.is_watched:
-        yield
-        return
-    from tqdm import tqdm
-
-    with tqdm.external_write_mode(file=sys.stdout):
-        yield

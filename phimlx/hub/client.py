@@ -29,6 +29,7 @@ from phimlx.errors import (
     shortened,
 )
 from phimlx.files import reason
+from phimlx.hub.environment import check_environment
 from phimlx.hub.layout import COMMIT, CONTENT_HASH, RepositoryType
 from phimlx.sizes import size_text
 
@@ -127,7 +128,9 @@ class Remote:
             ModelNotFoundError, DownloadError: where the Hub does not tell, or tells what no Hub
                 should: names that would leave a folder, hashes that are none.
             TrainingError: where it has no such data set.
+            SettingsError: where the environment names no Hub.
         """
+        check_environment()
         from huggingface_hub import HfApi, constants
 
         def ask() -> Any:

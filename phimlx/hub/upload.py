@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import UploadError, shortened
 from phimlx.hub.client import Remote, retry_after
+from phimlx.hub.environment import check_environment
 from phimlx.hub.model_files import companions
 
 if TYPE_CHECKING:
@@ -66,7 +67,9 @@ def check(name: str, remote: Remote, private: bool = False) -> Target:
     Raises:
         UploadError: where the name is none, there is no token or one that may not write, the owner
             is somebody else, or the repository is public and must not be.
+        SettingsError: where the environment names no Hub.
     """
+    check_environment()
     from huggingface_hub import HfApi, constants, get_token
     from huggingface_hub.errors import HFValidationError, RepositoryNotFoundError
     from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]

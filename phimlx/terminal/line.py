@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,10 +15,14 @@ from prompt_toolkit.document import Document
 from prompt_toolkit.filters import Condition
 from prompt_toolkit.history import FileHistory, History, InMemoryHistory
 from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
+from prompt_toolkit.layout.processors import Processor, Transformation, TransformationInput
+from prompt_toolkit.output import create_output
 
-from phimlx.terminal.output import Output, printable
+from phimlx.terminal.output import Output
+from phimlx.terminal.sink import UNPRINTABLE, drawing, one_line
 
 HISTORY_FILE = "chat_history"
+REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 
 Candidates = Callable[[str], list[str]]
 """The line up to the cursor -> what its last word could become."""
@@ -50,6 +55,7 @@ class LineEditor:
 
     def __init__(self, candidates: Candidates, output: Output) -> None:
         is_command = Condition(lambda: get_app().current_buffer.text.startswith("/"))
+        screen = create_output(stdout=drawing(sys.stdout))
         self._main: PromptSession[str] = PromptSession(
             message=[("ansicyan bold", "> ")],
             multiline=True,
@@ -61,8 +67,12 @@ class LineEditor:
             enable_open_in_editor=True,
             enable_suspend=True,
             tempfile_suffix=".md",
+            input_processors=[_Veil()],
+            output=screen,
         )
-        self._plain: PromptSession[str] = PromptSession(history=InMemoryHistory())
+        self._plain: PromptSession[str] = PromptSession(
+            history=InMemoryHistory(), input_processors=[_Veil()], output=screen
+        )
 
     def read(self) -> str:
         """Read the next line; raises KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D."""
@@ -70,7 +80,7 @@ class LineEditor:
 
     def ask(self, label: str) -> str:
         """Read the answer to a question of the program's own; it is not kept in the history."""
-        return self._plain.prompt([("ansicyan", printable(label))])
+        return self._plain.prompt([("ansicyan", f"{one_line(label)} ")])
 
 
 class _Completer(Completer):
@@ -83,7 +93,22 @@ class _Completer(Completer):
         before = document.text_before_cursor
         word = before.rpartition(" ")[2]
         for candidate in self._candidates(before):
-            yield Completion(candidate, start_position=-len(word))
+            yield Completion(candidate, start_position=-len(word), display=one_line(candidate))
+
+
+class _Veil(Processor):
+    """Shows each character that is never shown as one replacement character; the text keeps it.
+
+    It may come from a name that was completed, from a paste or from the history.
+    """
+
+    def apply_transformation(self, transformation_input: TransformationInput) -> Transformation:
+        return Transformation(
+            [
+                (fragment[0], UNPRINTABLE.sub(REPLACEMENT, fragment[1]), *fragment[2:])
+                for fragment in transformation_input.fragments
+            ]
+        )
 
 
 def _key_bindings() -> KeyBindings:

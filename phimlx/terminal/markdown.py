@@ -17,12 +17,16 @@ from markdown_it.rules_inline import StateInline
 from markdown_it.token import Token
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.live import Live
-from rich.markdown import Heading, Markdown
+from rich.markdown import Heading, Markdown, Paragraph
 from rich.segment import Segment
+from rich.text import Text
 
-from phimlx.terminal.output import printable
+from phimlx.terminal.sink import printable
 
 _PARSE_AGAIN = 1.25  # times the length that was parsed last: what is parsed in all stays linear
+_FEED = 4096  # characters whose blocks are cut off at once
+_NESTING = 40  # levels that are parsed; markdown-it drops what stands deeper, so it stays text
+_WINDOW_LINES, _WINDOW_CHARACTERS = 200, 20_000  # of a block that grows, which are drawn
 _REDRAW_SECONDS = 0.08
 _REDRAW_PAUSE = 5.0  # times as long as a redraw took: it takes time from the model
 
@@ -41,12 +45,13 @@ class BlockSplitter:
 
     def feed(self, text: str) -> list[str]:
         """Take more text, return the blocks that are complete with it."""
-        self.rest += text
         blocks: list[str] = []
-        while end := self.rest.find("\n", self._scanned) + 1:
-            self._scanned = end
-            if end >= self._parse_at:
-                blocks += self._cut(self.rest[:end])
+        for start in range(0, len(text), _FEED):
+            self.rest += text[start : start + _FEED]
+            while end := self.rest.find("\n", self._scanned) + 1:
+                self._scanned = end
+                if end >= self._parse_at:
+                    blocks += self._cut(self.rest[:end])
         return blocks
 
     def finish(self) -> list[str]:
@@ -93,6 +98,14 @@ class _Heading(Heading):
         yield self.text
 
 
+class _Paragraph(Paragraph):
+    """A paragraph line by line: rich takes the square of a text's lines to split it."""
+
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        self.text.justify = self.justify
+        yield from self.text.split(allow_blank=True)
+
+
 class _Markdown(Markdown):
     """Markdown as a model means it.
 
@@ -100,25 +113,55 @@ class _Markdown(Markdown):
     of a link is shown, and the brackets of formulas, `\\(` and `\\[`, keep their backslash.
     """
 
-    elements: ClassVar = {**Markdown.elements, "heading_open": _Heading}
+    elements: ClassVar = {
+        **Markdown.elements,
+        "heading_open": _Heading,
+        "paragraph_open": _Paragraph,
+    }
 
     def __init__(self, text: str) -> None:
         super().__init__("", hyperlinks=False, code_theme="ansi_dark")
-        self.parsed = _PARSER.parse(printable(text))
+        self.parsed = _PARSER.parse(text)
         for token in self.parsed:
             for child in token.children or ():
                 _keep_line_break(child)
 
 
 def render_lines(text: str, console: Console) -> list[list[Segment]]:
-    """Render the lines of one block as the console shows them, without blank ones at either end."""
-    lines = console.render_lines(_Markdown(text), pad=False)
-    shown = [
-        index
-        for index, line in enumerate(lines)
-        if any(segment.text.strip() for segment in line if not segment.is_control)
+    """Render the lines of one block as the console shows them, without blank ones at either end.
+
+    They are printable whatever the text says: addresses and entities are decoded on the way.
+    """
+    text = printable(text)
+    markdown = _Markdown(text)
+    too_deep = any(
+        token.level >= _NESTING - 1 and token.type in ("blockquote_open", "list_item_open")
+        for token in markdown.parsed
+    )
+    rendered = console.render_lines(Text(text) if too_deep else markdown, pad=False)
+    lines = [
+        [Segment(printable(segment.text), segment.style) for segment in line] for line in rendered
     ]
+    shown = [index for index, line in enumerate(lines) if any(part.text.strip() for part in line)]
     return lines[shown[0] : shown[-1] + 1] if shown else []
+
+
+def window(text: str) -> str:
+    """Shorten a block that grows to its end, so that drawing it again takes as long every time.
+
+    What a fence or a table begins with stays before it.
+    """
+    cut = max(0, len(text) - _WINDOW_CHARACTERS)
+    lines = text[cut:].split("\n")
+    if not cut and len(lines) <= _WINDOW_LINES:
+        return text
+    first, second = (*text[:_WINDOW_CHARACTERS].split("\n", 2), "")[:2]
+    head: list[str] = []
+    if first.lstrip().startswith(("```", "~~~")):
+        head = [first]
+    elif set(second.strip()) <= set("|-: ") and "|" in first and "-" in second:
+        head = [first, second]
+    return "\n".join([*head, *lines[1:][-_WINDOW_LINES:]])
 
 
 def _keep_line_break(token: Token) -> None:
@@ -136,7 +179,7 @@ def _keep_formula_bracket(state: StateInline, silent: bool) -> bool:
 
 
 _PARSER = (
-    MarkdownIt("commonmark", {"html": False})
+    MarkdownIt("commonmark", {"html": False, "maxNesting": _NESTING})
     .enable(["strikethrough", "table"])
     .disable("reference")
 )
@@ -203,7 +246,7 @@ class MarkdownStream:
         finished: list[list[Segment]] = []
         for block in blocks:
             finished += self._render(block)
-        growing = self._render(self._splitter.rest, keep_place=True)
+        growing = self._render(window(self._splitter.rest), keep_place=True)
         self._live.update(_Lines(growing[-max(1, self._console.size.height - 2) :]))
         if finished:
             self._console.print(_Lines(finished), end="")

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -15,38 +14,24 @@ from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
 from phimlx.errors import PhimlxError
-from phimlx.terminal.progress import Progress, progress, prompt_progress, status
+from phimlx.terminal.progress import Progress, beside_bars, progress, prompt_progress, status
+from phimlx.terminal.sink import UNPRINTABLE, drawing, indented, one_line, printable
 
 __all__ = ["Output", "encode_json", "printable", "progress", "status", "style"]
 
-_NEVER_SHOWN = "".join(
-    re.escape(chr(first)) + "-" + re.escape(chr(last))
-    for first, last in (
-        (0x00, 0x08),  # C0 without tab and newline; carriage return would overwrite the line
-        (0x0B, 0x1F),  # ESC among them: what follows it is then harmless text
-        (0x7F, 0x9F),  # DEL and C1, where 0x9B opens a sequence on its own
-        (0x202A, 0x202E),  # bidirectional embeddings and overrides: text that reads as another
-        (0x2066, 0x2069),
-        (0xD800, 0xDFFF),  # lone surrogates, which no encoding can write
-    )
-)
-_UNPRINTABLE = re.compile(f"[{_NEVER_SHOWN}]")
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33", "cyan": "36"}
 
 
-def printable(text: str) -> str:
-    """Remove what a terminal would obey rather than show.
-
-    Works character by character, so that a sequence split over two pieces of a stream is
-    disarmed like a whole one.
-    """
-    return _UNPRINTABLE.sub("", text)
-
-
 def encode_json(value: Any, indent: int | None = None) -> str:
-    """Encode JSON that loses no character and yet holds none that `printable` would remove."""
+    """Encode JSON that loses no character and yet holds none that `printable` would remove.
+
+    A number that is not finite, which JSON cannot say, becomes null.
+    """
     text = json.dumps(value, ensure_ascii=False, indent=indent, default=str)
-    return _UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
+    if any(name in text for name in ("NaN", "Infinity")):
+        finite = json.loads(text, parse_constant=lambda name: None)
+        text = json.dumps(finite, ensure_ascii=False, indent=indent)
+    return UNPRINTABLE.sub(lambda match: f"\\u{ord(match[0]):04x}", text)
 
 
 def has_colour(stream: TextIO) -> bool:
@@ -84,26 +69,26 @@ class Output:
         """Whether stderr is a terminal."""
         return sys.stderr.isatty()
 
+    @property
+    def can_ask(self) -> bool:
+        """Whether somebody sits at a terminal to answer a question."""
+        return sys.stdin is not None and sys.stdin.isatty() and self.is_watched
+
     def write(self, text: str, style_name: str | None = None) -> None:
         """Put `text` on stdout at once, without a newline of its own."""
-        if self.as_json:
-            return
-        clean = printable(text)
-        if clean:
-            sys.stdout.write(style(clean, style_name, sys.stdout) if style_name else clean)
-            sys.stdout.flush()
+        if text and not self.as_json:
+            _put(sys.stdout, text, style_name)
+            self.flush()
 
     def text(self, text: str = "", style_name: str | None = None) -> None:
         """Put one or more whole lines on stdout."""
-        if self.as_json:
-            return
-        clean = printable(text)
-        sys.stdout.write((style(clean, style_name, sys.stdout) if style_name else clean) + "\n")
+        if not self.as_json:
+            _put(sys.stdout, text, style_name, end="\n")
 
     def json(self, value: Any) -> None:
         """Put the command's result on stdout as one JSON object."""
         if self.as_json:
-            sys.stdout.write(encode_json(value, indent=2) + "\n")
+            _put(sys.stdout, encode_json(value, indent=2), end="\n")
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Put a table on stdout; columns of numbers are aligned to the right.
@@ -111,47 +96,61 @@ class Output:
         Cells are wrapped to the width of a terminal, and never wrapped elsewhere.
         """
         if not self.as_json:
-            sys.stdout.write(_render_table(columns, rows, self.is_terminal))
+            drawing(sys.stdout).write(_render_table(columns, rows, self.is_terminal))
+
+    def flush(self) -> None:
+        """Hand what waits to the reader of stdout; raises `StreamError` where it cannot be."""
+        sys.stdout.flush()
 
     def note(self, text: str, style_name: str | None = "dim") -> None:
         """Put a remark on stderr: a hint, a warning, what a command is about to do."""
-        clean = printable(text)
-        sys.stderr.write((style(clean, style_name, sys.stderr) if style_name else clean) + "\n")
-        sys.stderr.flush()
+        _put(sys.stderr, text, style_name, end="\n")
 
     def aside(self, text: str) -> None:
         """Put text on stderr at once, dimmed and without a newline of its own.
 
         It goes with a result rather than into it, so only a terminal gets it.
         """
-        clean = printable(text)
-        if clean and self.is_watched and not self.as_json:
-            sys.stderr.write(style(clean, "dim", sys.stderr))
-            sys.stderr.flush()
+        if text and self.is_watched and not self.as_json:
+            _put(sys.stderr, text, "dim")
 
     def warning(self, text: str) -> None:
         """Put a warning on stderr."""
-        self.note(f"Warning: {text}", "yellow")
+        self.note(f"Warning: {indented(text)}", "yellow")
 
     def error(self, error: BaseException) -> None:
         """Put one sentence about `error` on stderr, and the next step; with debug the traceback."""
         if self.debug:
-            sys.stderr.write(printable("".join(traceback.format_exception(error))))
+            _put(sys.stderr, "".join(traceback.format_exception(error)))
         if isinstance(error, PhimlxError):
             message, hint = str(error), error.hint
         else:
             message = f"unexpected {type(error).__name__}: {error}".removesuffix(": ")
             hint = None if self.debug else "Run it again with --debug to see where it happened."
-        sys.stderr.write(f"{style('Error:', 'red', sys.stderr)} {printable(message)}\n")
+        _put(sys.stderr, "Error:", "red")
+        _put(sys.stderr, f" {indented(message)}", end="\n")
         if hint:
-            sys.stderr.write(f"{style('Hint:', 'cyan', sys.stderr)} {printable(hint)}\n")
-        sys.stderr.flush()
+            _put(sys.stderr, "Hint:", "cyan")
+            _put(sys.stderr, f" {indented(hint)}", end="\n")
+
+    def confirm(self, question: str, default: bool = False) -> bool:
+        """Ask a question on stderr to be answered by yes or no; see `can_ask` before.
+
+        Raises `click.Abort` for Ctrl-C and Ctrl-D.
+        """
+        import click
+
+        return click.confirm(one_line(question), default=default, err=True)
+
+    def beside_bars(self) -> AbstractContextManager[None]:
+        """Leave bars whole while the block prints: see `phimlx.terminal.progress`."""
+        return beside_bars()
 
     def progress(
         self, total: float | None, label: str, unit: str = "it"
     ) -> AbstractContextManager[Progress]:
         """Draw a progress bar on stderr: see `phimlx.terminal.progress`."""
-        return progress(total, label, unit, quiet=self.as_json)
+        return progress(total, one_line(label), unit, quiet=self.as_json)
 
     def prompt_progress(self) -> AbstractContextManager[Callable[[int, int], None]]:
         """Draw a bar on stderr while a long prompt is read: see `phimlx.terminal.progress`."""
@@ -159,7 +158,17 @@ class Output:
 
     def status(self, label: str) -> AbstractContextManager[None]:
         """Show a line on stderr while the block runs: see `phimlx.terminal.progress`."""
-        return status(printable(label), quiet=self.as_json)
+        return status(one_line(label), quiet=self.as_json)
+
+
+def _put(stream: TextIO, text: str, style_name: str | None = None, end: str = "") -> None:
+    """Write what is printable of `text`, in a style: the one way in which text is printed."""
+    clean = printable(text)
+    if clean and style_name:
+        clean = style(clean, style_name, stream)
+    drawing(stream).write(clean + end)
+    if stream is sys.stderr:
+        stream.flush()
 
 
 def _render_table(

@@ -7,6 +7,8 @@ import sys
 from collections.abc import Callable, Iterator
 from typing import Protocol
 
+from phimlx.terminal.sink import drawing
+
 ERASE_LINE = "\r\x1b[2K"
 
 
@@ -56,6 +58,7 @@ def progress(
     """Draw a tqdm bar on stderr while the block runs; silent off a terminal or when `quiet`.
 
     `unit` "B" counts bytes and is shown with binary prefixes. `total` None draws a count alone.
+    `label` is one line and printable, as `phimlx.terminal.sink.one_line` makes it.
     """
     if quiet or not sys.stderr.isatty():
         yield _Silent()
@@ -69,7 +72,7 @@ def progress(
         unit=unit,
         unit_scale=scaled,
         unit_divisor=1024 if scaled else 1000,
-        file=sys.stderr,
+        file=drawing(sys.stderr),
         leave=False,
         dynamic_ncols=True,
     ) as bar:
@@ -78,14 +81,27 @@ def progress(
 
 @contextlib.contextmanager
 def status(label: str, quiet: bool = False) -> Iterator[None]:
-    """Show one line on stderr while the block runs, then take it away."""
+    """Show one printable line on stderr while the block runs, then take it away."""
     if quiet or not sys.stderr.isatty():
         yield
         return
-    sys.stderr.write(label)
-    sys.stderr.flush()
+    screen = drawing(sys.stderr)
+    screen.write(label)
+    screen.flush()
     try:
         yield
     finally:
-        sys.stderr.write(ERASE_LINE)
-        sys.stderr.flush()
+        screen.write(ERASE_LINE)
+        screen.flush()
+
+
+@contextlib.contextmanager
+def beside_bars() -> Iterator[None]:
+    """Take bars away while the block prints, and draw them again below it."""
+    if not sys.stderr.isatty():
+        yield
+        return
+    from tqdm import tqdm
+
+    with tqdm.external_write_mode(file=drawing(sys.stderr)):
+        yield

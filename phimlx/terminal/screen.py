@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 from phimlx.errors import PromptError
 from phimlx.terminal.output import Output, encode_json
 from phimlx.terminal.reply import print_reply
+from phimlx.terminal.sink import drawing
 
 if TYPE_CHECKING:
     from phimlx.generation.reply import Reply
@@ -106,9 +107,11 @@ class TerminalScreen:
 
         from phimlx.terminal.markdown import MarkdownStream
 
-        console = Console(file=sys.stdout, highlight=False, theme=Theme({"markdown.code": "cyan"}))
+        console = Console(
+            file=drawing(sys.stdout), highlight=False, theme=Theme({"markdown.code": "cyan"})
+        )
         self._output.text()
-        with _echo_off(), contextlib.ExitStack() as drawing:
+        with _echo_off(), contextlib.ExitStack() as opened:
             markdown: MarkdownStream | None = None
             thinking = shown = False
             for piece in answer:
@@ -116,7 +119,7 @@ class TerminalScreen:
                     continue
                 shown = True
                 if piece.kind == "reasoning":
-                    drawing.close()
+                    opened.close()
                     markdown, thinking = None, True
                     self._output.write(piece.text, "dim")
                     continue
@@ -124,7 +127,7 @@ class TerminalScreen:
                     self._output.write("\n\n")
                     thinking = False
                 if markdown is None:
-                    markdown = drawing.enter_context(MarkdownStream(console))
+                    markdown = opened.enter_context(MarkdownStream(console))
                 markdown.write(piece.text)
         if shown:
             self._output.text("\n" if thinking else "")

@@ -293,7 +293,7 @@ def test_where_nobody_can_be_asked_the_error_names_the_command(
 def test_a_small_model_comes_without_a_question(
     server: Hub, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    monkeypatch.setattr(Output, "can_ask", True)
     load_or_download("phi-4-mini", Output())
     assert loads == [snapshot(tmp_path, QUANTIZED)]
 
@@ -305,7 +305,7 @@ def test_a_large_model_is_asked_for(
     monkeypatch: pytest.MonkeyPatch,
     answer: str,
 ) -> None:
-    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    monkeypatch.setattr(Output, "can_ask", True)
     monkeypatch.setattr(bars, "ASK_ABOVE", 20_000)
     result = run("chat", "--model", "phi-4-mini", input=answer)
     assert f"{ABSENT}Download {QUANTIZED}, 20.0 kB, now? [Y/n]: " in result.stderr
@@ -321,7 +321,7 @@ def test_a_large_model_is_asked_for(
 def test_a_model_that_a_saved_chat_names_is_asked_for(
     server: Hub, tmp_path: Path, loads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    monkeypatch.setattr(Output, "can_ask", True)
     path = tmp_path / "chat.json"
     Conversation("phi-4-mini").save(path)
     result = run("chat", "--load", str(path), input="n\n")
@@ -332,7 +332,7 @@ def test_a_model_that_a_saved_chat_names_is_asked_for(
 def test_offline_nothing_is_asked(
     server: Hub, loads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    monkeypatch.setattr(Output, "can_ask", True)
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
     with pytest.raises(ModelAbsentError):
         load_or_download("phi-4-mini", Output())

@@ -9,8 +9,8 @@ import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
 
-from phimlx.cli import bars
 from phimlx.cli.group import cli
+from phimlx.terminal.output import Output
 
 QUANTIZED = "mlx-community/phi-4-4bit"
 ORIGINAL = "microsoft/phi-4"
@@ -64,7 +64,7 @@ def test_an_alias_means_the_original_where_only_that_is_here(cache: Path) -> Non
 
 @pytest.mark.parametrize("answer", ["y\n", "n\n", "\n"])
 def test_asking(cache: Path, monkeypatch: pytest.MonkeyPatch, answer: str) -> None:
-    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    monkeypatch.setattr(Output, "can_ask", True)
     result = run("phi-4", input=answer)
     assert result.stderr.startswith(f"Delete {QUANTIZED}, 3.00 kB? [y/N]: ")
     if answer == "y\n":
