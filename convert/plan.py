@@ -255,7 +255,8 @@ class ConversionPlan:
         )
         card += "" if self.calibration is None else self.calibration.markdown()
         card += "" if self.fusion is None else self.fusion.markdown()
-        (folder / "README.md").write_text(card, encoding="utf-8")
+        # The folder's name may hold bytes that are no UTF-8.
+        (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
         config: Mapping[str, Any] = self.checkpoint.config
         config = config if self.fusion is None else self.fusion.config(config)
         config = model_config(config, known, self.tensors.dtype, self.recipe, self.tensors.layers)

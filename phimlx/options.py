@@ -254,6 +254,8 @@ def _explain(
         more = [f"{len(unknown) - MOST_NAMED} more"] if len(unknown) > MOST_NAMED else []
         return f"there are no settings {', '.join(unknown[:MOST_NAMED] + more)}.", model.hint
     first = found[0]
+    if not first["loc"] and "ctx" not in first:  # of a name with half a surrogate pair
+        return "a setting's name is no text.", model.hint
     if not first["loc"]:
         error = first["ctx"]["error"]
         return error.message, error.hint

@@ -145,7 +145,8 @@ def print_usage(error: click.ClickException) -> None:
     error.message = indented(error.message)  # type: ignore[misc]
     text = StringIO()
     error.show(text)
-    Output().note(text.getvalue().rstrip("\n"), style_name=None)
+    for line in text.getvalue().rstrip("\n").split("\n"):
+        Output().note(line, style_name=None)
 
 
 @click.group(

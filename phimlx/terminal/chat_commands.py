@@ -218,7 +218,8 @@ def _path(text: str) -> Path:
 
 
 def _say(chat: Chat, text: str) -> None:
-    chat.output.note(text, style_name=None)
+    for line in text.split("\n"):
+        chat.output.note(line, style_name=None)
 
 
 def _done(chat: Chat, text: str) -> None:

@@ -104,7 +104,7 @@ class Output:
 
     def note(self, text: str, style_name: str | None = "dim") -> None:
         """Put a remark on stderr: a hint, a warning, what a command is about to do."""
-        _put(sys.stderr, text, style_name, end="\n")
+        _put(sys.stderr, indented(text), style_name, end="\n")
 
     def aside(self, text: str) -> None:
         """Put text on stderr at once, dimmed and without a newline of its own.
@@ -116,7 +116,7 @@ class Output:
 
     def warning(self, text: str) -> None:
         """Put a warning on stderr."""
-        self.note(f"Warning: {indented(text)}", "yellow")
+        self.note(f"Warning: {text}", "yellow")
 
     def error(self, error: BaseException) -> None:
         """Put one sentence about `error` on stderr, and the next step; with debug the traceback."""
