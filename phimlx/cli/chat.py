@@ -62,8 +62,8 @@ def command(
     Where stdin or stdout is no terminal, each line of stdin is a turn, replies go to stdout as
     they are, and the first error ends the chat.
 
-    A model that sees and hears takes files too: /image, /audio and /video, or a file dropped on
-    the terminal. They go with what is said next.
+    A model that sees and hears takes files too: /image, /audio and /video, a file dropped on the
+    terminal, or /paste for a screenshot in the clipboard. They go with what is said next.
     """
     from phimlx.prompt.tools import load_tools
     from phimlx.terminal.chat import Chat

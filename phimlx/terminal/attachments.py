@@ -156,18 +156,19 @@ def dropped_files(line: str) -> list[tuple[str, str]]:
     text = line.strip()
     if not text.rstrip("'\"").lower().endswith(tuple(sum(_SUFFIXES.values(), ()))):
         return []
-    whole = _existing(text)
+    whole = media_file(text)
     if whole:
         return [whole]
     try:
         names = shlex.split(text)
     except ValueError:  # a quote that is not closed
         return []
-    found = [_existing(name) for name in names]
+    found = [media_file(name) for name in names]
     return [file for file in found if file] if all(found) else []
 
 
-def _existing(name: str) -> tuple[str, str] | None:
+def media_file(name: str) -> tuple[str, str] | None:
+    """Return the kind and path of a file that is there, by its name; None for any other."""
     if name.startswith("file://"):
         name = unquote(urlsplit(name).path)
     path = Path(name).expanduser()

@@ -107,6 +107,14 @@ class Chat:
         self.pending = [*self.pending, *read]
         self.output.note(f"With your next message: {', '.join(map(str, self.pending))}. Or /drop.")
 
+    def paste(self) -> None:
+        """Attach what the clipboard holds; raises `PhimlxError` where it is nothing to attach."""
+        if not self.phi.takes_media:
+            raise no_media(self.phi.name)
+        from phimlx.terminal.clipboard import paste_files
+
+        self.attach(paste_files(self._limits))
+
     def say(self, text: str) -> None:
         """Answer what the user says, with the files that wait for it."""
         attachments, self.pending = self.pending, []

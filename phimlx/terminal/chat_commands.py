@@ -183,6 +183,12 @@ def _attach(kind: str) -> Callable[[Chat, str], None]:
     return attach
 
 
+def _paste(chat: Chat, argument: str) -> None:
+    chat.paste()
+    if argument:
+        chat.say(argument)
+
+
 def _drop(chat: Chat, argument: str) -> None:
     if not chat.pending:
         raise PhimlxError("There is nothing to drop.")
@@ -203,6 +209,7 @@ COMMANDS = {
     "image": ChatCommand(_attach("image"), "FILE [TEXT]", "show a picture", "files"),
     "audio": ChatCommand(_attach("audio"), "FILE [TEXT]", "play a sound", "files"),
     "video": ChatCommand(_attach("video"), "FILE [TEXT]", "show pictures of a video", "files"),
+    "paste": ChatCommand(_paste, "[TEXT]", "show a screenshot, or files, from the clipboard"),
     "drop": ChatCommand(_drop, "", "send no file with the next message after all"),
     "save": ChatCommand(_save, "[FILE]", "save the conversation", "files"),
     "load": ChatCommand(_load, "FILE", "go on with a saved conversation", "files"),
