@@ -134,8 +134,9 @@ def render_lines(text: str, console: Console) -> list[list[Segment]]:
     """
     text = printable(text)
     markdown = _Markdown(text)
+    deepest = min(_NESTING - 1, console.width // 5)  # a level takes up to four columns
     too_deep = any(
-        token.level >= _NESTING - 1 and token.type in ("blockquote_open", "list_item_open")
+        token.level >= deepest and token.type in ("blockquote_open", "list_item_open")
         for token in markdown.parsed
     )
     rendered = console.render_lines(Text(text) if too_deep else markdown, pad=False)

@@ -10,6 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 from rich.console import Console
+from rich.segment import Segment
 
 from phimlx.terminal import markdown
 from phimlx.terminal.markdown import BlockSplitter, MarkdownStream, render_lines
@@ -142,6 +143,102 @@ def shown(text: str) -> list[str]:
 )
 def test_what_a_block_shows(text: str, lines: list[str]) -> None:
     assert shown(text) == lines
+
+
+DRIVING = "\x1b]52;c;QUJD\x07\x1b[2J\x9b7m\x9d0;t\x9c\x7f\u202e\u2066\u2028"
+OBEYED = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u2028-\u202e\u2066-\u2069]")
+
+
+def encoded(text: str) -> list[str]:
+    """Ways in which Markdown says a text: as it is, as entities, in addresses."""
+    quoted = "".join(f"%{byte:02x}" for byte in text.encode())
+    entities = "".join(f"&#x{ord(character):x};" for character in text)
+    decimal = "".join(f"&#{ord(character)};" for character in text)
+    return [
+        *(text, entities, decimal, f"<http://e/{quoted}>", f"<mailto:{quoted}@e.fr>"),
+        *(f"[a](http://e/{quoted} '{entities}')", f"[{entities}](<{quoted}>)"),
+        *(f"![{entities}]({quoted})", f"<{quoted}@e.fr>", f"<x{entities}>"),
+    ]
+
+
+@pytest.mark.parametrize(
+    "place",
+    [
+        *("{}", "# {}", "{}\n===", "- {}", "1. {}", "> {}", "- > {}", "**{}**", "~~{}~~", "`{}`"),
+        *("| {} |\n|---|\n| {} |", "```{}\n{}\n```", "    {}", "{}  \n{}", "[{}](a)", "\\[{}\\]"),
+        *("<b>{}</b>", "[a]: {}"),
+    ],
+)
+def test_nothing_of_a_reply_is_obeyed(place: str) -> None:
+    for text in encoded(DRIVING):
+        lines = shown(f"before {place.replace('{}', text)} after")
+        lines += shown(place.replace("{}", text))
+        assert lines
+        assert not OBEYED.search("".join(lines))
+
+
+@given(st.text("<>&#x1b;%9fhtp:/[]()!`*|-\n\x1b\x9b\u202e"))
+def test_nothing_of_any_reply_is_obeyed(text: str) -> None:
+    assert not OBEYED.search("".join(shown(text)))
+
+
+@pytest.mark.parametrize("opening", ["> ", "- ", "1. ", "> - "])
+def test_what_stands_deeper_than_is_parsed_is_shown_as_text(opening: str) -> None:
+    assert any("kept" in line for line in shown(opening * 30 + "kept"))
+
+
+@pytest.mark.parametrize(
+    "piece",
+    [
+        *("word\n", "\n", "> quoted\n", "- item\n", "| 1 | 2 |\n", "word ", "**a *b ", "[a]("),
+        *("`a` ", "&amp;", "<http://e/> "),
+    ],
+)
+@pytest.mark.parametrize("opening", ["", "```py\n", "| a | b |\n|---|---|\n"])
+def test_what_is_drawn_in_all_grows_as_the_text(
+    piece: str, opening: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    lengths: list[int] = []
+
+    def counted(text: str, console: Console) -> list[Any]:
+        lengths.append(len(text))
+        return []
+
+    monkeypatch.setattr(markdown, "render_lines", counted)
+    text = opening + piece * 4000
+    draw([text[start : start + 500] for start in range(0, len(text), 500)], 30, monkeypatch)
+    final = [length for length in lengths if length > len(opening) + 20_000]
+    assert sum(final) <= len(text)  # each finished block once, at whatever length
+
+
+@pytest.mark.parametrize(
+    ("text", "seen"),
+    [
+        ("a\n" * 1000, "a\n" * 199),
+        ("```py\n" + "x\n" * 1000, "```py\n" + "x\n" * 199),
+        ("| a |\n|---|\n" + "| 1 |\n" * 1000, "| a |\n|---|\n" + "| 1 |\n" * 199),
+        ("a\n" * 199, "a\n" * 199),
+        ("x" * 50_000, ""),
+        ("x\n" + "y" * 19_998, "x\n" + "y" * 19_998),
+    ],
+)
+def test_the_end_of_a_block_that_grows(text: str, seen: str) -> None:
+    assert markdown.window(text) == seen
+
+
+def test_lines_are_split_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    longest = 0
+    split_lines = Segment.split_and_crop_lines
+
+    def counted(segments: Any, *rest: Any, **more: Any) -> Any:
+        nonlocal longest
+        found = list(segments)
+        longest = max([longest, *(segment.text.count("\n") for segment in found)])
+        return split_lines(found, *rest, **more)
+
+    monkeypatch.setattr(Segment, "split_and_crop_lines", counted)
+    assert len(shown("word\n" * 500)) == 500
+    assert longest <= 1
 
 
 class Screen:
