@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import subprocess
 import sys
 import types
@@ -151,3 +152,18 @@ def test_an_unknown_command_is_wrong_usage() -> None:
     result = CliRunner().invoke(cli, ["genrate"])
     assert (result.exit_code, result.stdout) == (2, "")
     assert "No such command 'genrate'." in result.stderr
+
+
+def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
+    gone = tmp_path / "gone"
+    gone.mkdir()
+    line = 'rmdir "$PWD"; exec "$@"'
+    done = subprocess.run(
+        ["sh", "-c", line, "sh", sys.executable, "-m", "phimlx", "--version"],
+        cwd=gone,
+        env={**os.environ, "PYTHONPATH": str(HOME)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert (done.returncode, done.stdout, done.stderr) == (0, f"phimlx {phimlx.__version__}\n", "")
