@@ -12,7 +12,7 @@ import sys
 import termios
 import threading
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
@@ -43,17 +43,19 @@ def run_on_terminal(
     patch: pytest.MonkeyPatch,
     keys: Sequence[tuple[str, str]] = (),
     width: int = 250,
+    environment: Mapping[str, str] | None = None,
 ) -> Shown:
     """Run `phimlx ARGUMENT...`, with stdin, stdout and stderr one terminal.
 
     Args:
         keys: pairs of a text to wait for, and what is typed then.
         width: of the terminal, in columns; its height is 40 lines.
+        environment: variables besides, or instead of, those of a terminal with colours.
     """
     patch.delenv("NO_COLOR", raising=False)
-    for name, value in {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}.items():
-        if os.environ.get(name) != "dumb":
-            patch.setenv(name, value)
+    usual = {"TERM": "xterm-256color", "PROMPT_TOOLKIT_NO_CPR": "1"}
+    for name, value in (usual | dict(environment or {})).items():
+        patch.setenv(name, value)
     patch.setattr("sys.argv", ["phimlx", *arguments])
     patch.setattr("sys.path", [*sys.path])
     master, slave = pty.openpty()

@@ -438,3 +438,44 @@ def test_no_argument_drives_the_terminal(
         assert "\nHint: run this" not in hostile.text
         assert (hostile.code, harmless.code) == (2, 2)
         assert "Error: " in hostile.text
+
+
+@pytest.mark.parametrize("width", [0, 1, 2, 7])
+@pytest.mark.parametrize(
+    ("command", "way"), [("list", "cache"), ("generate", "reply"), ("show", "folder")]
+)
+def test_narrow_terminals(
+    command: str, way: str, width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    if command == "generate":
+        monkeypatch.setattr(api, "load", lambda *given, **more: HostilePhi(HARMLESS))
+    arguments = ROWS[command][way].make(HARMLESS, tmp_path)
+    shown = run_on_terminal(arguments, monkeypatch, width=width)
+    assert shown.code == 0
+    assert "Traceback" not in shown.text
+
+
+@pytest.mark.parametrize("width", [3, 5])
+def test_a_chat_on_a_narrow_terminal(
+    width: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phimlx.terminal.line.history_path", lambda: tmp_path / "history")
+    monkeypatch.setattr(api, "load", lambda *given, **more: FakePhi("> a\n\n- b\n\n| c |\n|---|\n"))
+    keys = [(">", f"hi{ENTER}"), ("b", ""), (">", CTRL_D)]
+    shown = run_on_terminal(["chat"], monkeypatch, keys, width)
+    assert (shown.code, "Traceback" in shown.text, "Error" in shown.text) == (0, False, False)
+
+
+@pytest.mark.parametrize(("name", "value"), [("TERM", "dumb"), ("NO_COLOR", "1")])
+def test_terminals_that_want_no_colours(
+    name: str, value: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(api, "load", lambda *given, **more: HostilePhi(HARMLESS))
+    for arguments, code in ((["generate", "hi"], 0), (["generate", "fail"], 1)):
+        shown = run_on_terminal(arguments, monkeypatch, environment={name: value})
+        assert shown.code == code
+        assert SHOWN in shown.text
+        assert not re.search(r"\x1b\[[\d;]*m", shown.raw)
