@@ -15,9 +15,9 @@ from huggingface_hub import constants
 import phimlx
 from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.adapters.read import read_adapter
-from phimlx.cli import bars
 from phimlx.cli.group import cli
 from phimlx.errors import ModelAbsentError, ModelNotFoundError
+from phimlx.terminal.output import Output
 from tests.hub.loopback_hub import COMMIT, Fault, Hub, serve_alone
 
 FORMS = Path(__file__).parents[1] / "goldens" / "peft-forms"
@@ -106,7 +106,7 @@ def test_where_it_is_not_here_it_is_as_with_models(server: Hub, tmp_path: Path) 
 def test_at_a_terminal_it_is_fetched_and_then_works_offline(
     server: Hub, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    monkeypatch.setattr(Output, "can_ask", True)
     command = ["generate", "--model", MODEL, "--adapter-path", ADAPTER, "--raw", "--prompt", "x"]
     first = run(*command)
     assert f"Downloading {ADAPTER} (0123456): 2 files" in first.stderr
@@ -175,7 +175,7 @@ def test_an_adapter_is_no_model_and_a_model_no_adapter(server: Hub, tmp_path: Pa
 
 
 def test_a_model_beside_it_is_left(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(bars, "can_ask", lambda: True)
+    monkeypatch.setattr(Output, "can_ask", True)
     server.repos[ADAPTER] |= {
         "config.json": b'{"model_type": "phi3"}',
         "tokenizer.json": b"{}",

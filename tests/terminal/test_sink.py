@@ -14,7 +14,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from phimlx.cli import group
+import phimlx
 from phimlx.terminal import sink
 from phimlx.terminal.output import encode_json
 from phimlx.terminal.sink import drawing, indented, one_line
@@ -119,8 +119,8 @@ def test_a_full_stdout_ends_with_one_sentence(arguments: tuple[str, ...]) -> Non
     ("redirection", "code", "out", "err"),
     [
         (">&-", 1, "", CLOSED),
-        ("<&-", 0, f"phimlx {group.phimlx.__version__}\n", ""),
-        ("2>&-", 0, f"phimlx {group.phimlx.__version__}\n", ""),
+        ("<&-", 0, f"phimlx {phimlx.__version__}\n", ""),
+        ("2>&-", 0, f"phimlx {phimlx.__version__}\n", ""),
         (">&- 2>&- <&-", 1, "", ""),
     ],
 )
