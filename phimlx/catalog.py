@@ -282,6 +282,9 @@ FAMILY: tuple[Model, ...] = (
     ),
 )
 
+# Sizes that tell a model of the family from others in a layout that many share.
+_SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
+
 _BY_NAME = {name.lower(): model for model in FAMILY for name in model.names}
 
 # What converters put behind a model's name: -4bit, -q8, -bf16, -mlx, -8bit-g32 …
@@ -294,6 +297,11 @@ def find(name: str) -> Model | None:
 
 
 DEFAULT = _BY_NAME["phi-4-mini"]
+
+
+def has_known_sizes(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json`, of whatever architecture, has the sizes of a model of the family."""
+    return any(all(config.get(key) == getattr(model, key) for key in _SIZES) for model in FAMILY)
 
 
 def by_config(config: Mapping[str, Any], folder_name: str = "") -> Model | None:

@@ -179,10 +179,8 @@ class Checkpoint:
         for info in stored.values():
             check_type(info)
         named: dict[str, Tensor] = dict(stored)
-        if self.dialect is not None:
-            named = self._renamed(self.dialect.names(self._config), stored)
-        elif architecture is not None:
-            named = self._renamed(architecture.names(), stored)
+        if architecture is not None:
+            named = self._renamed(architecture.names(self.dialect, self._config), stored)
         return with_embedding(named) if self.is_tied else named
 
     def _renamed(self, renames: Renames, stored: Tensors) -> dict[str, Tensor]:

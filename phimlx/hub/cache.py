@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, ExitStack, suppress
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 from phimlx import catalog
 from phimlx.errors import ConfigError, DownloadError
@@ -270,13 +271,13 @@ def _is_family(home: RepositoryFolder) -> bool:
     Raises:
         OSError: where the repository's folder cannot be read.
     """
-    told = []
+    told: list[Mapping[str, Any]] = []
     for snapshot in home.list_snapshots():
         if is_file(snapshot / "config.json"):
             with suppress(ConfigError):
-                told.append(read_json(snapshot / "config.json").get("model_type"))
+                told.append(read_json(snapshot / "config.json"))
     if told:
-        return any(registry.find(each) for each in told)
+        return any(map(_is_of_family, told))
     if _is_adapter(home):
         return any(map(_adapts_family, home.list_snapshots()))
     return catalog.find(home.name) is not None or home.has_blob_like(PARTIAL)
@@ -299,6 +300,13 @@ def _adapts_family(folder: Path) -> bool:
         if isinstance(named, str) and catalog.find(named) is None:
             return re.search(r"(?<![a-z])phi(?![a-z])", named, re.IGNORECASE) is not None
     return True
+
+
+def _is_of_family(config: Mapping[str, Any]) -> bool:
+    dialect = registry.dialect_of(config)
+    if dialect is not None and dialect.is_shared:
+        return catalog.has_known_sizes(config)
+    return bool(registry.find(config.get("model_type")))
 
 
 def _readable(place: Path) -> AbstractContextManager[None]:

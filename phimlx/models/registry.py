@@ -28,24 +28,23 @@ class Dialect:
         model_type: that its config.json names.
         read_config: "module:function" that writes a config in the architecture's own terms, given
             that of the dialect and the `adapter_config.json` of each adapter folder.
-        renames: "module:function" that makes the table of names, given the config in our terms.
+        renames: "module:function" that makes the table of names, given the config in our terms;
+            the architecture's own where None.
         adapter_folders: folders that hold adapters in files of their own, by the adapter's name.
+        is_shared: whether models of other families are published in it, so that the type alone
+            does not tell one of ours.
     """
 
     model_type: str
     read_config: str
-    renames: str
+    renames: str | None = None
     adapter_folders: Mapping[str, str] = field(default_factory=dict)
+    is_shared: bool = False
 
     def own_config(self, config: Config, adapters: Mapping[str, Config]) -> dict[str, Any]:
         """Write a config of this dialect in the architecture's own terms."""
         read: Callable[..., dict[str, Any]] = _load(self.read_config)
         return read(config, adapters)
-
-    def names(self, config: Config) -> Renames:
-        """Make the table of tensor names for a config in the architecture's own terms."""
-        make: Callable[[Config], Renames] = _load(self.renames)
-        return make(config)
 
 
 @dataclass(frozen=True)
@@ -125,8 +124,17 @@ class Architecture:
         """Whether anything but text goes in."""
         return self.takes != ("text",)
 
-    def names(self) -> Renames:
-        """Make the table of tensor names that its own layout may have too: split projections."""
+    def names(self, dialect: Dialect | None, config: Config) -> Renames:
+        """Make the table of tensor names of a layout.
+
+        Its own may have split projections.
+
+        Args:
+            config: in the architecture's own terms.
+        """
+        if dialect is not None and dialect.renames is not None:
+            make: Callable[[Config], Renames] = _load(dialect.renames)
+            return make(config)
         from phimlx.models.names import Renames, split_projections
 
         return Renames(split_projections(self.projections, self.fused_projections))
@@ -188,6 +196,18 @@ ARCHITECTURES: tuple[Architecture, ...] = (
                 "mlp.down_proj": "ffn_down",
             },
             sliding_window=True,
+        ),
+        dialects=(
+            Dialect(
+                model_type="llama",
+                read_config="phimlx.models.llama:llama_config",
+                is_shared=True,
+            ),
+            Dialect(
+                model_type="mistral",
+                read_config="phimlx.models.llama:mistral_config",
+                is_shared=True,
+            ),
         ),
     ),
     Architecture(

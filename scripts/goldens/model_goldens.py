@@ -21,7 +21,7 @@ import mlx.core as mx
 import numpy as np
 import torch
 from safetensors.numpy import save_file
-from transformers import AutoModelForCausalLM, Phi3Config, Phi3ForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
 SEED = 20260
 EXACT = 1e-4
@@ -43,6 +43,14 @@ MINI = {
     "partial_rotary_factor": 0.75, "rope_theta": 10000.0, "sliding_window": 262144,
     "rope_scaling": {"type": "longrope", "short_factor": [1.0] * 48, "long_factor": LONG_FACTOR},
     "tie_word_embeddings": True,
+}  # fmt: skip
+# phi-4 in Llama's shape, as unsloth/phi-4 has it, and Phi-3 in Mistral's.
+LLAMA = {
+    "architectures": ["LlamaForCausalLM"], "model_type": "llama", "hidden_size": 64,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 96,
+    "num_hidden_layers": 2, "vocab_size": 128, "max_position_embeddings": 16384,
+    "original_max_position_embeddings": 16384, "mlp_bias": False, "pretraining_tp": 1,
+    "rope_theta": 250000.0, "rope_scaling": None, "tie_word_embeddings": False,
 }  # fmt: skip
 MODELS: dict[str, dict[str, Any]] = {
     "mini": {"config": MINI, "lengths": [64, 4096, 4097, 4160], "across": 4090},
@@ -80,6 +88,20 @@ MODELS: dict[str, dict[str, Any]] = {
         "lengths": [16, 24, 25, 32, 33, 64],
         "across": 20,
     },
+    "llama": {"config": LLAMA, "lengths": [1, 64, 300], "across": 20},
+    "llama-tied": {
+        "config": {**LLAMA, "tie_word_embeddings": True, "head_dim": 24, "rms_norm_eps": 1e-6},
+        "lengths": [33],
+        "across": 20,
+    },
+    "mistral-window": {
+        "config": {
+            **LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
+            "max_position_embeddings": 1024, "rope_theta": 10000.0, "sliding_window": 24,
+        },
+        "lengths": [24, 25, 64],
+        "across": 20,
+    },
 }  # fmt: skip
 CHUNKS = {
     "mini": [1000],
@@ -87,6 +109,9 @@ CHUNKS = {
     "phi-4": [64, 1000],
     "phi-3-window": [1, 7, 30],
     "mini-window": [1, 7],
+    "llama": [7],
+    "llama-tied": [],
+    "mistral-window": [7],
 }
 MOST_CHUNKS = 70  # in one case
 MOST_BATCHED = 4100  # tokens in one row of a batch
@@ -130,7 +155,8 @@ def make_model(folder: Path, config: dict[str, Any]) -> None:
     (folder / "config.json").write_text(json.dumps(hub, indent=1) + "\n")
     torch.manual_seed(SEED)
     # A copy: transformers writes into the tables that it is given.
-    model = Phi3ForCausalLM(Phi3Config(**copy.deepcopy({**hub, "torch_dtype": None})))
+    made = AutoConfig.for_model(**copy.deepcopy({**hub, "torch_dtype": None}))
+    model = AutoModelForCausalLM.from_config(made)
     for name, parameter in model.named_parameters():
         scale = 0.5 if "layernorm" in name or name.endswith("norm.weight") else 0.1
         noise = torch.randn_like(parameter) * scale
@@ -250,9 +276,10 @@ def tiny_models(root: Path, names: list[str]) -> None:
         make_model(folder, plan["config"])
         model = reference(folder)
         random = np.random.default_rng(SEED)
+        vocabulary = plan["config"]["vocab_size"]
 
-        def draw(length: int, random: Any = random) -> np.ndarray:
-            return random.integers(4, 256, length)
+        def draw(length: int, vocabulary: int = vocabulary, random: Any = random) -> np.ndarray:
+            return random.integers(4, vocabulary, length)
 
         step = plan["config"]["original_max_position_embeddings"] if "mini" in name else None
         recorder = Recorder(folder)

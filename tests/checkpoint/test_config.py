@@ -77,8 +77,8 @@ FAMILY = f"but phimlx runs the Phi family: {KNOWN}."
     ("changes", "message"),
     [
         (
-            {"model_type": "llama"},
-            f"model_type is 'llama', {FAMILY}",
+            {"model_type": "gpt2"},
+            f"model_type is 'gpt2', {FAMILY}",
         ),
         ({"model_type": None}, f"model_type is None, {FAMILY}"),
         (

@@ -23,7 +23,7 @@ from tests.convert.tiny import write_config, write_index
 
 DIALECT = registry.dialect_of({"model_type": "phi4_multimodal"})
 assert DIALECT is not None
-RENAMES, ADAPTER_FOLDERS = DIALECT.names({}), DIALECT.adapter_folders
+RENAMES, ADAPTER_FOLDERS = Renames(PATHS, TENSORS), DIALECT.adapter_folders
 BACKWARDS = Renames(
     {published: native for native, published in PATHS.items()},
     {published: native for native, published in TENSORS.items()},

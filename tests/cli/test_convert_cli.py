@@ -237,11 +237,11 @@ def test_an_alias_means_the_original(
 def test_another_architecture(tmp_path: Path) -> None:
     source = write_model(tmp_path / "llama", MINI)
     config = json.loads((source / "config.json").read_text())
-    (source / "config.json").write_text(json.dumps({**config, "model_type": "llama"}))
+    (source / "config.json").write_text(json.dumps({**config, "model_type": "gpt2"}))
     result = run(source, "--mlx-path", tmp_path / "out")
     assert result.exit_code == 1
     assert result.stderr.startswith(
-        "Error: config.json: model_type is 'llama', but phimlx runs the Phi family: "
+        "Error: config.json: model_type is 'gpt2', but phimlx runs the Phi family: "
     )
 
 

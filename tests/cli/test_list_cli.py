@@ -62,6 +62,15 @@ def test_an_empty_store(cache: Path) -> None:
     assert result.stderr == ""
 
 
+def test_of_layouts_that_many_families_share_ours_alone(cache: Path) -> None:
+    sizes = {"num_hidden_layers": 40, "hidden_size": 5120}
+    keep(cache, "unsloth/phi-4", model_type="llama", **sizes, intermediate_size=17920)
+    keep(cache, "meta-llama/Llama-2-13b-hf", model_type="llama", **sizes, intermediate_size=13824)
+    result = run("--json")
+    names = [entry["name"] for entry in json.loads(result.stdout)["models"]]
+    assert names[2:] == ["unsloth/phi-4"]
+
+
 def test_what_a_person_reads(cache: Path) -> None:
     keep(cache, "mlx-community/phi-4-4bit", quantization={"bits": 4})
     keep(cache, "microsoft/Phi-4-mini-instruct", whole=False, torch_dtype="bfloat16")

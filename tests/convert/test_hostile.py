@@ -98,7 +98,7 @@ FILE_NAMES: dict[str, Any] = {
 
 CONFIGS: dict[str, dict[str, Any]] = {
     "no model type": {"model_type": None},
-    "another architecture": {"model_type": "llama"},
+    "another architecture": {"model_type": "gpt2"},
     "type that is a list": {"model_type": ["phi3"]},
     "a billion layers": {"num_hidden_layers": 10**9},
     "layers below zero": {"num_hidden_layers": -1},

@@ -255,7 +255,7 @@ def test_a_header_without_end_is_not_fetched(world: World, length: int) -> None:
 
 
 def test_another_architecture_is_seen_before_the_weights_come(world: World) -> None:
-    world.hub.repos[REPO]["config.json"] = json.dumps({"model_type": "llama"}).encode()
+    world.hub.repos[REPO]["config.json"] = json.dumps({"model_type": "gpt2"}).encode()
     with pytest.raises(ConfigError):
         world.convert()
     assert world.counted == []

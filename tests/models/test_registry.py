@@ -47,7 +47,7 @@ def test_no_type_means_two_architectures() -> None:
     ]
     assert len(types) == len(set(types))
     assert all(registry.find(model_type) is not None for model_type in types)
-    assert registry.find("llama") is registry.find(None) is registry.find(["phi3"]) is None
+    assert registry.find("gpt2") is registry.find(None) is registry.find(["phi3"]) is None
 
 
 def test_a_model_knows_its_record(architecture: Architecture, model: CausalLM) -> None:
