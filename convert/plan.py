@@ -32,6 +32,7 @@ from convert.quantize.recipe import UNIFORM, Quantization, Recipe, named
 from convert.quantize.tensor import batched, parallel_streams
 from convert.read import WeightFiles, read_blocks
 from convert.request import LAYOUTS, ConversionRequest
+from convert.split import WHOLE, ProjectionSplit
 from convert.tensor_plan import TensorPlan
 from convert.write import ShardLayout, ShardWriter, write_index
 from phimlx import catalog
@@ -40,6 +41,7 @@ from phimlx.errors import ConversionError
 from phimlx.hub import model_files
 from phimlx.hub.layout import model_name
 from phimlx.models import registry
+from phimlx.models.config import hub_dialect
 from phimlx.models.registry import Architecture
 
 BATCH_BYTES = 16 << 20  # computed at once, unquantized
@@ -86,6 +88,7 @@ class ConversionPlan:
         layout: of the output's weights.
         calibration: how quantized weights are found; None where they are rounded.
         fusion: the adapter that is merged into the weights.
+        split: of projections in the output.
     """
 
     request: ConversionRequest
@@ -96,6 +99,7 @@ class ConversionPlan:
     files: WeightFiles
     calibration: CalibrationPlan | None = None
     fusion: AdapterFusion | None = None
+    split: ProjectionSplit = WHOLE
 
     @property
     def bytes_before(self) -> int:
@@ -145,7 +149,7 @@ class ConversionPlan:
     def _with_recipe(self, recipe: Recipe) -> ConversionPlan:
         """Plan the same by another recipe."""
         tensors = TensorPlan.of(self.checkpoint, recipe, self.tensors.dtype)
-        layout = _shards(tensors, self.request)
+        layout = _shards(tensors, self.request, self.split)
         return replace(self, recipe=recipe, tensors=tensors, layout=layout)
 
     def _write(self, advance: Callable[[int], object]) -> int:
@@ -227,7 +231,8 @@ class ConversionPlan:
                 for number, rows, block in made:
                     block.check()
                     for name, array in block.parts.items():
-                        writer.write(name, rows.first, array)
+                        for part in self.split.parts(name, rows.first, array):
+                            writer.write(*part)
                     advance(rows.nbytes)
                     unrecorded += rows.nbytes
                     if unrecorded >= JOURNAL_BYTES and rows.is_last and calibrated is None:
@@ -260,6 +265,9 @@ class ConversionPlan:
         config: Mapping[str, Any] = self.checkpoint.config
         config = config if self.fusion is None else self.fusion.config(config)
         config = model_config(config, known, self.tensors.dtype, self.recipe, self.tensors.layers)
+        if self.request.split_projections:
+            architecture = registry.of_config(self.checkpoint.config)
+            config = dict(sorted(architecture.in_split_layout(config).items()))
         (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
 
 
@@ -269,6 +277,10 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
     refuse_existing(out)
     checkpoint = Checkpoint(request.source)
     fusion = None if request.adapter is None else AdapterFusion.of(request.adapter, checkpoint)
+    split = WHOLE
+    if request.split_projections:
+        split = ProjectionSplit.of(checkpoint)
+        registry.of_config(checkpoint.config).in_split_layout(hub_dialect(checkpoint.config))
     recipe = _recipe(request, checkpoint)
     check_purpose(checkpoint, recipe, request.dequantize)
     if recipe is not None and request.parts:
@@ -281,9 +293,9 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
     settings, calibration = request.calibration_settings, None
     if settings is not None:
         calibration = CalibrationPlan.of(settings, checkpoint, recipe, tensors)
-    layout = _shards(tensors, request)
+    layout = _shards(tensors, request, split)
     planned = ConversionPlan(
-        request, checkpoint, tensors, recipe, layout, files, calibration, fusion
+        request, checkpoint, tensors, recipe, layout, files, calibration, fusion, split
     )
     smaller = layout.nbytes < planned.bytes_before
     if fusion is None and checkpoint.quantization and recipe and not smaller:
@@ -314,8 +326,13 @@ def _recipe(request: ConversionRequest, checkpoint: Checkpoint) -> Recipe | None
     return recipe if request.group_size is None else recipe.in_groups_of(request.group_size)
 
 
-def _shards(tensors: TensorPlan, request: ConversionRequest) -> ShardLayout:
-    results = (item for tensor in tensors.conversions for item in tensor.result().items())
+def _shards(tensors: TensorPlan, request: ConversionRequest, split: ProjectionSplit) -> ShardLayout:
+    results = (
+        (part, rows)
+        for tensor in tensors.conversions
+        for name, array in tensor.result().items()
+        for part, _, rows in split.parts(name, 0, array)
+    )
     return ShardLayout.of(results, request.shard_bytes, LAYOUTS[request.layout])
 
 

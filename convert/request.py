@@ -34,6 +34,8 @@ class ConversionRequest:
             it stays as it is, where no rule of the recipe names it.
         layout: "mlx"; "hf" as published on the Hub, which has no quantized weights; "gguf" or
             "gguf-q8_0", one file for llama.cpp.
+        split_projections: whether what the architecture fuses is written as the projections that
+            others have in its place, with a config of their layout; in Hub layout.
         calibration: a method by which quantized weights are found, "gptq" or "dwq" for that with
             its defaults; they are rounded where None.
         adapter: a folder whose adapter is fused into the weights. Quantized ones are quantized
@@ -52,6 +54,7 @@ class ConversionRequest:
     group_size: int | None = None
     parts: Collection[str] = ()
     layout: str = "mlx"
+    split_projections: bool = False
     calibration: CalibrationSettings | str | None = None
     adapter: str | Path | None = None
     shard_bytes: int = SHARD_BYTES
@@ -71,6 +74,11 @@ class ConversionRequest:
             other = "GGUF" if self.is_gguf else "Hub layout"
             what = "dequantized" if self.dequantize else f"written in {other}"
             raise ConversionError(f"A model is either quantized or {what}.")
+        if self.split_projections and self.layout != "hf":
+            raise ConversionError(
+                "Projections are split in Hub layout alone.",
+                hint="Add --export hf, or leave --split-projections out.",
+            )
         if self.adapter is not None and self.calibration is not None:
             raise ConversionError(
                 "Calibration needs a model's own weights: fuse the adapter first.",

@@ -154,6 +154,12 @@ class QuantizationFlags:
     "one file in half precision for llama.cpp; gguf-q8_0, the same at 8 bits.",
 )
 @click.option(
+    "--split-projections",
+    is_flag=True,
+    help="With --export hf, write q, k, v, gate and up projections apart, for tools that know "
+    "Llama's shape.",
+)
+@click.option(
     "--keep-original",
     is_flag=True,
     help="Where MODEL comes from the Hub, keep it whole in the store.",
@@ -175,6 +181,7 @@ def command(
     dequantize: bool,
     adapter: str | None,
     export: str | None,
+    split_projections: bool,
     keep_original: bool,
     reporting: ReportFlags,
     dtype: str | None,
@@ -204,6 +211,8 @@ def command(
     quantizing.check(
         calibrating.method, {"--dequantize": dequantize, "--export": export is not None}
     )
+    if split_projections and export != "hf":
+        raise click.UsageError("--split-projections goes with --export hf.")
     calibration = calibrating.settings()
     if dtype and export not in FOLDERS:
         raise click.UsageError(
@@ -233,6 +242,7 @@ def command(
         group_size=quantizing.groups,
         parts=quantizing.parts,
         layout=export or "mlx",
+        split_projections=split_projections,
         calibration=calibration,
         adapter=adapter,
     )

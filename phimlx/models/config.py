@@ -81,6 +81,11 @@ class ModelConfig(ABC):
     def projection_shapes(self) -> dict[str, tuple[int, int]]:
         """Input and output width of each of a layer's projections, by path, in calling order."""
 
+    @property
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        """Rows of the pieces that each fused projection holds, by its path, one below the other."""
+        return {}
+
 
 def read_decoder(
     config: Mapping[str, Any], norm_eps: str, partial_rotary_factor: float = 1.0

@@ -51,6 +51,32 @@ def mistral_config(
     return _own_config(config, MISTRAL_DEFAULTS)
 
 
+def split_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Write a phi3 config in Llama's terms, or in Mistral's where there is a window.
+
+    Args:
+        config: in the Hub's dialect.
+
+    Raises:
+        ConfigError: where the model turns some channels of each head only, which neither does.
+    """
+    partial = rope_values(config).get("partial_rotary_factor", 1.0)
+    if partial != 1.0:
+        raise ConfigError(
+            f"config.json: partial_rotary_factor is {shortened(partial)}, which neither Llama's "
+            "shape nor Mistral's can tell.",
+            hint="Leave --split-projections out.",
+        )
+    window = config.get("sliding_window")
+    own = ("sliding_window", "partial_rotary_factor", "full_attn_mod", "interpolate_factor")
+    shared = {key: value for key, value in config.items() if key not in (*own, "lm_head_bias")}
+    if window is not None and window < config["max_position_embeddings"]:
+        named = {"model_type": "mistral", "architectures": ["MistralForCausalLM"]}
+        return {**shared, **named, "sliding_window": window}
+    named = {"model_type": "llama", "architectures": ["LlamaForCausalLM"]}
+    return {**shared, **named, "attention_bias": False, "mlp_bias": False}
+
+
 def _own_config(config: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     check_fixed(config, FIXED)
     partial = rope_values(config).get("partial_rotary_factor", 1.0)

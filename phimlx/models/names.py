@@ -84,11 +84,16 @@ def split_projections(
     """
     paths: dict[str | tuple[str, ...], str | tuple[str, ...]] = {}
     for path in projections:
-        parent, _, name = path.rpartition(".")
-        if name in fused:
-            theirs = tuple(f"model.layers.#.{parent}.{piece}" for piece in fused[name])
-            paths[theirs] = f"model.layers.#.{path}"
+        pieces = piece_paths(path, fused)
+        if pieces:
+            paths[tuple(f"model.layers.#.{each}" for each in pieces)] = f"model.layers.#.{path}"
     return paths
+
+
+def piece_paths(path: str, fused: Mapping[str, tuple[str, ...]]) -> tuple[str, ...]:
+    """Name the paths that take the place of a fused projection; none for any other."""
+    parent, _, name = path.rpartition(".")
+    return tuple(f"{parent}.{piece}" for piece in fused.get(name, ()))
 
 
 def adapter_tensor(name: str, adapter: str) -> str:

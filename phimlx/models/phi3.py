@@ -51,6 +51,16 @@ class Phi3Config(ModelConfig):
             "mlp.down_proj": (intermediate, hidden),
         }
 
+    @property
+    def fused_rows(self) -> dict[str, tuple[int, ...]]:
+        queries, keys = (
+            heads * self.head_dim for heads in (self.num_attention_heads, self.num_key_value_heads)
+        )
+        return {
+            "self_attn.qkv_proj": (queries, keys, keys),
+            "mlp.gate_up_proj": (self.intermediate_size, self.intermediate_size),
+        }
+
 
 def plain_linear(input_dims: int, output_dims: int) -> nn.Module:
     """Make a projection without adapters."""

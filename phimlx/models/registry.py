@@ -6,7 +6,7 @@ and the catalogue ask records too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -94,6 +94,8 @@ class Architecture:
             where adapters may sit, and what is calibrated.
         fused_projections: the last name of a projection that holds several of other
             architectures -> the names of these, in the order of their rows.
+        split_config: "module:function" that writes a config in the terms of a layout that stores
+            the pieces of fused projections apart; None where there is no such layout.
         unused: patterns of stored tensors that the architecture does without, of whatever type.
         takes: what goes in: "text", "image", "audio".
         adapters: whether the checkpoint itself holds adapters that its inputs call for.
@@ -110,6 +112,7 @@ class Architecture:
     config: str
     projections: tuple[str, ...]
     fused_projections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    split_config: str | None = None
     unused: tuple[str, ...] = BUFFERS
     takes: tuple[str, ...] = ("text",)
     adapters: bool = False
@@ -138,6 +141,22 @@ class Architecture:
         from phimlx.models.names import Renames, split_projections
 
         return Renames(split_projections(self.projections, self.fused_projections))
+
+    def pieces(self, path: str, rows: Sequence[int]) -> dict[str, int]:
+        """Give the paths of the pieces of a fused projection, in order, and the rows of each."""
+        from phimlx.models.names import piece_paths
+
+        return dict(zip(piece_paths(path, self.fused_projections), rows, strict=True))
+
+    def in_split_layout(self, config: Config) -> dict[str, Any]:
+        """Write a config for a layout with split projections.
+
+        Raises:
+            ConfigError: where that cannot tell what this config says.
+        """
+        assert self.split_config is not None
+        write: Callable[[Config], dict[str, Any]] = _load(self.split_config)
+        return write(config)
 
     def read_config(self, config: Config) -> ModelConfig:
         """Check a config in the architecture's own terms.
@@ -181,6 +200,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         config="phimlx.models.phi3:Phi3Config",
         projections=_PHI3_PROJECTIONS,
         fused_projections=_PHI3_FUSED,
+        split_config="phimlx.models.llama:split_config",
         sensitive_layers=_PHI3_SENSITIVE,
         gguf=GGUF(
             "phi3",
