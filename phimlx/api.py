@@ -48,6 +48,7 @@ def load(
     source: str | Path | None = None,
     adapter: str | Path | None = None,
     dtype: str | mx.Dtype | None = None,
+    rope_scaling: Mapping[str, Any] | None = None,
 ) -> Phi:
     """Load a model.
 
@@ -57,6 +58,9 @@ def load(
         adapter: folder or Hub id of a LoRA or DoRA, in mlx-lm's or PEFT's format, or of a full
             fine-tuning.
         dtype: "float32", "float16" or "bfloat16"; as stored where None.
+        rope_scaling: reaches further than the model was trained, as in a config:
+            `{"rope_type": "yarn", "factor": 4.0}`, "linear" or "dynamic". It is another model then
+            than the published one.
 
     Raises:
         ModelNotFoundError: where it is not on this machine.
@@ -67,7 +71,7 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
-    return Phi(resolve(source), dtype, adapter)
+    return Phi(resolve(source), dtype, adapter, rope_scaling)
 
 
 class Phi:
@@ -89,9 +93,13 @@ class Phi:
     """
 
     def __init__(
-        self, folder: Path, dtype: mx.Dtype | None = None, adapter: str | Path | None = None
+        self,
+        folder: Path,
+        dtype: mx.Dtype | None = None,
+        adapter: str | Path | None = None,
+        rope_scaling: Mapping[str, Any] | None = None,
     ) -> None:
-        checkpoint = Checkpoint(folder)
+        checkpoint = Checkpoint(folder, rope_scaling)
         self.path = checkpoint.folder
         self.config = checkpoint.config
         self.model: CausalLM = load_model(checkpoint, dtype)

@@ -231,9 +231,15 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
             "not run: there is no GGUF file of such a model.",
             hint="Write another layout: --export hf, or MLX's without --export.",
         )
+    config = architecture.read_config(checkpoint.config)
+    if config.rope.scaling is not None:
+        raise ConversionError(
+            f"{checkpoint.folder} has {config.rope.scaling.kind} scaling in its config.json, which "
+            "llama.cpp computes otherwise.",
+            hint="Take rope_scaling out of config.json, and give llama.cpp --rope-scaling itself.",
+        )
     check_purpose(checkpoint, None, request.dequantize)
     tensors = TensorPlan.of(checkpoint, None, None)
-    config = architecture.read_config(checkpoint.config)
     half = {"F16": mx.float16}.get(kind, mx.float32)
     typed = tuple(
         replace(

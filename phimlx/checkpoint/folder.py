@@ -25,6 +25,7 @@ from phimlx.checkpoint.tensors import (
 from phimlx.errors import CheckpointError, ConfigError, some
 from phimlx.files import read_json
 from phimlx.models import registry
+from phimlx.models.config import with_rope_scaling
 from phimlx.models.names import Renames, adapter_tensor
 
 DTYPES = {"float32": mx.float32, "float16": mx.float16, "bfloat16": mx.bfloat16}
@@ -39,6 +40,9 @@ class Checkpoint:
     Nothing is mapped into memory before safetensors' own parser has accepted every header.
     A folder in another dialect of its architecture appears as one in the architecture's own layout.
 
+    Args:
+        rope_scaling: in place of the config's own, in its form.
+
     Attributes:
         config: in the architecture's own terms; where it ties the output head and the weights hold
             a head of other values, it says that it does not.
@@ -50,7 +54,7 @@ class Checkpoint:
         ConfigError, CheckpointError: where the folder is not a whole model.
     """
 
-    def __init__(self, folder: str | Path) -> None:
+    def __init__(self, folder: str | Path, rope_scaling: Mapping[str, Any] | None = None) -> None:
         self.folder = Path(folder)
         if not self.folder.is_dir():
             raise CheckpointError(f"{self.folder} is not a folder.")
@@ -64,6 +68,8 @@ class Checkpoint:
         self.dialect = registry.dialect_of(self._config)
         if self.dialect is not None:
             self._read_dialect(self.dialect)
+        if rope_scaling is not None:
+            self._config = with_rope_scaling(self._config, rope_scaling)
 
     @cached_property
     def files(self) -> list[Path]:

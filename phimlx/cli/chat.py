@@ -19,6 +19,7 @@ from phimlx.cli.options import (
     pop_limits,
     prompt_form_option,
     prompt_lookup_option,
+    rope_scaling_option,
     sampling_options,
     system_option,
     tools_option,
@@ -31,6 +32,7 @@ from phimlx.terminal.sampling_settings import given
 @model_option
 @adapter_option
 @dtype_option
+@rope_scaling_option
 @system_option
 @tools_option
 @prompt_form_option
@@ -49,6 +51,7 @@ def command(
     model: str | None,
     adapter: str | None,
     dtype: str | None,
+    rope_scaling: dict[str, Any] | None,
     system: str | None,
     tools_file: Path | None,
     prompt_form: str | None,
@@ -87,7 +90,9 @@ def command(
         conversation.system = system
     if tools_file is not None:
         conversation.tools = load_tools(tools_file)
-    phi = load_or_download(model, output, adapter, dtype=dtype, always_ask=named_by_file)
+    phi = load_or_download(
+        model, output, adapter, dtype=dtype, rope_scaling=rope_scaling, always_ask=named_by_file
+    )
     form = prompt_form or phi.chat_form
     if form is not None:
         phi.use_prompt_form(form)

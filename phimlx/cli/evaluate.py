@@ -15,6 +15,7 @@ from phimlx.cli.options import (
     json_option,
     load_or_download,
     model_option,
+    rope_scaling_option,
 )
 from phimlx.terminal.output import Output
 
@@ -28,6 +29,7 @@ COUNT = click.IntRange(min=1)
 @model_option
 @adapter_option
 @dtype_option
+@rope_scaling_option
 @click.option(
     "--data",
     metavar="DATA",
@@ -102,6 +104,7 @@ def command(
     model: str | None,
     adapter: str | None,
     dtype: str | None,
+    rope_scaling: dict[str, Any] | None,
     data: str | None,
     split: str | None,
     loss_on: str,
@@ -145,7 +148,7 @@ def command(
         if value is not None and tasks is None:
             raise click.UsageError(f"{name} goes with --tasks.")
     columns = _pairs(mapping)
-    phi = load_or_download(model, output, adapter, dtype=dtype)
+    phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
     found: dict[str, Any] = {"model": phi.name, "adapter": adapter}
     if data is not None:
         from phimlx.training.data.examples import RowSettings

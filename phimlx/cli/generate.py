@@ -22,6 +22,7 @@ from phimlx.cli.options import (
     pop_limits,
     prompt_form_option,
     prompt_lookup_option,
+    rope_scaling_option,
     sampling_options,
     system_option,
     tools_option,
@@ -42,6 +43,7 @@ NO_PROMPT = (
 @model_option
 @adapter_option
 @dtype_option
+@rope_scaling_option
 @click.option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.")
 @media_options
 @frames_option
@@ -88,6 +90,7 @@ def command(
     model: str | None,
     adapter: str | None,
     dtype: str | None,
+    rope_scaling: dict[str, Any] | None,
     prompt: str | None,
     image: tuple[str, ...],
     audio: tuple[str, ...],
@@ -156,14 +159,20 @@ def command(
         media |= {"frames": frames, "limits": limits}
     tools = None if tools_file is None else load_tools(tools_file)
     output = Output(json=as_json)
-    phi = load_or_download(model, output, adapter, dtype=dtype)
+    phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
     if prompt_form is not None:
         phi.use_prompt_form(prompt_form)
     if prompts_file is not None and output_file is not None:
         from phimlx.terminal.prompt_file import answer_prompts
 
         options = {"raw": raw, "tools": tools, "limits": limits, **given(settings)}
-        about = [str(phi.path.resolve()), str(adapter), str(dtype), str(prompt_form)]
+        about = [
+            str(phi.path.resolve()),
+            str(adapter),
+            str(dtype),
+            str(prompt_form),
+            str(rope_scaling),
+        ]
         more = {"system": system, "about": about, "batch_size": batch_size}
         answer_prompts(phi, prompts_file, output_file, options, output, **more)
         return

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from phimlx.errors import shortened
 from phimlx.media.limits import Limits
 from phimlx.prompt.media_parts import FRAMES
 from phimlx.terminal.output import Output
@@ -40,6 +41,29 @@ dtype_option = click.option(
     "--dtype",
     type=click.Choice(["float32", "float16", "bfloat16"]),
     help="What to compute in  [default: as stored]",
+)
+
+
+class RopeScaling(click.ParamType[dict[str, Any]]):
+    """A scaling of the rotary embedding: KIND:FACTOR, or an object as in a config."""
+
+    name = "rope scaling"
+
+    def convert(self, value: Any, param: Any, ctx: Any) -> dict[str, Any]:
+        from phimlx.models.rope_scaling import read_argument
+
+        try:
+            return read_argument(value)
+        except (ValueError, RecursionError):
+            self.fail(f"{shortened(value)} is neither KIND:FACTOR, such as yarn:4, nor JSON.")
+
+
+rope_scaling_option = click.option(
+    "--rope-scaling",
+    metavar="KIND:FACTOR",
+    type=RopeScaling(),
+    help="Reach further than the model was trained: yarn:4, linear:4 or dynamic:4, or an object as "
+    "in config.json. For models without LongRoPE; no longer the published model.",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON object."
@@ -165,6 +189,7 @@ def load_or_download(
     adapter: str | None = None,
     *,
     dtype: str | None = None,
+    rope_scaling: dict[str, Any] | None = None,
     always_ask: bool = False,
 ) -> Phi:
     """Load the model that `--model` names; the catalogue's default where it was not given.
@@ -172,6 +197,7 @@ def load_or_download(
     Args:
         adapter: a folder or a Hub id, from --adapter-path.
         dtype: to compute in; as stored where None.
+        rope_scaling: from --rope-scaling; the config's own where None.
         always_ask: before any download, where a file rather than the user named the model.
 
     Where it is not here and somebody sits at the terminal, it is downloaded, above 1 GB after
@@ -188,16 +214,17 @@ def load_or_download(
             from phimlx.cli.bars import download_missing
 
             download_missing(adapter, output, absent, adapter=True)
+    scaled = {} if rope_scaling is None else {"rope_scaling": rope_scaling}
     loading = f"Loading {model or 'the model'}…"
     try:
         with output.status(loading):
-            phi = api.load(model, adapter, dtype)
+            phi = api.load(model, adapter, dtype, **scaled)
     except ModelAbsentError as absent:
         from phimlx.cli.bars import download_missing
 
         download_missing(model, output, absent, always_ask)
         with output.status(loading):
-            phi = api.load(model, adapter, dtype)
+            phi = api.load(model, adapter, dtype, **scaled)
     for remark in phi.remarks:
         output.warning(remark)
     return phi

@@ -89,6 +89,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     nbytes = sum(info.nbytes for info in stored)
     known = catalog.by_config(checkpoint.config, model_name(folder.resolve()))
     settings = GenerationConfig.read(folder)
+    scaling = model.config.rope.scaling
     sampling = asdict(Sampling.defaults(settings.values, known.sampling if known else {}))
     usual = asdict(Sampling())
     quantization = checkpoint.quantization
@@ -108,6 +109,7 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
         "file_bytes": sum(file.stat().st_size for file in checkpoint.files),
         "context_length": model.config.max_position_embeddings,
         "longrope_step": model.config.rope.original_max_position_embeddings or None,
+        "rope_scaling": scaling and {"kind": scaling.kind, **asdict(scaling)},
         "vocabulary": model.config.vocab_size,
         "tied": model.config.tie_word_embeddings,
         "licence": known.licence if known else None,
@@ -139,6 +141,7 @@ def describe_absent(known: Model, name: str) -> dict[str, Any]:
         "file_bytes": None,
         "context_length": known.context_length,
         "longrope_step": known.longrope_step,
+        "rope_scaling": None,
         "vocabulary": known.vocab_size,
         "tied": known.tied,
         "licence": known.licence,
@@ -254,6 +257,12 @@ def print_description(about: dict[str, Any], output: Output) -> None:
     context = f"{about['context_length']:,} tokens"
     if about["longrope_step"]:
         context += f", LongRoPE's long factors beyond {about['longrope_step']:,}"
+    scaling = about["rope_scaling"]
+    if scaling:
+        context += (
+            f", by {scaling['kind']} scaling of {scaling['original']:,} by {scaling['factor']:g}: "
+            "not the published model"
+        )
     sampling = ", ".join(f"{key} {value}" for key, value in about["sampling"].items())
     whole = about["whole_parameters"]
     parameters = f"{about['parameters']:,}"

@@ -13,6 +13,14 @@ from typing import Any, Self
 
 from phimlx.errors import ConfigError, shortened
 from phimlx.models.rope import Rope, longrope_attention_factor
+from phimlx.models.rope_scaling import (
+    SCALINGS,
+    DynamicScaling,
+    LinearScaling,
+    Scaling,
+    YarnScaling,
+    yarn_attention_factor,
+)
 
 # Largest believable values: a hostile config must not make us build a billion layers.
 LIMITS = {
@@ -28,6 +36,8 @@ LIMITS = {
     "sliding_window": 1 << 30,
 }
 
+SMALLEST, LARGEST = 1e-37, 1e38  # numbers that float32 holds in full precision
+
 ROPE_KEYS = {
     "type",
     "rope_type",
@@ -40,7 +50,15 @@ ROPE_KEYS = {
     "factor",
     "attention_factor",
 }
-ROPE_TYPES = {"default": "default", "longrope": "longrope", "su": "longrope"}
+YARN_KEYS = {"beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"}
+ROPE_TYPES = {
+    "default": "default",
+    "longrope": "longrope",
+    "su": "longrope",
+    **{kind: kind for kind in SCALINGS},
+}
+MAX_FACTOR, MAX_THETA = 4096, 1e12  # of a scaling
+YARN_USUAL = {"beta_fast": 32.0, "beta_slow": 1.0}
 
 
 @dataclass(frozen=True)
@@ -49,6 +67,8 @@ class ModelConfig(ABC):
 
     Attributes:
         norm_eps: added to the variance in every norm.
+        max_position_embeddings: tokens of the longest sequence, as far as a scaled rotary embedding
+            reaches.
         rope: rotary position embedding of queries and keys.
         sliding_window: how many tokens each attends to, itself and those before it; None for all.
     """
@@ -119,6 +139,10 @@ def read_decoder(
         raise ConfigError(
             f"config.json: tie_word_embeddings is {shortened(tied)}, not true or false."
         )
+    rope = read_rope(config, head_dim, max_positions, partial_rotary_factor)
+    if rope.scaling is not None:
+        reached = int(rope.scaling.factor * rope.scaling.original)
+        max_positions = min(max(max_positions, reached), LIMITS["max_position_embeddings"])
     return {
         "hidden_size": hidden_size,
         "intermediate_size": read_count(config, "intermediate_size"),
@@ -130,7 +154,7 @@ def read_decoder(
         "max_position_embeddings": max_positions,
         "tie_word_embeddings": tied,
         "norm_eps": read_number(norm_eps, config.get(norm_eps, 1e-5)),
-        "rope": read_rope(config, head_dim, max_positions, partial_rotary_factor),
+        "rope": rope,
         "sliding_window": window,
     }
 
@@ -171,6 +195,9 @@ def read_rope(
         )
     if kind == "default":
         return Rope(dims, theta)
+    if kind in SCALINGS:
+        scaling, attention = _read_scaling(values, kind, dims, theta, max_positions)
+        return Rope(dims, theta, attention_factor=attention, scaling=scaling)
     original = read_count(values, "original_max_position_embeddings")
     if original > max_positions:
         raise ConfigError(
@@ -195,6 +222,66 @@ def read_rope(
         original_max_position_embeddings=original,
         attention_factor=read_number("attention_factor", scale),
     )
+
+
+def _read_scaling(
+    values: Mapping[str, Any], kind: str, dims: int, theta: float, max_positions: int
+) -> tuple[Scaling, float]:
+    """Read a scaling of a plain rotary embedding, and its scale of cos and sin."""
+    original = read_count(values, "original_max_position_embeddings", max_positions)
+    given = values.get("factor")
+    if given is None and kind == "yarn":
+        given = max_positions / original
+    factor = read_number("factor", given)
+    if not 1 <= factor <= MAX_FACTOR:
+        raise ConfigError(
+            f"config.json: factor is {shortened(given)}, not a number from 1 to {MAX_FACTOR}."
+        )
+    if not 1 < theta <= MAX_THETA:
+        raise ConfigError(f"config.json: rope_theta is {theta}, with which {kind} has no meaning.")
+    if kind == "linear":
+        return LinearScaling(factor, original), 1.0
+    if kind == "dynamic":
+        if dims <= 2:
+            raise ConfigError("config.json: dynamic scaling needs more than 2 channels that turn.")
+        return DynamicScaling(factor, max_positions), 1.0
+    truncate = values.get("truncate", True)
+    if not isinstance(truncate, bool):
+        raise ConfigError(f"config.json: truncate is {shortened(truncate)}, not true or false.")
+    # 0 means the usual value, as in transformers.
+    betas = {key: read_number(key, values.get(key) or usual) for key, usual in YARN_USUAL.items()}
+    scale: Any = values.get("attention_factor")
+    if scale is None:
+        weights = {key: values.get(key) for key in ("mscale", "mscale_all_dim")}
+        both = all(weights.values())
+        scale = yarn_attention_factor(
+            factor, *(read_number(key, value) for key, value in weights.items() if both)
+        )
+    scaling = YarnScaling(factor, original, **betas, truncate=truncate)
+    return scaling, read_number("attention_factor", scale)
+
+
+def with_rope_scaling(config: Mapping[str, Any], scaling: Mapping[str, Any]) -> dict[str, Any]:
+    """Put a scaling of the rotary embedding in place of a config's own.
+
+    Args:
+        scaling: as in `rope_scaling` of a config.
+
+    Raises:
+        ConfigError: for a model that is made for long texts already.
+    """
+    values = rope_values(config)
+    if values.get("rope_type") == "longrope":
+        raise ConfigError(
+            "This model has LongRoPE, which it was trained with: no other scaling goes with it.",
+            hint="Leave the rope scaling out.",
+        )
+    scaled = {key: value for key, value in config.items() if key != "rope_parameters"}
+    scaled |= {key: values[key] for key in ("rope_theta", "partial_rotary_factor") if key in values}
+    scaled["rope_scaling"] = dict(scaling)
+    if rope_values(scaled).get("rope_type") == "longrope":
+        raise ConfigError("LongRoPE's factors are a model's own, and cannot be put on another.")
+    return scaled
 
 
 def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -223,27 +310,35 @@ def rope_values(config: Mapping[str, Any]) -> dict[str, Any]:
             raise ConfigError(
                 f"config.json: {table} is {shortened(settings)}, not a table of values."
             )
+        for key in ("type", "rope_type"):
+            if key in settings:
+                put("rope_type", _rope_type(settings, f"{table}.{key}", key), f"{table}.{key}")
+        is_yarn = values.get("rope_type", ("",))[0] == "yarn"
         for key, value in settings.items():
             place = f"{table}.{key}"
-            if key not in ROPE_KEYS:
+            if key not in ROPE_KEYS and not (is_yarn and key in YARN_KEYS):
                 raise ConfigError(f"config.json: {place} is not a setting that Phi-4 models use.")
-            if key in ("type", "rope_type"):
-                if not isinstance(value, str) or value not in ROPE_TYPES:
-                    raise ConfigError(
-                        f"config.json: {place} is {shortened(value)}, but Phi-4 models have "
-                        "'default' or 'longrope'."
-                    )
-                put("rope_type", ROPE_TYPES[value], place)
-            else:
+            if key not in ("type", "rope_type"):
                 put(key, value, place)
     top_level = ["rope_theta", "partial_rotary_factor", "max_position_embeddings"]
-    if values.get("rope_type", ("default",))[0] == "longrope":
+    if values.get("rope_type", ("default",))[0] != "default":
         top_level.append("original_max_position_embeddings")
     elif "long_factor" in values or "short_factor" in values:
         raise ConfigError("config.json: long and short factors are given, but no rope type.")
     for key in top_level:
         put(key, config.get(key), key)
     return {key: value for key, (value, _) in values.items()}
+
+
+def _rope_type(settings: Mapping[str, Any], place: str, key: str) -> str:
+    """Read a type; "yarn" beside LongRoPE's factors is what Phi-3 called LongRoPE at first."""
+    value = settings[key]
+    if not isinstance(value, str) or value not in ROPE_TYPES:
+        known = " or ".join(map(repr, dict.fromkeys(ROPE_TYPES.values())))
+        raise ConfigError(
+            f"config.json: {place} is {shortened(value)}, but Phi models have {known}."
+        )
+    return "longrope" if value == "yarn" and "long_factor" in settings else ROPE_TYPES[value]
 
 
 def hub_dialect(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -259,15 +354,15 @@ def hub_dialect(config: Mapping[str, Any]) -> dict[str, Any]:
     for key in ("rope_theta", "partial_rotary_factor", "original_max_position_embeddings"):
         if key in values:
             hub[key] = values[key]
-    if values.get("rope_type", "default") == "default":
+    kind = values.get("rope_type", "default")
+    if kind == "default":
         hub["rope_scaling"] = None
         return hub
-    scaling = {
-        key: values[key]
-        for key in ("long_factor", "short_factor", "factor", "attention_factor")
-        if key in values
-    }
-    hub["rope_scaling"] = {"type": values["rope_type"], **scaling}
+    elsewhere = ("rope_type", "rope_theta", "partial_rotary_factor", "max_position_embeddings")
+    scaling = {key: value for key, value in values.items() if key not in elsewhere}
+    if kind == "longrope":
+        scaling.pop("original_max_position_embeddings", None)
+    hub["rope_scaling"] = {"type" if kind == "longrope" else "rope_type": kind, **scaling}
     return hub
 
 
@@ -285,10 +380,14 @@ def read_count(config: Mapping[str, Any], key: str, default: int | None = None) 
 
 
 def read_number(key: str, value: Any) -> float:
-    """Check a number above 0."""
+    """Check a number above 0 that float32 holds."""
     is_number = isinstance(value, int | float) and not isinstance(value, bool)
     if not is_number or not 0 < value < math.inf:
         raise ConfigError(f"config.json: {key} is {shortened(value)}, not a number above 0.")
+    if not SMALLEST <= value <= LARGEST:
+        raise ConfigError(
+            f"config.json: {key} is {shortened(value)}, not a number from {SMALLEST} to {LARGEST}."
+        )
     return float(value)
 
 

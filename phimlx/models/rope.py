@@ -1,17 +1,20 @@
-"""Rotary position embeddings, plain and LongRoPE: cos and sin, made once per forward pass."""
+"""Rotary position embeddings, plain, LongRoPE or scaled: cos and sin, once per forward pass."""
 
 from __future__ import annotations
 
 import math
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 
 from phimlx.machine.device import on_gpu
+from phimlx.models.rope_scaling import Scaling, float32, powers
+
+KEPT = 64  # tables of frequencies
 
 
 @dataclass(frozen=True)
@@ -21,7 +24,7 @@ class Rope:
     `short_factor` and `long_factor` divide the inverse frequencies, one number for each of the
     `dims / 2` frequencies. A row uses the long ones for its *whole* sequence as soon as that is
     longer than `original_max_position_embeddings`, and the short ones until then. Without factors
-    (`long_factor` None) every length uses the same frequencies.
+    (`long_factor` None) and without a scaling every length uses the same frequencies.
 
     Source: LongRoPE (arXiv 2402.13753); transformers `modeling_rope_utils.py`,
     `_compute_longrope_parameters` and `longrope_frequency_update`.
@@ -33,41 +36,87 @@ class Rope:
     long_factor: tuple[float, ...] | None = None
     original_max_position_embeddings: int = 0
     attention_factor: float = 1.0
+    scaling: Scaling | None = None
 
     def is_long(self, length: int) -> bool:
         """Whether a sequence of `length` tokens uses the long factors."""
         return self.long_factor is not None and length > self.original_max_position_embeddings
 
-    @cached_property
-    def short_inverse_frequencies(self) -> mx.array:
-        return mx.array(_inverse_frequencies(self.dims, self.theta, self.short_factor))
+    def table(self, length: int) -> int:
+        """Tell the frequencies that a sequence of `length` tokens uses.
+
+        Returns:
+            0 as long as it is not longer than the model was trained with; the same number for
+            lengths that use the same.
+        """
+        if self.scaling is None or not self.scaling.follows_length:
+            return int(self.is_long(length))
+        return length if length > self.scaling.original else 0
+
+    def goes_on(self, held: int, table: int, added: int) -> bool:
+        """Whether so many tokens more can follow keys that were made with another table.
+
+        Where frequencies follow the length, a reply's next token does, as in transformers'
+        `generate`: what is there stays as it is. Several tokens at once are a prompt, of which each
+        is computed with the frequencies of the whole.
+        """
+        follows = self.scaling is not None and self.scaling.follows_length
+        return held == table or (follows and added == 1)
+
+    def serves(self, held: int, table: int) -> bool:
+        """Whether keys that replies have added to are those that one pass would make."""
+        follows = self.scaling is not None and self.scaling.follows_length
+        return held == table and not (follows and held)
+
+    def inverse_frequencies(self, table: int) -> mx.array:
+        """Give the inverse frequencies of a table, float32 `[dims / 2]`."""
+        if table not in self._made:
+            if self.scaling is not None:
+                found = self.scaling.inverse_frequencies(self.dims, self.theta, table)
+            else:
+                factors = self.long_factor if table else self.short_factor
+                found = _inverse_frequencies(self.dims, self.theta, factors)
+            if len(self._made) > KEPT:
+                self._made.clear()
+            self._made[table] = mx.array(found)
+        return self._made[table]
 
     @cached_property
-    def long_inverse_frequencies(self) -> mx.array:
-        return mx.array(_inverse_frequencies(self.dims, self.theta, self.long_factor))
+    def _made(self) -> dict[int, mx.array]:
+        return {}
 
-    def __call__(self, positions: mx.array, long: Sequence[bool]) -> tuple[mx.array, mx.array]:
+    def __call__(self, positions: mx.array, tables: Sequence[int]) -> tuple[mx.array, mx.array]:
         """Compute cos and sin for one forward pass.
 
         Args:
             positions: `[batch or 1, length]`, counted from 0 in each row.
-            long: for each row of the batch, whether it uses the long factors.
+            tables: that of each row of the batch, or one for all.
 
         Returns:
             cos and sin, float32 `[batch or 1, 1, length, dims / 2]`, already multiplied by the
             attention factor.
         """
-        if any(long) and not all(long):
-            frequencies = mx.where(
-                mx.array(list(long))[:, None],
-                self.long_inverse_frequencies,
-                self.short_inverse_frequencies,
-            )  # [batch, dims / 2]
-        elif any(long):
-            frequencies = self.long_inverse_frequencies[None]  # [1, dims / 2]
-        else:
-            frequencies = self.short_inverse_frequencies[None]
-        angles = positions.astype(mx.float32)[:, None, :, None] * frequencies[:, None, None, :]
+        used = tables if len({*tables}) > 1 else tables[:1]
+        frequencies = mx.stack([self.inverse_frequencies(table) for table in used])
+        return self._turns(positions, frequencies[:, None])
+
+    def by_token(self, positions: mx.array, lengths: np.ndarray) -> tuple[mx.array, mx.array]:
+        """Compute cos and sin where several sequences stand in a row.
+
+        Args:
+            positions: `[batch, length]`, counted from 0 in each sequence.
+            lengths: of the sequence that each token is in, 0 for padding, `[batch, length]`.
+        """
+        distinct, index = np.unique(lengths, return_inverse=True)
+        tables = [self.table(int(length)) for length in distinct]
+        if len({*tables[int(distinct[0] == 0) :]}) <= 1:
+            return self(positions, tables[-1:])
+        frequencies = mx.stack([self.inverse_frequencies(table) for table in tables])
+        return self._turns(positions, frequencies[mx.array(index.reshape(lengths.shape))])
+
+    def _turns(self, positions: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
+        """Multiply positions and frequencies, `[batch or 1, length or 1, dims / 2]`."""
+        angles = (positions.astype(mx.float32)[..., None] * frequencies)[:, None]
         return mx.cos(angles) * self.attention_factor, mx.sin(angles) * self.attention_factor
 
 
@@ -113,20 +162,13 @@ def _inverse_frequencies(dims: int, theta: float, factors: Sequence[float] | Non
     """1 / (factor · theta^(2i / dims)), every step rounded to float32 as the reference rounds it.
 
     At position 8192 one unit in the last place of a frequency is a phase of 5e-4, so the roundings
-    are part of the definition. A power is rounded to the nearest float32, as torch does for a
-    single number; its vectorized one misses that by one unit for 1 of Phi-4-mini's 48.
+    are part of the definition.
     """
     factors = factors or [1.0] * (dims // 2)
-    powers = [_float32(theta ** _float32(2 * i / dims)) for i in range(dims // 2)]
     return [
-        _float32(1.0 / _float32(_float32(factor) * power))
-        for factor, power in zip(factors, powers, strict=True)
+        float32(1.0 / float32(float32(factor) * power))
+        for factor, power in zip(factors, powers(dims, theta), strict=True)
     ]
-
-
-def _float32(value: float) -> float:
-    """The float32 nearest to `value`."""
-    return struct.unpack("f", struct.pack("f", value))[0]
 
 
 def longrope_attention_factor(factor: float, original_max_position_embeddings: int) -> float:

@@ -7,7 +7,6 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-import numpy as np
 
 from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.rope import Rope
@@ -25,7 +24,7 @@ def inputs_of(batch: Batch, rope: Rope) -> dict[str, mx.array]:
     names = ("tokens", "positions", "target_indices", "targets", "weights", "segments")
     arrays = {name: getattr(batch, name) for name in names}
     inputs = {name: mx.array(array) for name, array in arrays.items() if array is not None}
-    inputs["cos"], inputs["sin"] = _tables(rope, batch)
+    inputs["cos"], inputs["sin"] = rope.by_token(mx.array(batch.positions), batch.lengths)
     return inputs
 
 
@@ -109,19 +108,3 @@ def _run(
     if checkpointing:
         call = mx.checkpoint(call)
     return call(layer.trainable_parameters(), x, key)
-
-
-def _tables(rope: Rope, batch: Batch) -> tuple[mx.array, mx.array]:
-    positions = mx.array(batch.positions)
-    if rope.long_factor is None:
-        return rope(positions, (False,))
-    long = batch.lengths > rope.original_max_position_embeddings  # [rows, length]
-    if not long.any() or long[batch.lengths > 0].all():
-        return rope(positions, (bool(long.any()),))
-    chosen = mx.array(np.ascontiguousarray(long))[:, None, :, None]
-    short_tables, long_tables = rope(positions, (False,)), rope(positions, (True,))
-    cos, sin = (
-        mx.where(chosen, longer, shorter)
-        for longer, shorter in zip(long_tables, short_tables, strict=True)
-    )
-    return cos, sin

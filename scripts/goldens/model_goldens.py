@@ -52,6 +52,12 @@ LLAMA = {
     "original_max_position_embeddings": 16384, "mlp_bias": False, "pretraining_tp": 1,
     "rope_theta": 250000.0, "rope_scaling": None, "tie_word_embeddings": False,
 }  # fmt: skip
+# What people put over phi-4's plain rope to reach further.
+SCALINGS: dict[str, dict[str, Any]] = {
+    "yarn": {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64},
+    "linear": {"type": "linear", "factor": 4.0},
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0},
+}
 MODELS: dict[str, dict[str, Any]] = {
     "mini": {"config": MINI, "lengths": [64, 4096, 4097, 4160], "across": 4090},
     "mini-step-32": {
@@ -94,6 +100,17 @@ MODELS: dict[str, dict[str, Any]] = {
         "lengths": [33],
         "across": 20,
     },
+    **{
+        f"llama-{name}": {
+            "config": {
+                **LLAMA, "max_position_embeddings": 64, "original_max_position_embeddings": 64,
+                "num_hidden_layers": 3, "rope_theta": 10000.0, "rope_scaling": scaling,
+            },
+            "lengths": [40, 63, 64, 65, 200],
+            "across": 50,
+        }
+        for name, scaling in SCALINGS.items()
+    },
     "mistral-window": {
         "config": {
             **LLAMA, "architectures": ["MistralForCausalLM"], "model_type": "mistral",
@@ -112,6 +129,7 @@ CHUNKS = {
     "llama": [7],
     "llama-tied": [],
     "mistral-window": [7],
+    **{f"llama-{name}": [7, 64] for name in SCALINGS},
 }
 MOST_CHUNKS = 70  # in one case
 MOST_BATCHED = 4100  # tokens in one row of a batch

@@ -117,8 +117,9 @@ FAMILY = f"but phimlx runs the Phi family: {KNOWN}."
         ({"rope_theta": float("inf")}, "rope_theta is inf, not a number above 0."),
         ({"rope_scaling": [1]}, "rope_scaling is [1], not a table of values."),
         (
-            {"rope_scaling": {"type": "yarn", "factor": 4.0}},
-            "rope_scaling.type is 'yarn', but Phi-4 models have 'default' or 'longrope'.",
+            {"rope_scaling": {"type": "ntk", "factor": 4.0}},
+            "rope_scaling.type is 'ntk', but Phi models have 'default' or 'longrope' or 'linear' "
+            "or 'dynamic' or 'yarn'.",
         ),
         (
             {"rope_scaling": {**FACTORS, "rope_type": "default"}},

@@ -94,6 +94,24 @@ def test_an_original_that_is_not_here() -> None:
     assert result.stderr == "Get it with: phimlx download microsoft/Phi-4-reasoning\n"
 
 
+def test_a_scaled_model_is_marked(tmp_path: Path) -> None:
+    scaling = {"rope_type": "yarn", "factor": 4, "beta_slow": 2}
+    result = run(write_model(tmp_path / "far", {**PHI_4, "rope_scaling": scaling}))
+    assert (
+        "  context       1,024 tokens, by yarn scaling of 256 by 4: not the published model"
+        in result.stdout.splitlines()
+    )
+    result = run(tmp_path / "far", "--json")
+    assert json.loads(result.stdout)["rope_scaling"] == {
+        "kind": "yarn",
+        "factor": 4.0,
+        "original": 256,
+        "beta_fast": 32.0,
+        "beta_slow": 2.0,
+        "truncate": True,
+    }
+
+
 HERE = """\
 source
   folder        {folder}
@@ -145,6 +163,7 @@ def test_json(tmp_path: Path) -> None:
         "file_bytes": (tmp_path / "mini" / "model.safetensors").stat().st_size,
         "context_length": 256,
         "longrope_step": 32,
+        "rope_scaling": None,
         "vocabulary": 48,
         "tied": True,
         "licence": None,

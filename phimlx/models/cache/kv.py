@@ -17,7 +17,7 @@ class NewTokens(NamedTuple):
     """Tokens of one forward pass: their positions, and what each may attend to."""
 
     positions: mx.array  # [batch or 1, length]
-    long: tuple[bool, ...]  # for each row, whether it uses the long rope factors
+    long: tuple[int, ...]  # for each row, which of `Rope.table`'s frequencies it uses
     mask: mx.array | str | None  # for mx.fast.scaled_dot_product_attention
 
 
@@ -53,11 +53,11 @@ class Cache:
         self.tokens: mx.array | None = None  # [batch, columns]
         self.valid: mx.array | None = None  # [batch, columns], None where every column is real
         self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
-        self.long: tuple[bool, ...] = ()  # whether with the long rope factors
+        self.long: tuple[int, ...] = ()  # with which of `Rope.table`'s frequencies
         self.adapters: tuple[str | None, ...] = ()  # and the adapter, where the model has some
         self.features: tuple[Features, ...] = ()  # each row's, where the model takes media
         # What `commit` will make true: row lengths, rope factors, adapters.
-        self._pending: tuple[tuple[int, ...], tuple[bool, ...], tuple[str | None, ...]] = (
+        self._pending: tuple[tuple[int, ...], tuple[int, ...], tuple[str | None, ...]] = (
             (),
             (),
             (),
@@ -78,7 +78,7 @@ class Cache:
         if self.length == 0 or self.tokens is None:
             return None
         long = self._long_rows(self._lengths_after(shape, attention_mask))
-        if (long, adapters) == (self.long, self.adapters):
+        if adapters == self.adapters and self._go_on(long, shape[1]):
             return None
         tokens = self.tokens[:, : self.length]
         valid = None if self.valid is None else self.valid[:, : self.length]
@@ -167,14 +167,16 @@ class Cache:
 
     def serves(self) -> bool:
         """Tell whether what is held was made with the rope factors and adapters expected now."""
-        return self.length > 0 and self._long_rows(self.row_lengths) == self.long
+        if not self.length:
+            return False
+        pairs = zip(self.long, self._long_rows(self.row_lengths), strict=True)
+        return all(self.rope.serves(held, wanted) for held, wanted in pairs)
 
     def crossing(self, added: int) -> list[int]:
         """Find the rows that need other rope factors when so many tokens more have come to each."""
         long = self._long_rows([length + added for length in self.row_lengths])
-        return [
-            row for row, pair in enumerate(zip(long, self.long, strict=True)) if len({*pair}) > 1
-        ]
+        pairs = zip(self.long, long, strict=True)
+        return [row for row, pair in enumerate(pairs) if not self.rope.goes_on(*pair, added)]
 
     def replace_row(self, row: int, other: Cache) -> None:
         """Take keys and values of a row from a cache that holds the same tokens in its only row."""
@@ -273,10 +275,14 @@ class Cache:
         before = self.row_lengths or (0,) * batch
         return tuple(a + b for a, b in zip(before, added, strict=True))
 
-    def _long_rows(self, row_lengths: Sequence[int]) -> tuple[bool, ...]:
+    def _go_on(self, long: Sequence[int], added: int) -> bool:
+        pairs = zip(self.long, long, strict=True)
+        return all(self.rope.goes_on(held, wanted, added) for held, wanted in pairs)
+
+    def _long_rows(self, row_lengths: Sequence[int]) -> tuple[int, ...]:
         expected = self.expected_lengths or (self.expected_length,) * len(row_lengths)
         pairs = zip(row_lengths, expected, strict=True)
-        return tuple(self.rope.is_long(max(pair)) for pair in pairs)
+        return tuple(self.rope.table(max(pair)) for pair in pairs)
 
     def _mask(self, length: int) -> mx.array:
         """Make a mask `[batch or 1, 1, length, columns]`: causal, in the window, padding hidden.
