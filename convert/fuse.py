@@ -19,6 +19,7 @@ from phimlx.adapters.adapter import Adapter, Change
 from phimlx.adapters.fit import check_fit
 from phimlx.adapters.read import read_adapter
 from phimlx.adapters.resolve import resolved
+from phimlx.adapters.split import fused
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.head import EMBEDDING, HEAD
 from phimlx.checkpoint.load import build_model, map_model, stored_parameters
@@ -72,8 +73,8 @@ class AdapterFusion:
                 cannot be a part of its weights.
         """
         folder = resolve_adapter(source)
-        adapter = read_adapter(folder)
         model = map_model(checkpoint)
+        adapter = fused(read_adapter(folder), model)
         check_fit(adapter, model, checkpoint.folder, checkpoint.config)
         vocabulary = adapter.vocabulary
         if vocabulary not in (None, model.config.vocab_size):

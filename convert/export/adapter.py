@@ -11,8 +11,9 @@ from phimlx.adapters.fit import check_fit
 from phimlx.adapters.mlx_lm import write_adapter
 from phimlx.adapters.peft import write_peft
 from phimlx.adapters.read import read_adapter
+from phimlx.adapters.split import fused
 from phimlx.checkpoint.folder import Checkpoint
-from phimlx.checkpoint.load import build_model, stored_parameters
+from phimlx.checkpoint.load import map_model
 from phimlx.hub.resolve import resolve_adapter
 
 WRITERS = {"peft": write_peft, "mlx-lm": write_adapter}
@@ -43,8 +44,8 @@ def export_adapter(
     adapter = read_adapter(resolve_adapter(source))
     if model_folder is not None:
         checkpoint = Checkpoint(model_folder)
-        model = build_model(checkpoint.config)
-        stored_parameters(checkpoint, model)
+        model = map_model(checkpoint)
+        adapter = fused(adapter, model)
         check_fit(adapter, model, checkpoint.folder, checkpoint.config)
         base = Base.of(checkpoint.folder, checkpoint.config)
         adapter = replace(adapter, base=base, blocks=len(model.layers))

@@ -15,6 +15,7 @@ from phimlx.adapters.adapter import Adapter
 from phimlx.adapters.fit import check_fit
 from phimlx.adapters.read import read_adapter
 from phimlx.adapters.resolve import resolved
+from phimlx.adapters.split import fused
 from phimlx.checkpoint.head import EMBEDDING
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import EmbeddingLoRA, LoRA, LoRAEmbedding, LoRALinear
@@ -38,6 +39,7 @@ def load_adapter(
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
+    adapter = fused(adapter, model)
     check_fit(adapter, model, folder, config)
     changes = resolved(adapter, model)
     if changes.own_head:
