@@ -17,6 +17,7 @@ from phimlx.catalog import Model
 from phimlx.hub.destination import origin_of
 from phimlx.models.config import hub_dialect
 from phimlx.models.registry import part_of
+from phimlx.models.rope_scaling import Scaling
 
 CARD = """\
 ---
@@ -122,6 +123,14 @@ def model_card(
         rows.append(("all others", str(recipe.default)))
         text += "\n## Layers\n\n" + "".join(f"| {left} | {right} |\n" for left, right in rows)
     return text
+
+
+def scaling_markdown(scaling: Scaling) -> str:
+    """Say that a model is not as it was published: its rotary embedding is scaled."""
+    return (
+        f"\n## Context\n\n{scaling.kind} scaling of {scaling.original:,} tokens by "
+        f"{scaling.factor:g} (`rope_scaling` in config.json), which the published model has not.\n"
+    )
 
 
 def _exceptions(recipe: Recipe, layers: Mapping[str, Quantization | None]) -> list[tuple[str, str]]:

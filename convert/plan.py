@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 
 import phimlx
-from convert.card import model_card, model_config
+from convert.card import model_card, model_config, scaling_markdown
 from convert.folder import (
     Journal,
     check_space,
@@ -260,13 +260,15 @@ class ConversionPlan:
         )
         card += "" if self.calibration is None else self.calibration.markdown()
         card += "" if self.fusion is None else self.fusion.markdown()
+        architecture = registry.of_config(self.checkpoint.config)
+        scaling = architecture.read_config(self.checkpoint.config).rope.scaling
+        card += "" if scaling is None else scaling_markdown(scaling)
         # The folder's name may hold bytes that are no UTF-8.
         (folder / "README.md").write_text(card, encoding="utf-8", errors="replace")
         config: Mapping[str, Any] = self.checkpoint.config
         config = config if self.fusion is None else self.fusion.config(config)
         config = model_config(config, known, self.tensors.dtype, self.recipe, self.tensors.layers)
         if self.request.split_projections:
-            architecture = registry.of_config(self.checkpoint.config)
             config = dict(sorted(architecture.in_split_layout(config).items()))
         (folder / "config.json").write_text(json.dumps(config, indent=4) + "\n")
 

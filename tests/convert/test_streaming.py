@@ -119,10 +119,12 @@ def test_one_weight_file_at_a_time(world: World, monkeypatch: pytest.MonkeyPatch
     assert seen == [{name} for name in SHARDS]
 
 
-def test_a_tensor_whose_pieces_lie_in_several_files(world: World) -> None:
+@pytest.mark.parametrize("model_type", ["phi3", "llama"])
+def test_a_tensor_whose_pieces_lie_in_several_files(world: World, model_type: str) -> None:
     expected = world.out.with_name("expected")
     convert_model(world.source, expected, FOUR)
-    write_model(world.source, PHI_4, split(parameters(PHI_4, mx.bfloat16)), shards=3)
+    config = {**PHI_4, "model_type": model_type}
+    write_model(world.source, config, split(parameters(PHI_4, mx.bfloat16)), shards=3)
     world.hub.repos[REPO] = {file.name: file.read_bytes() for file in world.source.iterdir()}
     with stream_model(REPO, world.out, Remote(wait=lambda seconds: None)) as model:
         planned = plan(model.folder, world.out, FOUR, files=model)

@@ -233,6 +233,18 @@ def test_a_prompt_is_not_answered_from_another_length_s_keys(folder: Path) -> No
     assert fresh == reply([ids, ids])
 
 
+def test_replies_in_batches_and_from_drafts_are_those_of_each_alone(folder: Path) -> None:
+    phi = phimlx.load(folder)
+    row = [int(each) for each in np.random.default_rng(1).integers(4, 48, 12)]
+    prompts = [(row * 8)[:length] for length in (40, 60, 63, 80)]
+    alone = [phi.generate(prompt, max_tokens=30, temperature=0).tokens for prompt in prompts]
+    batch = phi.generate_all(prompts, max_tokens=30, batch_size=4)
+    assert [reply.tokens for reply in batch] == alone
+    for prompt, expected in zip(prompts, alone, strict=True):
+        drafted = phi.generate(prompt, max_tokens=30, temperature=0, prompt_lookup=True)
+        assert drafted.tokens == expected
+
+
 # By argument
 
 
@@ -314,6 +326,8 @@ def test_a_conversion_keeps_it_and_llama_cpp_does_not_get_it(tmp_path: Path) -> 
         convert(source, out, **layout)
         assert Checkpoint(out).config["rope_scaling"]["rope_type"] == "yarn"
         assert load_model(Checkpoint(out)).config.rope == rope_of(YARN)
+        card = (out / "README.md").read_text()
+        assert "yarn scaling of 256 tokens by 4 (`rope_scaling` in config.json)" in card
     with pytest.raises(ConversionError, match="has yarn scaling"):
         convert(source, tmp_path / "out.gguf", layout="gguf")
 
