@@ -111,7 +111,7 @@ CONFIGS: dict[str, dict[str, Any]] = {
     "no vocabulary": {"vocab_size": 0},
     "theta that is infinite": {"rope_theta": float("inf")},
     "theta that is no number": {"rope_theta": float("nan")},
-    "unknown rope": {"rope_scaling": {"type": "yarn", "factor": 4}},
+    "unknown rope": {"rope_scaling": {"type": "ntk", "factor": 4}},
     "another activation": {"hidden_act": "relu"},
     "bits that MLX lacks": {"quantization": {"bits": 7, "group_size": 64}},
     "groups that MLX lacks": {"quantization": {"bits": 4, "group_size": 1}},
