@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -156,3 +157,30 @@ def test_one_of_fused_projections_stays_as_it_is() -> None:
     model = load_model(Checkpoint(LLAMA), mx.float32)
     adapter = Adapter({f"{ATTENTION}.qkv_proj": lora(2, 128), f"{ATTENTION}.o_proj": lora(2, 64)})
     assert fused(adapter, model) == adapter
+
+
+def test_biases_of_some_pieces() -> None:
+    """As PEFT's `lora_bias` has them: one that B adds, scaled as B is."""
+    added = {"q_proj": mx.ones(64), "v_proj": mx.full((32,), 2.0)}
+    layers = {
+        f"{ATTENTION}.q_proj": replace(lora(2, 64, scale=2.0), bias=added["q_proj"]),
+        f"{ATTENTION}.k_proj": lora(2, 32, scale=1.0),
+        f"{ATTENTION}.v_proj": replace(lora(2, 32, scale=3.0), bias=added["v_proj"]),
+    }
+    model = load_model(Checkpoint(LLAMA), mx.float32)
+    whole = fused(Adapter(layers), model).layers[f"{ATTENTION}.qkv_proj"]
+    assert whole.bias is not None
+    expected = mx.concatenate([2 * mx.ones(64), mx.zeros(32), 6 * mx.ones(32)])
+    assert mx.allclose(whole.bias * whole.scale, expected)
+    pieces = mx.concatenate([layers[f"{ATTENTION}.{name}"].delta() for name in SIZES])
+    assert mx.allclose(whole.delta(), pieces, atol=1e-6)
+
+
+def test_what_pissa_began_with_is_not_known_here() -> None:
+    adapter = Adapter({f"{ATTENTION}.q_proj": lora(2, 64)}, start="pissa")
+    with pytest.raises(CheckpointError) as caught:
+        logits(adapter)
+    assert str(caught.value) == (
+        "The adapter began with what pissa took out of the weights of "
+        "model.layers.1.self_attn.q_proj, which this model has in one."
+    )
