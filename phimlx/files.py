@@ -15,7 +15,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from phimlx.errors import ConfigError, PhimlxError
 
@@ -39,22 +39,42 @@ def read_bytes(
         error: one sentence, and `hint`, where the file is missing, unreadable, too large, or a
             folder, pipe, socket or device.
     """
+    with _opened(path, error, hint) as (file, size):
+        data = file.read() if size <= limit else None
+    if data is None or len(data) > limit:
+        allowed = f"{limit >> 20} MB" if limit >= 1 << 20 else f"{limit >> 10} kB"
+        raise error(f"{path} is larger than {allowed}.", hint)
+    return data
+
+
+def read_beginning(
+    path: Path, limit: int, error: type[PhimlxError] = ConfigError, *, hint: str | None = None
+) -> tuple[bytes, int]:
+    """Read the first `limit` bytes of a regular file of any size, and that size.
+
+    Raises `error` as `read_bytes`.
+    """
+    with _opened(path, error, hint) as (file, size):
+        return file.read(limit), size
+
+
+@contextmanager
+def _opened(
+    path: Path, error: type[PhimlxError], hint: str | None
+) -> Iterator[tuple[BinaryIO, int]]:
+    """Open a regular file, and give its size; raise `error` where it cannot be read."""
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
             if not stat.S_ISREG(status.st_mode):
                 raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
-            data = file.read() if status.st_size <= limit else None
+            yield file, status.st_size
     except (FileNotFoundError, ValueError):  # a NUL names nothing
         raise error(f"There is no file {path}.", hint) from None
     except OSError as failure:
         if failure.errno in _NOT_REGULAR:
             raise error(f"{path} is not a regular file.", hint) from failure
         raise error(f"{path} cannot be read: {reason(failure)}.", hint) from failure
-    if data is None or len(data) > limit:
-        size = f"{limit >> 20} MB" if limit >= 1 << 20 else f"{limit >> 10} kB"
-        raise error(f"{path} is larger than {size}.", hint)
-    return data
 
 
 def _without_waiting(path: str, flags: int) -> int:
