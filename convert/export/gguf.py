@@ -25,6 +25,7 @@ from convert.request import GGUF_TYPES, ConversionRequest
 from convert.tensor_plan import TensorConversion, TensorPlan
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.gguf.names import gguf_name
 from phimlx.errors import ConversionError, shortened
 from phimlx.extras import import_extra
 from phimlx.files import read_json
@@ -33,16 +34,11 @@ from phimlx.hub.layout import model_name
 from phimlx.models import registry
 from phimlx.models.base import ModelConfig
 from phimlx.models.registry import GGUF
+from phimlx.prompt.tokenizer.gguf import GPT2, SPLITS
 
 if TYPE_CHECKING:
     from gguf import GGMLQuantizationType, GGUFWriter
     from numpy.typing import NDArray
-
-# How text is split before it is encoded: the beginning of the expression, and llama.cpp's name.
-SPLITTERS = {
-    r"[^\r\n\p{L}\p{N}]?[\p{Lu}\p{Lt}\p{Lm}\p{Lo}\p{M}]*": "gpt-4o",
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}|": "dbrx",
-}
 
 BLOCK_BYTES = 4 << 20  # packing them takes several times as much
 
@@ -257,15 +253,6 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
     return planned
 
 
-def gguf_name(name: str, form: GGUF) -> str:
-    """Name one of our tensors as GGUF does."""
-    path, _, kind = name.rpartition(".")
-    if path in form.tensors:
-        return f"{form.tensors[path]}.{kind}"
-    _, _, block, part = path.split(".", 3)
-    return f"blk.{block}.{form.tensors[part]}.{kind}"
-
-
 def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]:
     """Read tokens by id, their types in GGUF's numbers, and the name of how text is split.
 
@@ -304,9 +291,9 @@ def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]
 def _splitter(pre_tokenizer: dict[str, Any]) -> str:
     """Give llama.cpp's name of how a tokenizer splits text."""
     if pre_tokenizer["type"] == "ByteLevel" and pre_tokenizer.get("use_regex", True):
-        return "gpt-2"
+        return GPT2
     pattern = pre_tokenizer["pretokenizers"][0]["pattern"]["Regex"]
-    return next(name for start, name in SPLITTERS.items() if pattern.startswith(start))
+    return next(name for name, known in SPLITS.items() if pattern == known)
 
 
 def _add_settings(

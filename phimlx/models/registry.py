@@ -62,7 +62,7 @@ class SensitiveLayers:
 
 @dataclass(frozen=True)
 class GGUF:
-    """Names of an architecture in llama.cpp's format.
+    """Names of an architecture in llama.cpp's format, in which it is written and read.
 
     Attributes:
         architecture: under which llama.cpp knows it.
@@ -70,12 +70,18 @@ class GGUF:
             nothing, and `.weight`.
         norm: "rms" or "layer", which names the setting that holds the norms' epsilon.
         sliding_window: whether there is a setting for it.
+        joined: name of a tensor that files may hold as one or as several -> names of these, in
+            the order of their rows.
+        paired_rows: names of queries and keys whose rows stand in pairs that turn together, head
+            by head, where ours stand in halves.
     """
 
     architecture: str
     tensors: Mapping[str, str]
     norm: str = "rms"
     sliding_window: bool = False
+    joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    paired_rows: tuple[str, ...] = ()
 
 
 # What modelling code computes, and older versions of it save: tables of the rotary embedding, a
@@ -103,7 +109,8 @@ class Architecture:
             of its tensors hold.
         sensitive_layers: what mixed recipes give more bits; empty for no such recipes.
         task: of a model card.
-        gguf: None where llama.cpp does not run it.
+        gguf: how it is written for llama.cpp, and read; None where llama.cpp does not run it.
+        gguf_dialects: other forms of such files that are read.
         dialects: other layouts that are read.
     """
 
@@ -120,6 +127,7 @@ class Architecture:
     sensitive_layers: tuple[SensitiveLayers, ...] = ()
     task: str = "text-generation"
     gguf: GGUF | None = None
+    gguf_dialects: tuple[GGUF, ...] = ()
     dialects: tuple[Dialect, ...] = ()
 
     @property
@@ -193,6 +201,34 @@ _PHI3_SENSITIVE = (
     SensitiveLayers("*.o_proj", ends=0.125),
 )
 
+_QKV = {"attn_qkv": ("attn_q", "attn_k", "attn_v")}
+
+_PHI3_GGUF = GGUF(
+    "phi3",
+    {
+        "model.embed_tokens": "token_embd",
+        "model.norm": "output_norm",
+        "lm_head": "output",
+        "input_layernorm": "attn_norm",
+        "self_attn.qkv_proj": "attn_qkv",
+        "self_attn.o_proj": "attn_output",
+        "post_attention_layernorm": "ffn_norm",
+        "mlp.gate_up_proj": "ffn_up",
+        "mlp.down_proj": "ffn_down",
+    },
+    sliding_window=True,
+    joined=_QKV,
+)
+
+# phi-4 as Unsloth publishes it, in Llama's layout. Source: llama.cpp, convert_hf_to_gguf.py,
+# LlamaModel.permute.
+_LLAMA_GGUF = GGUF(
+    "llama",
+    {**_PHI3_GGUF.tensors, "mlp.gate_up_proj": "ffn_gate_up"},
+    joined={**_QKV, "ffn_gate_up": ("ffn_gate", "ffn_up")},
+    paired_rows=("attn_q", "attn_k"),
+)
+
 ARCHITECTURES: tuple[Architecture, ...] = (
     Architecture(
         model_type="phi3",
@@ -202,21 +238,8 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         fused_projections=_PHI3_FUSED,
         split_config="phimlx.models.llama:split_config",
         sensitive_layers=_PHI3_SENSITIVE,
-        gguf=GGUF(
-            "phi3",
-            {
-                "model.embed_tokens": "token_embd",
-                "model.norm": "output_norm",
-                "lm_head": "output",
-                "input_layernorm": "attn_norm",
-                "self_attn.qkv_proj": "attn_qkv",
-                "self_attn.o_proj": "attn_output",
-                "post_attention_layernorm": "ffn_norm",
-                "mlp.gate_up_proj": "ffn_up",
-                "mlp.down_proj": "ffn_down",
-            },
-            sliding_window=True,
-        ),
+        gguf=_PHI3_GGUF,
+        gguf_dialects=(_LLAMA_GGUF,),
         dialects=(
             Dialect(
                 model_type="llama",
@@ -267,6 +290,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
                 "mlp.fc2": "ffn_down",
             },
             norm="layer",
+            joined=_QKV,
         ),
         dialects=(
             Dialect(
@@ -332,6 +356,17 @@ def of_config(config: Config) -> Architecture:
             f"the Phi family: {known}."
         )
     return architecture
+
+
+def of_gguf(name: object) -> tuple[Architecture, GGUF] | None:
+    """Find the architecture that llama.cpp knows by a name, and its names in such files."""
+    forms = (
+        (architecture, form)
+        for architecture in ARCHITECTURES
+        for form in (architecture.gguf, *architecture.gguf_dialects)
+        if form is not None
+    )
+    return next((found for found in forms if found[1].architecture == name), None)
 
 
 def dialect_of(config: Config) -> Dialect | None:

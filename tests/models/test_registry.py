@@ -89,7 +89,7 @@ def test_every_tensor_of_a_text_model_has_a_name_in_gguf(
 ) -> None:
     from mlx.utils import tree_flatten
 
-    from convert.export.gguf import gguf_name
+    from phimlx.checkpoint.gguf.names import gguf_name
 
     if architecture.gguf is None:
         assert architecture.takes_media

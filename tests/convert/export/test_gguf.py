@@ -16,17 +16,18 @@ from click.testing import CliRunner
 from convert import ConversionRequest, Quantization, plan_conversion
 from convert import convert as convert_model
 from convert.export import gguf as ours
-from convert.export.gguf import gguf_name
+from phimlx.checkpoint.gguf.names import gguf_name
 from phimlx.cli.group import cli
 from phimlx.errors import ConversionError
 from phimlx.hub.resolve import NANO
 from phimlx.models import registry
+from phimlx.prompt.tokenizer.gguf import SPLITS
 from tests.convert.tiny import MINI, PHI_4, parameters, weights_of, write_model
 
 PHI3 = registry.of_config({"model_type": "phi3"}).gguf
 assert PHI3 is not None
 
-SPLIT = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?\s+"
+SPLIT = SPLITS["dbrx"]
 TOKENIZER: dict[str, Any] = {
     "model": {"type": "BPE", "vocab": {"a": 0, "b": 1, "ab": 2}, "merges": ["a b"]},
     "pre_tokenizer": {
