@@ -7,17 +7,20 @@ import errno
 import fcntl
 import os
 import shutil
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 from phimlx.errors import ConversionError
 from phimlx.files import read_json, sync, translate_write_errors, write_json
-from phimlx.hub import model_files, transfer
+from phimlx.hub import transfer
 from phimlx.sizes import size_text
 
 JOURNAL = ".journal.json"
+Companions = Mapping[str, Path | bytes]
+"""Small files that go along with weights, by name: where they are, or what is in them."""
+
 MARK = ".phimlx"  # in a folder that is not complete: it is ours, and may be emptied
 
 
@@ -158,14 +161,21 @@ def check_space(out: Path, needed: int) -> None:
         )
 
 
-def copy_companions(source: Path, folder: Path) -> None:
-    """Copy tokenizer, template, licence: what of `model_files.COMPANIONS` is there, links followed.
+def copy_companions(companions: Companions, folder: Path) -> None:
+    """Write small files to a folder."""
+    for name, source in companions.items():
+        if isinstance(source, Path):
+            shutil.copyfile(source, folder / name)
+        else:
+            (folder / name).write_bytes(source)
 
-    Raises:
-        ConversionError: for one that is too large, no file, or a link out of the source.
-    """
-    for name, file in model_files.companions(source).items():
-        shutil.copyfile(file, folder / name)
+
+def size_of(companions: Companions) -> int:
+    """Count the bytes of small files."""
+    return sum(
+        source.stat().st_size if isinstance(source, Path) else len(source)
+        for source in companions.values()
+    )
 
 
 def claim(partial: Path, out: Path) -> int:

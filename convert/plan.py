@@ -24,6 +24,7 @@ from convert.folder import (
     copy_companions,
     new_folder,
     refuse_existing,
+    size_of,
     stamps,
 )
 from convert.fuse import AdapterFusion, stored_recipe
@@ -32,13 +33,13 @@ from convert.quantize.recipe import UNIFORM, Quantization, Recipe, named
 from convert.quantize.tensor import batched, parallel_streams
 from convert.read import WeightFiles, read_blocks
 from convert.request import LAYOUTS, ConversionRequest
+from convert.source import Source, refuse_gguf
 from convert.split import WHOLE, ProjectionSplit
 from convert.tensor_plan import TensorPlan
 from convert.write import ShardLayout, ShardWriter, write_index
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import ConversionError
-from phimlx.hub import model_files
 from phimlx.hub.layout import model_name
 from phimlx.models import registry
 from phimlx.models.config import hub_dialect
@@ -84,6 +85,7 @@ class ConversionPlan:
     """A conversion to a folder, checked and laid out, not yet begun.
 
     Attributes:
+        source: the model, and the small files that go along.
         recipe: None where every layer becomes unquantized.
         layout: of the output's weights.
         calibration: how quantized weights are found; None where they are rounded.
@@ -92,7 +94,7 @@ class ConversionPlan:
     """
 
     request: ConversionRequest
-    checkpoint: Checkpoint
+    source: Source
     tensors: TensorPlan
     recipe: Recipe | None
     layout: ShardLayout
@@ -100,6 +102,10 @@ class ConversionPlan:
     calibration: CalibrationPlan | None = None
     fusion: AdapterFusion | None = None
     split: ProjectionSplit = WHOLE
+
+    @property
+    def checkpoint(self) -> Checkpoint:
+        return self.source.checkpoint
 
     @property
     def bytes_before(self) -> int:
@@ -245,8 +251,8 @@ class ConversionPlan:
 
     def _write_companions(self, folder: Path) -> None:
         """Write the tokenizer's files, the model card and, last of all, config.json."""
-        copy_companions(self.checkpoint.folder, folder)
-        source = self.checkpoint.folder.resolve()
+        copy_companions(self.source.companions, folder)
+        source = self.source.folder.resolve()
         known = catalog.by_config(self.checkpoint.config, model_name(source))
         card = model_card(
             self.request.out_path.name,
@@ -277,7 +283,8 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
     """Plan a folder of safetensors; see `convert.api.plan_conversion`."""
     out = request.out_path
     refuse_existing(out)
-    checkpoint = Checkpoint(request.source)
+    source = Source.of(request)
+    checkpoint = source.checkpoint
     fusion = None if request.adapter is None else AdapterFusion.of(request.adapter, checkpoint)
     split = WHOLE
     if request.split_projections:
@@ -294,10 +301,11 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
         tensors = fusion.applied_to(tensors)
     settings, calibration = request.calibration_settings, None
     if settings is not None:
+        refuse_gguf(source, "Calibration")
         calibration = CalibrationPlan.of(settings, checkpoint, recipe, tensors)
     layout = _shards(tensors, request, split)
     planned = ConversionPlan(
-        request, checkpoint, tensors, recipe, layout, files, calibration, fusion, split
+        request, source, tensors, recipe, layout, files, calibration, fusion, split
     )
     smaller = layout.nbytes < planned.bytes_before
     if fusion is None and checkpoint.quantization and recipe and not smaller:
@@ -307,11 +315,10 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
             hint="Choose fewer bits, or convert the original model: what quantization took away "
             "does not come back.",
         )
-    small = sum(file.stat().st_size for file in model_files.companions(checkpoint.folder).values())
     spare = (
         files.spare(tensors.file_order) if calibration is None else calibration.spare(layout.nbytes)
     )
-    check_space(out, layout.nbytes + spare + small)
+    check_space(out, layout.nbytes + spare + size_of(source.companions))
     return planned
 
 

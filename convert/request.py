@@ -22,7 +22,7 @@ class ConversionRequest:
     """A model, what is to become of it, and where; checked as far as the model need not be read.
 
     Attributes:
-        source: the model's folder, in Hub layout or MLX's.
+        source: the model's folder, in Hub layout or MLX's, or its GGUF file.
         out: the folder to make, or the GGUF file.
         quantization: of all layers alike, by a recipe, or by the recipe of this name that the
             model's architecture has. None makes weights that are not quantized.
@@ -40,6 +40,7 @@ class ConversionRequest:
             its defaults; they are rounded where None.
         adapter: a folder whose adapter is fused into the weights. Quantized ones are quantized
             again as they were, where nothing else is asked for.
+        tokenizer: a folder whose tokenizer and chat template are taken in place of the source's.
         shard_bytes: largest weight file; a tensor that is larger has one of its own.
 
     Raises:
@@ -57,6 +58,7 @@ class ConversionRequest:
     split_projections: bool = False
     calibration: CalibrationSettings | str | None = None
     adapter: str | Path | None = None
+    tokenizer: str | Path | None = None
     shard_bytes: int = SHARD_BYTES
 
     def __post_init__(self) -> None:
@@ -84,9 +86,10 @@ class ConversionRequest:
                 "Calibration needs a model's own weights: fuse the adapter first.",
                 hint="phimlx fuse --model MODEL --adapter-path ADAPTER --save-path FUSED",
             )
-        if self.is_gguf and (self.dtype or self.adapter or self.calibration):
+        if self.is_gguf and (self.dtype or self.adapter or self.calibration or self.tokenizer):
             raise ConversionError(
-                f"The layout {self.layout} takes neither dtype nor adapter nor calibration.",
+                f"The layout {self.layout} takes neither dtype nor adapter nor calibration nor "
+                "tokenizer.",
                 hint="Convert to a folder first, and then that folder to GGUF.",
             )
         if isinstance(self.calibration, str):

@@ -235,10 +235,9 @@ class Checkpoint:
 
 
 def _other_weights(folder: Path) -> str | None:
-    """Say what a folder without a model holds instead: GGUF files; None where there are none."""
-    if any(folder.glob("*.gguf")):
-        return "It holds GGUF files, which are not read: get the original model's folder."
-    return None
+    """Say what a folder without a model holds instead: a GGUF file; None where there is none."""
+    file = min(folder.glob("*.gguf"), default=None)
+    return None if file is None else f"Convert it with: phimlx convert {file} --mlx-path OUT -q"
 
 
 def _read_index(index: Path) -> Mapping[str, str]:

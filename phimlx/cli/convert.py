@@ -160,6 +160,12 @@ class QuantizationFlags:
     "Llama's shape.",
 )
 @click.option(
+    "--tokenizer",
+    metavar="FOLDER_OR_ID",
+    help="Take tokenizer and chat template from another model, such as the one that a GGUF file "
+    "was made of.",
+)
+@click.option(
     "--keep-original",
     is_flag=True,
     help="Where MODEL comes from the Hub, keep it whole in the store.",
@@ -168,7 +174,8 @@ class QuantizationFlags:
 @click.option(
     "--dtype",
     type=click.Choice(DTYPES),
-    help="Type of what is not quantized  [default: as it is stored]",
+    help="Type of what is not quantized  [default: as it is stored, and float16 of what a GGUF "
+    "file packs]",
 )
 @flag_group(PublishFlags, "publishing")
 @json_option
@@ -182,18 +189,21 @@ def command(
     adapter: str | None,
     export: str | None,
     split_projections: bool,
+    tokenizer: str | None,
     keep_original: bool,
     reporting: ReportFlags,
     dtype: str | None,
     publishing: PublishFlags,
     as_json: bool,
 ) -> None:
-    """Convert MODEL, an alias, a Hub id or a folder, to an MLX folder that mlx-lm loads too.
+    """Convert MODEL, an alias, a Hub id, a folder or a GGUF file, to an MLX folder that mlx-lm
+    loads too.
 
     \b
       phimlx convert nano --mlx-path nano-4bit -q
       phimlx convert microsoft/phi-4 --mlx-path phi-4-mixed --recipe mixed-4-6
       phimlx convert phi-4-mixed --mlx-path phi-4-plain --dequantize
+      phimlx convert phi-4-Q8_0.gguf --mlx-path phi-4-4bit -q
       phimlx convert --mlx-path phi-4-mixed --upload-repo me/phi-4-mixed
 
     A model that is not on this machine comes from the Hub, each file converted as it arrives. OUT
@@ -231,6 +241,7 @@ def command(
     from convert import ConversionRequest
     from phimlx.cli.publish import check_target, existing, publish
     from phimlx.cli.report import add_report, read_text
+    from phimlx.hub.resolve import resolve
 
     name = source or named or ""
     request = ConversionRequest(
@@ -245,6 +256,7 @@ def command(
         split_projections=split_projections,
         calibration=calibration,
         adapter=adapter,
+        tokenizer=None if tokenizer is None else resolve(tokenizer, original=True),
     )
     text = read_text(reporting.report_text)
     target = None
@@ -290,11 +302,11 @@ def _convert(
     Args:
         whole: flags that need the original whole on this machine, and whether each is given.
     """
-    from phimlx.hub.resolve import resolve
+    from phimlx.hub.resolve import find_local_gguf, resolve
 
     name = str(request.source)
     try:
-        folder = resolve(name, original=True)
+        folder = find_local_gguf(name) or resolve(name, original=True)
     except ModelAbsentError as absent:
         reasons = {
             "--report": "compares with the original",

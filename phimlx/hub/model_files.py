@@ -50,7 +50,7 @@ ADAPTER_WANTED = (
 )
 
 # What goes along with converted weights, where the source has it.
-COMPANIONS = (
+TOKENIZER = (
     "tokenizer.json",
     "tokenizer_config.json",
     "special_tokens_map.json",
@@ -59,6 +59,9 @@ COMPANIONS = (
     "merges.txt",
     "chat_template.jinja",
     "chat_template.json",
+)
+COMPANIONS = (
+    *TOKENIZER,
     "generation_config.json",
     "preprocessor_config.json",
     "processor_config.json",

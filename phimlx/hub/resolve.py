@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 from phimlx import catalog
+from phimlx.checkpoint.gguf.find import MAGIC, find_gguf
 from phimlx.errors import CheckpointError, ModelAbsentError, ModelNotFoundError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.cache import find_snapshot
@@ -25,7 +26,10 @@ ORIGINAL = (
 PYTORCH = ("a PyTorch file, and only safetensors weights are read", ORIGINAL)
 # Files that are given as a model, by the end of their name: what they are, and what helps.
 FILES = {
-    ".gguf": ("a GGUF file, which phimlx writes and does not read", ORIGINAL),
+    ".gguf": (
+        "a GGUF file, which phimlx runs when it is converted",
+        "Convert it with: phimlx convert FILE --mlx-path OUT -q",
+    ),
     ".safetensors": ("a weight file, not a model's folder", FOLDER),
     **dict.fromkeys((".bin", ".pt", ".pth", ".ckpt"), PYTORCH),
 }
@@ -117,6 +121,23 @@ def resolve_adapter(source: str | Path) -> Path:
     return snapshot
 
 
+def find_local_gguf(source: str) -> Path | None:
+    """Find the GGUF file that a name means, itself or alone in its folder; None for another name.
+
+    Raises:
+        CheckpointError: where a folder holds several, or cannot be read.
+    """
+    if not looks_like_path(source) and catalog.find(source) is not None:
+        return None
+    path = Path(os.path.expanduser(source))
+    with translate_read_errors(path, CheckpointError):
+        file = find_gguf(path) if source else None
+        if file is None or file.suffix.lower() == ".gguf":
+            return file
+        with file.open("rb") as opened:
+            return file if opened.read(4) == MAGIC else None
+
+
 def repositories(name: str, original: bool = False) -> list[str]:
     """List the Hub repositories that a name may mean, the preferred one first.
 
@@ -177,13 +198,13 @@ def _file_error(source: str | Path, file: Path) -> ModelNotFoundError:
     """Say what a file is that was given as a model, and what to give instead."""
     what, hint = FILES.get(file.suffix.lower(), ("a file, not a folder", FOLDER))
     with file.open("rb") as opened:
-        if opened.read(4) == b"GGUF":
+        if opened.read(4) == MAGIC:
             what, hint = FILES[".gguf"]
     if file.name in ADAPTER_WEIGHTS:
         what, hint = "an adapter's file", f"Give its folder: --adapter-path {file.parent}"
     elif hint == FOLDER and is_file(file.parent / "config.json"):
         hint = f"Give its folder: {file.parent}"
-    return ModelNotFoundError(f"{source} is {what}.", hint=hint)
+    return ModelNotFoundError(f"{source} is {what}.", hint=hint.replace("FILE", str(source)))
 
 
 def suggestion(name: str) -> str:

@@ -74,6 +74,8 @@ class GGUF:
             the order of their rows.
         paired_rows: names of queries and keys whose rows stand in pairs that turn together, head
             by head, where ours stand in halves.
+        text_split: how the tokenizer splits text, in llama.cpp's words, where older files do not
+            say it.
     """
 
     architecture: str
@@ -82,6 +84,7 @@ class GGUF:
     sliding_window: bool = False
     joined: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     paired_rows: tuple[str, ...] = ()
+    text_split: str | None = None
 
 
 # What modelling code computes, and older versions of it save: tables of the rotary embedding, a
@@ -291,6 +294,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             },
             norm="layer",
             joined=_QKV,
+            text_split="gpt-2",
         ),
         dialects=(
             Dialect(

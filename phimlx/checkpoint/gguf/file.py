@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -11,6 +10,7 @@ from typing import Any
 import mlx.core as mx
 
 from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.gguf.find import SPLIT
 from phimlx.checkpoint.gguf.header import GgufHeader, GgufTensor, Setting, damaged, read_header
 from phimlx.checkpoint.gguf.names import Piece, our_pieces
 from phimlx.checkpoint.gguf.packed import PackedTensor, UnpairedTensor
@@ -28,7 +28,6 @@ from phimlx.models import registry
 from phimlx.models.registry import GGUF, Architecture
 
 ORIGINAL = "Get the original model's folder, and convert that."
-SPLIT = re.compile(r"(.+)-(\d{5})-of-(\d{5})\.gguf", re.IGNORECASE)
 MAX_SPLITS = 1000
 MAX_FACTORS = 1 << 13  # half of the largest head
 
@@ -74,6 +73,11 @@ class GgufCheckpoint(Checkpoint):
     @property
     def is_tied(self) -> bool:
         return False  # no head is stored beside the embedding that it is tied to
+
+    @property
+    def text_split(self) -> str | None:
+        """How the tokenizer splits text, where the file does not say it; see `registry.GGUF`."""
+        return self._form.text_split
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

@@ -15,10 +15,10 @@ from typing import Any
 import numpy as np
 
 from phimlx.checkpoint.gguf.blocks import BY_NUMBER, TYPE_NAMES, BlockType
+from phimlx.checkpoint.gguf.find import MAGIC
 from phimlx.errors import CheckpointError, shortened
 from phimlx.files import read_beginning
 
-MAGIC = b"GGUF"
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # where the file says nothing of it
 

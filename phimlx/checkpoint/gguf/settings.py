@@ -32,6 +32,12 @@ FIXED: Mapping[str, tuple[Any, ...]] = {
     "attention.scale": (0,),
     "rope.scaling.finetuned": (True, False),
 }
+# Special tokens, by their keys in a config.
+TOKENS = {
+    "bos_token_id": "bos_token_id",
+    "eos_token_id": "eos_token_id",
+    "padding_token_id": "pad_token_id",
+}
 ROPE_TYPES = ("none", "longrope")
 
 # Tensors of the rotary embedding, which are part of a config.
@@ -90,6 +96,10 @@ def read_config(
     if form.sliding_window:
         window = values.whole("attention.sliding_window", PHI3_WINDOW.get(context, 0))
         config["sliding_window"] = window or None
+    for name, key in TOKENS.items():
+        found = settings.get(f"tokenizer.ggml.{name}")
+        if type(found) is int and found < embedding.shape[0]:
+            config[key] = found
     return config | _rope(values, form, head_dim, context, factors)
 
 

@@ -86,12 +86,10 @@ class RestoredTokenizer:
 
     Attributes:
         tokenizer, settings: tokenizer.json, and tokenizer_config.json without a template.
-        ends: ids of the tokens that end a reply.
     """
 
     tokenizer: dict[str, Any]
     settings: dict[str, Any]
-    ends: list[int]
 
 
 def restore_tokenizer(
@@ -146,11 +144,20 @@ def restore_tokenizer(
         "tokenizer_class": "PreTrainedTokenizerFast",
         **{f"{named[name]}_token": token for name, token in special.items()},
     }
+    return RestoredTokenizer(tokenizer, settings)
+
+
+def find_ends(values: Mapping[str, Any]) -> list[int]:
+    """List the ids of the tokens that end a reply, as llama.cpp does.
+
+    Args:
+        values: as in `restore_tokenizer`.
+    """
+    tokens = values.get("tokens")
+    tokens = tokens if isinstance(tokens, list) else []
     ends = [_special_id(values, name, tokens) for name in ("eos", "eot")]
-    ends += [kept.get(name) for name in ENDS]
-    return RestoredTokenizer(
-        tokenizer, settings, list(dict.fromkeys(end for end in ends if end is not None))
-    )
+    ends += [tokens.index(name) for name in ENDS if name in tokens]
+    return list(dict.fromkeys(end for end in ends if end is not None))
 
 
 def _tokens(values: Mapping[str, Any], vocab_size: int) -> tuple[list[str], list[int]]:
