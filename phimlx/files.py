@@ -55,7 +55,7 @@ def read_beginning(
     Raises `error` as `read_bytes`.
     """
     with _opened(path, error, hint) as (file, size):
-        return file.read(limit), size
+        return file.read(min(limit, size)), size
 
 
 @contextmanager

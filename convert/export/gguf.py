@@ -25,6 +25,7 @@ from convert.request import GGUF_TYPES, ConversionRequest
 from convert.tensor_plan import TensorConversion, TensorPlan
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.gguf.find import find_gguf
 from phimlx.checkpoint.gguf.names import gguf_name
 from phimlx.errors import ConversionError, shortened
 from phimlx.extras import import_extra
@@ -219,6 +220,12 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
     import_extra("gguf", "gguf", without, ConversionError)
     out, kind = request.out_path, GGUF_TYPES[request.layout]
     refuse_existing(out)
+    file = find_gguf(Path(request.source))
+    if file is not None:
+        raise ConversionError(
+            f"{file} is a GGUF file already.",
+            hint="Convert it to a folder first, and then that folder to GGUF.",
+        )
     checkpoint = Checkpoint(request.source)
     architecture = registry.of_config(checkpoint.config)
     if architecture.gguf is None:

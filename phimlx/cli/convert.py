@@ -305,13 +305,14 @@ def _convert(
     from phimlx.hub.resolve import find_local_gguf, resolve
 
     name = str(request.source)
+    reasons = {
+        "--report": "compares with the original",
+        "--q-method": "reads the model many times",
+    }
     try:
-        folder = find_local_gguf(name) or resolve(name, original=True)
+        file = find_local_gguf(name)
+        folder = file or resolve(name, original=True)
     except ModelAbsentError as absent:
-        reasons = {
-            "--report": "compares with the original",
-            "--q-method": "reads the model many times",
-        }
         for spelled, given in whole.items():
             if given and not keep_original:
                 raise click.UsageError(
@@ -319,6 +320,12 @@ def _convert(
                     "--keep-original."
                 ) from absent
         return _from_hub(request, keep_original, token, absent, output)
+    for spelled, given in whole.items():
+        if file is not None and given:
+            raise click.UsageError(
+                f"{spelled} {reasons[spelled]}, and {name} is a GGUF file: convert it to a folder "
+                "first, without -q."
+            )
     return _from_folder(replace(request, source=folder), output)
 
 

@@ -14,6 +14,7 @@ from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
     from phimlx.catalog import Model
+    from phimlx.checkpoint.folder import Checkpoint
     from phimlx.errors import ModelAbsentError
     from phimlx.machine.memory import Shape
 
@@ -33,17 +34,19 @@ SHORT_CONTEXT = 4096  # shown beside the longest where --context names none
 def command(model: str | None, context: int | None, as_json: bool) -> None:
     """Say what MODEL is and how much memory it takes; phi-4-mini at 4 bits where none is named.
 
-    MODEL is an alias, a Hub id or a folder. Of a model that is not on this machine it says what
-    the catalogue knows, else what its headers on the Hub say, and how many bits suit here.
+    MODEL is an alias, a Hub id, a folder or a GGUF file. Of a model that is not on this machine it
+    says what the catalogue knows, else what its headers on the Hub say, and how many bits suit
+    here.
     """
     from phimlx import catalog
     from phimlx.errors import ModelAbsentError
-    from phimlx.hub.resolve import resolve
+    from phimlx.hub.resolve import find_local_gguf, resolve
 
     shape: Shape
     output = Output(json=as_json)
     try:
-        about, shape = describe_folder(resolve(model))
+        file = None if model is None else find_local_gguf(model)
+        about, shape = describe_folder(resolve(model)) if file is None else describe_gguf(file)
     except ModelAbsentError as absent:
         known = catalog.DEFAULT if model is None else catalog.find(model)
         if known is not None:
@@ -68,10 +71,25 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
 
 def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     """Describe a model on this machine; its shape goes with it."""
+    from phimlx.checkpoint.folder import Checkpoint
+
+    return describe(Checkpoint(folder))
+
+
+def describe_gguf(file: Path) -> tuple[dict[str, Any], Shape]:
+    """Describe the model in a GGUF file, as it is once converted; its shape goes with it."""
+    from phimlx.checkpoint.gguf.file import GgufCheckpoint
+
+    checkpoint = GgufCheckpoint(file)
+    about, shape = describe(checkpoint)
+    return {**about, "packed": "/".join(checkpoint.packed_types)}, shape
+
+
+def describe(checkpoint: Checkpoint) -> tuple[dict[str, Any], Shape]:
+    """Describe a model that has been read as far as its headers; its shape goes with it."""
     from mlx.utils import tree_flatten
 
     from phimlx import catalog
-    from phimlx.checkpoint.folder import Checkpoint
     from phimlx.checkpoint.load import build_model, stored_parameters
     from phimlx.checkpoint.tensors import FLOATING_DTYPES
     from phimlx.generation.generation_config import GenerationConfig
@@ -79,14 +97,14 @@ def describe_folder(folder: Path) -> tuple[dict[str, Any], Shape]:
     from phimlx.hub.layout import model_name
     from phimlx.models.registry import part_of
 
-    checkpoint = Checkpoint(folder)
+    folder = checkpoint.folder
     model = build_model(checkpoint.config)
     sizes = Counter[str | None]()
     for name, array in dict(tree_flatten(model.parameters())).items():
         sizes[part_of(name)] += array.size
     parameters = sizes.total()
     stored = stored_parameters(checkpoint, model).values()
-    nbytes = sum(info.nbytes for info in stored)
+    nbytes = sum(rows.nbytes for each in stored for rows in each.reads(0, each.count))
     known = catalog.by_config(checkpoint.config, model_name(folder.resolve()))
     settings = GenerationConfig.read(folder)
     scaling = model.config.rope.scaling
@@ -251,7 +269,7 @@ def print_description(about: dict[str, Any], output: Output) -> None:
     """Print the description for a person."""
     from phimlx.sizes import size_text
 
-    form = about["dtype"]
+    form = about.get("packed") or about["dtype"]
     if about["bits"]:
         form = f"{about['bits']} bits in groups of {about['group_size']}, the rest {form}"
     context = f"{about['context_length']:,} tokens"
@@ -269,7 +287,7 @@ def print_description(about: dict[str, Any], output: Output) -> None:
     if whole:
         parameters += f", of which {whole:,} in encoders and adapters"
     lines = {
-        "folder": about["path"] or "not on this machine",
+        "file" if "packed" in about else "folder": about["path"] or "not on this machine",
         "repository": about["repository"],
         "architecture": about["architecture"],
         "parameters": parameters,
@@ -312,6 +330,8 @@ def print_description(about: dict[str, Any], output: Output) -> None:
         print_quantizations(about, output)
     if about["download"] and not output.as_json:
         output.note(f"Get it with: {about['download']}")
+    if "packed" in about and not output.as_json:
+        output.note(f"Convert it with: phimlx convert {about['path']} --mlx-path OUT -q")
 
 
 def print_quantizations(about: dict[str, Any], output: Output) -> None:

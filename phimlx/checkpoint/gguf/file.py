@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -78,6 +79,12 @@ class GgufCheckpoint(Checkpoint):
     def text_split(self) -> str | None:
         """How the tokenizer splits text, where the file does not say it; see `registry.GGUF`."""
         return self._form.text_split
+
+    @property
+    def packed_types(self) -> list[str]:
+        """llama.cpp's names of the types of its matrices, the most frequent first."""
+        matrices = [each for each in self._stored.values() if len(each.shape) > 1]
+        return [name for name, _ in Counter(each.type_name for each in matrices).most_common()]
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:

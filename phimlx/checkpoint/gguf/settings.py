@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,6 +97,9 @@ def read_config(
     if form.sliding_window:
         window = values.whole("attention.sliding_window", PHI3_WINDOW.get(context, 0))
         config["sliding_window"] = window or None
+    name = settings.get("general.name")
+    if isinstance(name, str):  # which helps to find its prompt form
+        config["_name_or_path"] = re.sub(r"[^\w.-]+", "-", name)[:100]
     for name, key in TOKENS.items():
         found = settings.get(f"tokenizer.ggml.{name}")
         if type(found) is int and found < embedding.shape[0]:
