@@ -34,9 +34,9 @@ SHAPE = {
     "intermediate_size": INNER,
     "vocab_size": VOCAB,
     "max_position_embeddings": CONTEXT,
-    "bos_token_id": 256,
+    "bos_token_id": 257,
     "eos_token_id": 257,
-    "pad_token_id": 256,
+    "pad_token_id": 257,
 }
 
 
@@ -80,19 +80,19 @@ def write(
     writer: gguf.GGUFWriter, model: torch.nn.Module, tensors: dict[str, tuple[torch.Tensor, bool]]
 ) -> None:
     """Write a model whose weights become those that can be packed."""
-    tokens = sorted(gguf_alphabet(), key=gguf_alphabet().get)
+    tokens = [*sorted(gguf_alphabet(), key=gguf_alphabet().get), "Ġt"]
     added = ["<|endoftext|>", "<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
-    types = [gguf.TokenType.NORMAL] * 256 + [gguf.TokenType.CONTROL] * len(added)
-    padding = [f"[PAD{index}]" for index in range(256 + len(added), VOCAB)]
+    types = [gguf.TokenType.NORMAL] * len(tokens) + [gguf.TokenType.CONTROL] * len(added)
+    padding = [f"[PAD{index}]" for index in range(len(types), VOCAB)]
     types += [gguf.TokenType.UNUSED] * len(padding)
     writer.add_tokenizer_model("gpt2")
     writer.add_tokenizer_pre("gpt-2")
     writer.add_token_list([*tokens, *added, *padding])
     writer.add_token_types(types)
-    writer.add_token_merges([])
-    writer.add_bos_token_id(256)
-    writer.add_eos_token_id(256)
-    writer.add_pad_token_id(256)
+    writer.add_token_merges(["Ġ t"])
+    writer.add_bos_token_id(257)
+    writer.add_eos_token_id(257)
+    writer.add_pad_token_id(257)
     writer.add_chat_template("{% for message in messages %}{{ message['content'] }}{% endfor %}")
     for number, (name, (tensor, permuted)) in enumerate(tensors.items()):
         kind = TYPES[number % len(TYPES)] if tensor.ndim > 1 else Type.F32

@@ -72,8 +72,11 @@ def read_config(
     hidden = values.whole("embedding_length")
     kv_heads = values.whole("attention.head_count_kv", heads)
     head_dim = values.whole("attention.key_length", hidden // max(heads, 1))
-    if values.whole("attention.value_length", head_dim) != head_dim:
-        raise ConfigError(f"{values.key('attention.value_length')} is not {head_dim}, as of keys.")
+    value_dim = values.whole("attention.value_length", hidden // max(heads, 1))
+    if value_dim != head_dim:
+        raise ConfigError(
+            f"{values.key('attention.value_length')} is {value_dim}, and keys have {head_dim}."
+        )
     epsilon, epsilon_key = NORMS[form.norm]
     embedding = tensors.get(f"{form.tensors['model.embed_tokens']}.weight")
     if embedding is None:

@@ -8,7 +8,7 @@ import mlx.core as mx
 import numpy as np
 import pytest
 
-from phimlx.checkpoint.gguf.blocks import BY_NUMBER, TYPE_NAMES
+from phimlx.checkpoint.gguf.blocks import BY_NUMBER, TYPE_NAMES, BlockType
 
 GOLDENS = Path(__file__).parents[2] / "goldens" / "gguf"
 PACKED = [kind for kind in BY_NUMBER.values() if kind.unpack is not None]
@@ -19,7 +19,7 @@ def same_bits(one: np.ndarray, other: np.ndarray) -> bool:
 
 
 @pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.name)
-def test_numbers_are_llama_cpps_bit_for_bit(kind: object) -> None:
+def test_numbers_are_llama_cpps_bit_for_bit(kind: BlockType) -> None:
     golden = mx.load(str(GOLDENS / "blocks.safetensors"))
     packed, numbers = golden[f"{kind.name}.packed"], np.array(golden[f"{kind.name}.numbers"])
     assert packed.shape == (8, kind.nbytes)
@@ -41,7 +41,7 @@ def test_types_are_the_packages() -> None:
 
 
 @pytest.mark.parametrize("kind", PACKED, ids=lambda kind: kind.name)
-def test_any_bytes_are_the_packages_numbers(kind: object) -> None:
+def test_any_bytes_are_the_packages_numbers(kind: BlockType) -> None:
     gguf = pytest.importorskip("gguf")
     random = np.random.default_rng(3)
     packed = random.integers(0, 256, (64, kind.nbytes), dtype=np.uint8)
