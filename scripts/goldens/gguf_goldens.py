@@ -1,21 +1,28 @@
-"""Make `tests/goldens/gguf`: packed blocks with their numbers, and tiny GGUF models with logits.
+"""Make `tests/goldens/gguf`: packed blocks with their numbers, and tiny GGUF models with logits,
+and a tokenizer of SentencePiece's with ids of texts.
 
 Blocks are unpacked by the `gguf` package. The models are transformers'; their files are written by
 the `gguf` package as llama.cpp's convert_hf_to_gguf.py does it (LlamaModel, Phi3MiniModel,
 Phi2Model), in every type that the package can pack, and the logits are transformers' own, in
 float32, with the weights that come back out of the packed ones.
 
-Run with torch 2.13, transformers 5.24 and gguf 0.19:
-    python scripts/goldens/gguf_goldens.py
+The tokenizer is trained by sentencepiece as Llama's was, and listed as Phi3MiniModel.set_vocab
+lists Phi-3's; the ids are sentencepiece's.
+
+Run with torch 2.13, transformers 5.24, gguf 0.19 and sentencepiece 0.2.3:
+    python scripts/goldens/gguf_goldens.py TEXT_TO_TRAIN_ON
 """
 
 from __future__ import annotations
 
+import io
 import json
+import sys
 from pathlib import Path
 
 import gguf
 import numpy as np
+import sentencepiece
 import torch
 import transformers
 from gguf import GGMLQuantizationType as Type
@@ -54,6 +61,49 @@ def main() -> None:
                 logits[f"{name}.{length}.logits"] = model(ids).logits[0].numpy()
             logits[f"{name}.{length}.ids"] = ids[0].numpy().astype(np.int32)
     save_file(logits, HERE / "logits.safetensors")
+    (HERE / "sentencepiece.json").write_text(json.dumps(pieces(Path(sys.argv[1]))) + "\n")
+
+
+TEXTS = (
+    "", " ", "  ", "a", " a", "a ", "Hello, world!", "  two  spaces  ", "\n", "a\nb\n\nc", "\t",
+    "The king's horse, the queen's crown: 1234567890.", "don't SHOUT", "naïve Größe Ελληνικά",
+    "日本語の文章 한국어 🏳️‍🌈", "e\u0301 \u200b\ufeff", "x" * 50, "▁ is an underline",
+    "<s> </s> <unk>", "<0x0A>", "What light through yonder window breaks? It is the east.",
+)  # fmt: skip
+
+
+def pieces(text: Path) -> dict[str, list]:
+    """Pieces with scores and types, and ids of texts."""
+    model = io.BytesIO()
+    sentencepiece.SentencePieceTrainer.train(
+        sentence_iterator=iter(text.read_text("utf-8").split("\n\n")),
+        model_writer=model,
+        model_type="bpe",
+        vocab_size=900,
+        byte_fallback=True,
+        split_digits=True,
+        normalization_rule_name="identity",
+        remove_extra_whitespaces=False,
+        minloglevel=2,
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_proto=model.getvalue())
+    count = processor.vocab_size()
+    types = []
+    for index in range(count):
+        kinds = {
+            gguf.TokenType.UNKNOWN: processor.is_unknown,
+            gguf.TokenType.CONTROL: processor.is_control,
+            gguf.TokenType.BYTE: processor.is_byte,
+        }
+        types.append(next((kind for kind, is_it in kinds.items() if is_it(index)), 1))
+    names = ("<|endoftext|>", "<|assistant|>", "<|placeholder1|>", "<|system|>", "<|end|>")
+    return {
+        "tokens": [*map(processor.id_to_piece, range(count)), *names, "<|user|>", "[PAD906]"],
+        "scores": [*map(processor.get_score, range(count)), *[-1000.0] * 6, -10000.0],
+        "types": [*map(int, types), *[3] * 6, 5],
+        "texts": list(TEXTS),
+        "ids": [processor.encode(text) for text in TEXTS],
+    }
 
 
 def blocks() -> dict[str, np.ndarray]:

@@ -284,6 +284,8 @@ def _sentencepiece(
 ) -> dict[str, Any]:
     """Parts of tokenizer.json that are SentencePiece's BPE's, as Phi-3's was published."""
     scores = _column(values, "scores", len(tokens))
+    if not np.isfinite(scores).all():
+        raise TokenizerError("The file's tokenizer has scores that are not finite.", hint=ELSEWHERE)
     ordinary = {
         token: score
         for token, score, type_ in zip(tokens, scores, types, strict=True)
