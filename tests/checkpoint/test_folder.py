@@ -235,7 +235,7 @@ def test_a_folder_of_gguf_files(tmp_path: Path, with_config: bool) -> None:
     (tmp_path / "phi-q4.gguf").write_bytes(b"GGUF")
     if with_config:
         write_config(tmp_path, PHI_4)
-    hint = "It holds GGUF files, which are not read: get the original model's folder."
+    hint = f"Convert it with: phimlx convert {tmp_path / 'phi-q4.gguf'} --mlx-path OUT -q"
     assert loading(tmp_path).hint == hint
 
 

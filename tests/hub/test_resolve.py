@@ -244,7 +244,7 @@ def test_the_original_of_an_alias_is_not_here(cache: Path) -> None:
 def test_a_file_is_no_folder() -> None:
     Path("model.gguf").touch()
     assert str(resolving("./model.gguf")) == (
-        "./model.gguf is a GGUF file, which phimlx writes and does not read."
+        "./model.gguf is a GGUF file, which phimlx runs when it is converted."
     )
 
 
@@ -263,7 +263,8 @@ def test_folders_and_nano_need_no_huggingface_hub(tmp_path: Path) -> None:
     assert run.stdout == "False False\n"
 
 
-GGUF = "is a GGUF file, which phimlx writes and does not read."
+GGUF = "is a GGUF file, which phimlx runs when it is converted."
+CONVERT = "Convert it with: phimlx convert {} --mlx-path OUT -q"
 WHOLE_MODEL = (
     "Give the folder of the original model, with config.json and model.safetensors, or an alias "
     "such as phi-4-mini."
@@ -277,9 +278,9 @@ WEIGHTS = "is a weight file, not a model's folder."
 @pytest.mark.parametrize(
     ("name", "content", "message", "hint"),
     [
-        ("phi.gguf", b"GGUF\3\0", GGUF, WHOLE_MODEL),
-        ("phi.GGUF", b"", GGUF, WHOLE_MODEL),
-        ("phi-q4", b"GGUF\3\0", GGUF, WHOLE_MODEL),
+        ("phi.gguf", b"GGUF\3\0", GGUF, CONVERT),
+        ("phi.GGUF", b"", GGUF, CONVERT),
+        ("phi-q4", b"GGUF\3\0", GGUF, CONVERT),
         ("model.safetensors", b"", WEIGHTS, FOLDER),
         ("pytorch_model.bin", b"PK", PYTORCH, WHOLE_MODEL),
         ("model.pth", b"PK", PYTORCH, WHOLE_MODEL),
@@ -302,7 +303,7 @@ def test_a_file_is_told_what_it_is(
     for source in (given, Path(given)):
         error = resolving(source)
         assert not isinstance(error, ModelAbsentError)
-        assert (str(error), error.hint) == (f"{source} {message}", hint)
+        assert (str(error), error.hint) == (f"{source} {message}", hint.format(source))
 
 
 @pytest.mark.parametrize("name", ["model.safetensors", "config.json", "tokenizer.json"])
@@ -340,8 +341,6 @@ def test_a_file_that_is_not_there_is_no_model_to_download(
     "command",
     [
         ["generate", "--prompt", "hi", "--model", "files/phi.gguf"],
-        ["show", "files/phi.gguf"],
-        ["convert", "files/phi.gguf", "--mlx-path", "out"],
         ["train", "--data", "data", "--adapter-path", "run", "--model", "files/phi.gguf"],
     ],
 )
@@ -354,3 +353,42 @@ def test_commands_tell_what_a_file_is(
     result = CliRunner().invoke(cli, command)
     assert result.exit_code == 1
     assert f"files/phi.gguf {GGUF}" in result.stderr
+
+
+@pytest.mark.parametrize("command", [["show"], ["convert", "--mlx-path", "out"]])
+def test_commands_that_read_a_gguf_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, command: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("phi.gguf").write_bytes(b"GGUF")
+    result = CliRunner().invoke(cli, [*command, "phi.gguf"])
+    assert result.exit_code == 1
+    assert "phi.gguf is not a whole GGUF file: it ends within its header." in result.stderr
+
+
+def test_gguf_files_by_their_names_and_bytes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("phi.gguf").touch()
+    Path("blob").write_bytes(b"GGUF\3\0")
+    Path("notes.txt").write_text("GG")
+    Path("alone").mkdir()
+    Path("alone/a.GGUF").touch()
+    Path("nano").mkdir()
+    Path("nano/a.gguf").touch()
+    for name, found in {
+        "phi.gguf": "phi.gguf",
+        "./blob": "blob",
+        "blob": "blob",
+        "alone": "alone/a.GGUF",
+        "alone/": "alone/a.GGUF",
+        "./nano": "nano/a.gguf",
+        "nano": None,  # an alias
+        "notes.txt": None,
+        "microsoft/phi-4": None,
+        "phi-4": None,
+        "none.gguf": None,
+        "": None,
+    }.items():
+        assert resolve.find_local_gguf(name) == (None if found is None else Path(found)), name

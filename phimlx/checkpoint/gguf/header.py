@@ -208,7 +208,7 @@ def _check_version(file: Path, reader: _Reader) -> None:
     (version,) = reader.numbers("I")
     if version in VERSIONS:
         return
-    if version & 0xFFFF == 0:
+    if version and not version & 0xFFFF:
         raise CheckpointError(
             f"{file.name} is a GGUF file of big-endian machines, and only little-endian ones are "
             "read.",
