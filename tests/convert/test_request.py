@@ -40,11 +40,11 @@ REFUSED: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {"layout": "gguf", "dtype": "float16"},
-        "The layout gguf takes neither dtype nor adapter nor calibration.",
+        "The layout gguf takes neither dtype nor adapter nor calibration nor tokenizer.",
     ),
     (
         {"layout": "gguf-q8_0", "adapter": "a"},
-        "The layout gguf-q8_0 takes neither dtype nor adapter nor calibration.",
+        "The layout gguf-q8_0 takes neither dtype nor adapter nor calibration nor tokenizer.",
     ),
     ({"calibration": "awq"}, "There is no method 'awq'; there is gptq, dwq, sensitivity."),
 ]
