@@ -164,12 +164,12 @@ def _check_tokens(tokenizer: Tokenizer, folder: Path, values: Mapping[str, Any])
     tokens = values.get("tokens")
     if not isinstance(tokens, list):
         return
+    places = {token: number for number, token in enumerate(tokens)}
     for token, number in tokenizer.control_tokens.items():
-        here = tokens[number] if number < len(tokens) else None
-        if here != token and token in tokens:
+        if places.get(token, number) != number:
             raise TokenizerError(
                 f"The tokenizer of {folder} is another model's: its {shortened(token)} is "
-                f"{number}, and the file's is {tokens.index(token)}.",
+                f"{number}, and the file's is {places[token]}.",
                 hint="Give the folder of the model's own tokenizer.",
             )
 

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
 import shutil
+import struct
 import subprocess
 import sys
 from pathlib import Path
@@ -314,6 +316,62 @@ def test_show(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.stderr == "Convert it with: phimlx convert x.gguf --mlx-path OUT -q\n"
     about = json.loads(CliRunner().invoke(cli, ["show", "x.gguf", "--json"]).stdout)
     assert (about["vocabulary"], about["context_length"], about["tied"]) == (320, 64, True)
+
+
+PLACES = (
+    *("block_count", "head_count", "embedding_length", "context_length", "dimension_count"),
+    *("freq_base", "epsilon", "original_context_length", "attn_factor", "feed_forward_length"),
+    *("token_type", "tokens", "merges", "eos_token_id", "chat_template", "pre", "model", "name"),
+    *("attn_q", "attn_qkv", "token_embd", "rope_factors_long", "output_norm", "architecture"),
+)
+VALUES = (
+    0,
+    1,
+    2,
+    3,
+    7,
+    8,
+    9,
+    255,
+    65535,
+    2**31,
+    2**32 - 1,
+    2**60,
+    2**64 - 1,
+    0x7FC00000,
+    0x7F800000,
+)
+
+
+@pytest.mark.parametrize("name", ["llama", "phi3", "phi2"])
+def test_any_damage_is_told_or_read(tmp_path: Path, name: str) -> None:
+    """Numbers in and around settings, tensors and tokens, changed at random."""
+    whole, file, out = (
+        (GOLDENS / f"{name}.gguf").read_bytes(),
+        tmp_path / "x.gguf",
+        tmp_path / "out",
+    )
+    pick = random.Random(name)
+    refused = 0
+    for _ in range(80):
+        data = bytearray(whole)
+        for _ in range(pick.choice((1, 1, 2, 4))):
+            place = pick.choice(PLACES).encode()
+            at = data.find(place) + len(place) + pick.randint(-12, 30)
+            size = pick.choice((1, 2, 4, 8))
+            data[at : at + size] = struct.pack("<Q", pick.choice(VALUES))[:size]
+        file.write_bytes(data)
+        try:
+            plan_conversion(ConversionRequest(file, out)).run()
+        except PhimlxError as error:
+            refused += 1
+            told = str(error)
+        else:
+            told = ""
+            shutil.rmtree(out)
+        assert len(told) < 400
+        assert [path.name for path in tmp_path.iterdir()] == ["x.gguf"]
+    assert 10 < refused < 80
 
 
 KILLED = """

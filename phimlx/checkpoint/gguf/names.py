@@ -45,14 +45,14 @@ def our_pieces(names: Collection[str], form: GGUF, config: ModelConfig) -> dict[
         names: of all tensors of the file.
     """
     found: dict[str, list[Piece]] = {}
+    known = frozenset(names)
     for name in names:
-        for ours, pieces in _places(name, set(names), form, config):
-            found[ours] = pieces
+        found.update(_places(name, known, form, config))
     return found
 
 
 def _places(
-    name: str, names: set[str], form: GGUF, config: ModelConfig
+    name: str, names: frozenset[str], form: GGUF, config: ModelConfig
 ) -> Iterator[tuple[str, list[Piece]]]:
     """Our tensors that one of a file is, or begins, or holds."""
     stem, _, kind = name.rpartition(".")

@@ -19,7 +19,8 @@ from phimlx.errors import TokenizerError, shortened
 from phimlx.prompt.tokenizer.bpe import SENTENCEPIECE, SPACE, STRIP
 
 ELSEWHERE = "Take the tokenizer from the original model: --tokenizer FOLDER_OR_ID"
-LONGEST = 512  # characters of a token of SentencePiece's
+# Characters of SentencePiece's tokens, of one and of all; Phi-3's have at most 16 and 190,000.
+LONGEST, MOST = 512, 1 << 22
 
 # How text is split before it is encoded: llama.cpp's name, and the expression of tokenizer.json.
 SPLITS = {
@@ -310,6 +311,13 @@ def _merges(scores: Mapping[str, float], vocabulary: Mapping[str, int]) -> list[
 
     Source: transformers, `convert_slow_tokenizer.py`, `generate_merges`.
     """
+    total = sum(map(len, scores))
+    if total > MOST:
+        raise TokenizerError(
+            f"The file's tokenizer has tokens of {total} characters in all; at most {MOST} are "
+            "read.",
+            hint=ELSEWHERE,
+        )
     found: list[tuple[float, int, int, str, str]] = []
     for token, score in scores.items():
         if len(token) > LONGEST:

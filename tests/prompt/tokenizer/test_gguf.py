@@ -11,6 +11,7 @@ import pytest
 
 from convert.export.gguf import read_vocabulary
 from phimlx.errors import TokenizerError
+from phimlx.prompt.tokenizer import gguf as module
 from phimlx.prompt.tokenizer.gguf import ELSEWHERE, find_ends, restore_tokenizer
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from tests.prompt.tokenizer.test_tokenizer import mixed_texts, varied_texts
@@ -212,3 +213,9 @@ def test_scores_that_are_no_numbers_and_long_tokens() -> None:
     values["scores"][:] = np.nan
     with pytest.raises(TokenizerError, match="has scores that are not finite"):
         restore_tokenizer(values, 907)
+
+
+def test_tokens_of_many_characters_in_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MOST", 100)
+    with pytest.raises(TokenizerError, match=r"tokens of \d+ characters in all; at most 100 are"):
+        restore_tokenizer(sentencepiece_values(), 907)
