@@ -31,6 +31,7 @@ from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from tests.checkpoint.gguf.test_file import GOLDENS, PHI, written
 from tests.checkpoint.gguf.writer import Described, Written
+from tests.convert.test_fuse import SETTINGS, adapter_for
 from tests.convert.tiny import MINI, PHI_4, parameters, weights_of, write_model
 from tests.prompt.conftest import tiny_tokenizer_json
 
@@ -167,6 +168,20 @@ def test_quantized_at_once(tmp_path: Path) -> None:
     one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
     assert one.keys() == two.keys()
     assert all(mx.array_equal(array, two[name]) for name, array in one.items())
+
+
+def test_an_adapter_is_fused(tmp_path: Path) -> None:
+    """As into the model's unpacked folder."""
+    file = GOLDENS / "llama.gguf"
+    convert(file, tmp_path / "whole", dtype="float32")
+    adapter = adapter_for(tmp_path / "whole", tmp_path / "a", SETTINGS["lora"])
+    convert(tmp_path / "whole", tmp_path / "two", adapter=adapter)
+    convert(file, tmp_path / "one", dtype="float32", adapter=adapter)
+    one, two = weights_of(tmp_path / "one"), weights_of(tmp_path / "two")
+    assert one.keys() == two.keys()
+    assert all(mx.array_equal(array, two[name]) for name, array in one.items())
+    changed = weights_of(tmp_path / "whole")
+    assert not all(mx.array_equal(array, changed[name]) for name, array in one.items())
 
 
 def test_a_folder_that_holds_one(tmp_path: Path) -> None:
