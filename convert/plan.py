@@ -291,7 +291,8 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
         split = ProjectionSplit.of(checkpoint)
         registry.of_config(checkpoint.config).in_split_layout(hub_dialect(checkpoint.config))
     recipe = _recipe(request, checkpoint)
-    check_purpose(checkpoint, recipe, request.dequantize)
+    unpacks = source.is_gguf  # whether --dequantize is given or not
+    check_purpose(checkpoint, recipe, request.dequantize and not unpacks)
     if recipe is not None and request.parts:
         architecture = registry.of_config(checkpoint.config)
         check_parts(checkpoint, architecture, request.parts)

@@ -195,8 +195,22 @@ def test_a_folder_that_holds_one(tmp_path: Path) -> None:
     }
 
 
+def test_dequantizing_is_what_happens_anyway(tmp_path: Path) -> None:
+    for name, dequantize in (("one", True), ("two", False)):
+        convert(GOLDENS / "llama.gguf", tmp_path / name, dequantize=dequantize)
+    files = [tmp_path / name / "model.safetensors" for name in ("one", "two")]
+    assert files[0].read_bytes() == files[1].read_bytes()
+
+
 def test_hub_layout(tmp_path: Path) -> None:
     convert(GOLDENS / "llama.gguf", tmp_path / "hf", layout="hf")
+    convert(GOLDENS / "llama.gguf", tmp_path / "apart", layout="hf", split_projections=True)
+    one, two = (load_model(Checkpoint(tmp_path / name)) for name in ("hf", "apart"))
+    ids = mx.arange(9)[None]
+    assert mx.array_equal(one(ids), two(ids))
+    assert "model.layers.1.self_attn.q_proj.weight" in mx.load(
+        str(tmp_path / "apart/model.safetensors")
+    )
     assert json.loads((tmp_path / "hf/config.json").read_text())["architectures"] == [
         "Phi3ForCausalLM"
     ]
