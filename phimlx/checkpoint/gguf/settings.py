@@ -127,7 +127,8 @@ def _rope(
     kind = values.text("rope.scaling.type", "none")
     if kind not in ROPE_TYPES and values.number("rope.scaling.factor", 1.0) != 1:
         raise ConfigError(
-            f"{values.key('rope.scaling.type')} is {shortened(kind)}, which Phi models do not have."
+            f"{values.key('rope.scaling.type')} is {shortened(kind)}, and LongRoPE is the only "
+            "scaling that is read of GGUF files."
         )
     original = values.whole("rope.scaling.original_context_length", context)
     rope: dict[str, Any] = {

@@ -288,7 +288,8 @@ BAD = [
     (
         {"phi3.rope.scaling.type": "yarn", "phi3.rope.scaling.factor": 4.0},
         (),
-        "phi3.rope.scaling.type is 'yarn', which Phi models do not have.",
+        "phi3.rope.scaling.type is 'yarn', and LongRoPE is the only scaling that is read of GGUF "
+        "files.",
     ),
     ({"phi3.rope.scaling.type": 3}, (), "phi3.rope.scaling.type is 3, not text."),
     ({}, ("token_embd.weight",), "The file holds no embedding, so it is not a whole model."),
