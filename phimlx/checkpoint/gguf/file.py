@@ -31,6 +31,7 @@ from phimlx.models.registry import GGUF, Architecture
 ORIGINAL = "Get the original model's folder, and convert that."
 MAX_SPLITS = 1000
 MAX_FACTORS = 1 << 13  # half of the largest head
+MAX_VECTORS = 64 << 20  # bytes of all norms and biases that are read to choose their type
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 PACKED_BECOME = "F16"  # which rounds them eight times finer than bfloat16
@@ -161,11 +162,16 @@ class GgufCheckpoint(Checkpoint):
             return self._dtype or PACKED_BECOME
         if stored.type.unpack is not None:
             return PACKED_BECOME
-        if len(stored.shape) > 1 or stored.type.name != "F32":
+        if len(stored.shape) > 1 or stored.type.name != "F32" or not self._vectors_are_small:
             return stored.type.name
         numbers = _read_whole(_packed(stored, "F32"))
         rounded = numbers.astype(STORED_DTYPES[self._usual]).astype(mx.float32)
         return self._usual if mx.array_equal(rounded, numbers) else "F32"
+
+    @cached_property
+    def _vectors_are_small(self) -> bool:
+        vectors = (each for each in self._stored.values() if len(each.shape) == 1)
+        return sum(each.nbytes for each in vectors if each.type is not None) <= MAX_VECTORS
 
     @cached_property
     def _usual(self) -> str:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import os
 import shutil
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +83,24 @@ def test_types_of_what_is_converted() -> None:
     for dtype, name in (("float32", "F32"), ("bfloat16", "BF16"), ("float16", "F16")):
         tensors = GgufCheckpoint(GOLDENS / "phi3.gguf", dtype).tensors.values()
         assert {tensor.dtype for tensor in tensors} == {name}
+
+
+def test_a_sparse_file_is_not_read_to_be_refused(tmp_path: Path) -> None:
+    """A vector as large as a file can say it is."""
+    made = written()
+    numbers = 1 << 38
+    huge = Described("output_norm.weight", (numbers,), 0)
+    tensors = [each for each in made.tensors if each.name != huge.name]
+    file = tmp_path / "x.gguf"
+    file.write_bytes(Written(made.settings, [*tensors, huge]).bytes())
+    os.truncate(file, file.stat().st_size + 4 * numbers)
+    start = time.process_time()
+    with pytest.raises(CheckpointError) as caught:
+        map_model(GgufCheckpoint(file))
+    assert time.process_time() - start < 2
+    assert str(caught.value) == (
+        f"model.norm.weight has shape [{numbers}]; config.json makes it [64]."
+    )
 
 
 # Files made here: settings and names.
