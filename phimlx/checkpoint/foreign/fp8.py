@@ -1,0 +1,113 @@
+"""Layers in 8-bit floating point: Hugging Face's fine-grained fp8, and fbgemm's.
+
+`weight` [rows, width] in F8_E4M3. Fine-grained: `weight_scale_inv` [rows / 128, width / 128], a
+factor for each block, or one number for all. fbgemm: `weight_scale` [rows, 1].
+
+Source: transformers 5, `integrations/finegrained_fp8.py` (`Fp8Dequantize`) and
+`integrations/fbgemm_fp8.py`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import mlx.core as mx
+
+from phimlx.checkpoint.foreign.packed import PackedLayer, PackedWeight
+from phimlx.checkpoint.tensors import FLOATING_DTYPES
+from phimlx.errors import ConfigError, shortened
+
+EXPONENTS = ("U8", "F8_E8M0")  # of scales that are powers of two
+
+
+@dataclass(frozen=True)
+class BlockWeight(PackedWeight):
+    """A weight in fp8 with a scale for each block, [rows, columns] of which `block` tells."""
+
+    block: tuple[int, int]
+
+    by_rows = frozenset({"weight"})
+
+    def decode(self, parts: Mapping[str, mx.array], first: int, last: int) -> mx.array:
+        numbers = from_fp8(parts["weight"], self.parts["weight"].dtype)
+        scales = parts[next(name for name in self.parts if name != "weight")]
+        if scales.dtype == mx.uint8:
+            scales = mx.power(2.0, scales.astype(mx.float32) - 127)
+        return numbers * block_scales(scales.astype(mx.float32), self, self.block, first, last)
+
+
+def block_scales(
+    scales: mx.array, weight: PackedWeight, block: tuple[int, int], first: int, last: int
+) -> mx.array:
+    """Repeat the scales of blocks for the numbers of these rows, as far as that is needed."""
+    if scales.size == 1:
+        return scales.reshape(1, 1)
+    height, width = block
+    top = first // height
+    rows = mx.repeat(scales[top : -(-last // height)], height, axis=0)
+    rows = rows[first - top * height : last - top * height]
+    return mx.repeat(rows, width, axis=1)[:, : weight.shape[1]]
+
+
+def from_fp8(numbers: mx.array, dtype: str) -> mx.array:
+    """Read bytes of F8_E4M3 or F8_E5M2 as float32."""
+    if dtype == "F8_E5M2":  # the upper byte of a float16
+        return (numbers.astype(mx.uint16) << 8).view(mx.float16).astype(mx.float32)
+    return mx.take(_E4M3, numbers.astype(mx.uint32))
+
+
+def _e4m3(byte: int) -> float:
+    sign, exponent, fraction = -1.0 if byte >> 7 else 1.0, byte >> 3 & 15, byte & 7
+    if exponent == 15 and fraction == 7:
+        return float("nan")
+    if exponent == 0:
+        return sign * fraction * 2.0**-9
+    return sign * (1 + fraction / 8) * 2.0 ** (exponent - 7)
+
+
+_E4M3 = mx.array([_e4m3(byte) for byte in range(256)])
+
+
+def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> BlockWeight:
+    """Check a fine-grained layer's tensors against one another.
+
+    Raises:
+        ConfigError, CheckpointError: where they do not fit.
+    """
+    weight = layer.part("weight", "F8_E4M3", ndim=2)
+    scales = layer.part("weight_scale_inv", *FLOATING_DTYPES, *EXPONENTS)
+    block = _block_size(settings)
+    rows, width = weight.shape
+    grid = (-(-rows // block[0]), -(-width // block[1]))
+    layer.check("weight_scale_inv", grid, (), (1,), (1, 1))
+    return _weight(layer, "weight_scale_inv", scales.dtype, block)
+
+
+def read_fbgemm_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> BlockWeight:
+    """Check a layer of fbgemm's; raises CheckpointError where its tensors do not fit."""
+    weight = layer.part("weight", "F8_E4M3", ndim=2)
+    scales = layer.part("weight_scale", *FLOATING_DTYPES)
+    rows, width = weight.shape
+    layer.check("weight_scale", (rows, 1))
+    return _weight(layer, "weight_scale", scales.dtype, (1, max(1, width)))
+
+
+def _weight(layer: PackedLayer, scale: str, dtype: str, block: tuple[int, int]) -> BlockWeight:
+    own = "BF16" if dtype in EXPONENTS else dtype
+    parts = {name: layer.parts[name] for name in ("weight", scale)}
+    shape = parts["weight"].shape
+    return BlockWeight(layer.framework, layer.path, shape, layer.out_dtype(own), parts, block)
+
+
+def _block_size(settings: Mapping[str, Any]) -> tuple[int, int]:
+    size = settings.get("weight_block_size", [128, 128])
+    if size is None:
+        return (1, 1)  # there is one scale for all
+    if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
+        return (size[0], size[1])
+    raise ConfigError(
+        f"config.json: quantization_config.weight_block_size is {shortened(size)}, not two whole "
+        "numbers above 0."
+    )
