@@ -63,6 +63,7 @@ class ConversionResult:
         quantization: of layers that no rule of the recipe gives another.
         undivided: layers that stayed as they are, since groups do not divide their width.
         continued: bytes of the source that an interrupted run had dealt with already.
+        remarks: what of the source did not go along, in sentences.
     """
 
     path: Path
@@ -78,6 +79,7 @@ class ConversionResult:
     undivided: tuple[str, ...]
     continued: int
     seconds: float
+    remarks: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -201,6 +203,7 @@ class ConversionPlan:
             undivided=self.tensors.undivided,
             continued=continued,
             seconds=seconds,
+            remarks=() if self.checkpoint.foreign is None else self.checkpoint.foreign.remarks,
         )
 
     def _write_weights(
@@ -349,7 +352,7 @@ def _shards(tensors: TensorPlan, request: ConversionRequest, split: ProjectionSp
 def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: bool) -> None:
     """Refuse what would come from, or lead to, a misunderstanding."""
     quantized = checkpoint.quantization is not None
-    if dequantize and not quantized:
+    if dequantize and not quantized and checkpoint.foreign is None:
         raise ConversionError(
             f"{checkpoint.folder} is not quantized, so there is nothing to dequantize.",
             hint="Leave --dequantize out.",

@@ -101,8 +101,8 @@ class Phi:
     ) -> None:
         checkpoint = Checkpoint(folder, rope_scaling)
         self.path = checkpoint.folder
-        self.config = checkpoint.config
         self.model: CausalLM = load_model(checkpoint, dtype)
+        self.config = checkpoint.config
         prompt_folder, remarks, stop = self.path, tuple[str, ...](), STOP_TOKENS
         if adapter is not None:
             choice = self._adapt(resolve_adapter(adapter))

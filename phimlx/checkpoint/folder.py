@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+from mlx.utils import tree_flatten
 
-from phimlx.checkpoint.head import has_own_head, with_embedding
+from phimlx.checkpoint.foreign.methods import ForeignQuantization, is_packed
+from phimlx.checkpoint.head import EMBEDDING, HEAD, has_own_head, with_embedding
 from phimlx.checkpoint.header import check_type, list_tensors, read_header
-from phimlx.checkpoint.quantization import is_foreign, read_quantization, refuse_foreign
+from phimlx.checkpoint.quantization import read_quantization
 from phimlx.checkpoint.tensors import (
     JoinedTensor,
     PartialTensor,
@@ -89,14 +91,16 @@ class Checkpoint:
     @cached_property
     def config(self) -> dict[str, Any]:
         config = self._config
+        told = ForeignQuantization.of(config) is not None
         architecture = registry.find(config.get("model_type"))
-        if architecture is None or not (self.is_tied or is_foreign(config)):
+        if architecture is None or not (self.is_tied or told):
             return config
         untied = {**config, "tie_word_embeddings": False}
         architecture.read_config(untied)  # what is wrong with it is said before weights are read
         if self.is_tied and has_own_head(self.tensors):
             config = untied
-        if is_foreign(config) and self.tensors:  # which are plain then
+        if told:  # its weights are plain, or decoded to plain ones, or refused
+            self._check_readable()
             config = {key: value for key, value in config.items() if key != "quantization_config"}
         return config
 
@@ -140,8 +144,11 @@ class Checkpoint:
         files = sorted(self.folder.glob("model*.safetensors"))
         if self.folder / WHOLE in files:
             return [file for file in files if not SHARD.fullmatch(file.name)]
+        if not files and self._told is not None:
+            files = sorted(self.folder.glob("gptq_model*.safetensors"))  # AutoGPTQ's names
+            if refusal := self._told.refusal():
+                raise refusal
         if not files:
-            refuse_foreign(self._config, None)
             raise CheckpointError(
                 f"{self.folder} holds no {WHOLE} and no {INDEX}.",
                 hint=_other_weights(self.folder)
@@ -150,9 +157,9 @@ class Checkpoint:
         return files
 
     @cached_property
-    def tensors(self) -> dict[str, Tensor]:
-        """Every tensor of every file, under the model's names; the index, where there is one,
-        agrees with the files.
+    def _stored(self) -> dict[str, TensorInfo]:
+        """Every tensor of the weight files, of whatever type; the index, where there is one, agrees
+        with the files.
 
         Buffers that the architecture computes itself are left out.
         """
@@ -176,18 +183,79 @@ class Checkpoint:
                 raise CheckpointError(f"{INDEX} does not name {some(unnamed)}.")
         architecture = registry.find(self._config.get("model_type"))
         unused = () if architecture is None else architecture.unused
-        stored = {
+        return {
             name: info
             for name, info in stored.items()
             if not any(fnmatchcase(name, pattern) for pattern in unused)
         }
-        refuse_foreign(self._config, stored)
-        for info in stored.values():
-            check_type(info)
-        named: dict[str, Tensor] = dict(stored)
-        if architecture is not None:
-            named = self._renamed(architecture.names(self.dialect, self._config), stored)
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        """Every tensor of every file, under the model's names, in the architecture's own layout.
+
+        What another framework has packed is decoded as it is read.
+        """
+        stored: dict[str, Tensor] = dict(self._stored)
+        if self.foreign is not None:
+            self._check_readable()
+            stored = self.foreign.decoded(self._stored, self._width)
+        for tensor in stored.values():
+            if isinstance(tensor, TensorInfo):
+                check_type(tensor)
+        named = stored if self._renames is None else self._renamed(self._renames, stored)
         return with_embedding(named) if self.is_tied else named
+
+    @cached_property
+    def _renames(self) -> Renames | None:
+        """Stored names -> the architecture's; None where phimlx does not run it."""
+        architecture = registry.find(self._config.get("model_type"))
+        return None if architecture is None else architecture.names(self.dialect, self._config)
+
+    @cached_property
+    def _told(self) -> ForeignQuantization | None:
+        """Another framework's quantization as it is told of, whatever the weights are."""
+        return ForeignQuantization.of(self._config) or ForeignQuantization.of_folder(
+            self.folder, self._config
+        )
+
+    @cached_property
+    def foreign(self) -> ForeignQuantization | None:
+        """Another framework's quantization of these weights; None where they are plain, or MLX's.
+
+        A `quantization_config` that was left over plain weights means nothing.
+        """
+        packed = any(is_packed(name, self._stored) for name in self._stored)
+        return self._told if packed else None
+
+    def check_runs(self) -> None:
+        """Raise ConfigError for weights that must be converted before they are run or trained."""
+        if self.foreign is not None:
+            raise self.foreign.refusal() or self.foreign.needs_conversion(self.folder)
+
+    def _check_readable(self) -> None:
+        """Raise ConfigError for weights that another framework has packed as phimlx cannot read."""
+        if self.foreign is not None and (refusal := self.foreign.refusal()) is not None:
+            raise refusal
+
+    def _width(self, path: str) -> int:
+        """Numbers in a row of the weight that is stored under a path, as config.json has it."""
+        name = f"{path}.weight"
+        if self._renames is not None:
+            name = self._renames.place(name).names[0]
+        width = self._widths.get(name)
+        if width is None:
+            raise CheckpointError(
+                f"The checkpoint holds {some([path])}, which this architecture does not have."
+            )
+        return width
+
+    @cached_property
+    def _widths(self) -> dict[str, int]:
+        architecture = registry.of_config(self._config)
+        model = architecture.model_class()(architecture.read_config(self._config))
+        parameters: dict[str, mx.array] = dict(tree_flatten(model.parameters()))
+        widths = {name: array.shape[-1] for name, array in parameters.items() if array.ndim == 2}
+        return {f"{HEAD}.weight": widths.get(f"{EMBEDDING}.weight", 0), **widths}
 
     def _renamed(self, renames: Renames, stored: Tensors) -> dict[str, Tensor]:
         """Tensors of the weight files and of adapter files, under the architecture's names."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from phimlx.checkpoint.tensors import FLOATING_DTYPES, TensorInfo, Tensors
+from phimlx.checkpoint.tensors import Tensors
 from phimlx.errors import ConfigError, shortened
 
 # What MLX quantizes to: for each mode its group sizes and its bits.
@@ -90,36 +90,3 @@ def stored_form(path: str, width: int, tensors: Tensors) -> dict[str, Any] | Non
                 if fits and is_affine == (mode == "affine"):
                     return {"group_size": group_size, "bits": bits, "mode": mode}
     return None
-
-
-def refuse_foreign(config: Mapping[str, Any], tensors: Mapping[str, TensorInfo] | None) -> None:
-    """Refuse weights that another framework has packed, as a config tells.
-
-    A `quantization_config` that was left over plain weights means nothing.
-
-    Args:
-        tensors: stored ones, of any type; None where there are none under the usual names.
-
-    Raises:
-        ConfigError: for such weights.
-    """
-    if not is_foreign(config):
-        return
-    if tensors is None or any(_is_packed(name, tensors) for name in tensors):
-        raise ConfigError(
-            "config.json: quantization_config is another framework's; phimlx reads MLX's "
-            "quantization.",
-            hint="Convert the original model: phimlx convert MODEL --mlx-path OUT -q",
-        )
-
-
-def is_foreign(config: Mapping[str, Any]) -> bool:
-    """Whether a config tells of the quantization of another framework, and of none of MLX's."""
-    return config.get("quantization") is None and config.get("quantization_config") is not None
-
-
-def _is_packed(name: str, tensors: Mapping[str, TensorInfo]) -> bool:
-    """Whether a tensor is packed, or belongs to one that is: its scale, its zero points."""
-    path, _, part = name.rpartition(".")
-    is_extra = f"{path}.weight" in tensors and part not in ("weight", "bias")
-    return is_extra or tensors[name].dtype not in FLOATING_DTYPES

@@ -418,5 +418,7 @@ def print_summary(result: ConversionResult, output: Output) -> None:
             f"{len(left)} layers stay as they are, since groups do not divide their width: "
             f"{left[0]}" + (f" and {len(left) - 1} more." if len(left) > 1 else ".")
         )
+    for remark in result.remarks:
+        output.warning(remark)
     if result.path.is_dir():
         output.note(f"Try it: phimlx chat --model {result.path}")

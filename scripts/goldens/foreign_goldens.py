@@ -50,7 +50,7 @@ Case = tuple[str, dict[str, Any], dict[str, torch.Tensor], torch.Tensor]
 
 MODEL = {
     "hidden_size": 64, "num_attention_heads": 4, "num_key_value_heads": 2,
-    "intermediate_size": 96, "num_hidden_layers": 2, "vocab_size": 48,
+    "intermediate_size": 128, "num_hidden_layers": 2, "vocab_size": 48,
     "max_position_embeddings": 128, "original_max_position_embeddings": 128,
     "rope_theta": 10000.0, "rope_scaling": None, "sliding_window": None,
     "tie_word_embeddings": False, "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0,

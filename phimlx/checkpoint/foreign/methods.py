@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import shlex
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from phimlx.checkpoint.foreign import awq, bitsandbytes, compressed_tensors, fp8, gptq
 from phimlx.checkpoint.foreign.packed import PackedLayer, PackedWeight
 from phimlx.checkpoint.tensors import FLOATING_DTYPES, Tensor, TensorInfo
 from phimlx.errors import ConfigError, shortened
+from phimlx.files import read_json
 
 DTYPES = {"float32": "F32", "float16": "F16", "bfloat16": "BF16"}
 # What serves to round activations or the cache, which the weights are exact without.
@@ -25,6 +28,8 @@ ACTIVATION_PARTS = (
     "v_scale",
     "q_scale",
 )
+# Where settings stood in older versions, and of which framework.
+OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
 ANOTHER = "config.json: quantization_config is another framework's"
 Settings = Mapping[str, Any]
 
@@ -119,6 +124,22 @@ class ForeignQuantization:
         dtype = DTYPES.get(named.removeprefix("torch.")) if isinstance(named, str) else None
         return cls(name if isinstance(name, str) else "", settings, dtype)
 
+    @classmethod
+    def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> ForeignQuantization | None:
+        """Read the file of settings that AutoGPTQ or AutoAWQ wrote before config.json held them.
+
+        None where there is none, where it cannot be read, or where the config tells already.
+        """
+        if config.get("quantization") is not None:
+            return None
+        for file_name, name in OLDER_FILES.items():
+            try:
+                settings = read_json(folder / file_name)
+            except ConfigError:
+                continue
+            return cls.of({**config, "quantization_config": {"quant_method": name, **settings}})
+        return None
+
     @property
     def framework(self) -> str:
         """Name it as people know it."""
@@ -145,6 +166,13 @@ class ForeignQuantization:
         return (
             f"{method.framework} also rounds what goes into its layers while it runs; here they "
             "take it as it is.",
+        )
+
+    def needs_conversion(self, folder: Path) -> ConfigError:
+        """Make the error for running or training the model of a folder as it is."""
+        return ConfigError(
+            f"{ANOTHER} ({self.framework}), whose weights phimlx converts but does not run.",
+            hint=f"Convert it: phimlx convert {shlex.quote(str(folder))} --mlx-path OUT -q",
         )
 
     def refusal(self) -> ConfigError | None:
@@ -209,4 +237,4 @@ def is_packed(name: str, stored: Mapping[str, TensorInfo]) -> bool:
     """Whether a tensor is packed, or belongs to one that is: its scale, its zero points."""
     path, _, part = name.rpartition(".")
     is_extra = f"{path}.weight" in stored and part not in ("weight", "bias")
-    return is_extra or stored[name].dtype not in FLOATING_DTYPES
+    return is_extra or part in ACTIVATION_PARTS or stored[name].dtype not in FLOATING_DTYPES

@@ -62,7 +62,9 @@ class Session:
 
     @cached_property
     def checkpoint(self) -> Checkpoint:
-        return Checkpoint(self.folder)
+        checkpoint = Checkpoint(self.folder)
+        checkpoint.check_runs()
+        return checkpoint
 
     @cached_property
     def config(self) -> ModelConfig:
