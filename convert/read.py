@@ -40,6 +40,11 @@ class RowBlock:
         """What is read for each tensor; several blocks may read the same."""
         return tuple(tensor.reads(self.first, self.last) for tensor in self.tensors)
 
+    @property
+    def all_reads(self) -> Iterator[StoredRows]:
+        """What is read for all of them together."""
+        return (rows for part in self.reads for rows in part)
+
     def rows(self, parts: Sequence[Sequence[mx.array]]) -> list[mx.array]:
         """Make the rows of each tensor of what was read for it."""
         return [
@@ -94,8 +99,9 @@ def read_blocks(
 ) -> Iterator[list[mx.array]]:
     """Read the rows of each request's tensors, in order, while those of the next are being read.
 
-    Read with plain reads rather than mapped: mapped pages count as this process's memory, and a
-    file that is cut short meanwhile would kill it.
+    What several requests read is read once, and kept for them. Read with plain reads rather than
+    mapped: mapped pages count as this process's memory, and a file that is cut short meanwhile
+    would kill it.
 
     Args:
         ahead: how many requests to read before they are asked for.
@@ -104,42 +110,50 @@ def read_blocks(
     Raises:
         CheckpointError: where a file is shorter than its header said.
     """
-    size, left = 0, Counter[Path]()
-    for request in requests:
-        reads = [rows for part in request.reads for rows in part]
-        size = max(size, sum(rows.nbytes for rows in reads))
-        left.update(rows.info.file for rows in reads)
+    uses = Counter(rows for request in requests for rows in request.all_reads)
+    unread = set(uses)
+    left = Counter(rows.info.file for rows in unread)
+    size = max(
+        (sum(rows.nbytes for rows in request.all_reads if uses[rows] == 1) for request in requests),
+        default=0,
+    )
     buffers = [bytearray(size) for _ in range(ahead + 1)]  # in turn: fresh memory is slow
     files = files or WeightFiles()
     descriptors: dict[Path, int] = {}
+    held: dict[StoredRows, mx.array] = {}
+    to_come = uses.copy()
 
-    def read(number: int) -> list[list[memoryview]]:
+    def read(number: int) -> dict[StoredRows, memoryview]:
         rest = memoryview(buffers[number % len(buffers)])
-        parts: list[list[memoryview]] = []
-        for reads in requests[number].reads:
-            parts.append([])
-            for rows in reads:
-                file = rows.info.file
-                if file not in descriptors:
-                    descriptors[file] = files.open(file)
-                part, rest = rest[: rows.nbytes], rest[rows.nbytes :]
-                rows.read_into(descriptors[file], part)
-                parts[-1].append(part)
-                left[file] -= 1
-                if not left[file]:
-                    files.close(file, descriptors.pop(file))
+        parts: dict[StoredRows, memoryview] = {}
+        for rows in requests[number].all_reads:
+            if rows not in unread:
+                continue  # an earlier request has read them
+            file = rows.info.file
+            if file not in descriptors:
+                descriptors[file] = files.open(file)
+            if uses[rows] > 1:
+                parts[rows] = memoryview(bytearray(rows.nbytes))
+            else:
+                parts[rows], rest = rest[: rows.nbytes], rest[rows.nbytes :]
+            rows.read_into(descriptors[file], parts[rows])
+            unread.remove(rows)
+            left[file] -= 1
+            if not left[file]:
+                files.close(file, descriptors.pop(file))
         return parts
 
-    def arrays(number: int, parts: list[list[memoryview]]) -> list[mx.array]:
+    def arrays(number: int, parts: dict[StoredRows, memoryview]) -> list[mx.array]:
         request = requests[number]
-        return request.rows(
-            [
-                [rows.array(data) for rows, data in zip(reads, part, strict=True)]
-                for reads, part in zip(request.reads, parts, strict=True)
-            ]
-        )
+        held.update({rows: rows.array(data) for rows, data in parts.items()})
+        made = request.rows([[held[rows] for rows in part] for part in request.reads])
+        for rows in request.all_reads:
+            to_come[rows] -= 1
+            if not to_come[rows]:
+                del held[rows]
+        return made
 
-    waiting: deque[Future[list[list[memoryview]]]] = deque()
+    waiting: deque[Future[dict[StoredRows, memoryview]]] = deque()
     reader = ThreadPoolExecutor(1, "read-ahead")
     try:
         for number in range(len(requests) + ahead):

@@ -127,6 +127,12 @@ class CalibrationPlan:
                 f"quantized, to {checkpoint.quantization['bits']} bits.",
                 hint="Convert the original model.",
             )
+        if checkpoint.foreign is not None:
+            raise ConversionError(
+                f"{name} calibrates the original weights, but {checkpoint.folder} is already "
+                f"quantized, by {checkpoint.foreign.framework}.",
+                hint="Convert the original model.",
+            )
         if recipe is None:
             raise ConversionError(
                 f"{name} quantizes, but no quantization is chosen.", hint="Add -q or --recipe."

@@ -224,8 +224,9 @@ class Checkpoint:
 
         A `quantization_config` that was left over plain weights means nothing.
         """
-        packed = any(is_packed(name, self._stored) for name in self._stored)
-        return self._told if packed else None
+        if self._told is None or not any(is_packed(name, self._stored) for name in self._stored):
+            return None
+        return self._told
 
     def check_runs(self) -> None:
         """Raise ConfigError for weights that must be converted before they are run or trained."""

@@ -25,8 +25,10 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> CausalL
         dtype: floating-point type to hold weights and compute in; as stored where None.
 
     Raises:
-        ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.
+        ConfigError, CheckpointError: naming what is missing, unexpected or of another shape; where
+            another framework has packed the weights, which are converted first.
     """
+    checkpoint.check_runs()
     model = map_model(checkpoint)
     if dtype is not None:
         model.set_dtype(dtype)
@@ -36,6 +38,8 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> CausalL
 
 def map_model(checkpoint: Checkpoint) -> CausalLM:
     """Make the model of a folder with its weights mapped from the files, each read when it is used.
+
+    What another framework has packed is decoded then.
 
     Raises:
         ConfigError, CheckpointError: naming what is missing, unexpected or of another shape.

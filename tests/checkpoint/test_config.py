@@ -282,12 +282,15 @@ def foreign(folder: Path, config: dict[str, Any], method: str, parts: dict[str, 
 def test_another_frameworks_quantization(
     tmp_path: Path, config: dict[str, Any], method: str, parts: dict[str, mx.array]
 ) -> None:
-    error = loading(foreign(tmp_path, config, method, parts))
+    folder = foreign(tmp_path / "a folder", config, method, parts)
+    error = loading(folder)
     assert isinstance(error, ConfigError)
+    framework = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "fine-grained fp8"}.get(method, method)
     assert str(error) == (
-        "config.json: quantization_config is another framework's; phimlx reads MLX's quantization."
+        f"config.json: quantization_config is another framework's ({framework}), whose weights "
+        "phimlx converts but does not run."
     )
-    assert error.hint == "Convert the original model: phimlx convert MODEL --mlx-path OUT -q"
+    assert error.hint == f"Convert it: phimlx convert '{folder}' --mlx-path OUT -q"
 
 
 def test_another_frameworks_quantization_in_types_that_mlx_has_not(tmp_path: Path) -> None:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.checkpoint.foreign import awq, bitsandbytes, compressed_tensors, fp8, gptq
-from phimlx.checkpoint.foreign.packed import PackedLayer, PackedWeight
+from phimlx.checkpoint.foreign.packed import PackedLayer, PackedWeight, misfit
 from phimlx.checkpoint.tensors import FLOATING_DTYPES, Tensor, TensorInfo
 from phimlx.errors import ConfigError, shortened
 from phimlx.files import read_json
@@ -211,6 +211,10 @@ class ForeignQuantization:
             for name, info in stored.items()
             if name not in taken and name.rpartition(".")[2] not in ACTIVATION_PARTS
         }
+        for name, tensor in found.items():
+            if tensor.dtype not in FLOATING_DTYPES:
+                why = f"it is stored as {tensor.dtype}, and nothing tells its scale"
+                raise misfit(method.framework, name, why)
         for path, parts in layers.items():
             layer = PackedLayer(method.framework, path, parts, width(path), self.dtype)
             found[f"{path}.weight"] = method.read_layer(layer, self.settings)
