@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from collections import Counter
 from dataclasses import asdict
 from pathlib import Path
@@ -55,6 +56,12 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
             about, shape = describe_remote(str(model), absent)
     for remark in about.pop("remarks", ()):
         output.warning(remark)
+    if about["packed_by"] is not None:
+        where = shlex.quote(about["path"] or about["repository"])
+        output.warning(
+            f"{about['packed_by']} packed these weights, which phimlx converts but does not run: "
+            f"phimlx convert {where} --mlx-path OUT -q"
+        )
     longest = about["context_length"]
     if context is not None and context > longest:
         raise click.BadParameter(
@@ -104,13 +111,16 @@ def describe(checkpoint: Checkpoint) -> tuple[dict[str, Any], Shape]:
         sizes[part_of(name)] += array.size
     parameters = sizes.total()
     stored = stored_parameters(checkpoint, model).values()
-    nbytes = sum(rows.nbytes for each in stored for rows in each.reads(0, each.count))
+    read = {rows for tensor in stored for rows in tensor.reads(0, tensor.count)}
+    nbytes = sum(rows.nbytes for rows in read)
     known = catalog.by_config(checkpoint.config, model_name(folder.resolve()))
     settings = GenerationConfig.read(folder)
     scaling = model.config.rope.scaling
     sampling = asdict(Sampling.defaults(settings.values, known.sampling if known else {}))
     usual = asdict(Sampling())
-    quantization = checkpoint.quantization
+    quantization, foreign = checkpoint.quantization, checkpoint.foreign
+    packed = foreign and {"bits": foreign.bits, "group_size": foreign.group_size}
+    form = quantization or packed or {"bits": None, "group_size": None}
     return {
         "name": known.alias if known else folder.resolve().name,
         "path": str(folder),
@@ -122,8 +132,9 @@ def describe(checkpoint: Checkpoint) -> tuple[dict[str, Any], Shape]:
         "bytes": nbytes,
         "bits_per_weight": 8 * nbytes / parameters,
         "dtype": "/".join(sorted({i.dtype for i in stored if i.dtype in FLOATING_DTYPES})),
-        "bits": quantization and quantization["bits"],
-        "group_size": quantization and quantization["group_size"],
+        "bits": form["bits"],
+        "group_size": form["group_size"],
+        "packed_by": foreign and foreign.framework,
         "file_bytes": sum(file.stat().st_size for file in checkpoint.files),
         "context_length": model.config.max_position_embeddings,
         "longrope_step": model.config.rope.original_max_position_embeddings or None,
@@ -156,6 +167,7 @@ def describe_absent(known: Model, name: str) -> dict[str, Any]:
         "dtype": "BF16",
         "bits": 4 if quantized else None,
         "group_size": 64 if quantized else None,
+        "packed_by": None,
         "file_bytes": None,
         "context_length": known.context_length,
         "longrope_step": known.longrope_step,
@@ -179,7 +191,7 @@ def describe_remote(repo: str, absent: ModelAbsentError) -> tuple[dict[str, Any]
         about, shape = describe_folder(folder)
     about |= {
         "path": None,
-        "download": f"phimlx download {repo}",
+        "download": f"phimlx download {repo}" if about["packed_by"] is None else None,
         "repository": repository.current_name,
     }
     return about, shape
@@ -271,7 +283,8 @@ def print_description(about: dict[str, Any], output: Output) -> None:
 
     form = about.get("packed") or about["dtype"]
     if about["bits"]:
-        form = f"{about['bits']} bits in groups of {about['group_size']}, the rest {form}"
+        groups = f" in groups of {about['group_size']}" if about["group_size"] else ""
+        form = f"{about['bits']} bits{groups}, the rest {form}"
     context = f"{about['context_length']:,} tokens"
     if about["longrope_step"]:
         context += f", LongRoPE's long factors beyond {about['longrope_step']:,}"

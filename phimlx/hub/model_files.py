@@ -20,6 +20,7 @@ WANTED = (
     "*.json",
     "*.jinja",
     "model*.safetensors",
+    "gptq_model*.safetensors",
     "merges.txt",
     "vocab.txt",
     "LICENSE*",
@@ -99,7 +100,7 @@ def is_whole(folder: Path) -> bool:
         return False
     index, single = folder / "model.safetensors.index.json", "model.safetensors"
     if not is_file(index):
-        return is_file(folder / single)
+        return is_file(folder / single) or any(folder.glob("gptq_model*.safetensors"))
     try:
         weight_map = read_json(index).get("weight_map")
     except ConfigError:  # it names no file that could be whole

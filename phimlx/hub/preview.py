@@ -21,6 +21,8 @@ JSON = (
     "generation_config.json",
     "model.safetensors.index.json",
     "adapter_config.json",
+    "quantize_config.json",
+    "quant_config.json",
 )
 
 

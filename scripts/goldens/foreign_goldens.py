@@ -34,13 +34,17 @@ from gptqmodel.nn_modules.qlinear.torch import TorchLinear
 from gptqmodel.utils.model import convert_gptq_v1_to_v2_format_module
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     BitsAndBytesConfig,
     CompressedTensorsConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
     Phi3Config,
     Phi3ForCausalLM,
     PhiConfig,
     PhiForCausalLM,
+    PreTrainedModel,
 )
 from transformers.integrations.finegrained_fp8 import Fp8Dequantize
 
@@ -78,12 +82,13 @@ def main() -> None:
     save_file(packed, out / "packed.safetensors")
     save_file(weights, out / "weights.safetensors")
     (out / "cases.json").write_text(json.dumps(settings, indent=1) + "\n")
-    for name in ("bitsandbytes-nf4", "bitsandbytes-int8", "compressed-int4", "fp8", "gptq-phi"):
-        shutil.rmtree(out / name, ignore_errors=True)
+    for folder in (folder for folder in out.iterdir() if folder.is_dir()):
+        shutil.rmtree(folder)
     bitsandbytes_folders(out)
     compressed_folder(out / "compressed-int4")
     fp8_folder(out / "fp8")
     gptq_folder(out / "gptq-phi")
+    awq_folder(out / "awq")
 
 
 def words(*shape: int) -> torch.Tensor:
@@ -351,7 +356,7 @@ def fp8_parts(weight: torch.Tensor, dtype: torch.dtype) -> dict[str, torch.Tenso
 # Whole models
 
 
-def plain_model(folder: Path, dtype: torch.dtype, **other: Any) -> Phi3ForCausalLM:
+def plain_model(folder: Path, dtype: torch.dtype, **other: Any) -> PreTrainedModel:
     model = Phi3ForCausalLM(Phi3Config(**{**MODEL, **other})).to(dtype).eval()
     model.save_pretrained(folder)
     (folder / "generation_config.json").unlink(missing_ok=True)
@@ -371,10 +376,11 @@ def finish(folder: Path, weights: dict[str, torch.Tensor], model: Any = None) ->
         (folder / extra).unlink(missing_ok=True)
 
 
-def in_float32(folder: Path, weights: dict[str, torch.Tensor]) -> Phi3ForCausalLM:
+def in_float32(folder: Path, weights: dict[str, torch.Tensor]) -> PreTrainedModel:
     """transformers' own model over the decoded weights, for logits."""
-    config = Phi3Config(**MODEL)
-    model = Phi3ForCausalLM(config).eval()
+    config = AutoConfig.from_pretrained(folder)
+    del config.quantization_config
+    model = AutoModelForCausalLM.from_config(config).float().eval()
     model.load_state_dict({name: array.float() for name, array in weights.items()})
     return model
 
@@ -386,9 +392,17 @@ def bitsandbytes_folders(out: Path) -> None:
             bnb_4bit_compute_dtype=torch.bfloat16,
         ),
         "bitsandbytes-int8": BitsAndBytesConfig(load_in_8bit=True),
+        "bitsandbytes-llama": BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="fp4",
+            llm_int8_skip_modules=["lm_head", "o_proj", "model.layers.1.mlp"],
+        ),
     }.items():  # fmt: skip
         plain = out / "plain"
-        plain_model(plain, torch.bfloat16)
+        if name == "bitsandbytes-llama":  # as Unsloth publishes phi-4
+            sizes = {key: value for key, value in MODEL.items() if not key.startswith("original")}
+            LlamaForCausalLM(LlamaConfig(**sizes)).bfloat16().save_pretrained(plain)
+        else:
+            plain_model(plain, torch.bfloat16)
         model = AutoModelForCausalLM.from_pretrained(
             plain, quantization_config=config, dtype=torch.bfloat16, device_map="cpu"
         )
@@ -471,6 +485,33 @@ def gptq_folder(folder: Path) -> None:
     (folder / "quantize_config.json").write_text(json.dumps(settings) + "\n")
     model.load_state_dict(weights)
     finish(folder, weights, model.float())
+
+
+def awq_folder(folder: Path) -> None:
+    plain_model(folder, torch.float16)
+    dequantize = import_module("awq.utils.packing_utils").dequantize_gemm
+    weights = load_file(folder / "model.safetensors")
+    stored: dict[str, torch.Tensor] = {}
+    for name, array in weights.items():
+        if name.endswith(("qkv_proj.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")):
+            rows, width = array.shape
+            parts = {
+                "qweight": words(width, rows // 8),
+                "qzeros": words(width // 32, rows // 8),
+                "scales": (torch.rand(width // 32, rows) / 50).half(),
+            }
+            path = name.removesuffix(".weight")
+            stored |= {f"{path}.{part}": each for part, each in parts.items()}
+            weights[name] = dequantize(*parts.values(), 4, 32).T
+        else:
+            stored[name] = array
+    save_file(stored, folder / "model.safetensors", {"format": "pt"})
+    settings = {
+        "quant_method": "awq", "bits": 4, "group_size": 32, "version": "gemm", "zero_point": True,
+        "modules_to_not_convert": ["o_proj"],
+    }  # fmt: skip
+    add_to_config(folder, settings)
+    finish(folder, weights, in_float32(folder, weights))
 
 
 def add_to_config(folder: Path, settings: dict[str, Any]) -> None:

@@ -285,7 +285,7 @@ def test_another_frameworks_quantization(
     folder = foreign(tmp_path / "a folder", config, method, parts)
     error = loading(folder)
     assert isinstance(error, ConfigError)
-    framework = {"awq": "AWQ", "gptq": "GPTQ", "fp8": "fine-grained fp8"}.get(method, method)
+    framework = {"awq": "AWQ", "gptq": "GPTQ"}.get(method, method)
     assert str(error) == (
         f"config.json: quantization_config is another framework's ({framework}), whose weights "
         "phimlx converts but does not run."

@@ -152,7 +152,7 @@ def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> CompressedWei
     if "weight_packed" in layer.parts:
         packed = layer.part("weight_packed", "I32", "U32", ndim=2)
         rows, width = packed.shape[0], layer.width
-        bits, loose = _bits(layer, packed.shape[1], width)
+        bits, loose = _bits(layer, settings, packed.shape[1], width)
         names = ["weight_packed", *names]
     else:
         weight = layer.part("weight", "I8", "F8_E4M3", ndim=2)
@@ -163,13 +163,13 @@ def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> CompressedWei
         if name in layer.parts:
             names.append(name)
     if "weight_zero_point" in names:
-        packed_rows = rows
-        if bits is not None:
-            packed_rows = ceil(rows / (32 // bits)) if loose else ceil(rows * bits / 32)
         dtypes = ("I8", "I32", "I64", "F8_E4M3") if bits is None else ("I8", "I32")
         zeros = layer.part("weight_zero_point", *dtypes)
-        down = (packed_rows, *scales.shape[1:]) if zeros.dtype == "I32" else scales.shape
-        layer.check("weight_zero_point", down)
+        shape = scales.shape
+        if bits is not None and zeros.dtype == "I32":
+            fields = 32 // bits if loose else 32 / bits
+            shape = (ceil(rows / fields), *shape[1:])
+        layer.check("weight_zero_point", shape)
     if "weight_g_idx" in names:
         layer.part("weight_g_idx", "I32", "I64")
         layer.check("weight_g_idx", (width,))
@@ -190,14 +190,21 @@ def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> CompressedWei
     )
 
 
-def _bits(layer: PackedLayer, words: int, width: int) -> tuple[int, bool]:
-    for bits in range(1, 9):
-        if words == ceil(width * bits / 32):
-            return bits, False
-    for bits in range(1, 9):
-        if words == ceil(width / (32 // bits)):
-            return bits, True
-    raise layer.misfit(f"weight_packed has {words} words for rows of {width} numbers")
+def _bits(
+    layer: PackedLayer, settings: Mapping[str, Any], words: int, width: int
+) -> tuple[int, bool]:
+    """Find how many bits numbers have, and whether words hold whole ones only, from the shape."""
+    fitting = [
+        (bits, loose)
+        for loose in (False, True)
+        for bits in range(1, 9)
+        if words == (ceil(width / (32 // bits)) if loose else ceil(width * bits / 32))
+    ]
+    told = [weights.get("num_bits") for weights in weight_settings(settings)]
+    fitting.sort(key=lambda form: form[0] not in told)
+    if not fitting:
+        raise layer.misfit(f"weight_packed has {words} words for rows of {width} numbers")
+    return fitting[0]
 
 
 def _block(
@@ -219,10 +226,15 @@ def _block(
     )
 
 
+def weight_settings(settings: Mapping[str, Any]) -> list[Mapping[str, Any]]:
+    """List what a config says of the weights of each group of layers."""
+    found = [group.get("weights") for group in _groups(settings)]
+    return [weights for weights in found if isinstance(weights, dict)]
+
+
 def _block_structures(settings: Mapping[str, Any]) -> Iterator[tuple[int, int]]:
-    for group in _groups(settings):
-        weights = group.get("weights")
-        size = weights.get("block_structure") if isinstance(weights, dict) else None
+    for weights in weight_settings(settings):
+        size = weights.get("block_structure")
         if isinstance(size, list) and len(size) == 2:
             height, length = size
             if type(height) is int and type(length) is int and height > 0 and length > 0:

@@ -1,10 +1,11 @@
-"""Layers in 8-bit floating point: Hugging Face's fine-grained fp8, and fbgemm's.
+"""Layers in 8-bit floating point: Hugging Face's fine-grained fp8, AutoFP8's, and fbgemm's.
 
 `weight` [rows, width] in F8_E4M3. Fine-grained: `weight_scale_inv` [rows / 128, width / 128], a
-factor for each block, or one number for all. fbgemm: `weight_scale` [rows, 1].
+factor for each block, or one number for all. AutoFP8, of the same `quant_method`: `weight_scale`,
+one number. fbgemm: `weight_scale` [rows, 1].
 
 Source: transformers 5, `integrations/finegrained_fp8.py` (`Fp8Dequantize`) and
-`integrations/fbgemm_fp8.py`.
+`integrations/fbgemm_fp8.py`; vLLM, `quantization/fp8.py`.
 """
 
 from __future__ import annotations
@@ -71,17 +72,20 @@ _E4M3 = mx.array([_e4m3(byte) for byte in range(256)])
 
 
 def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> BlockWeight:
-    """Check a fine-grained layer's tensors against one another.
+    """Check the tensors of a layer with `quant_method` fp8 against one another.
 
     Raises:
         ConfigError, CheckpointError: where they do not fit.
     """
-    weight = layer.part("weight", "F8_E4M3", ndim=2)
-    scales = layer.part("weight_scale_inv", *FLOATING_DTYPES, *EXPONENTS)
+    rows, width = layer.part("weight", "F8_E4M3", ndim=2).shape
     block = _block_size(settings)
-    rows, width = weight.shape
-    grid = (-(-rows // block[0]), -(-width // block[1]))
-    layer.check("weight_scale_inv", grid, (), (1,), (1, 1))
+    one: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
+    if "weight_scale_inv" not in layer.parts:
+        scales = layer.part("weight_scale", *FLOATING_DTYPES)
+        layer.check("weight_scale", *one)
+        return _weight(layer, "weight_scale", scales.dtype, block)
+    scales = layer.part("weight_scale_inv", *FLOATING_DTYPES, *EXPONENTS)
+    layer.check("weight_scale_inv", (-(-rows // block[0]), -(-width // block[1])), *one)
     return _weight(layer, "weight_scale_inv", scales.dtype, block)
 
 

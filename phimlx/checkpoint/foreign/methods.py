@@ -30,7 +30,6 @@ ACTIVATION_PARTS = (
 )
 # Where settings stood in older versions, and of which framework.
 OLDER_FILES = {"quantize_config.json": "gptq", "quant_config.json": "awq"}
-ANOTHER = "config.json: quantization_config is another framework's"
 Settings = Mapping[str, Any]
 
 
@@ -81,8 +80,8 @@ METHODS: dict[str, Method] = {
         compressed_tensors.rounds_activations,
     ),
     "fp8": Method(
-        "fine-grained fp8",
-        ("weight_scale_inv",),
+        "fp8",
+        ("weight_scale_inv", "weight_scale"),
         ("weight",),
         fp8.read_layer,
         rounds_activations=lambda settings: True,
@@ -102,16 +101,21 @@ class ForeignQuantization:
     """Another framework's quantization of a model, as its config tells of it.
 
     Attributes:
+        name: of the framework, its `quant_method`.
         settings: `quantization_config`, or what its older files hold.
         dtype: of the model, which config.json names; None where it does not.
+        place: where the settings stand.
     """
 
     name: str
     settings: Settings = field(repr=False)
     dtype: str | None
+    place: str
 
     @classmethod
-    def of(cls, config: Mapping[str, Any]) -> ForeignQuantization | None:
+    def of(
+        cls, config: Mapping[str, Any], place: str = "config.json: quantization_config"
+    ) -> ForeignQuantization | None:
         """Read a config; None where it tells of none, or of MLX's."""
         settings = config.get("quantization_config")
         if config.get("quantization") is not None or settings is None:
@@ -122,7 +126,7 @@ class ForeignQuantization:
             name = "bitsandbytes"
         named = config.get("dtype", config.get("torch_dtype"))
         dtype = DTYPES.get(named.removeprefix("torch.")) if isinstance(named, str) else None
-        return cls(name if isinstance(name, str) else "", settings, dtype)
+        return cls(name.lower() if isinstance(name, str) else "", settings, dtype, place)
 
     @classmethod
     def of_folder(cls, folder: Path, config: Mapping[str, Any]) -> ForeignQuantization | None:
@@ -137,7 +141,8 @@ class ForeignQuantization:
                 settings = read_json(folder / file_name)
             except ConfigError:
                 continue
-            return cls.of({**config, "quantization_config": {"quant_method": name, **settings}})
+            settings = {"quant_method": name, **settings}
+            return cls.of({**config, "quantization_config": settings}, file_name)
         return None
 
     @property
@@ -150,12 +155,22 @@ class ForeignQuantization:
     @property
     def bits(self) -> int | None:
         """Bits of a packed number, as the config tells; None where it does not."""
-        bits = self.settings.get("bits", self.settings.get("w_bit"))
-        if self.settings.get("load_in_4bit"):
-            bits = 4
-        if self.settings.get("load_in_8bit") or self.name in ("fp8", "fbgemm_fp8"):
-            bits = 8
-        return bits if type(bits) is int and 0 < bits <= 8 else None
+        if self.settings.get("load_in_4bit") is True:
+            return 4
+        if self.settings.get("load_in_8bit") is True or self.name in ("fp8", "fbgemm_fp8"):
+            return 8
+        return self._told("bits", "w_bit", "num_bits")
+
+    @property
+    def group_size(self) -> int | None:
+        """Numbers that share a scale, as the config tells; None where it does not."""
+        return self._told("group_size", "q_group_size")
+
+    def _told(self, *keys: str) -> int | None:
+        """Find a setting, or the one that all groups of compressed-tensors have."""
+        places = [self.settings, *compressed_tensors.weight_settings(self.settings)]
+        found = {value for place in places for key in keys if type(value := place.get(key)) is int}
+        return found.pop() if len(found) == 1 and min(found) > 0 else None
 
     @property
     def remarks(self) -> tuple[str, ...]:
@@ -171,7 +186,8 @@ class ForeignQuantization:
     def needs_conversion(self, folder: Path) -> ConfigError:
         """Make the error for running or training the model of a folder as it is."""
         return ConfigError(
-            f"{ANOTHER} ({self.framework}), whose weights phimlx converts but does not run.",
+            f"{self.place} is another framework's ({self.framework}), whose weights phimlx "
+            "converts but does not run.",
             hint=f"Convert it: phimlx convert {shlex.quote(str(folder))} --mlx-path OUT -q",
         )
 
@@ -184,7 +200,7 @@ class ForeignQuantization:
                 return error
             return None
         return ConfigError(
-            f"{ANOTHER} ({self.framework}), which phimlx does not read.",
+            f"{self.place} is another framework's ({self.framework}), which phimlx does not read.",
             hint="Convert the original model: phimlx convert MODEL --mlx-path OUT -q",
         )
 
@@ -216,6 +232,8 @@ class ForeignQuantization:
                 why = f"it is stored as {tensor.dtype}, and nothing tells its scale"
                 raise misfit(method.framework, name, why)
         for path, parts in layers.items():
+            if f"{path}.weight" in found:
+                raise misfit(method.framework, path, "it has a weight that is not packed as well")
             layer = PackedLayer(method.framework, path, parts, width(path), self.dtype)
             found[f"{path}.weight"] = method.read_layer(layer, self.settings)
         return found
