@@ -19,7 +19,7 @@ from typing import Any
 
 import mlx.core as mx
 
-from phimlx.checkpoint.foreign.fp8 import block_scales, from_fp8
+from phimlx.checkpoint.foreign.fp8 import block_scales
 from phimlx.checkpoint.foreign.packed import (
     PackedLayer,
     PackedWeight,
@@ -76,7 +76,7 @@ class CompressedWeight(PackedWeight):
             words = words_of(parts["weight_packed"])
             return self._unpacked(words, self.shape[1]).astype(mx.int32) - (1 << self.bits - 1)
         numbers, dtype = parts["weight"], self.parts["weight"].dtype
-        return numbers.astype(mx.int32) if dtype == "I8" else from_fp8(numbers, dtype)
+        return numbers.astype(mx.int32) if dtype == "I8" else mx.from_fp8(numbers, mx.float32)
 
     def _zero_points(self, parts: Mapping[str, mx.array]) -> mx.array | None:
         """Read zero points, shaped as the scales; None where there are none."""
@@ -85,7 +85,7 @@ class CompressedWeight(PackedWeight):
             return None
         dtype = self.parts["weight_zero_point"].dtype
         if dtype.startswith("F8"):
-            return from_fp8(zeros, dtype)
+            return mx.from_fp8(zeros, mx.float32)
         if dtype != "I32" or self.bits is None:
             return zeros.astype(mx.int32)
         fields = self._unpacked(words_of(zeros.T), self.shape[0]).T

@@ -32,7 +32,7 @@ class BlockWeight(PackedWeight):
     by_rows = frozenset({"weight"})
 
     def decode(self, parts: Mapping[str, mx.array], first: int, last: int) -> mx.array:
-        numbers = from_fp8(parts["weight"], self.parts["weight"].dtype)
+        numbers = mx.from_fp8(parts["weight"], mx.float32)
         scales = parts[next(name for name in self.parts if name != "weight")]
         if scales.dtype == mx.uint8:
             scales = mx.power(2.0, scales.astype(mx.float32) - 127)
@@ -50,25 +50,6 @@ def block_scales(
     rows = mx.repeat(scales[top : -(-last // height)], height, axis=0)
     rows = rows[first - top * height : last - top * height]
     return mx.repeat(rows, width, axis=1)[:, : weight.shape[1]]
-
-
-def from_fp8(numbers: mx.array, dtype: str) -> mx.array:
-    """Read bytes of F8_E4M3 or F8_E5M2 as float32."""
-    if dtype == "F8_E5M2":  # the upper byte of a float16
-        return (numbers.astype(mx.uint16) << 8).view(mx.float16).astype(mx.float32)
-    return mx.take(_E4M3, numbers.astype(mx.uint32))
-
-
-def _e4m3(byte: int) -> float:
-    sign, exponent, fraction = -1.0 if byte >> 7 else 1.0, byte >> 3 & 15, byte & 7
-    if exponent == 15 and fraction == 7:
-        return float("nan")
-    if exponent == 0:
-        return sign * fraction * 2.0**-9
-    return sign * (1 + fraction / 8) * 2.0 ** (exponent - 7)
-
-
-_E4M3 = mx.array([_e4m3(byte) for byte in range(256)])
 
 
 def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> BlockWeight:
