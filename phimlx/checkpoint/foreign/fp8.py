@@ -20,6 +20,7 @@ from phimlx.checkpoint.foreign.packed import PackedLayer, PackedWeight
 from phimlx.checkpoint.tensors import FLOATING_DTYPES
 from phimlx.errors import ConfigError, shortened
 
+ONE = ((), (1,), (1, 1))  # shapes of a scale for all
 EXPONENTS = ("U8", "F8_E8M0")  # of scales that are powers of two
 
 
@@ -59,14 +60,16 @@ def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> BlockWeight:
         ConfigError, CheckpointError: where they do not fit.
     """
     rows, width = layer.part("weight", "F8_E4M3", ndim=2).shape
-    block = _block_size(settings)
-    one: tuple[tuple[int, ...], ...] = ((), (1,), (1, 1))
     if "weight_scale_inv" not in layer.parts:
         scales = layer.part("weight_scale", *FLOATING_DTYPES)
-        layer.check("weight_scale", *one)
-        return _weight(layer, "weight_scale", scales.dtype, block)
+        layer.check("weight_scale", *ONE)
+        return _weight(layer, "weight_scale", scales.dtype, (rows, width))
     scales = layer.part("weight_scale_inv", *FLOATING_DTYPES, *EXPONENTS)
-    layer.check("weight_scale_inv", (-(-rows // block[0]), -(-width // block[1])), *one)
+    block = _block_size(settings)
+    if block is None:
+        layer.check("weight_scale_inv", *ONE)
+        return _weight(layer, "weight_scale_inv", scales.dtype, (rows, width))
+    layer.check("weight_scale_inv", (-(-rows // block[0]), -(-width // block[1])))
     return _weight(layer, "weight_scale_inv", scales.dtype, block)
 
 
@@ -86,10 +89,11 @@ def _weight(layer: PackedLayer, scale: str, dtype: str, block: tuple[int, int]) 
     return BlockWeight(layer.framework, layer.path, shape, layer.out_dtype(own), parts, block)
 
 
-def _block_size(settings: Mapping[str, Any]) -> tuple[int, int]:
+def _block_size(settings: Mapping[str, Any]) -> tuple[int, int] | None:
+    """Read the rows and columns of a block; None where there is one scale for all."""
     size = settings.get("weight_block_size", [128, 128])
     if size is None:
-        return (1, 1)  # there is one scale for all
+        return None
     if isinstance(size, list) and len(size) == 2 and all(type(n) is int and n > 0 for n in size):
         return (size[0], size[1])
     raise ConfigError(
