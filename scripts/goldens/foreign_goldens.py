@@ -28,6 +28,7 @@ import torch
 from bitsandbytes import functional as bnb
 from bitsandbytes.backends.default import ops as default_ops
 from compressed_tensors.compressors import BaseCompressor
+from compressed_tensors.compressors.pack_quantized.helpers import unpack_from_int32
 from compressed_tensors.quantization import QuantizationArgs, QuantizationScheme
 from gptqmodel.nn_modules.qlinear import PackableQuantLinear
 from gptqmodel.nn_modules.qlinear.torch import TorchLinear
@@ -196,6 +197,16 @@ def bitsandbytes() -> Iterator[Case]:
                         "bnb_4bit_quant_type": kind,
                     }  # fmt: skip
                     yield name, config, parts, decoded
+    # Numbers of 16 bits that hold four of 4 bits, as for FSDP.
+    data, state = bnb.quantize_4bit(
+        torch.randn(24, 128).bfloat16(),
+        blocksize=64,
+        quant_storage=torch.bfloat16,
+        quant_type="nf4",
+    )
+    parts = {"weight": data, **{f"weight.{k}": v for k, v in state.as_dict(packed=True).items()}}
+    config = {"quant_method": "bitsandbytes", "load_in_4bit": True}
+    yield "bnb-nf4-stored-wide", config, parts, bnb.dequantize_4bit(data, state)
     data, scales, _ = bnb.int8_vectorwise_quant(torch.randn(24, 64).half())
     parts = {"weight": data, "SCB": scales, "weight_format": torch.tensor(0, dtype=torch.uint8)}
     config = {"quant_method": "bitsandbytes", "load_in_8bit": True}
@@ -269,6 +280,22 @@ def compressed() -> Iterator[Case]:
         "config_groups": {"group_0": scheme},
     }  # fmt: skip
     yield "ct-int4-g-idx", config, parts, decoded
+    # As before version 0.13 where 32 / bits is no whole number: ten numbers of 3 bits a word.
+    parts, decoded, scheme = compress(torch.randn(24, 64).bfloat16(), *SCHEMES["int3-zeros"])
+    numbers = unpack_from_int32(parts["weight_packed"], 3, torch.Size((24, 64))) + 4
+    zeros = unpack_from_int32(parts["weight_zero_point"], 3, torch.Size((24, 2)), packed_dim=0) + 4
+    parts["weight_packed"], parts["weight_zero_point"] = loose(numbers), loose(zeros.T).T
+    config = {
+        "quant_method": "compressed-tensors", "format": "pack-quantized",
+        "config_groups": {"group_0": scheme},
+    }  # fmt: skip
+    yield "ct-int3-loose", config, parts, decoded
+
+
+def loose(numbers: torch.Tensor) -> torch.Tensor:
+    padded = torch.nn.functional.pad(numbers.long(), (0, -numbers.shape[1] % 10))
+    fields = padded.unflatten(1, (-1, 10)) << (3 * torch.arange(10))
+    return fields.sum(-1).to(torch.int32)
 
 
 def nibbles(packed: torch.Tensor) -> torch.Tensor:
@@ -334,6 +361,9 @@ def fp8() -> Iterator[Case]:
     parts = {"weight": every.clone(), "weight_scale_inv": torch.tensor([[120]], dtype=torch.uint8)}
     config = {**config, "scale_fmt": "ue8m0"}
     yield "fp8-exponents", config, parts, dequantize(parts["weight"], parts["weight_scale_inv"])
+    parts = {"weight": every.clone(), "weight_scale": torch.tensor([0.37])}  # AutoFP8's
+    static = {"quant_method": "fp8", "activation_scheme": "static"}
+    yield "fp8-auto", static, parts, every.float() * 0.37
     weight = torch.randn(24, 64)
     scale = weight.abs().amax(1, keepdim=True) / 448
     parts = {"weight": (weight / scale).to(FP8), "weight_scale": scale}
