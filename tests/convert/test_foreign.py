@@ -17,13 +17,14 @@ from click.testing import CliRunner
 from convert import Quantization
 from convert import convert as convert_model
 from convert import plan as plan_module
+from convert.measure.compare import layer_errors, paired_tensors
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model, map_model
 from phimlx.checkpoint.tensors import StoredRows
 from phimlx.cli.group import cli
 from phimlx.models.registry import of_config
 from tests.convert.test_streaming import World, world
-from tests.convert.tiny import same_bits, weights_of
+from tests.convert.tiny import same_bits, weights_of, write_model
 
 __all__ = ["world"]  # a fixture
 
@@ -173,3 +174,54 @@ def test_activations_are_told_of(tmp_path: Path) -> None:
     assert result.remarks == (remark,)
     _, _, errors = run("convert", str(GOLDENS / "fp8"), "--mlx-path", str(tmp_path / "other"))
     assert f"Warning: {remark}\n" in errors
+
+
+def test_layers_compared_with_what_was_decoded(tmp_path: Path) -> None:
+    convert_model(GOLDENS / "awq", tmp_path / "out")
+    pairs = paired_tensors(Checkpoint(GOLDENS / "awq"), Checkpoint(tmp_path / "out"))
+    errors = layer_errors(pairs, lambda percent: None)
+    assert {each.error for each in errors} == {0.0}
+    packed = [each.bits_before for each in errors if each.kind == "gate_up_proj"]
+    assert packed == [4 + (4 + 16) / 32] * 2  # of each group of 32 a zero point and a scale
+
+
+def test_layers_that_older_phi_keeps_together(data: Path, tmp_path: Path) -> None:
+    """TheBloke's phi-2-GPTQ: queries, keys and values in one packed tensor."""
+    source = data / "tiny" / "tiny-phi2-msft"
+    config = json.loads((source / "config.json").read_text())
+    weights = mx.load(str(source / "model.safetensors"))
+    assert isinstance(weights, dict)
+    path = "transformer.h.1.mixer.Wqkv"
+    rows, width = weights.pop(f"{path}.weight").shape
+    group = width // 2
+    numbers = mx.random.randint(0, 16, (rows, width), key=mx.random.key(1))
+    scales = mx.random.uniform(0.01, 0.02, (rows, 2), mx.float16, key=mx.random.key(2))
+    words = (numbers.T.reshape(width // 8, 8, rows) << (4 * mx.arange(8))[None, :, None]).sum(1)
+    zeros = mx.full((2, rows // 8), 0x77777777, mx.int32)  # eights, less one as version 1 has it
+    weights |= {
+        f"{path}.qweight": words.astype(mx.uint32).view(mx.int32),
+        f"{path}.qzeros": zeros,
+        f"{path}.scales": mx.contiguous(scales.T),
+    }
+    settings = {"quant_method": "gptq", "bits": 4, "group_size": group}
+    write_model(tmp_path / "source", {**config, "quantization_config": settings}, weights)
+    convert_model(tmp_path / "source", tmp_path / "out", dtype="float32")
+    found = weights_of(tmp_path / "out")
+    made = mx.concatenate(
+        [found[f"model.layers.1.self_attn.{name}_proj.weight"] for name in ("q", "k", "v")]
+    )
+    expected = (numbers - 8).astype(mx.float16) * mx.repeat(scales, group, axis=1)
+    dtype = getattr(mx, str(config["torch_dtype"]))
+    assert mx.array_equal(made, expected.astype(dtype).astype(mx.float32))
+
+
+def test_show_from_the_hub(world: World) -> None:
+    files = (GOLDENS / "bitsandbytes-nf4").iterdir()
+    world.hub.repos["someone/tune"] = {file.name: file.read_bytes() for file in files}
+    status, text, errors = run("show", "someone/tune")
+    assert status == 0
+    assert "6.04 bits per weight (4 bits, the rest BF16)" in text
+    assert errors == (
+        "Warning: bitsandbytes packed these weights, which phimlx converts but does not run: "
+        "phimlx convert someone/tune --mlx-path OUT -q\n"
+    )
