@@ -56,7 +56,7 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
             about, shape = describe_remote(str(model), absent)
     for remark in about.pop("remarks", ()):
         output.warning(remark)
-    if about["packed_by"] is not None:
+    if "packed_by" in about:
         where = shlex.quote(about["path"] or about["repository"])
         output.warning(
             f"{about['packed_by']} packed these weights, which phimlx converts but does not run: "
@@ -134,7 +134,7 @@ def describe(checkpoint: Checkpoint) -> tuple[dict[str, Any], Shape]:
         "dtype": "/".join(sorted({i.dtype for i in stored if i.dtype in FLOATING_DTYPES})),
         "bits": form["bits"],
         "group_size": form["group_size"],
-        "packed_by": foreign and foreign.framework,
+        **({} if foreign is None else {"packed_by": foreign.framework}),
         "file_bytes": sum(file.stat().st_size for file in checkpoint.files),
         "context_length": model.config.max_position_embeddings,
         "longrope_step": model.config.rope.original_max_position_embeddings or None,
@@ -167,7 +167,6 @@ def describe_absent(known: Model, name: str) -> dict[str, Any]:
         "dtype": "BF16",
         "bits": 4 if quantized else None,
         "group_size": 64 if quantized else None,
-        "packed_by": None,
         "file_bytes": None,
         "context_length": known.context_length,
         "longrope_step": known.longrope_step,
@@ -191,7 +190,7 @@ def describe_remote(repo: str, absent: ModelAbsentError) -> tuple[dict[str, Any]
         about, shape = describe_folder(folder)
     about |= {
         "path": None,
-        "download": f"phimlx download {repo}" if about["packed_by"] is None else None,
+        "download": f"phimlx download {repo}" if "packed_by" not in about else None,
         "repository": repository.current_name,
     }
     return about, shape
