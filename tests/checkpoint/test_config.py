@@ -293,6 +293,44 @@ def test_another_frameworks_quantization(
     assert error.hint == f"Convert it: phimlx convert '{folder}' --mlx-path OUT -q"
 
 
+@pytest.mark.parametrize("method", ["hqq", "aqlm", "quanto", "torchao", "exl2", "eetq", "higgs"])
+def test_a_quantization_that_is_not_read(tmp_path: Path, method: str) -> None:
+    folder = foreign(tmp_path / "in", PHI_4, method, {"weight_packed": mx.zeros((64, 8), mx.uint8)})
+    errors = [loading(folder)]
+    with pytest.raises(ConfigError) as caught:
+        convert(folder, tmp_path / "out")
+    for error in (*errors, caught.value):
+        assert str(error) == (
+            f"config.json: quantization_config is another framework's ({method}), which phimlx "
+            "does not read."
+        )
+        assert error.hint == "Convert the original model: phimlx convert MODEL --mlx-path OUT -q"
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "framework"), [("quantize_config.json", "GPTQ"), ("quant_config.json", "AWQ")]
+)
+def test_settings_in_a_file_of_their_own(tmp_path: Path, name: str, framework: str) -> None:
+    folder = foreign(tmp_path, PHI_4, *FOREIGN[1])
+    write_config(folder, PHI_4)
+    (folder / name).write_text('{"bits": 4, "group_size": 32}')
+    assert str(loading(folder)) == (
+        f"{name} is another framework's ({framework}), whose weights phimlx converts but does not "
+        "run."
+    )
+
+
+@pytest.mark.parametrize("text", ['{"bits": 4}', "{", "[]", '{"quant_method": ["gptq"]}'])
+@pytest.mark.parametrize("name", ["quantize_config.json", "quant_config.json"])
+def test_settings_that_were_left_beside_plain_weights(tmp_path: Path, name: str, text: str) -> None:
+    folder = write_model(tmp_path / "left", PHI_4)
+    (folder / name).write_text(text)
+    assert Checkpoint(folder).foreign is None
+    load_model(Checkpoint(folder))
+    convert(folder, tmp_path / "out")
+
+
 def test_another_frameworks_quantization_in_types_that_mlx_has_not(tmp_path: Path) -> None:
     write_config(tmp_path, {**PHI_4, "quantization_config": {"quant_method": "fp8"}})
     table = {"dtype": "F8_E4M3", "shape": [64, 64], "data_offsets": [0, 4096]}
