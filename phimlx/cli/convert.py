@@ -401,8 +401,9 @@ def _check_adapter(
 
 
 def as_object(result: ConversionResult) -> dict[str, Any]:
-    """Turn a result into what --json prints."""
-    return {**asdict(result), "path": str(result.path), "source": str(result.source)}
+    """Turn a result into what --json prints; remarks where there are any."""
+    found = {**asdict(result), "path": str(result.path), "source": str(result.source)}
+    return found if result.remarks else {key: found[key] for key in found if key != "remarks"}
 
 
 def print_summary(result: ConversionResult, output: Output) -> None:

@@ -12,6 +12,7 @@ Source: compressed-tensors 0.20, `compressors/pack_quantized`, `compressors/naiv
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from math import ceil
@@ -31,14 +32,7 @@ from phimlx.checkpoint.foreign.packed import (
 from phimlx.checkpoint.tensors import FLOATING_DTYPES
 from phimlx.errors import ConfigError, shortened
 
-FORMATS = (
-    "pack-quantized",
-    "int-quantized",
-    "float-quantized",
-    "naive-quantized",
-    "mixed-precision",
-    "dense",
-)
+FORMATS = re.compile(r"(pack|int|float|naive)-quantized|mixed-precision|dense")
 
 
 @dataclass(frozen=True)
@@ -121,15 +115,16 @@ class CompressedWeight(PackedWeight):
 
 def check_settings(settings: Mapping[str, Any]) -> None:
     """Raise ConfigError for what changes more than the weights' form."""
-    format = settings.get("format", "dense")
-    names = [format, *(group.get("format") or format for group in _groups(settings))]
-    unknown = [name for name in names if name not in FORMATS]
+    named = [place.get("format") for place in (settings, *_groups(settings))]
+    names = [name if isinstance(name, str) else repr(name) for name in named if name is not None]
+    unknown = [name for name in names if not FORMATS.fullmatch(name)]
     sparsity = settings.get("sparsity_config")
+    sparse = str(sparsity.get("format")) if isinstance(sparsity, dict) else ""
     why = None
     if unknown:
         why = f"in the format {shortened(unknown[0])}, which phimlx does not read"
-    elif isinstance(sparsity, dict) and sparsity.get("format", "dense") != "dense":
-        why = f"sparse as {shortened(sparsity['format'])}, which phimlx does not read"
+    elif sparse.startswith("sparse"):
+        why = f"sparse as {shortened(sparse)}, which phimlx does not read"
     elif settings.get("transform_config"):
         why = "with transform_config: it rotates activations, which phimlx does not"
     if why is not None:
