@@ -9,6 +9,7 @@ import json
 import shutil
 from collections import Counter
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -19,6 +20,7 @@ from convert import convert as convert_model
 from convert import plan as plan_module
 from convert.measure.compare import layer_errors, paired_tensors
 from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.foreign.methods import ForeignQuantization
 from phimlx.checkpoint.load import load_model, map_model
 from phimlx.checkpoint.tensors import StoredRows
 from phimlx.cli.group import cli
@@ -169,11 +171,32 @@ def test_commands(tmp_path: Path) -> None:
 
 
 def test_activations_are_told_of(tmp_path: Path) -> None:
-    remark = "fp8 also rounds what goes into its layers while it runs; here they take it as it is."
-    result = convert_model(GOLDENS / "fp8", tmp_path / "out")
-    assert result.remarks == (remark,)
+    remarks = {name: convert_model(GOLDENS / name, tmp_path / name).remarks for name in FOLDERS}
+    told = {name: found[0] for name, found in remarks.items() if found}
+    assert told == {
+        "bitsandbytes-int8": "bitsandbytes also rounds activations while it runs, which phimlx "
+        "does not.",
+        "fp8": "fp8 also rounds activations while it runs, which phimlx does not.",
+    }
     _, _, errors = run("convert", str(GOLDENS / "fp8"), "--mlx-path", str(tmp_path / "other"))
-    assert f"Warning: {remark}\n" in errors
+    assert f"Warning: {told['fp8']}\n" in errors
+
+
+GROUPS: list[tuple[dict[str, Any], bool]] = [
+    ({"config_groups": {"group_0": {"input_activations": None}}}, False),
+    ({"config_groups": {"group_0": {"input_activations": {"num_bits": 8}}}}, True),
+    ({"config_groups": {"group_0": {"output_activations": {"num_bits": 8}}}}, True),
+    ({"kv_cache_scheme": {"num_bits": 8}}, True),
+    ({"kv_cache_scheme": None}, False),
+]
+
+
+@pytest.mark.parametrize(("settings", "rounds"), GROUPS)
+def test_what_compressed_tensors_rounds(settings: dict[str, Any], rounds: bool) -> None:
+    config = {"quantization_config": {"quant_method": "compressed-tensors", **settings}}
+    foreign = ForeignQuantization.of(config)
+    assert foreign is not None
+    assert bool(foreign.remarks) is rounds
 
 
 def test_layers_compared_with_what_was_decoded(tmp_path: Path) -> None:

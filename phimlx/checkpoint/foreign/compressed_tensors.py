@@ -135,8 +135,10 @@ def check_settings(settings: Mapping[str, Any]) -> None:
 
 
 def rounds_activations(settings: Mapping[str, Any]) -> bool:
-    """Tell whether the framework rounds what goes into layers as well."""
-    return any(group.get("input_activations") for group in _groups(settings))
+    """Tell whether the framework rounds what goes into layers or comes out, or the cache, too."""
+    kinds = ("input_activations", "output_activations")
+    rounds = any(group.get(kind) for group in _groups(settings) for kind in kinds)
+    return rounds or bool(settings.get("kv_cache_scheme"))
 
 
 def read_layer(layer: PackedLayer, settings: Mapping[str, Any]) -> CompressedWeight:

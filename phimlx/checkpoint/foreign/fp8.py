@@ -36,7 +36,8 @@ class BlockWeight(PackedWeight):
         numbers = mx.from_fp8(parts["weight"], mx.float32)
         scales = parts[next(name for name in self.parts if name != "weight")]
         if scales.dtype == mx.uint8:
-            scales = mx.power(2.0, scales.astype(mx.float32) - 127)
+            bits = mx.maximum(scales.astype(mx.uint32) << 23, 1 << 22)  # 2^-127 has no exponent
+            scales = bits.view(mx.float32)
         return numbers * block_scales(scales.astype(mx.float32), self, self.block, first, last)
 
 

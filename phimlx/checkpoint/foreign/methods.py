@@ -70,6 +70,7 @@ METHODS: dict[str, Method] = {
             "weight_format",
         ),
         bitsandbytes.read_layer,
+        rounds_activations=lambda settings: settings.get("load_in_8bit") is True,
     ),
     "compressed-tensors": Method(
         "compressed-tensors",
@@ -179,8 +180,7 @@ class ForeignQuantization:
         if method is None or not method.rounds_activations(self.settings):
             return ()
         return (
-            f"{method.framework} also rounds what goes into its layers while it runs; here they "
-            "take it as it is.",
+            f"{method.framework} also rounds activations while it runs, which phimlx does not.",
         )
 
     def needs_conversion(self, folder: Path) -> ConfigError:
