@@ -56,7 +56,7 @@ class GgufCheckpoint(Checkpoint):
         headers = _read_all(self.folder)
         self._files = [header.file for header in headers]
         self.settings: Mapping[str, Setting] = headers[0].settings
-        self._stored = _merged(headers)
+        self._packed = _merged(headers)
         self._dtype = None if dtype is None else DTYPES[dtype]
         self.adapter_files = {}
         self.dialect = None
@@ -77,6 +77,10 @@ class GgufCheckpoint(Checkpoint):
         return False  # no head is stored beside the embedding that it is tied to
 
     @property
+    def foreign(self) -> None:  # type: ignore[override]
+        return None  # what the file packs is decoded as it is read
+
+    @property
     def text_split(self) -> str | None:
         """How the tokenizer splits text, where the file does not say it; see `registry.GGUF`."""
         return self._form.text_split
@@ -84,12 +88,12 @@ class GgufCheckpoint(Checkpoint):
     @property
     def packed_types(self) -> list[str]:
         """llama.cpp's names of the types of its matrices, the most frequent first."""
-        matrices = [each for each in self._stored.values() if len(each.shape) > 1]
+        matrices = [each for each in self._packed.values() if len(each.shape) > 1]
         return [name for name, _ in Counter(each.type_name for each in matrices).most_common()]
 
     @cached_property
     def tensors(self) -> dict[str, Tensor]:
-        names = [name for name in self._stored if name not in ROPE_TENSORS]
+        names = [name for name in self._packed if name not in ROPE_TENSORS]
         found = our_pieces(names, self._form, self._model_config)
         return {name: self._tensor(name, pieces) for name, pieces in found.items()}
 
@@ -117,11 +121,11 @@ class GgufCheckpoint(Checkpoint):
     def _read_config(self, architecture: Architecture) -> dict[str, Any]:
         factors = {
             name: [shortest(factor) for factor in _read_factors(tensor)]
-            for name, tensor in self._stored.items()
+            for name, tensor in self._packed.items()
             if name in ROPE_TENSORS
         }
         try:
-            config = read_config(self.settings, architecture, self._form, self._stored, factors)
+            config = read_config(self.settings, architecture, self._form, self._packed, factors)
             architecture.read_config(config)
         except (ConfigError, CheckpointError) as error:
             said = str(error).removeprefix("config.json: ")
@@ -129,11 +133,11 @@ class GgufCheckpoint(Checkpoint):
         return config
 
     def _tensor(self, name: str, pieces: Sequence[Piece]) -> Tensor:
-        missing = [piece.name for piece in pieces if piece.name not in self._stored]
+        missing = [piece.name for piece in pieces if piece.name not in self._packed]
         if missing:
-            held = next(piece.name for piece in pieces if piece.name in self._stored)
+            held = next(piece.name for piece in pieces if piece.name in self._packed)
             raise CheckpointError(f"{self.folder.name} holds {held}, but lacks {some(missing)}.")
-        stored = [self._stored[piece.name] for piece in pieces]
+        stored = [self._packed[piece.name] for piece in pieces]
         dtypes = {self._becomes(tensor) for tensor in stored}
         dtype = dtypes.pop() if len(dtypes) == 1 else "F32"
         made = {
@@ -170,14 +174,14 @@ class GgufCheckpoint(Checkpoint):
 
     @cached_property
     def _vectors_are_small(self) -> bool:
-        vectors = (each for each in self._stored.values() if len(each.shape) == 1)
+        vectors = (each for each in self._packed.values() if len(each.shape) == 1)
         return sum(each.nbytes for each in vectors if each.type is not None) <= MAX_VECTORS
 
     @cached_property
     def _usual(self) -> str:
         """What most of the matrices become."""
         sizes = dict.fromkeys(FLOATING_DTYPES, 0)
-        for stored in self._stored.values():
+        for stored in self._packed.values():
             if len(stored.shape) > 1 and stored.type is not None:
                 is_plain = stored.type.unpack is None
                 sizes[stored.type.name if is_plain else PACKED_BECOME] += stored.nbytes
