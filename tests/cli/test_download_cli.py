@@ -270,7 +270,7 @@ def loads(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """Folders that were loaded, without a model."""
     loaded: list[Path] = []
 
-    def load(folder: Path, dtype: object = None, adapter: object = None) -> SimpleNamespace:
+    def load(folder: Path, *settings: object) -> SimpleNamespace:
         loaded.append(folder)
         return SimpleNamespace(remarks=())
 
