@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import fcntl
+import hashlib
 import os
 import shutil
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -22,6 +23,7 @@ Companions = Mapping[str, Path | bytes]
 """Small files that go along with weights, by name: where they are, or what is in them."""
 
 MARK = ".phimlx"  # in a folder that is not complete: it is ours, and may be emptied
+SEAL_BYTES = 64  # of a mark in a folder that only waits for its name
 
 
 @dataclass(frozen=True)
@@ -87,12 +89,13 @@ def new_folder(
     with _filling(out, plan, names, keep_after) as journal:
         yield journal
         journal.close()
+        files = [file for file in journal.folder.iterdir() if file.name != MARK]
+        (journal.folder / MARK).write_text(_seal(plan, files))
         for file in [*journal.folder.iterdir(), journal.folder]:
             sync(file)
         # Where another has made `out` meanwhile this fails, unless it is an empty folder.
-        journal.folder.rename(out)
-        (out / MARK).unlink()
-        sync(out.parent)
+        _place(journal.folder, out)
+        (out / MARK).unlink()  # last of all: a run that was killed before is taken up again
 
 
 @contextmanager
@@ -105,8 +108,8 @@ def new_file(
         file = journal.folder / out.name
         sync(file)
         refuse_existing(out)
-        file.rename(out)
-        sync(out.parent)
+        (journal.folder / MARK).write_text(_seal(plan, [file]))
+        _place(file, out)
         discard(journal.folder)
 
 
@@ -116,8 +119,9 @@ def _filling(
 ) -> Iterator[Journal]:
     partial = partial_folder(out)
     with writing(out):
-        refuse_existing(out)
         out.parent.mkdir(parents=True, exist_ok=True)
+        _take_back(out, plan)
+        refuse_existing(out)
         lock = claim(partial, out)
         try:
             yield Journal.open(partial, plan, names)
@@ -140,12 +144,96 @@ def partial_folder(out: Path) -> Path:
     return out.parent / f".{out.name}.partial"
 
 
+def source_folder(out: Path) -> Path:
+    """Name the folder of what comes from the Hub to become `out`."""
+    return out.parent / f".{out.name}.source"
+
+
 def refuse_existing(out: Path) -> None:
-    """Raise `ConversionError` where there is something at `out`."""
-    if os.path.lexists(out):
-        raise ConversionError(
-            f"{out} exists already.", hint="Choose another folder, or remove it first."
-        )
+    """Raise `ConversionError` where there is something at `out`.
+
+    What a run left there that was killed after its last file was whole and before it had ended does
+    not count: the same run takes it up again.
+    """
+    if not os.path.lexists(out) or _sealed(out):
+        return
+    for leftover in (partial_folder(out), source_folder(out)):
+        _sweep(leftover)
+    raise ConversionError(
+        f"{out} exists already.", hint="Choose another folder, or remove it first."
+    )
+
+
+def _seal(plan: str, files: Iterable[Path]) -> str:
+    """Digest of a plan and of the files that it has made, which tells if one was touched since."""
+    found = [(file.name, file.stat()) for file in sorted(files)]
+    facts = [(name, each.st_ino, each.st_size, each.st_mtime_ns) for name, each in found]
+    return hashlib.sha256(repr((plan, facts)).encode()).hexdigest()
+
+
+def _sealed(out: Path) -> str | None:
+    """Return the seal of what stands at `out` while its run has not ended; None for none."""
+    for mark in (out / MARK, partial_folder(out) / MARK):
+        with contextlib.suppress(OSError, ValueError):
+            if mark.lstat().st_size == SEAL_BYTES:
+                return mark.read_text()
+    return None
+
+
+def _place(made: Path, out: Path) -> None:
+    """Give what was made its name, for good."""
+    made.rename(out)
+    try:
+        sync(out.parent)
+    except BaseException:
+        out.rename(made)
+        raise
+
+
+def _take_back(out: Path, plan: str) -> None:
+    """Put what a killed run of the same plan had made, and not ended with, where it was filled.
+
+    Where anything in it has changed since, or another plan made it, it stays where it is.
+    """
+    seal = _sealed(out)
+    if seal is None or not os.path.lexists(out):
+        return
+    partial = partial_folder(out)
+    if out.is_dir() and not out.is_symlink():
+        files = [file for file in out.iterdir() if file.name != MARK]
+        place, locked = partial, out
+    else:
+        files, place, locked = [out], partial / out.name, partial
+    with _lock(locked) as held:
+        if held and seal == _seal(plan, files):
+            out.rename(place)
+        elif held:
+            # Somebody's own by now.
+            (locked / MARK).unlink()
+
+
+def _sweep(folder: Path) -> None:
+    """Remove what a run left beside an output that is complete, unless one is still at it."""
+    with contextlib.suppress(OSError), _lock(folder) as held:
+        if held and (folder / MARK).is_file():
+            discard(folder)
+        elif held:
+            folder.rmdir()  # which fails unless nothing but the mark was left to remove
+
+
+@contextmanager
+def _lock(folder: Path) -> Iterator[bool]:
+    """Lock a folder while the block runs; whether that was possible."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)
 
 
 def check_space(out: Path, needed: int) -> None:
@@ -185,6 +273,7 @@ def claim(partial: Path, out: Path) -> int:
         ConversionError: where another process holds it, or it is not ours: it holds something and
             not our mark.
     """
+    made = not partial.is_dir()
     partial.mkdir(exist_ok=True)
     descriptor = os.open(partial, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
@@ -208,7 +297,13 @@ def claim(partial: Path, out: Path) -> int:
                 f"{partial} was not made by phimlx, so it is left alone.",
                 hint="Move it elsewhere, or choose another output.",
             )
-        (partial / MARK).touch()
+        try:
+            (partial / MARK).touch()
+        except BaseException:
+            os.close(descriptor)
+            if made:
+                partial.rmdir()
+            raise
     return descriptor
 
 

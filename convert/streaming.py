@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from convert.folder import claim, discard, refuse_existing, writing
+from convert.folder import claim, discard, refuse_existing, source_folder, writing
 from convert.read import WeightFiles
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.head import has_own_head
@@ -178,7 +178,7 @@ def stream_model(
     repository = remote.repository(resolve.repositories(name, original=True)[0], revision)
     files = download.plan_download(repository, remote, adapter=False).files
     shards = tuple(file for file in files if file.name.endswith(".safetensors"))
-    home = out.parent / f".{out.name}.source"
+    home = source_folder(out)
     with writing(out):
         out.parent.mkdir(parents=True, exist_ok=True)
         lock = claim(home, out)

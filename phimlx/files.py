@@ -7,11 +7,16 @@ umask gives to any new file, or the old contents stay.
 
 from __future__ import annotations
 
+import contextlib
 import errno
+import fcntl
 import json
+import math
 import os
+import re
 import secrets
 import stat
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -21,8 +26,15 @@ from phimlx.errors import ConfigError, PhimlxError
 
 MAX_BYTES = 64 << 20  # Phi-4-mini's tokenizer.json has 16 MB
 
+_LARGEST = int(sys.float_info.max)
+_MOST_VALUES = 200_000  # in a file of settings
+# A dotted key of TOML, whose reader takes the square of its length.
+_PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')\s*\.\s*"""
+_MANY_PARTS = re.compile(rf"(?<![\w-])(?:{_PART}){{64}}")
+
 # What opening a pipe, socket or device without its other end, or its driver, raises.
 _NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)
+_NO_LINK = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
@@ -131,7 +143,7 @@ def parse_json(
 ) -> Any:
     """Parse the JSON value that was read from `place`; raises `error` where it is none."""
     try:
-        return json.loads(data.decode("utf-8-sig"))
+        return json.loads(data.decode("utf-8-sig"), parse_int=read_whole)
     except UnicodeDecodeError as failure:
         raise error(f"{place} is not UTF-8 text.", hint) from failure
     except json.JSONDecodeError as failure:
@@ -141,6 +153,71 @@ def parse_json(
         raise error(f"{place} holds a number that is too long.", hint) from failure
     except RecursionError as failure:
         raise error(f"{place} is nested too deeply.", hint) from failure
+
+
+def read_whole(digits: str) -> int | float:
+    """Read a whole number of JSON; one beyond every float is an infinity, as 1e400 is.
+
+    Raises:
+        ValueError: where it has more digits than Python reads.
+    """
+    number = int(digits)
+    if abs(number) <= _LARGEST:
+        return number
+    return math.inf if number > 0 else -math.inf
+
+
+def parse_toml(text: str) -> dict[str, Any]:
+    """Parse TOML that others wrote.
+
+    Raises:
+        ValueError: saying in a few words why it is none, or more than settings are.
+    """
+    import tomllib
+
+    if _MANY_PARTS.search(text):
+        raise ValueError("a key has more than 64 parts")
+    try:
+        return _within_bounds(tomllib.loads(text))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+
+
+def parse_yaml(text: str) -> Any:
+    """Parse YAML that others wrote, tags of Python's own apart.
+
+    Raises:
+        ValueError: saying in a few words why it is none, or more than settings are.
+    """
+    import yaml  # type: ignore[import-untyped]
+
+    try:
+        return _within_bounds(yaml.safe_load(text))
+    except RecursionError:
+        raise ValueError("nested too deeply") from None
+    except yaml.YAMLError as failure:
+        mark = getattr(failure, "problem_mark", None)
+        raise ValueError(f"line {mark.line + 1}" if mark else "unreadable") from None
+    except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as failure:
+        # What its constructors of dates, numbers and the like raise of other texts.
+        raise ValueError(f"a value that is none: {str(failure)[:100]}") from None
+
+
+def _within_bounds(table: Any) -> Any:
+    """Return a parsed value; raises ValueError for long numbers, and for names that multiply it."""
+    left, seen = [table], 0
+    while left:
+        value = left.pop()
+        seen += 1
+        if seen > _MOST_VALUES:
+            raise ValueError(f"more than {_MOST_VALUES:,} values")
+        if isinstance(value, dict):
+            left += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            left += value
+        elif isinstance(value, int) and abs(value) > _LARGEST:
+            raise ValueError("a number is too long")
+    return table
 
 
 def parse_json_object(
@@ -178,7 +255,7 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     """Give a new file beside `path`, to be filled; it becomes `path` when the block ends well.
 
     It is empty at first and ends as `path` does. Where the block raises, it is removed and what
-    stood at `path` stays.
+    stood at `path` stays. What a killed process left of the same kind goes too.
 
     Args:
         private: whether its owner alone may read it; otherwise the umask decides.
@@ -186,17 +263,43 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     Raises:
         OSError: where it cannot be written.
     """
+    _remove_leftovers(path)
     temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
     mode = 0o600 if private else 0o666
-    os.close(os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode))
+    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
     try:
+        _lock(descriptor)  # for as long as this process lives: it is no leftover
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
     except BaseException:
         temporary.unlink(missing_ok=True)
         raise
+    finally:
+        os.close(descriptor)
     sync(path.parent)
+
+
+def _remove_leftovers(path: Path) -> None:
+    """Remove temporary files of `path` whose processes are gone, as far as that goes."""
+    name = re.compile(rf"\.{re.escape(path.stem)}\.[0-9a-f]{{8}}{re.escape(path.suffix)}")
+    with contextlib.suppress(OSError):
+        for entry in filter(name.fullmatch, os.listdir(path.parent)):
+            descriptor = os.open(path.parent / entry, _NO_LINK)
+            try:
+                if _lock(descriptor):
+                    os.unlink(path.parent / entry)
+            finally:
+                os.close(descriptor)
+
+
+def _lock(descriptor: int) -> bool:
+    """Lock an open file for this process; whether that was possible."""
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:  # another has it, or the file system has no locks
+        return False
+    return True
 
 
 def write_file(path: Path, data: str | bytes, *, private: bool = False) -> None:

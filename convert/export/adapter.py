@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import replace
 from pathlib import Path
 
-from convert.folder import new_folder, refuse_existing
+import phimlx
+from convert.folder import new_folder, refuse_existing, stamps
 from phimlx.adapters.adapter import Adapter, Base
 from phimlx.adapters.fit import check_fit
 from phimlx.adapters.mlx_lm import write_adapter
@@ -49,6 +50,8 @@ def export_adapter(
         check_fit(adapter, model, checkpoint.folder, checkpoint.config)
         base = Base.of(checkpoint.folder, checkpoint.config)
         adapter = replace(adapter, base=base, blocks=len(model.layers))
-    with new_folder(out, f"adapter {format}", names=()) as journal:
+    sources = stamps(sorted(file for file in source.iterdir() if file.is_file()))
+    plan = repr((phimlx.__version__, format, sources, adapter.base))
+    with new_folder(out, plan, names=()) as journal:
         WRITERS[format](journal.folder, adapter)
     return adapter

@@ -216,6 +216,8 @@ def _train(
         outcome = run.fit(display, stop_requested)
         if session.processes.is_main:
             display.finish(outcome)
+            if outcome.ending != INTERRUPTED:
+                session.run_folder.end(outcome.ending)
     if outcome.ending == INTERRUPTED:
         output.note(f"Stopped after step {outcome.step:,}. Go on with: {_again(session)}")
         raise KeyboardInterrupt

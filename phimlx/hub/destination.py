@@ -88,7 +88,7 @@ class CacheDestination:
         if pointer.is_symlink() and os.readlink(pointer) == target:
             return
         pointer.parent.mkdir(parents=True, exist_ok=True)
-        new = pointer.with_name(f".{pointer.name}.{os.getpid()}")
+        new = pointer.with_name(f".{pointer.name}.phimlx")  # the lock of the file holds it too
         new.unlink(missing_ok=True)
         new.symlink_to(target)
         os.replace(new, pointer)

@@ -19,6 +19,7 @@ from typing import Any, NoReturn
 
 from phimlx.errors import TrainingError, shortened
 from phimlx.extras import import_extra
+from phimlx.files import read_whole
 
 DELIMITERS = (",", ";", "\t", "|")
 RECORDS_TRIED = 20  # records after the header that tell one delimiter from another
@@ -323,7 +324,7 @@ def _row(place: str, value: Any) -> Row | Problem:
 
 
 def _parse(text: str) -> Any:
-    return json.loads(text, parse_constant=_refuse_constant)
+    return json.loads(text, parse_constant=_refuse_constant, parse_int=read_whole)
 
 
 def _refuse_constant(name: str) -> NoReturn:

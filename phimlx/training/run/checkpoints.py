@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fcntl
 import io
+import json
 import os
 import re
 import shutil
@@ -19,7 +20,8 @@ from mlx.utils import tree_flatten, tree_unflatten
 from phimlx.adapters.files import CONFIG
 from phimlx.adapters.mlx_lm import WEIGHTS
 from phimlx.checkpoint.arrays import write_arrays
-from phimlx.errors import TrainingError
+from phimlx.checkpoint.header import list_tensors
+from phimlx.errors import CheckpointError, TrainingError
 from phimlx.files import read_json, replacing, sync, translate_write_errors, write_file, write_json
 from phimlx.training.distributed import ProcessGroup
 
@@ -27,7 +29,9 @@ RUN = "run.json"
 MANIFEST = "manifest.json"
 OPTIMIZER = "optimizer.safetensors"
 CHECKPOINTS = "checkpoints"
+ENDED = "ended"  # in run.json, where nothing is left to be done
 NAME = re.compile(r"step-(\d{7,})")
+NAME_OF_FILE = re.compile(r"[\w-]+\.\w+")
 FORMAT = 2
 TAKEN = {RUN: "a run", WEIGHTS: "an adapter", "config.json": "a model"}
 
@@ -126,6 +130,13 @@ class RunFolder:
             )
         if found.get("format") != FORMAT:
             raise TrainingError(f"{path} is of another version of phimlx.")
+        for name, kind in (("settings", dict), ("model", str), ("data", dict)):
+            if not isinstance(found.get(name), kind):
+                raise damaged(path)
+        try:
+            json.dumps(found, allow_nan=False)  # as it will be written again
+        except (ValueError, RecursionError):
+            raise damaged(path) from None
         return found
 
     def checkpoints(self) -> list[SavedCheckpoint]:
@@ -163,8 +174,8 @@ class RunFolder:
         Raises:
             TrainingError: where it cannot be written; those before it stay whole.
         """
-        final = self._checkpoints / f"step-{step:07d}"
-        partial = self._checkpoints / f".{final.name}.partial"
+        final = self._checkpoint(step)
+        partial = _partial(final)
         with writing(self.path):
             try:
                 partial.mkdir(parents=True)
@@ -180,36 +191,70 @@ class RunFolder:
             finally:
                 shutil.rmtree(partial, ignore_errors=True)
             sync(self._checkpoints)
-            if best is None or best == step:
-                self._publish(final / WEIGHTS)
-        whole = self.checkpoints()
-        for old in whole[: -self.keep]:
-            if old.step != best:
-                # Its manifest first: half a checkpoint must not look like a whole one.
-                (old.folder / MANIFEST).unlink()
-                shutil.rmtree(old.folder)
+        if best is None or best == step:
+            self.publish(step)
+        self.forget(best)
 
-    def load(
-        self, saved: SavedCheckpoint, processes: ProcessGroup
-    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """Weights by name and the optimizer's tree of a checkpoint, which the main process has."""
-        weights, optimizer = (
-            read_arrays(saved.folder / name, processes) for name in (WEIGHTS, OPTIMIZER)
-        )
-        return weights, tree_unflatten(list(optimizer.items()))
+    def publish(self, step: int) -> None:
+        """Put a checkpoint's weights where a reader of the whole folder finds them.
 
-    def _publish(self, weights: Path) -> None:
-        """Put a checkpoint's weights where a reader of the whole folder finds them."""
-        with replacing(self.path / WEIGHTS) as temporary:
+        Raises:
+            TrainingError: where they cannot be written.
+        """
+        weights, place = self._checkpoint(step) / WEIGHTS, self.path / WEIGHTS
+        if place.exists() and place.samefile(weights):
+            return  # renaming one link to a file over another does nothing, and leaves both
+        with writing(self.path), replacing(place) as temporary:
             temporary.unlink()
             try:
                 os.link(weights, temporary)
             except OSError:  # a file system without links
                 shutil.copyfile(weights, temporary)
 
+    def forget(self, best: int | None) -> None:
+        """Remove the checkpoints that are older than the newest few and not the best."""
+        with writing(self.path):
+            for old in self.checkpoints()[: -self.keep]:
+                if old.step != best:
+                    # Renamed first: half a checkpoint must not look like a whole one.
+                    shutil.rmtree(old.folder.rename(_partial(old.folder)))
+
+    def end(self, ending: str) -> None:
+        """Note that nothing is left to be done: the run came to an end, and all of it is here."""
+        with writing(self.path):
+            write_json(self.path / RUN, {**self.description(), ENDED: ending})
+
+    def load(
+        self, saved: SavedCheckpoint, weights: Any, optimizer: Any, processes: ProcessGroup
+    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
+        """Weights by name and the optimizer's tree of a checkpoint, which the main process has.
+
+        Args:
+            weights, optimizer: trees of arrays of the shapes that it has to have.
+
+        Raises:
+            TrainingError: where it is damaged.
+        """
+        loaded = []
+        for name, tree in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
+            expected = {key: array.shape for key, array in tree_flatten(tree)}
+            arrays = read_arrays(saved.folder / name, processes)
+            if {key: array.shape for key, array in arrays.items()} != expected:
+                raise damaged(saved.folder / name)
+            loaded.append(arrays)
+        return loaded[0], tree_unflatten(list(loaded[1].items()))
+
+    def _checkpoint(self, step: int) -> Path:
+        return self._checkpoints / f"step-{step:07d}"
+
     @property
     def _checkpoints(self) -> Path:
         return self.path / CHECKPOINTS
+
+
+def _partial(checkpoint: Path) -> Path:
+    """Name a checkpoint while it comes or goes; what has such a name is nobody's."""
+    return checkpoint.with_name(f".{checkpoint.name}.partial")
 
 
 def _read_state(folder: Path) -> dict[str, Any]:
@@ -223,6 +268,8 @@ def _read_state(folder: Path) -> dict[str, Any]:
         raise TrainingError(f"{path} names no files or no state.")
     for name, size in files.items():
         file = folder / name
+        if type(size) is not int or not NAME_OF_FILE.fullmatch(name):
+            raise TrainingError(f"{path} is damaged.")
         actual = file.stat().st_size if file.is_file() else None
         if actual is None:
             raise TrainingError(f"There is no file {file}.")
@@ -233,6 +280,12 @@ def _read_state(folder: Path) -> dict[str, Any]:
 
 def read_arrays(path: Path, processes: ProcessGroup) -> dict[str, mx.array]:
     """Read arrays by name from a file that the main process has; raise TrainingError if damaged."""
+    if processes.is_main:
+        try:
+            for _ in list_tensors(path):  # safetensors' own parser sees it before MLX does
+                pass
+        except CheckpointError as error:
+            raise damaged(path) from error
     if processes.group is None:
         arrays = _load(path, str(path))
     else:
@@ -245,12 +298,17 @@ def _load(path: Path, source: str | io.BytesIO) -> dict[str, mx.array]:
     try:
         arrays = mx.load(source, format="safetensors")
     except RuntimeError as error:
-        raise TrainingError(
-            f"{path} is damaged.",
-            hint=f"Remove {path.parent}: the run then goes on from the checkpoint before it.",
-        ) from error
+        raise damaged(path) from error
     assert isinstance(arrays, dict)
     return arrays
+
+
+def damaged(path: Path) -> TrainingError:
+    """Make the error of a run's file that is not what was written."""
+    hint = "Put it back as it was, or choose another --adapter-path for a new run."
+    if NAME.fullmatch(path.parent.name):
+        hint = f"Remove {path.parent}: the run then goes on from the checkpoint before it."
+    return TrainingError(f"{path} is damaged.", hint=hint)
 
 
 def writing(folder: Path) -> AbstractContextManager[None]:

@@ -93,6 +93,12 @@ def _rows(path: Path) -> list[Row]:
 
 def _row(place: str, line: bytes) -> Row:
     row = parse_json_object(line, place, TrainingError, hint=HINT)
-    if not {"kind", "step"} <= row.keys():
+    number, loss = row.get("step"), row.get("loss", 0.0)
+    known = row.get("kind") in KINDS.values() and type(number) is int and number >= 0
+    try:
+        _line(row).encode()  # as it will be written again
+    except (ValueError, RecursionError):
+        known = False
+    if not known or type(loss) not in (int, float):
         raise TrainingError(f"{place} is no row of a run's log.", hint=HINT)
     return row

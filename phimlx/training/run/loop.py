@@ -2,23 +2,31 @@
 
 from __future__ import annotations
 
+import json
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
-from typing import Any
+from typing import Annotated, Any, ClassVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from pydantic import ConfigDict, Field, TypeAdapter
 
 from phimlx.errors import TrainingError
 from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Example
 from phimlx.training.distributed import MachineLostError, ProcessGroup
-from phimlx.training.run.checkpoints import DamagedCheckpoint, RunFolder, SavedCheckpoint
+from phimlx.training.run.checkpoints import (
+    MANIFEST,
+    DamagedCheckpoint,
+    RunFolder,
+    SavedCheckpoint,
+    damaged,
+)
 from phimlx.training.run.events import (
     CheckpointSaved,
     CheckpointSkipped,
@@ -66,16 +74,24 @@ class Outcome:
     best_loss: float | None
 
 
+# How pydantic reads them back, from files that anybody may have changed.
+_READ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
+_Count = Annotated[int, Field(ge=0, lt=1 << 53)]
+_Amount = Annotated[float, Field(ge=0)]
+
+
 @dataclass
 class _Window:
     """Sums over the steps since the last report."""
 
-    steps: int = 0
+    __pydantic_config__: ClassVar[ConfigDict] = _READ
+
+    steps: _Count = 0
     weighted: float = 0.0
-    weight: int = 0
-    tokens: int = 0
-    norm: float = 0.0
-    seconds: float = 0.0
+    weight: _Count = 0
+    tokens: _Count = 0
+    norm: _Amount = 0.0
+    seconds: _Amount = 0.0
     metrics: dict[str, float] = field(default_factory=dict)
 
     def add(self, result: StepResult, seconds: float) -> None:
@@ -99,17 +115,26 @@ class _State:
         ending: how the run ended; None while it can go on.
     """
 
-    step: int = 0
-    best_step: int | None = None
+    __pydantic_config__: ClassVar[ConfigDict] = _READ
+
+    step: _Count = 0
+    best_step: _Count | None = None
     best_loss: float | None = None
-    stale: int = 0
-    seconds: float = 0.0
+    stale: _Count = 0
+    seconds: _Amount = 0.0
     ending: str | None = None
     window: _Window = field(default_factory=_Window)
 
     @classmethod
-    def of(cls, saved: Mapping[str, Any]) -> _State:
-        return cls(**{**saved, "window": _Window(**saved["window"])})
+    def of(cls, saved: SavedCheckpoint) -> _State:
+        """Read what a checkpoint holds; raises TrainingError where it is not what was written."""
+        try:
+            state = TypeAdapter(cls).validate_json(json.dumps(saved.state))
+        except ValueError:
+            state = None
+        if state is None or state.step != saved.step:
+            raise damaged(saved.folder / MANIFEST)
+        return state
 
 
 class TrainingRun:
@@ -147,12 +172,16 @@ class TrainingRun:
         self.state = _State()
 
     def restore(self, saved: SavedCheckpoint) -> None:
-        """Go on from a checkpoint."""
-        weights, optimizer = self.run_folder.load(saved, self.processes)
+        """Go on from a checkpoint; raises TrainingError where it is damaged."""
+        self.state = _State.of(saved)
+        trainable = self.step.model.trainable_parameters()
+        self.step.optimizer.init(trainable)
+        weights, optimizer = self.run_folder.load(
+            saved, trainable, self.step.optimizer.state, self.processes
+        )
         self.step.model.load_weights(list(weights.items()), strict=False)
         self.step.optimizer.state = optimizer
         mx.eval(self.step.model.trainable_parameters(), self.step.optimizer.state)
-        self.state = _State.of(saved.state)
 
     def fit(
         self,

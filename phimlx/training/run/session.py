@@ -29,7 +29,7 @@ from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Progress
 from phimlx.training.distributed import ProcessGroup
 from phimlx.training.memory_estimate import LargestBatch, MemoryEstimate, estimate_memory, remedies
-from phimlx.training.run.checkpoints import RUN, RunFolder, SavedCheckpoint
+from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
 from phimlx.training.run.loop import TrainingPlan, TrainingRun, make_batches, make_step
 from phimlx.training.settings import TrainSettings
 
@@ -237,6 +237,11 @@ class Session:
         )
         if saved is not None:
             run.restore(saved)
+            if self.processes.is_main and run.state.ending is not None:
+                # It was killed between its last checkpoint and its end.
+                best = run.state.best_step
+                self.run_folder.publish(saved.step if best is None else best)
+                self.run_folder.forget(best)
         elif self.processes.is_main:
             base = Base.of(self.folder, self.checkpoint.config)
             adapter = adapter_of(phi.model, self.settings, base)
@@ -251,7 +256,7 @@ class Session:
         if not found:
             return None
         step, state = found[0]
-        if state["ending"] is not None:
+        if self.resumed is not None and ENDED in self.resumed:
             raise TrainingError(
                 f"The run in {self.run_folder.path} is {state['ending']}: it took {step:,} steps.",
                 hint="Its adapter is there. Choose another --adapter-path for another run.",

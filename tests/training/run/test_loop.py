@@ -81,7 +81,8 @@ def test_a_run_reports_validates_and_keeps(tmp_path: Path) -> None:
     assert kept == {9, best.step}
     whole = mx.load(str(tmp_path / "run" / "adapters.safetensors"))
     saved = next(each for each in run.run_folder.checkpoints() if each.step == best.step)
-    of_best = run.run_folder.load(saved, ProcessGroup())[0]
+    trees = run.step.model.trainable_parameters(), run.step.optimizer.state
+    of_best = run.run_folder.load(saved, *trees, ProcessGroup())[0]
     assert all(mx.array_equal(whole[name], array) for name, array in of_best.items())
 
 
