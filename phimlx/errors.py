@@ -76,7 +76,10 @@ class SessionError(PhimlxError):
 
 def shortened(value: object, longest: int = 60) -> str:
     """A value as it may stand in a message, whatever a file put there."""
-    text = repr(value)
+    try:
+        text = repr(value)
+    except (ValueError, RecursionError):  # more digits than Python writes, or nested without end
+        text = f"a {type(value).__name__} too long to show"
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 

@@ -21,8 +21,6 @@ given, rather than left at its default, is in `settings.model_fields_set`.
 from __future__ import annotations
 
 import difflib
-import importlib
-import tomllib
 from collections.abc import Callable, Collection, Mapping
 from functools import cache, cached_property
 from pathlib import Path
@@ -42,7 +40,7 @@ from pydantic import (
 )
 
 from phimlx.errors import PhimlxError, SettingsError, shortened
-from phimlx.files import read_text
+from phimlx.files import parse_toml, parse_yaml, read_text
 
 MAX_FILE_BYTES = 1 << 20
 MOST_NAMED = 12  # unknown settings in one message
@@ -348,31 +346,19 @@ def _click_option(model: type[Options], name: str, schema: Schema) -> Callable[[
 
 
 def _parse(path: Path, failure: type[PhimlxError]) -> dict[str, Any]:
-    readers = {".toml": _toml, ".yaml": _yaml, ".yml": _yaml}
+    readers = {
+        ".toml": ("TOML", parse_toml),
+        ".yaml": ("YAML", parse_yaml),
+        ".yml": ("YAML", parse_yaml),
+    }
     if path.suffix not in readers:
         raise failure(f"{path} is neither YAML nor TOML.", hint="Name it .yaml, .yml or .toml.")
     text = read_text(path, failure, limit=MAX_FILE_BYTES)
+    kind, parse = readers[path.suffix]
     try:
-        table = readers[path.suffix](text)
-    except OptionError as error:
-        raise failure(f"{path} {error.message}") from None
+        table = parse(text) or {}
+    except ValueError as error:
+        raise failure(f"{path} is not {kind} ({error}).") from None
     if not isinstance(table, dict):
         raise failure(f"{path} is not a table of settings.")
     return table
-
-
-def _toml(text: str) -> Any:
-    try:
-        return tomllib.loads(text)
-    except tomllib.TOMLDecodeError as error:
-        raise OptionError(f"is not TOML ({error}).") from None
-
-
-def _yaml(text: str) -> Any:
-    yaml = importlib.import_module("yaml")
-    try:
-        return yaml.safe_load(text) or {}
-    except (yaml.YAMLError, RecursionError) as error:
-        mark = getattr(error, "problem_mark", None)
-        place = f"line {mark.line + 1}" if mark else "nested too deeply"
-        raise OptionError(f"is not YAML ({place}).") from None

@@ -6,7 +6,6 @@ A layer with adapters beside it goes by the path that it has in a model without 
 from __future__ import annotations
 
 import re
-import tomllib
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass, replace
 from fnmatch import fnmatchcase
@@ -15,7 +14,7 @@ from typing import Any
 
 from phimlx.checkpoint.quantization import QUANTIZATION_MODES
 from phimlx.errors import ConversionError, shortened
-from phimlx.files import read_text
+from phimlx.files import parse_toml, read_text
 from phimlx.models.registry import Architecture, part_of
 
 # What mlx-lm takes where nothing is said.
@@ -205,8 +204,8 @@ def read_recipe(file: Path) -> Recipe:
     """
     text = read_text(file, ConversionError, limit=MAX_RECIPE_BYTES)
     try:
-        table = tomllib.loads(text)
-    except (ValueError, RecursionError) as error:
+        table = parse_toml(text)
+    except ValueError as error:
         raise ConversionError(f"The recipe {file} is not valid TOML ({error}).") from error
     _known(file, "", table, {"bits", "group_size", "mode", "layers"})
     default = _quantization(file, "", table, {})

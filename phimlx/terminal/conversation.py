@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import MediaError, PhimlxError, SessionError
+from phimlx.errors import MediaError, PhimlxError, SessionError, shortened
 from phimlx.files import read_json_value, translate_write_errors, write_file
 from phimlx.prompt.tools import read_tools
 from phimlx.terminal.attachments import KINDS, Attachment, digest, in_order
@@ -199,7 +199,7 @@ class Conversation:
             raise SessionError(f"{path} is not a saved chat.")
         if session.get("version") != VERSION:
             raise SessionError(
-                f"{path} has version {session.get('version')!r} of the format; "
+                f"{path} has version {shortened(session.get('version'))} of the format; "
                 f"this phimlx reads version {VERSION}."
             )
         try:
@@ -291,7 +291,7 @@ def _problem(message: Any, first: bool) -> str | None:
         return "is not an object"
     role = message.get("role")
     if not isinstance(role, str) or role not in _MESSAGE_KEYS:
-        return f"has the unknown role {role!r}"
+        return f"has the unknown role {shortened(role)}"
     if role == "system" and not first:
         return "is a system prompt that does not come first"
     content = message.get("content")

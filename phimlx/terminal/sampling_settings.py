@@ -9,7 +9,7 @@ from typing import Any
 
 import click
 
-from phimlx.errors import PhimlxError
+from phimlx.errors import PhimlxError, shortened
 
 
 class FiniteRange(click.FloatRange):
@@ -101,6 +101,8 @@ SETTINGS = (
     Setting("stop", "--stop", NonEmpty(), "Stop before this text; may be given again.", None, True),
 )
 
+LONGEST = 200  # characters that click says of a value
+
 _BY_NAME = {
     key: setting
     for setting in SETTINGS
@@ -116,7 +118,7 @@ def find_setting(name: str) -> Setting:
     setting = _BY_NAME.get(name.removeprefix("--").replace("_", "-"))
     if setting is None:
         known = ", ".join(setting.name for setting in SETTINGS)
-        raise PhimlxError(f"There is no setting {name!r}.", f"The settings are {known}.")
+        raise PhimlxError(f"There is no setting {shortened(name)}.", f"The settings are {known}.")
     return setting
 
 
@@ -140,7 +142,7 @@ def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
         items = value if setting.multiple and isinstance(value, list) else [value]
         parsed = [_convert(setting, item) for item in items]
         if parsed != items or any(isinstance(item, bool) for item in items):
-            raise PhimlxError(f"{setting.name}: {value!r} is not a valid value.")
+            raise PhimlxError(f"{setting.name}: {shortened(value)} is not a valid value.")
         checked[setting.keyword] = tuple(parsed) if setting.multiple else parsed[0]
     return checked
 
@@ -149,9 +151,11 @@ def _convert(setting: Setting, value: Any) -> Any:
     try:
         return setting.type.convert(value, None, None)
     except click.BadParameter as error:
-        raise PhimlxError(f"{setting.name}: {error.message}") from None
-    except TypeError:
-        raise PhimlxError(f"{setting.name}: {value!r} is not a valid value.") from None
+        if len(error.message) <= LONGEST:
+            raise PhimlxError(f"{setting.name}: {error.message}") from None
+    except (TypeError, ArithmeticError):
+        pass
+    raise PhimlxError(f"{setting.name}: {shortened(value)} is not a valid value.")
 
 
 def given(values: Mapping[str, Any]) -> dict[str, Any]:

@@ -102,6 +102,7 @@ SPLITS = {
     "valid_split": ("valid", "validation"),
     "test_split": ("test",),
 }
+LONGEST = 600  # characters of settings that one message names
 # What mlx-lm calls the columns.
 COLUMNS = {
     "prompt_feature": "prompt",
@@ -131,8 +132,18 @@ def translate(table: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
         take(found, unfollowed.append)
     if unfollowed:
         unfollowed += [f"{key} (no setting)" for key in found if key not in known]
-        raise OptionError(f"phimlx does not follow {', '.join(unfollowed)}.", HINT)
+        raise OptionError(f"phimlx does not follow {_listed(unfollowed)}.", HINT)
     return found
+
+
+def _listed(names: list[str]) -> str:
+    """Name settings, as many as a message has room for."""
+    shown: list[str] = []
+    for name in names:
+        if sum(map(len, shown)) > LONGEST:
+            return f"{', '.join(shown)} and {len(names) - len(shown)} more"
+        shown.append(name if len(name) <= 150 else f"{name[:147]}...")
+    return ", ".join(shown)
 
 
 Refuse = Callable[[str], None]
@@ -153,7 +164,7 @@ def _take_optimizer(found: dict[str, Any], refuse: Refuse) -> None:
             continue
         kept[name] = {key: value for key, value in values.items() if key in OPTIMIZER_VALUES[name]}
         if name == chosen:
-            for key in values.keys() - kept[name].keys():
+            for key in sorted(map(str, values.keys() - kept[name].keys())):
                 refuse(f"optimizer_config.{name}.{key}")
             if "weight_decay" in kept[name]:
                 found.setdefault("weight_decay", kept[name].pop("weight_decay"))
@@ -167,9 +178,9 @@ def _take_schedule(found: dict[str, Any], refuse: Refuse) -> None:
     del found["lr_schedule"]
     if not table:
         return
-    if table.get("name") not in ARGUMENTS:
+    if str(table.get("name")) not in ARGUMENTS:
         refuse(f"lr_schedule.name {table.get('name')!r:.40} (one of {', '.join(ARGUMENTS)})")
-    for key in table.keys() - Schedule.model_fields.keys():
+    for key in sorted(map(str, table.keys() - Schedule.model_fields.keys())):
         refuse(f"lr_schedule.{key}")
     found.pop("learning_rate", None)  # which a schedule takes the place of
     found["schedule"] = {key: value for key, value in table.items() if value is not None}

@@ -11,11 +11,11 @@ from typing import TYPE_CHECKING, Any, Protocol
 from phimlx.errors import TokenizerError
 from phimlx.files import read_json
 from phimlx.prompt.tokenizer.added_tokens import AddedToken
+from phimlx.prompt.tokenizer.description import HINT, read_description
 
 if TYPE_CHECKING:
     import tokenizers
 
-HINT = "Download the model again."
 SPACE = "\u2581"  # SentencePiece's spelling of a space
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 # The decoder of SentencePiece's BPE, which may drop the first space of a text.
@@ -73,7 +73,7 @@ class LibraryVocabulary:
     def __init__(self, tokenizer: tokenizers.Tokenizer) -> None:
         self._plain = _without_added_tokens(tokenizer)
         self._alphabet = byte_alphabet()
-        self.size: int = self._plain.get_vocab_size()
+        self.size: int = 1 + max(self._plain.get_vocab().values(), default=-1)
 
     @staticmethod
     def load(path: Path) -> tuple[LibraryVocabulary, list[AddedToken]]:
@@ -83,7 +83,8 @@ class LibraryVocabulary:
         """
         from tokenizers import Tokenizer, decoders, models
 
-        tokenizer = _read(path, lambda: Tokenizer.from_file(str(path)))
+        text = json.dumps(read_description(path), ensure_ascii=False)
+        tokenizer = _read(path, lambda: Tokenizer.from_str(text))
         is_bpe = isinstance(tokenizer.model, models.BPE)
         if is_bpe and isinstance(tokenizer.decoder, decoders.ByteLevel):
             return LibraryVocabulary(tokenizer), _added_tokens(tokenizer)
@@ -127,7 +128,7 @@ class LibraryVocabulary:
         return LibraryVocabulary(tokenizer), [AddedToken(ids[text], text) for text in ids]
 
     def encode(self, text: str, at_start: bool = True) -> list[int]:
-        return self._plain.encode(text, add_special_tokens=False).ids
+        return _encode(self._plain, text)
 
     def token_bytes(self, token: int) -> bytes:
         spelled = self._plain.id_to_token(token)
@@ -164,8 +165,7 @@ class SentencePieceVocabulary(LibraryVocabulary):
             )
 
     def encode(self, text: str, at_start: bool = True) -> list[int]:
-        tokenizer = self._plain if at_start else self._later
-        return tokenizer.encode(text, add_special_tokens=False).ids
+        return _encode(self._plain if at_start else self._later, text)
 
     def token_bytes(self, token: int) -> bytes:
         spelled = self._plain.id_to_token(token)
@@ -179,13 +179,25 @@ class SentencePieceVocabulary(LibraryVocabulary):
         return token.id in self._plain.encode(token.content, add_special_tokens=False).ids
 
 
+def _encode(tokenizer: tokenizers.Tokenizer, text: str) -> list[int]:
+    try:
+        return tokenizer.encode(text, add_special_tokens=False).ids
+    except (MemoryError, KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # a panic is no Exception
+        raise TokenizerError(
+            f"The tokenizers library fails on a text: {error!s:.300}.",
+            hint="Get the tokenizer files that belong to the model into its folder.",
+        ) from error
+
+
 def _read(path: Path, read: Callable[[], Any]) -> Any:
     try:
         return read()
-    except MemoryError:
+    except (MemoryError, KeyboardInterrupt, SystemExit):
         raise
-    except Exception as error:  # the library raises bare Exception
-        raise TokenizerError(f"{path} is damaged: {error}.", hint=HINT) from error
+    except BaseException as error:  # the library raises bare Exception, and panics
+        raise TokenizerError(f"{path} is damaged: {error!s:.300}.", hint=HINT) from error
 
 
 def _added_tokens(tokenizer: tokenizers.Tokenizer) -> list[AddedToken]:

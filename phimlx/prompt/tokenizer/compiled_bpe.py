@@ -20,9 +20,11 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.files import reason, replacing
+from phimlx.errors import TokenizerError
+from phimlx.files import MAX_BYTES, reason, replacing
 from phimlx.prompt.tokenizer.added_tokens import AddedToken
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary, byte_alphabet
+from phimlx.prompt.tokenizer.description import HINT
 
 if TYPE_CHECKING:
     import tokenizers
@@ -61,7 +63,10 @@ def load_vocabulary(path: Path) -> tuple[Vocabulary, list[AddedToken]]:
     be written is told to the log, once; it and a vocabulary of another kind cost the time to load.
     Raises TokenizerError as `LibraryVocabulary.load` does.
     """
-    if path.stat().st_size < MIN_SOURCE:
+    size = path.stat().st_size
+    if size > MAX_BYTES:
+        raise TokenizerError(f"{path} is larger than {MAX_BYTES >> 20} MB.", hint=HINT)
+    if size < MIN_SOURCE:
         return LibraryVocabulary.load(path)
     file = cache_folder() / f"{_digest(path)}.{FORMAT}"
     sections = _open(file)
@@ -207,6 +212,8 @@ def _compile(path: Path, library: LibraryVocabulary, added: list[AddedToken]) ->
     unfit = [b""] * len(SECTIONS)
     parsed = json.loads(path.read_bytes())
     model, vocabulary = parsed["model"], parsed["model"]["vocab"]
+    if sorted(vocabulary.values()) != list(range(library.size)):
+        return unfit
     known = parsed.get("normalizer") is None and parsed.get("pre_tokenizer") is not None
     if not known or any(model.get(option) for option in OPTIONS):
         return unfit

@@ -13,6 +13,7 @@ from phimlx.files import read_json
 from phimlx.prompt.tokenizer.added_tokens import AddedToken, AddedTokens
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary
 from phimlx.prompt.tokenizer.compiled_bpe import load_vocabulary
+from phimlx.prompt.tokenizer.description import check_ids
 
 MAX_TOKEN = 1024  # characters; published added tokens have at most 31
 
@@ -107,7 +108,9 @@ class Tokenizer:
                     f"characters; at most {MAX_TOKEN} are read.",
                     hint="Download the model again.",
                 )
-        return cls(vocabulary, [*added, *overrides])
+        found = cls(vocabulary, [*added, *overrides])
+        check_ids(folder, found.vocab_size - 1)
+        return found
 
     def encode(self, text: str, control: bool = False, at_start: bool = True) -> list[int]:
         """Token ids of `text`; `at_start` where nothing stands before it.
@@ -186,6 +189,9 @@ def _configured_tokens(path: Path) -> list[AddedToken]:
     settings = read_json(path, TokenizerError, hint="Download the model again.", missing_ok=True)
     listed = settings.get("added_tokens_decoder", {})
     try:
+        for token_id in listed:
+            if not re.fullmatch(r"[0-9]{1,8}", token_id):
+                raise ValueError(token_id)
         return [
             AddedToken(
                 id=int(token_id),
