@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import errno
+import os
 from collections.abc import Sequence
 
 
@@ -72,6 +74,30 @@ class SettingsError(PhimlxError):
 
 class SessionError(PhimlxError):
     """A saved conversation that cannot be read or written."""
+
+
+class ResourceError(PhimlxError):
+    """The system gives this process too little: memory, or open files."""
+
+
+def shortage(error: BaseException) -> ResourceError | None:
+    """Find what the system lacks behind an error of Python's or a library's; None for others."""
+    seen: BaseException | None = error
+    while seen is not None:
+        number, text = getattr(seen, "errno", None), str(seen)
+        files = (os.strerror(errno.EMFILE), "maximum limit")  # mlx-lm asks for 4096 on import
+        if number in (errno.EMFILE, errno.ENFILE) or any(each in text for each in files):
+            return ResourceError(
+                "This process may not open enough files.", "Allow more: ulimit -n 4096"
+            )
+        memory = ("bad_alloc", "bad alloc", "[malloc", os.strerror(errno.ENOMEM), "failed to map")
+        if isinstance(seen, MemoryError) or any(each in text for each in memory):
+            return ResourceError(
+                "There is not enough memory.",
+                "Close other programs, raise the limit (ulimit -v), or take a smaller model.",
+            )
+        seen = seen.__cause__ or seen.__context__
+    return None
 
 
 def shortened(value: object, longest: int = 60) -> str:

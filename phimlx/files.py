@@ -192,7 +192,7 @@ def parse_yaml(text: str) -> Any:
     import yaml  # type: ignore[import-untyped]
 
     try:
-        return _within_bounds(yaml.safe_load(text))
+        table = yaml.safe_load(text)
     except RecursionError:
         raise ValueError("nested too deeply") from None
     except yaml.YAMLError as failure:
@@ -201,6 +201,7 @@ def parse_yaml(text: str) -> Any:
     except (ArithmeticError, AttributeError, LookupError, TypeError, ValueError) as failure:
         # What its constructors of dates, numbers and the like raise of other texts.
         raise ValueError(f"a value that is none: {str(failure)[:100]}") from None
+    return _within_bounds(table)
 
 
 def _within_bounds(table: Any) -> Any:

@@ -14,6 +14,8 @@ import pytest
 
 from phimlx.errors import ConfigError, PromptError, SessionError
 from phimlx.files import (
+    parse_toml,
+    parse_yaml,
     read_bytes,
     read_json,
     read_json_value,
@@ -225,3 +227,55 @@ def test_two_writers_at_once_both_succeed(tmp_path: Path) -> None:
         second.write_text("second")
     assert path.read_text() == "first"  # which ended last
     assert os.listdir(tmp_path) == ["chat.json"]
+
+
+def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
+    path = tmp_path / "chat.json"
+    (tmp_path / ".chat.0123abcd.json").write_text("half")
+    others = {".chat.0123abcd.txt", ".chat.notours1.json", ".chats.0123abcd.json"}
+    for name in others:
+        (tmp_path / name).touch()
+    with replacing(path) as held:  # another writer's, which lives
+        write_file(path, "first")
+        assert set(os.listdir(tmp_path)) == others | {"chat.json", held.name}
+        held.write_text("second")
+    assert path.read_text() == "second"
+    assert set(os.listdir(tmp_path)) == others | {"chat.json"}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a = " + "1" * 400, "a number is too long"),
+        (".".join("a" * 100) + " = 1", "a key has more than 64 parts"),
+        ("a = " + "[" * 5000 + "]" * 5000, "nested too deeply"),
+    ],
+)
+def test_toml_of_others_has_bounds(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_toml(text)
+    assert parse_toml('a = "' + "b." * 100 + '"') == {"a": "b." * 100}
+
+
+@pytest.mark.parametrize(
+    ("text", "reason"),
+    [
+        ("a: 0x" + "f" * 400, "a number is too long"),
+        ("a: " + "[" * 5000, "nested too deeply"),
+        ("a: [1", "line 1"),
+        ("a: 2001-99-99", "a value that is none: month must be in 1..12"),
+        ("a: !!int x", "a value that is none: invalid literal"),
+        ("a: !!bool x", "a value that is none: 'x'"),
+        ("&a [*a]", "more than 200,000 values"),
+        ("a: !!python/name:os.system", "line 1"),
+    ],
+)
+def test_yaml_of_others_has_bounds(text: str, reason: str) -> None:
+    with pytest.raises(ValueError, match=reason):
+        parse_yaml(text)
+
+
+def test_numbers_beyond_every_float_are_infinities(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    path.write_text(f"[{10**400}, -{10**400}, {10**300}, 7]")
+    assert read_json_value(path) == [float("inf"), float("-inf"), 10**300, 7]

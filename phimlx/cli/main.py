@@ -23,6 +23,14 @@ def main() -> None:
         cli(prog_name="phimlx")
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
+    except (ImportError, OSError, MemoryError) as error:  # before there is a command
+        from phimlx.errors import shortage
+
+        found = shortage(error)
+        if found is None:
+            raise
+        sys.stderr.write(f"Error: {found}\nHint: {found.hint}\n")
+        sys.exit(1)
 
 
 def leave_working_directory() -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
 import signal
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from queue import SimpleQueue
 from threading import Thread
@@ -15,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phimlx.cli.options import json_option
-from phimlx.errors import ModelAbsentError
+from phimlx.errors import ModelAbsentError, PhimlxError
 from phimlx.options import click_options, from_file, from_flags
 from phimlx.terminal.output import Output
 from phimlx.training.settings import TrainSettings
@@ -91,14 +93,21 @@ def command(
     output = Output(json=as_json)
     if not processes.is_main:
         output = Silent()
-    session = _open(given, resume, processes, output)
-    session.check()
-    data = _read(session, output)
-    note_unused(data, output)
-    if check:
-        _check(session, data, output)
-        return
-    _train(session, data, ignore_memory, output)
+    with processes.watched(partial(_end_at_once, output)):
+        session = _open(given, resume, processes, output)
+        session.check()
+        data = _read(session, output)
+        note_unused(data, output)
+        if check:
+            _check(session, data, output)
+            return
+        _train(session, data, ignore_memory, output)
+
+
+def _end_at_once(output: Output, error: PhimlxError) -> None:
+    """End a process that waits, in a thread of it; the last checkpoint is on the disk."""
+    output.error(error)
+    os._exit(error.exit_code)
 
 
 class Silent(Output):

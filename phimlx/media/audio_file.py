@@ -43,6 +43,9 @@ STEP = 4096  # samples asked of a decoder at once: what it loses where a file br
 SLACK_SECONDS = 0.02
 DECODER_SLACK_SECONDS = 0.2  # where encoders pad
 
+# Forms of libsndfile whose files may be cut short anywhere without a word.
+_UNCHECKED = ("SDS", "VOC", "AVR", "MPC2K", "MAT4", "MAT5", "WVE")
+_SAMPLE_DUMP = b"\xf0\x7e"  # SDS
 _UNKNOWN_LENGTH = 1 << 62  # what libsndfile counts in a file that does not say
 _COPY_AGAIN = "It may have been cut short: copy or download it again."
 
@@ -179,6 +182,8 @@ def _open_soundfile(data: bytes, name: str, limits: Limits) -> Iterator[_Recorde
         def seekable(self) -> bool:
             return False
 
+    if data.startswith(_SAMPLE_DUMP):  # of which libsndfile prints
+        raise _unchecked(name)
     chunk = find_data_chunk(data)
     opening = xing_frame(data)
     bytes_read = _SeekableBytes(chunk.repaired(data) if chunk else opening + data)
@@ -196,6 +201,8 @@ def _open_soundfile(data: bytes, name: str, limits: Limits) -> Iterator[_Recorde
             hint="wav, flac, mp3, ogg and aiff are; m4a and webm with the extra phimlx[video].",
         ) from error
     with file:
+        if file.format in _UNCHECKED:
+            raise _unchecked(name)
         _check_format(name, file.samplerate, file.channels)
         declared = None if opening or file.frames >= _UNKNOWN_LENGTH else file.frames
         if declared is not None:
@@ -344,6 +351,13 @@ def _cut_short(name: str, ended: float, seconds: float | None) -> MediaError:
     """Make the error of a sound that ends before the length it declares; None where it has none."""
     whole = ", before its own end" if seconds is None else f" of {seconds:.1f} s"
     return MediaError(f"{name} ends after {ended:.1f} s{whole}.", hint=_COPY_AGAIN)
+
+
+def _unchecked(name: str) -> MediaError:
+    return MediaError(
+        f"{name} is a sound in a form of which nothing tells whether it is whole.",
+        hint="Convert it to wav or flac first, with the program that it came from.",
+    )
 
 
 def _no_sound(name: str) -> MediaError:

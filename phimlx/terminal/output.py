@@ -13,7 +13,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
-from phimlx.errors import PhimlxError
+from phimlx.errors import PhimlxError, shortage
 from phimlx.terminal.progress import Progress, beside_bars, progress, prompt_progress, status
 from phimlx.terminal.sink import UNPRINTABLE, drawing, indented, one_line, printable
 
@@ -122,8 +122,9 @@ class Output:
         """Put one sentence about `error` on stderr, and the next step; with debug the traceback."""
         if self.debug:
             _put(sys.stderr, "".join(traceback.format_exception(error)))
-        if isinstance(error, PhimlxError):
-            message, hint = str(error), error.hint
+        known = error if isinstance(error, PhimlxError) else shortage(error)
+        if known is not None:
+            message, hint = str(known), known.hint
         else:
             message = f"unexpected {type(error).__name__}: {error}".removesuffix(": ")
             hint = None if self.debug else "Run it again with --debug to see where it happened."

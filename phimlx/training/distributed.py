@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+import time
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from threading import Event, Thread
 from typing import Any
 
 import mlx.core as mx
@@ -13,9 +15,62 @@ import numpy as np
 
 from phimlx.errors import TrainingError
 
+FIRST_PATIENCE = 1800.0  # seconds: each machine reads the data and loads the model meanwhile
+PATIENCE = 300.0  # seconds, or so many times the longest wait so far
+PATIENCE_FACTOR = 10
+
 
 class MachineLostError(TrainingError):
     """One of several machines is no longer there."""
+
+
+@dataclass
+class Watchdog:
+    """Tells that another machine has stopped, where that takes far longer than anything before.
+
+    A process waits for the others inside a call of MLX, which nothing interrupts and which has no
+    limit of its own: a machine that is gone closes its connections, one that is stopped does not.
+    So a thread looks at the clock.
+    """
+
+    patience: float = FIRST_PATIENCE
+    longest: float = 0.0
+    last: float = field(default_factory=time.monotonic)
+
+    def heard(self) -> None:
+        """Note that all machines have just answered."""
+        now = time.monotonic()
+        self.longest = max(self.longest, now - self.last)
+        self.patience = max(PATIENCE, PATIENCE_FACTOR * self.longest)
+        self.last = now
+
+    @contextmanager
+    def watching(self, on_lost: Callable[[MachineLostError], object]) -> Iterator[None]:
+        """Watch while the block runs; `on_lost`, called in a thread, has to end the process."""
+        ended = Event()
+        self.last = time.monotonic()
+
+        def watch() -> None:
+            while not ended.wait(min(5.0, self.patience / 4)):
+                waited = time.monotonic() - self.last
+                if waited > self.patience:
+                    on_lost(
+                        MachineLostError(
+                            f"Another machine has not answered for {waited:.0f} seconds, so the "
+                            "run ends here.",
+                            hint="See that all of them run, then start the same command again "
+                            "with --resume.",
+                        )
+                    )
+                    return
+
+        thread = Thread(target=watch, daemon=True)
+        thread.start()
+        try:
+            yield
+        finally:
+            ended.set()
+            thread.join()
 
 
 @dataclass(frozen=True)
@@ -24,9 +79,11 @@ class ProcessGroup:
 
     Attributes:
         group: what sums and gathers over all of them; None where this one is alone.
+        watchdog: told whenever all of them have answered.
     """
 
     group: mx.distributed.Group | None = None
+    watchdog: Watchdog = field(default_factory=Watchdog, compare=False)
 
     @classmethod
     def join(cls) -> ProcessGroup:
@@ -72,7 +129,17 @@ class ProcessGroup:
     def _sum(self, array: mx.array) -> mx.array:
         summed = mx.distributed.all_sum(array, group=self.group)
         mx.eval(summed)  # which raises where a machine is lost; numpy and item() wait for ever
+        self.watchdog.heard()
         return summed
+
+    @contextmanager
+    def watched(self, on_lost: Callable[[MachineLostError], object]) -> Iterator[None]:
+        """Watch the others while the block runs, where there are any; see `Watchdog.watching`."""
+        if self.group is None:
+            yield
+            return
+        with self.watchdog.watching(on_lost):
+            yield
 
     @contextmanager
     def translate_errors(self) -> Iterator[None]:

@@ -6,11 +6,16 @@ import json
 import socket
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from queue import SimpleQueue
+from threading import Timer
 from typing import Any
 
+import psutil
 import pytest
 
+from phimlx.training import distributed
 from tests.training.folder import write_rows, write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -45,14 +50,19 @@ def alone(arguments: list[str]) -> subprocess.CompletedProcess[str]:
 
 
 def together(arguments: list[str], *how: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        launched(arguments, *how), cwd=ROOT, capture_output=True, text=True, timeout=300
+    )
+
+
+def launched(arguments: list[str], *how: str) -> list[str]:
+    """The command that starts two processes on a free port."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     launch = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", str(port), "--cwd"]
     run = [sys.executable, "-m", "tests.training.run.killed", *(how or ("never", "0")), *arguments]
-    return subprocess.run(
-        [*launch, str(ROOT), "--", *run], cwd=ROOT, capture_output=True, text=True, timeout=300
-    )
+    return [*launch, str(ROOT), "--", *run]
 
 
 def log(folder: Path) -> list[dict[str, Any]]:
@@ -99,3 +109,53 @@ def test_a_lost_machine_ends_the_run_with_what_was_learned(place: Path) -> None:
     assert kept[-1] == "step-0000004"
     together(["train", "--resume", "--adapter-path", str(place / "lost")])
     assert dict(losses(place / "lost")) == dict(losses(place / "plain-2"))
+
+
+def test_a_machine_that_has_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(distributed, "PATIENCE", 0.05)
+    lost: SimpleQueue[Exception] = SimpleQueue()
+    watchdog = distributed.Watchdog()
+    assert watchdog.patience == distributed.FIRST_PATIENCE
+    watchdog.heard()
+    watchdog.patience = 0.05
+    with watchdog.watching(lost.put):
+        error = lost.get(timeout=60)
+    assert str(error) == ("Another machine has not answered for 0 seconds, so the run ends here.")
+
+
+def test_patience_grows_with_the_longest_wait() -> None:
+    watchdog = distributed.Watchdog()
+    watchdog.last -= 100
+    watchdog.heard()
+    assert 1000 <= watchdog.patience < 1001 + 10 * 60
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "sentence"),
+    [
+        ("SIGSTOP@1", "Another machine has not answered for"),
+        ("SIGINT@1", "Stopped after step 4."),
+    ],
+)
+def test_a_machine_that_stops_or_is_interrupted_ends_the_others(
+    place: Path, how: str, sentence: str
+) -> None:
+    command = launched(arguments(place, how, "rows.jsonl"), how, "4")
+    with subprocess.Popen(
+        command, cwd=ROOT, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    ) as process:
+        family = psutil.Process(process.pid)
+
+        def end() -> None:
+            for each in [*family.children(recursive=True), family]:
+                with suppress(psutil.NoSuchProcess):
+                    each.kill()
+
+        deadline = Timer(300, end)
+        deadline.start()
+        assert process.stdout is not None
+        told = any(sentence in line for line in process.stdout)
+        end()  # a process that is stopped stays, and mlx.launch with it
+        deadline.cancel()
+    assert told
