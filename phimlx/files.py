@@ -30,7 +30,7 @@ _LARGEST = int(sys.float_info.max)
 _MOST_VALUES = 200_000  # in a file of settings
 # A dotted key of TOML, whose reader takes the square of its length.
 _PART = r"""(?:[\w-]+|"[^"\n]*"|'[^'\n]*')\s*\.\s*"""
-_MANY_PARTS = re.compile(rf"(?<![\w-])(?:{_PART}){{64}}")
+_MANY_PARTS = re.compile(rf"(?:^|[\[{{,])[ \t]*(?:{_PART}){{64}}", re.MULTILINE)
 
 # What opening a pipe, socket or device without its other end, or its driver, raises.
 _NOT_REGULAR = (errno.ENXIO, errno.ENODEV, errno.EOPNOTSUPP)

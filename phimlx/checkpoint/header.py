@@ -10,6 +10,7 @@ from safetensors import SafetensorError, safe_open
 
 from phimlx.checkpoint.tensors import STORED_DTYPES, TensorInfo
 from phimlx.errors import CheckpointError
+from phimlx.files import is_file
 
 
 def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
@@ -26,6 +27,8 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 def list_tensors(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     """List what `read_header` does, whatever the types."""
     try:
+        if file.exists() and not is_file(file):  # opening a pipe would wait for ever
+            raise OSError("it is not a regular file")
         with safe_open(str(file), framework="mlx") as opened:
             offsets = _offsets(file)
             for name in opened.keys():  # noqa: SIM118 (not a mapping)

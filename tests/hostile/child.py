@@ -100,7 +100,7 @@ if __name__ == "__main__":
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # what a library prints is no answer
     try:
-        for name in map(str.strip, sys.stdin):
+        for name in (line.rstrip("\n") for line in sys.stdin):
             before = 0
             with contextlib.suppress(OSError):
                 CLEAR.write_text("5")

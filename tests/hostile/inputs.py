@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import importlib
 import io
 import json
 import os
@@ -594,9 +595,8 @@ def table(columns: int, rows: int = 2) -> bytes:
 
 def parquet(make: Callable[[Any], Any]) -> Callable[[], bytes]:
     def data() -> bytes:
-        import pyarrow
-        from pyarrow import parquet as writer
-
+        pyarrow = importlib.import_module("pyarrow")
+        writer = importlib.import_module("pyarrow.parquet")
         out = io.BytesIO()
         writer.write_table(pyarrow.table(make(pyarrow)), out)
         return out.getvalue()
@@ -905,6 +905,11 @@ def sparse(path: Path) -> None:
     os.truncate(path, 1 << 40)
 
 
+def locked(path: Path) -> None:
+    path.write_text("{}")
+    path.chmod(0)
+
+
 def socketed(path: Path) -> None:
     here = os.getcwd()
     with socket.socket(socket.AF_UNIX) as bound:
@@ -925,7 +930,7 @@ THINGS: dict[str, Callable[[Path], Any]] = {
     "a link to nowhere": lambda path: path.symlink_to("nowhere"),
     "an empty file": Path.touch,
     "a file of NUL": lambda path: path.write_bytes(bytes(10_000)),
-    "a file that nobody may read": lambda path: (path.write_text("{}"), path.chmod(0)),
+    "a file that nobody may read": locked,
 }
 
 

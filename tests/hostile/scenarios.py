@@ -28,7 +28,7 @@ from tests.training.folder import write_rows, write_tiny
 
 REPO = "someone/tune"
 TIMES = ("seconds", "left", "tokens_per_second", "peak_memory")
-TRAINED = ("--iters", "4", "--batch-size", "2", "--num-layers", "1", "--rank", "2")
+TRAINED: tuple[str, ...] = ("--iters", "4", "--batch-size", "2", "--num-layers", "1", "--rank", "2")
 TRAINED += ("--save-every", "2", "--steps-per-eval", "2", "--learning-rate", "0.01", "--keep", "1")
 
 

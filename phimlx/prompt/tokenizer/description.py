@@ -70,7 +70,7 @@ def _problem(table: Mapping[str, Any]) -> str | None:
             if type(number) is not int or not 0 <= number < MAX_ID:
                 return f"a token has the id {shortened(number)}"
         unknown = model.get("unk_token")
-        if unknown is not None and shortened(unknown) != "''" and unknown not in vocabulary:
+        if unknown not in (None, "") and str(unknown) not in vocabulary:
             return f"unk_token is {shortened(unknown)}, which is no token"
     for key in ("continuing_subword_prefix", "end_of_word_suffix"):
         if model.get(key) not in (None, ""):
@@ -90,7 +90,8 @@ def _problem_of_steps(table: Mapping[str, Any]) -> str | None:
             if "pattern" in step and (not isinstance(text, str) or not text):
                 return f"{place} has the pattern {shortened(text)}"
             is_regex = isinstance(pattern, dict) and "Regex" in pattern
-            if is_regex and (len(text) > LONGEST_PATTERN or _NESTED.search(text)):
+            regex = str(text) if is_regex else ""
+            if len(regex) > LONGEST_PATTERN or _NESTED.search(regex):
                 return f"{place} has the pattern {shortened(text)}, which may never end"
             growth *= max(1, len(str(step.get("content", ""))))
             if growth > MAX_GROWTH:

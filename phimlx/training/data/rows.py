@@ -288,15 +288,20 @@ def _read_parquet(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, in
     without = f"{file.name} is parquet, which takes a library that is not installed."
     pyarrow = import_extra("pyarrow", "parquet", without, TrainingError)
     parquet_file = import_extra("pyarrow.parquet", "parquet", without, TrainingError).ParquetFile
+    number = 0
     try:
         with parquet_file(file.path) as parquet:
-            count, number = parquet.metadata.num_rows, 0
+            count = parquet.metadata.num_rows
             for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{file.name}, row {number}", values), size * number // count
     except (pyarrow.ArrowException, OSError) as error:
         raise _BadFileError("The file is damaged, or no parquet.") from error
+    except (OverflowError, ValueError) as error:  # dates beyond the year 9999, texts not in UTF-8
+        raise _BadFileError(
+            "A value is a date or a text that cannot be read.", f", after row {number}"
+        ) from error
 
 
 READERS: dict[str, Reader] = {

@@ -237,7 +237,7 @@ class RunFolder:
         """
         loaded = []
         for name, tree in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            expected = {key: array.shape for key, array in tree_flatten(tree)}
+            expected = {key: array.shape for key, array in dict(tree_flatten(tree)).items()}
             arrays = read_arrays(saved.folder / name, processes)
             if {key: array.shape for key, array in arrays.items()} != expected:
                 raise damaged(saved.folder / name)

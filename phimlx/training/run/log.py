@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.errors import TrainingError
-from phimlx.files import parse_json_object, write_file
+from phimlx.files import parse_json_object, read_bytes, write_file
 from phimlx.training.run.checkpoints import writing
 from phimlx.training.run.events import Event, SampleReply, TrainingReport, Validation
 
@@ -23,6 +23,7 @@ KINDS: dict[type[Any], str] = {
 
 Row = dict[str, Any]
 
+MAX_LOG_BYTES = 1 << 30
 HINT = "Mend it, or choose another --log."
 Curve = Sequence[tuple[int, float]]
 """Steps and losses."""
@@ -87,7 +88,8 @@ def _line(row: Row) -> str:
 
 def _rows(path: Path) -> list[Row]:
     """Read the rows of a file; what a killed run left half written at its end does not count."""
-    *lines, _half = path.read_bytes().split(b"\n")
+    data = read_bytes(path, TrainingError, hint=HINT, limit=MAX_LOG_BYTES)
+    *lines, _half = data.split(b"\n")
     return [_row(f"{path}, line {number}", line) for number, line in enumerate(lines, 1)]
 
 
