@@ -15,7 +15,7 @@ from functools import cache
 from itertools import islice
 from pathlib import Path
 from types import ModuleType
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 from phimlx.errors import TrainingError, shortened
 from phimlx.extras import import_extra
@@ -27,6 +27,8 @@ _LINE = re.compile(r"\r\n?|\n")
 _SEP = re.compile(r"sep=([,;\t|])[\r\n]", re.IGNORECASE)  # a first line by which Excel is told
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
 PARQUET_ROWS = 1024  # rows that are in memory at one time
+
+LONGEST_LINE = 64 << 20  # bytes of a row
 
 Progress = Callable[[int, int], object]
 """Takes the bytes that have been read, and how many there are."""
@@ -134,7 +136,7 @@ def reader_of(file: DataFile) -> Reader:
 def _read_jsonl(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]]:
     done, blank = 0, True
     with file.path.open("rb") as lines:
-        for number, line in enumerate(_divided_at_returns(lines), 1):
+        for number, line in enumerate(_divided_at_returns(_bounded(lines)), 1):
             done += len(line)
             if number == 1:
                 line = _without_mark(line)
@@ -148,6 +150,17 @@ def _read_jsonl(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, int]
                 )
             blank = False
             yield item, done
+
+
+def _bounded(file: BinaryIO) -> Iterator[bytes]:
+    """Yield lines, none of them longer than any row is."""
+    number = 0
+    while line := file.readline(LONGEST_LINE + 1):
+        number += 1
+        if len(line) > LONGEST_LINE:
+            size = f"{LONGEST_LINE >> 20} MB"
+            raise _BadFileError(f"This is longer than {size}.", f", line {number}")
+        yield line
 
 
 def _divided_at_returns(lines: Iterable[bytes]) -> Iterator[bytes]:

@@ -15,7 +15,12 @@ from hypothesis import strategies as st
 from phimlx.errors import TokenizerError
 from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.published_templates import PHI3
-from phimlx.prompt.tokenizer.bpe import SENTENCEPIECE, STRIP, SentencePieceVocabulary
+from phimlx.prompt.tokenizer.bpe import (
+    SENTENCEPIECE,
+    STRIP,
+    LibraryVocabulary,
+    SentencePieceVocabulary,
+)
 from phimlx.prompt.tokenizer.compiled_bpe import CompiledVocabulary, load_vocabulary
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer, has_tokenizer
 from tests.prompt.conftest import Make, tiny_tokenizer_json
@@ -280,3 +285,42 @@ def test_other_tokenizers_are_named(make_folder: Make) -> None:
             f"{path} is neither a byte-level BPE tokenizer nor SentencePiece's, the only kinds in "
             "the Phi family."
         )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "said"),
+    [
+        ("normalizer", {"type": "Precompiled"}, "normalizer is 'Precompiled', which no"),
+        ("pre_tokenizer", {"type": "FixedLength", "length": 0}, "pre_tokenizer is 'FixedLength'"),
+        (
+            "pre_tokenizer",
+            {"type": "Split", "pattern": {"Regex": "(a+)+$"}, "behavior": "Isolated"},
+            "pre_tokenizer has the pattern '(a+)+$', which may never end.",
+        ),
+        ("normalizer", {"type": "Replace", "pattern": {"String": ""}}, "has the pattern ''."),
+        (
+            "normalizer",
+            {"type": "Replace", "pattern": {"String": "a"}, "content": "b" * 65},
+            "normalizer makes long texts of short ones.",
+        ),
+        ("added_tokens", [{"id": 2**32, "content": "a"}], "a token has the id 4294967296."),
+        ("added_tokens", [{"id": -1, "content": "a"}], "a token has the id -1."),
+        ("model", {"vocab": {"a": 0.5}}, "a token has the id 0.5."),
+        ("model", {"vocab": {"a": 0}, "unk_token": "b"}, "unk_token is 'b', which is no token."),
+        (
+            "model",
+            {"vocab": {"a": 0}, "continuing_subword_prefix": "##"},
+            "continuing_subword_prefix is '##', which no tokenizer of the family has.",
+        ),
+    ],
+)
+def test_what_the_library_cannot_bear_is_refused_first(
+    key: str, value: object, said: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "tokenizer.json"
+    table = {"model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}, "added_tokens": []}
+    path.write_text(json.dumps({**table, key: value}))
+    with pytest.raises(TokenizerError) as caught:
+        LibraryVocabulary.load(path)
+    assert said in str(caught.value)
+    assert caught.value.hint == "Download the model again."

@@ -308,7 +308,7 @@ def test_damaged_tokenizer(tmp_path: Path) -> None:
     with pytest.raises(TokenizerError) as error:
         Tokenizer.load(tmp_path)
     assert str(error.value) == (
-        f"{path} is damaged: EOF while parsing an object at line 1 column 1."
+        f"{path} is not JSON (line 1, column 2: Expecting property name enclosed in double quotes)."
     )
     assert error.value.hint == "Download the model again."
 
