@@ -42,7 +42,8 @@ def export_adapter(
     """
     out = out.absolute()
     refuse_existing(out)
-    adapter = read_adapter(resolve_adapter(source))
+    folder = Path(resolve_adapter(source))
+    adapter = read_adapter(folder)
     if model_folder is not None:
         checkpoint = Checkpoint(model_folder)
         model = map_model(checkpoint)
@@ -50,7 +51,7 @@ def export_adapter(
         check_fit(adapter, model, checkpoint.folder, checkpoint.config)
         base = Base.of(checkpoint.folder, checkpoint.config)
         adapter = replace(adapter, base=base, blocks=len(model.layers))
-    sources = stamps(sorted(file for file in source.iterdir() if file.is_file()))
+    sources = stamps(sorted(file for file in folder.iterdir() if file.is_file()))
     plan = repr((phimlx.__version__, format, sources, adapter.base))
     with new_folder(out, plan, names=()) as journal:
         WRITERS[format](journal.folder, adapter)

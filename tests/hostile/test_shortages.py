@@ -38,7 +38,7 @@ def chained(error: BaseException) -> BaseException:
         (RuntimeError("std::bad_alloc"), MEMORY),
         (OSError(errno.ENOMEM, os.strerror(errno.ENOMEM)), MEMORY),
         (ValueError("something else"), None),
-        (OSError(errno.ENOENT, os.strerror(errno.ENOENT)), None),
+        (OSError(errno.ENOENT, os.strerror(errno.ENOENT), "a"), None),
     ],
 )
 def test_what_the_system_lacks_is_told(error: BaseException, message: str | None) -> None:
@@ -78,7 +78,8 @@ def test_few_files_may_be_open(files: int) -> None:
 def test_a_working_directory_that_is_gone() -> None:
     code = (
         "import os, sys, tempfile; os.chdir(tempfile.mkdtemp()); os.rmdir(os.getcwd()); "
-        "from phimlx.cli.main import main; main()"
+        "from phimlx.cli.main import main; "
+        "sys.argv[1:] = ['convert', 'nano', '--mlx-path', 'out']; main()"
     )
     ended = subprocess.run(
         [sys.executable, "-c", code],
