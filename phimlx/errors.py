@@ -77,7 +77,7 @@ class SessionError(PhimlxError):
 
 
 class ResourceError(PhimlxError):
-    """The system gives this process too little: memory, open files, a working directory."""
+    """The system gives this process too little: memory, or open files."""
 
 
 def shortage(error: BaseException) -> ResourceError | None:
@@ -96,8 +96,6 @@ def shortage(error: BaseException) -> ResourceError | None:
                 "There is not enough memory.",
                 "Close other programs, raise the limit (ulimit -v), or take a smaller model.",
             )
-        if number == errno.ENOENT and getattr(seen, "filename", "") is None:  # of os.getcwd alone
-            return ResourceError("The working directory is gone.", "Change to one that is there.")
         seen = seen.__cause__ or seen.__context__
     return None
 

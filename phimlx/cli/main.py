@@ -25,11 +25,11 @@ def main() -> None:
         sys.exit(EXIT_INTERRUPTED)
     except (ImportError, OSError, MemoryError) as error:  # before there is a command
         from phimlx.errors import shortage
+        from phimlx.terminal.output import Output
 
-        found = shortage(error)
-        if found is None:
+        if shortage(error) is None:
             raise
-        sys.stderr.write(f"Error: {found}\nHint: {found.hint}\n")
+        Output().error(error)
         sys.exit(1)
 
 

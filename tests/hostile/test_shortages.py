@@ -90,5 +90,5 @@ def test_a_working_directory_that_is_gone() -> None:
     )
     assert ended.returncode == 1
     assert ended.stderr == (
-        "Error: The working directory is gone.\nHint: Change to one that is there.\n"
+        "Error: The working directory is gone.\nHint: Change to a folder that is there.\n"
     )

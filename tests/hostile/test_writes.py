@@ -12,6 +12,8 @@ from tests.hostile.disk import Disk, Killed
 from tests.hostile.scenarios import SCENARIOS, Inputs, contents, emptied, prepared
 
 LONGEST = 1000  # characters of what a failure says
+# What has come or been trained stays after an error, for the rerun to go on with.
+KEEPING = ("train", "download", "download to a folder", "convert from the Hub")
 
 
 @pytest.fixture(scope="module")
@@ -51,7 +53,7 @@ def disturbed(inputs: Inputs, name: str, how: str, at: int) -> list[str]:
         said = "Error:" + result.stderr.rpartition("Error:")[2]
         if "Error: " not in said or "unexpected" in said or len(said) > LONGEST:
             wrong.append(f"it says {said[-300:]!r}")
-        if how == "full" and name not in ("train",) and not name.startswith("download"):
+        if how == "full" and name not in KEEPING:
             rest = [path for path in contents(inputs.work) if path not in whole]
             if rest:
                 wrong.append(f"it leaves {rest}")

@@ -28,7 +28,7 @@ _SEP = re.compile(r"sep=([,;\t|])[\r\n]", re.IGNORECASE)  # a first line by whic
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
 PARQUET_ROWS = 1024  # rows that are in memory at one time
 
-LONGEST_LINE = 64 << 20  # bytes of a row
+LONGEST_LINE = 16 << 20  # bytes of a row, of which no model takes a tenth
 
 Progress = Callable[[int, int], object]
 """Takes the bytes that have been read, and how many there are."""
