@@ -11,7 +11,6 @@ import builtins
 import errno
 import io
 import os
-import signal
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -39,14 +38,12 @@ class Disk:
         at: number of the call that fails, from 0; -1 for none.
         how: "kill" before the call, "half" after half of what it writes, "full" for ENOSPC there
             and at each call after it that needs room, "broken" for EIO there alone.
-        really: a kill is a SIGKILL; otherwise nothing is written any more.
         calls: name and path of each so far.
     """
 
     root: Path
     at: int = -1
     how: str = "kill"
-    really: bool = False
     calls: list[tuple[str, str]] = field(default_factory=list)
     dead: bool = False
     full: bool = False
@@ -69,8 +66,6 @@ class Disk:
             raise OSError(errno.EIO, os.strerror(errno.EIO), path)
         if self.how == "half" and half is not None:
             half()
-        if self.really:
-            os.kill(os.getpid(), signal.SIGKILL)
         self.dead = True
         raise Killed
 

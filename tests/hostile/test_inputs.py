@@ -17,7 +17,6 @@ from tests.hostile.inputs import ROWS, kinds
 SECONDS = 10  # of CPU for one input
 PATIENCE = 120  # seconds until an input counts as hanging, whatever else the machine does
 BYTES = 1 << 30  # by which memory may grow
-EVERY = 40  # of the inputs of a kind that the quick tests meet
 
 
 class Child:
