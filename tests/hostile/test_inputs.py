@@ -85,12 +85,12 @@ def test_there_are_many() -> None:
     assert min(len(of_kind(kind)) for kind in kinds()) >= 9
 
 
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", [*kinds()])
 def test_some(child: Child, kind: str) -> None:
     meet(child, of_kind(kind)[:: max(1, len(of_kind(kind)) // 6)])
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", kinds())
+@pytest.mark.parametrize("kind", [*kinds()])
 def test_every_one(child: Child, kind: str) -> None:
     meet(child, of_kind(kind))

@@ -19,7 +19,7 @@ from typing import Any, BinaryIO, NoReturn
 
 from phimlx.errors import TrainingError, shortened
 from phimlx.extras import import_extra
-from phimlx.files import read_whole
+from phimlx.files import is_file, read_whole
 
 DELIMITERS = (",", ";", "\t", "|")
 RECORDS_TRIED = 20  # records after the header that tell one delimiter from another
@@ -386,6 +386,8 @@ def _without_mark(start: bytes) -> bytes:
 
 def _size(file: DataFile) -> int:
     try:
+        if file.path.exists() and not is_file(file.path):  # opening a pipe would wait for ever
+            raise TrainingError(f"{file.path} is not a regular file.")
         with file.path.open("rb"):
             return file.path.stat().st_size
     except OSError as error:
