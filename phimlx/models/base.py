@@ -32,7 +32,7 @@ class ForwardPass:
     Attributes:
         positions: `[batch or 1, length]`, counted from 0 in each row.
         mask: for `mx.fast.scaled_dot_product_attention`.
-        rope: cos and sin, float32 `[batch or 1, 1, length, dims / 2]`.
+        rope: cos and sin, as a `Rope` makes them and `rotate` takes them.
         cache: which each layer's keys and values go to; None where nothing is kept.
         routing: which rows use which of the checkpoint's own adapters; None where none does.
         shared: what a layer hands to later ones, by a name that they agree on.

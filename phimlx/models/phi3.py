@@ -89,10 +89,9 @@ class Attention(nn.Module):
         batch, length, _ = x.shape
         qkv = project(self.qkv_proj, x, forward.routing)
         qkv = qkv.reshape(batch, length, -1, self.head_dim).transpose(0, 2, 1, 3)
-        turned = rotate(qkv[:, : self.heads + self.kv_heads], *forward.rope)
-        queries = turned[:, : self.heads]  # [batch, heads, length, head_dim]
-        keys = turned[:, self.heads :]  # [batch, kv_heads, length, head_dim]
-        values = qkv[:, self.heads + self.kv_heads :]
+        turning, values = mx.split(qkv, [self.heads + self.kv_heads], axis=1)
+        queries, keys = mx.split(rotate(turning, *forward.rope), [self.heads], axis=1)
+        # queries: [batch, heads, length, head_dim]; keys, values: [batch, kv_heads, …]
         if forward.cache is not None:
             keys, values = forward.cache.update(self.layer, keys, values)
         out = mx.fast.scaled_dot_product_attention(

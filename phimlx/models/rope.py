@@ -93,8 +93,8 @@ class Rope:
             tables: that of each row of the batch, or one for all.
 
         Returns:
-            cos and sin, float32 `[batch or 1, 1, length, dims / 2]`, already multiplied by the
-            attention factor.
+            cos, float32 `[batch or 1, 1, length, 1, dims / 2]`, and sin, `[…, 2, dims / 2]`, below
+            zero for the first half of the channels; already multiplied by the attention factor.
         """
         used = tables if len({*tables}) > 1 else tables[:1]
         frequencies = mx.stack([self.inverse_frequencies(table) for table in used])
@@ -116,22 +116,28 @@ class Rope:
 
     def _turns(self, positions: mx.array, frequencies: mx.array) -> tuple[mx.array, mx.array]:
         """Multiply positions and frequencies, `[batch or 1, length or 1, dims / 2]`."""
-        angles = (positions.astype(mx.float32)[..., None] * frequencies)[:, None]
-        return mx.cos(angles) * self.attention_factor, mx.sin(angles) * self.attention_factor
+        angles = (positions.astype(mx.float32)[..., None] * frequencies)[:, None, :, None]
+        cos, sin = mx.cos(angles) * self.attention_factor, mx.sin(angles) * self.attention_factor
+        return cos, mx.concatenate([-sin, sin], axis=-2)
 
 
 def rotate(x: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
     """Turn the first `2 * cos.shape[-1]` channels of each head; pass the rest through.
 
+    Channel i turns with channel i + dims / 2, so the halves are seen a second time the other way
+    round, which is a view, and all is one multiply-add. Gathering them would copy them first.
+
     Args:
         x: `[batch, heads, length, head_dim]`.
-        cos, sin: `[batch or 1, 1, length, dims / 2]`, float32.
+        cos, sin: of a `Rope`, float32 `[batch or 1, 1, length, 1 or 2, dims / 2]`.
 
     The products are taken in float32 whatever the dtype of `x`, and rounded to it once.
     """
     half = cos.shape[-1]
-    first, second = _turn(x[..., :half], x[..., half : 2 * half], cos, sin)
-    return mx.concatenate([first, second, x[..., 2 * half :]], axis=-1)
+    halves = mx.unflatten(x[..., : 2 * half], -1, (2, half))  # [batch, heads, length, 2, dims / 2]
+    turned = _turn(halves, halves[..., ::-1, :], cos, sin).flatten(-2)
+    rest = x[..., 2 * half :]
+    return mx.concatenate([turned, rest], axis=-1) if rest.size else turned
 
 
 def fuse(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -149,13 +155,8 @@ def fuse(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 @fuse
-def _turn(
-    first: mx.array, second: mx.array, cos: mx.array, sin: mx.array
-) -> tuple[mx.array, mx.array]:
-    return (
-        (first * cos - second * sin).astype(first.dtype),
-        (second * cos + first * sin).astype(first.dtype),
-    )
+def _turn(x: mx.array, other: mx.array, cos: mx.array, sin: mx.array) -> mx.array:
+    return (x * cos + other * sin).astype(x.dtype)
 
 
 def _inverse_frequencies(dims: int, theta: float, factors: Sequence[float] | None) -> list[float]:
