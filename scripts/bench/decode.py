@@ -1,9 +1,12 @@
 """Tokens a second, prefill and decoding, phimlx beside mlx-lm on the same random model.
 
-    python scripts/bench/decode.py [--runs 5] [--bits 4]
+    python scripts/bench/decode.py [--runs 9] [--bits 4] [--prompt 256 1024] [--seconds 90]
+        [--cpu-time]
 
-The model has Phi-4-mini's architecture, small enough for any machine. Runs alternate, ratios are of
-medians (above 1: phimlx is quicker), and times are not comparable between machines. Needs mlx-lm.
+The model has Phi-4-mini's architecture, small enough for any machine. Runs alternate for so many
+times or seconds, in another order each time; ratios are of medians (above 1: phimlx is quicker),
+and times are not comparable between machines. --cpu-time counts what the process's threads compute,
+for a machine that others use at the same time. Needs mlx-lm.
 """
 
 from __future__ import annotations
@@ -13,9 +16,10 @@ import json
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import blas  # noqa: F401
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.utils import tree_flatten
@@ -27,7 +31,7 @@ from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 
 CONFIG = {
-    "model_type": "phi3", "hidden_size": 1024, "num_hidden_layers": 8, "num_attention_heads": 8,
+    "model_type": "phi3", "hidden_size": 1024, "num_hidden_layers": 4, "num_attention_heads": 8,
     "num_key_value_heads": 2, "intermediate_size": 2816, "vocab_size": 32000,
     "max_position_embeddings": 131072, "original_max_position_embeddings": 4096,
     "partial_rotary_factor": 0.75, "rope_theta": 10000.0, "rms_norm_eps": 1e-5,
@@ -36,22 +40,26 @@ CONFIG = {
         "type": "longrope", "short_factor": [1.0] * 48, "long_factor": [1.0 + i for i in range(48)],
     },
 }  # fmt: skip
-PROMPT, REPLY = 256, 64  # tokens
+REPLY = 32  # tokens
+
+Run = Callable[[int], tuple[float, float]]
+"""Seconds to the first token after a prompt of so many, and from there to the last."""
 
 
-def ours(folder: Path, bits: int | None) -> Callable[[], tuple[float, float]]:
+def ours(folder: Path, bits: int | None) -> Run:
     model = load_model(Checkpoint(folder), mx.float32)
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
-    engine, prompt = Engine(model), list(range(10, 10 + PROMPT))
+    engine = Engine(model)
 
-    def run() -> tuple[float, float]:
+    def run(length: int) -> tuple[float, float]:
+        prompt = list(range(10, 10 + length))
         return timed(engine.run(Request(prompt, Sampler(Sampling(), 0), REPLY)))
 
     return run
 
 
-def theirs(folder: Path, bits: int | None) -> Callable[[], tuple[float, float]]:
+def theirs(folder: Path, bits: int | None) -> Run:
     from mlx_lm.generate import generate_step
     from mlx_lm.utils import load_model as load_theirs
 
@@ -59,29 +67,39 @@ def theirs(folder: Path, bits: int | None) -> Callable[[], tuple[float, float]]:
     model.set_dtype(mx.float32)
     if bits:
         nn.quantize(model, group_size=64, bits=bits)
-    prompt = mx.arange(10, 10 + PROMPT)
 
-    def run() -> tuple[float, float]:
-        return timed(generate_step(prompt, model, max_tokens=REPLY))
+    def run(length: int) -> tuple[float, float]:
+        return timed(generate_step(mx.arange(10, 10 + length), model, max_tokens=REPLY))
 
     return run
 
 
-def timed(tokens: object) -> tuple[float, float]:
+clock = time.perf_counter
+
+
+def timed(tokens: Iterator[object]) -> tuple[float, float]:
     """Seconds to the first token, and from there to the last."""
-    start = time.perf_counter()
-    first = None
-    for _ in tokens:  # type: ignore[attr-defined]
-        first = first or time.perf_counter()
-    assert first is not None
-    return first - start, time.perf_counter() - first
+    start = clock()
+    next(tokens)
+    first = clock()
+    for _ in tokens:
+        pass
+    return first - start, clock() - first
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--runs", type=int, default=5)
+    parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--bits", type=int, default=None)
+    parser.add_argument("--prompt", type=int, nargs="+", default=[256, 1024], metavar="TOKENS")
+    parser.add_argument("--seconds", type=float, default=90, help="for all runs together")
+    parser.add_argument(
+        "--cpu-time", action="store_true", help="count CPU seconds, not the clock's"
+    )
     arguments = parser.parse_args()
+    if arguments.cpu_time:
+        global clock
+        clock = time.process_time
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         (folder / "config.json").write_text(json.dumps(CONFIG))
@@ -92,22 +110,30 @@ def main() -> None:
             "phimlx": ours(folder, arguments.bits),
             "mlx-lm": theirs(folder, arguments.bits),
         }
-        times: dict[str, list[tuple[float, float]]] = {name: [] for name in sides}
-        for run in sides.values():
-            run()
-        for _ in range(arguments.runs):
-            for name, run in sides.items():
-                times[name].append(run())
-    for index, (what, count) in enumerate([("prefill", PROMPT), ("decode", REPLY - 1)]):
-        rates = {
-            name: count / statistics.median(pair[index] for pair in pairs)
-            for name, pairs in times.items()
-        }
-        ratio = rates["phimlx"] / rates["mlx-lm"]
-        print(
-            f"{what:8} phimlx {rates['phimlx']:8.1f}/s   mlx-lm {rates['mlx-lm']:8.1f}/s   "
-            f"ratio {ratio:.2f}"
-        )
+    for run in sides.values():
+        run(16)
+    share = arguments.seconds / len(arguments.prompt)
+    for length in arguments.prompt:
+        times: dict[str, list[tuple[float, float]]] = {side: [] for side in sides}
+        end = time.perf_counter() + share
+        order = list(sides)
+        for count in range(arguments.runs):
+            if count and time.perf_counter() > end:
+                break
+            for side in order:
+                times[side].append(sides[side](length))
+            order.reverse()
+        print(f"{length} tokens, {len(times['phimlx'])} runs each")
+        for index, (what, tokens) in enumerate([("prefill", length), ("decode", REPLY - 1)]):
+            rates = {
+                side: tokens / statistics.median(pair[index] for pair in pairs)
+                for side, pairs in times.items()
+            }
+            print(
+                f"  {what:8} phimlx {rates['phimlx']:8.1f}/s   mlx-lm {rates['mlx-lm']:8.1f}/s   "
+                f"ratio {rates['phimlx'] / rates['mlx-lm']:.2f}",
+                flush=True,
+            )
 
 
 if __name__ == "__main__":
