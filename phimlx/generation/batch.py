@@ -204,16 +204,16 @@ class Batch:
         features = [prefix.features.then(placed.encode(model, prefix.encoded)) for placed in media]
         ids, mask = _padded([request.prompt[prefix.computed :] for request in requests])
         length = ids.shape[1]
-        done = 0
-        for hidden in prefill(model, ids, self._kv, attention_mask=mask, features=features):
-            done = min(length, done + hidden.shape[1])
+        pieces = prefill(model, ids, self._kv, attention_mask=mask, features=features, outputs=1)
+        for hidden in pieces:
+            done = self._kv.length - prefix.computed
             for request in requests:
                 request.reply.stats.cached_tokens = prefix.computed
                 if request.on_prefill is not None:
                     own = len(request.prompt) - prefix.computed
                     request.on_prefill(max(0, done - length + own), own)
             if done == length:
-                self._draw(hidden[:, -1:])
+                self._draw(hidden)
             else:
                 self._note_pass()
             yield

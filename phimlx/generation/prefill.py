@@ -21,6 +21,7 @@ def prefill(
     attention_mask: np.ndarray | None = None,
     features: Sequence[Features] = (),
     size: int | None = None,
+    outputs: int | None = None,
 ) -> Iterator[mx.array]:
     """Feed prompts, and yield the hidden states of each piece, `[batch, up to size, hidden]`.
 
@@ -30,6 +31,8 @@ def prefill(
         attention_mask: `[batch, length]`, 0 at padding; None where there is none.
         features: each row's, for its placeholder tokens; none where no row has such.
         size: tokens of a piece; as the device likes it where None.
+        outputs: of how many tokens of a piece, counted from its last, they are wanted; None for
+            all.
     """
     size = size or prefill_tokens()
     length = input_ids.shape[1]
@@ -44,7 +47,7 @@ def prefill(
             for row, start, end in zip(features, used, ends, strict=True):
                 given = given.then(row.between(start, end))
             used = ends
-        hidden = model.hidden_states(mx.array(piece), cache, mask, features=given)
+        hidden = model.hidden_states(mx.array(piece), cache, mask, features=given, outputs=outputs)
         if begin + size < length:
             mx.eval(cache.state)
             mx.clear_cache()

@@ -36,6 +36,8 @@ class ForwardPass:
         cache: which each layer's keys and values go to; None where nothing is kept.
         routing: which rows use which of the checkpoint's own adapters; None where none does.
         shared: what a layer hands to later ones, by a name that they agree on.
+        outputs: how many positions, counted from the end, a layer's output is wanted of; None for
+            all. Less than all is wanted of the last layer alone.
     """
 
     positions: mx.array
@@ -44,6 +46,22 @@ class ForwardPass:
     cache: Cache | None = None
     routing: Routing | None = None
     shared: dict[str, Any] = field(default_factory=dict)
+    outputs: int | None = None
+
+    def ending(self, outputs: int) -> ForwardPass:
+        """The same pass, for a last layer of which so many positions are wanted."""
+        mask = self.mask
+        if isinstance(mask, mx.array):
+            mask = mask[..., -outputs:, :]
+        elif outputs == 1:
+            mask = None  # the last one looks at all
+        return replace(self, mask=mask, outputs=outputs)
+
+    def wanted(self, x: mx.array, axis: int) -> mx.array:
+        """Take the positions along an axis, 1 or 2, whose output is wanted."""
+        if self.outputs is None:
+            return x
+        return x[:, -self.outputs :] if axis == 1 else x[:, :, -self.outputs :]
 
 
 class CausalLM(nn.Module):
@@ -145,18 +163,22 @@ class CausalLM(nn.Module):
         cache: Cache | None = None,
         attention_mask: mx.array | None = None,
         features: Features | None = None,
+        outputs: int | None = None,
     ) -> mx.array:
-        """Compute what the output head sees, `[batch, length, hidden]`; arguments as in a call.
+        """Compute what the output head sees, `[batch, outputs, hidden]`; arguments as in a call.
 
         Args:
             features: of the media that fill these tokens' placeholders, from `encode_media`.
+            outputs: how many of the tokens, counted from the last, it is wanted of; None for all.
         """
         x, forward = self._begin(input_ids, cache, attention_mask, features)
-        for layer in self.layers:
+        *layers, last = self.layers
+        for layer in layers:
             x = layer(x, forward)
+        x = last(x, forward.ending(outputs or input_ids.shape[1]))
         if cache is not None:
             cache.commit()
-        return self.norm(x[:, -input_ids.shape[1] :])
+        return self.norm(x)
 
     def _begin(
         self,

@@ -87,7 +87,7 @@ class Attention(nn.Module):
         keys = heads(project(self.k_proj, x, routing))
         if self.qk_layernorm:
             queries, keys = self.q_layernorm(queries), self.k_layernorm(keys)
-        queries = rotate(queries.transpose(0, 2, 1, 3), *forward.rope)
+        queries = forward.wanted(rotate(queries.transpose(0, 2, 1, 3), *forward.rope), axis=2)
         keys = rotate(keys.transpose(0, 2, 1, 3), *forward.rope)
         values = heads(project(self.v_proj, x, routing)).transpose(0, 2, 1, 3)
         if forward.cache is not None:
@@ -97,7 +97,7 @@ class Attention(nn.Module):
         out = mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=self.head_dim**-0.5, mask=forward.mask
         )
-        out = out.transpose(0, 2, 1, 3).reshape(batch, length, -1).astype(x.dtype)
+        out = out.transpose(0, 2, 1, 3).flatten(2).astype(x.dtype)
         return project(self.dense, out, routing)
 
 
@@ -123,7 +123,9 @@ class DecoderLayer(nn.Module):
 
     def __call__(self, x: mx.array, forward: ForwardPass) -> mx.array:
         normed = self.input_layernorm(x)
-        return x + self.self_attn(normed, forward) + self.mlp(normed, forward)
+        attended = self.self_attn(normed, forward)
+        x, normed = forward.wanted(x, axis=1), forward.wanted(normed, axis=1)
+        return x + attended + self.mlp(normed, forward)
 
 
 class PhiModel(nn.Module):

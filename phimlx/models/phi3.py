@@ -92,12 +92,13 @@ class Attention(nn.Module):
         turning, values = mx.split(qkv, [self.heads + self.kv_heads], axis=1)
         queries, keys = mx.split(rotate(turning, *forward.rope), [self.heads], axis=1)
         # queries: [batch, heads, length, head_dim]; keys, values: [batch, kv_heads, …]
+        queries = forward.wanted(queries, axis=2)
         if forward.cache is not None:
             keys, values = forward.cache.update(self.layer, keys, values)
         out = mx.fast.scaled_dot_product_attention(
             queries, keys, values, scale=self.head_dim**-0.5, mask=forward.mask
         )
-        out = out.transpose(0, 2, 1, 3).reshape(batch, length, -1)
+        out = out.transpose(0, 2, 1, 3).flatten(2)
         return project(self.o_proj, out, forward.routing)
 
 
@@ -122,7 +123,7 @@ class DecoderLayer(nn.Module):
         self.post_attention_layernorm = nn.RMSNorm(config.hidden_size, eps=config.norm_eps)
 
     def __call__(self, x: mx.array, forward: ForwardPass) -> mx.array:
-        x = x + self.self_attn(self.input_layernorm(x), forward)
+        x = forward.wanted(x, axis=1) + self.self_attn(self.input_layernorm(x), forward)
         return x + self.mlp(self.post_attention_layernorm(x), forward)
 
 
