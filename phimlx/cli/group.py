@@ -28,6 +28,7 @@ COMMANDS = {
     "train": ("phimlx.cli.train", "Fine-tune a model on your own data."),
     "fuse": ("phimlx.cli.fuse", "Merge an adapter into a model's weights."),
     "evaluate": ("phimlx.cli.evaluate", "Measure how well a model does on data."),
+    "bench": ("phimlx.cli.bench", "Measure how fast a model is on this machine."),
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),
     "doctor": ("phimlx.cli.doctor", "Check this machine and installation."),
     "demo": ("phimlx.cli.demo", "See everything at work on the small models that come along."),

@@ -54,7 +54,9 @@ def ours(folder: Path, bits: int | None) -> Run:
 
     def run(length: int) -> tuple[float, float]:
         prompt = list(range(10, 10 + length))
-        return timed(engine.run(Request(prompt, Sampler(Sampling(), 0), REPLY)))
+        return timed(
+            engine.run(Request(prompt, Sampler(Sampling(), 0), REPLY, prompt_lookup=False))
+        )
 
     return run
 
