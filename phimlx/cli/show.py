@@ -42,6 +42,7 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
     from phimlx import catalog
     from phimlx.errors import ModelAbsentError
     from phimlx.hub.resolve import find_local_gguf, resolve
+    from phimlx.machine.device import emulates_bfloat16
 
     shape: Shape
     output = Output(json=as_json)
@@ -69,6 +70,7 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
         )
     contexts = sorted({min(SHORT_CONTEXT, longest), longest}) if context is None else [context]
     about |= memory(shape, about, contexts)
+    about["float16_pays"] = "BF16" in about["dtype"] and emulates_bfloat16()
     about |= image_memory(shape, about)
     if about["path"] is None:
         about |= quantizations(shape, about, contexts[0])
@@ -331,6 +333,8 @@ def print_description(about: dict[str, Any], output: Output) -> None:
     output.text(
         f"It {context_that_fits(about['longest_context_here'], about['context_length'], here)}."
     )
+    if about["float16_pays"]:
+        output.text("This chip emulates bfloat16: with --dtype float16 it reads prompts quicker.")
     if "picture" in about:
         picture = about["picture"]
         output.text(

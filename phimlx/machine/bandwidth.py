@@ -7,7 +7,6 @@ that a chip can give.
 from __future__ import annotations
 
 import plistlib
-import re
 import subprocess
 import sys
 import time
@@ -104,8 +103,3 @@ def measured_bandwidth(nbytes: int = COPIED) -> Bandwidth:
         mx.eval(source + 1)
         seconds.append(time.perf_counter() - start)
     return Bandwidth(2 * nbytes / min(seconds), "measured")
-
-
-def emulates_bfloat16(chip: str) -> bool:
-    """Whether a chip's GPU has no bfloat16 of its own, so that float16 is quicker: M1 and M2."""
-    return re.match(r"Apple M[12]\b", chip) is not None

@@ -6,6 +6,8 @@ change while the process lives.
 
 from __future__ import annotations
 
+import re
+
 import mlx.core as mx
 
 
@@ -22,6 +24,14 @@ def backend() -> str:
 def device_name() -> str:
     """Name the default device as its maker does, such as "Apple M4 Pro"."""
     return str(mx.device_info(mx.default_device()).get("device_name", "unnamed device"))
+
+
+def emulates_bfloat16() -> bool:
+    """Whether the GPU has no bfloat16 of its own, so that float16 is quicker: that of M1 and M2.
+
+    Users measured prompts to be read by 20 to 34 % quicker there.
+    """
+    return backend() == "metal" and re.match(r"Apple M[12]\b", device_name()) is not None
 
 
 def suited(*, gpu: int, cpu: int) -> int:

@@ -18,6 +18,7 @@ from phimlx.sizes import size_text
 OLDEST_MACOS = (14, 0)  # of MLX's wheels
 HUB_SECONDS = 5  # to wait for an answer
 CUDA_PACKAGE = "mlx-cuda-12"
+USE_FLOAT16 = "with --dtype float16 a model that is stored in it reads prompts quicker."
 USE_CUDA = f"pip install --force-reinstall --no-deps {CUDA_PACKAGE}"
 
 
@@ -78,11 +79,12 @@ def _system() -> Finding:
 
 
 def _backend() -> Finding:
-    from phimlx.machine.device import backend, device_name
+    from phimlx.machine.device import backend, device_name, emulates_bfloat16
 
     name = {"metal": "Metal", "cuda": "CUDA"}.get(backend())
     if name is not None:
-        return Finding("backend", f"{name}, {device_name()}")
+        hint = f"This chip emulates bfloat16: {USE_FLOAT16}" if emulates_bfloat16() else None
+        return Finding("backend", f"{name}, {device_name()}", hint=hint)
     if sys.platform == "darwin":
         hint = "This macOS offers MLX no Metal device; a virtual machine may hide it."
     elif _is_installed(CUDA_PACKAGE):

@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator
 from pathlib import Path
 
+import mlx.core as mx
 import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
@@ -14,7 +15,7 @@ from convert import Quantization, convert
 from phimlx import catalog
 from phimlx.cli.group import cli
 from phimlx.machine.memory import cache_bytes_per_token, footprint, longest_context
-from tests.convert.tiny import MINI, PHI_4, write_model
+from tests.convert.tiny import MINI, PHI_4, parameters, write_model
 from tests.hub.loopback_hub import Hub, serve_alone
 
 
@@ -144,8 +145,8 @@ def test_json(tmp_path: Path) -> None:
     result = run("./mini", "--context", "100", "--json")
     assert result.exit_code == 0
     assert result.stderr == ""
-    parameters = 67_904 - 48 * 64
-    nbytes = (parameters - 320) * 3 // 4 + 4 * 320  # a scale and a bias of 4 bytes for 32 weights
+    count = 67_904 - 48 * 64
+    nbytes = (count - 320) * 3 // 4 + 4 * 320  # a scale and a bias of 4 bytes for 32 weights
     cache, working = 100 * 2 * 2 * 2 * 16 * 4, 100 * (6 * 96 + 12 * 64) * 4
     assert json.loads(result.stdout) == {
         "name": "mini",
@@ -153,10 +154,10 @@ def test_json(tmp_path: Path) -> None:
         "download": None,
         "repository": None,
         "architecture": "phi3",
-        "parameters": parameters,
+        "parameters": count,
         "whole_parameters": 0,
         "bytes": nbytes,
-        "bits_per_weight": 8 * nbytes / parameters,
+        "bits_per_weight": 8 * nbytes / count,
         "dtype": "F32",
         "bits": 4,
         "group_size": 32,
@@ -180,7 +181,21 @@ def test_json(tmp_path: Path) -> None:
         ],
         "machine_memory": 16_000_000_000,
         "longest_context_here": 256,
+        "float16_pays": False,
     }
+
+
+@pytest.mark.parametrize("dtype", [mx.bfloat16, mx.float16], ids=str)
+def test_float16_is_advised_where_bfloat16_is_emulated(
+    dtype: mx.Dtype, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phimlx.machine.device.emulates_bfloat16", lambda: True)
+    weights = {name: array.astype(dtype) for name, array in parameters(MINI).items()}
+    write_model(tmp_path / "m", MINI, weights)
+    pays = dtype == mx.bfloat16
+    assert json.loads(run(tmp_path / "m", "--json").stdout)["float16_pays"] is pays
+    advice = "This chip emulates bfloat16: with --dtype float16 it reads prompts quicker."
+    assert (advice in run(tmp_path / "m").stdout) is pays
 
 
 def test_no_weight_is_read(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -13,7 +13,6 @@ from phimlx.machine import bandwidth
 from phimlx.machine.bandwidth import (
     PUBLISHED,
     Bandwidth,
-    emulates_bfloat16,
     gpu_cores,
     measured_bandwidth,
     memory_bandwidth,
@@ -81,10 +80,3 @@ def test_cores_of_a_mac(monkeypatch: pytest.MonkeyPatch, printed: bytes, cores: 
     assert gpu_cores() is None
     monkeypatch.setattr(sys, "platform", "darwin")
     assert gpu_cores() == cores
-
-
-def test_chips_that_emulate_bfloat16() -> None:
-    emulating = [chip for chip in PUBLISHED if emulates_bfloat16(f"Apple {chip}")]
-    assert emulating == [chip for chip in PUBLISHED if chip[:2] in ("M1", "M2")]
-    assert not emulates_bfloat16("Apple M10")
-    assert not emulates_bfloat16("AMD EPYC")

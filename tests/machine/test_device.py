@@ -6,7 +6,10 @@ import mlx.core as mx
 import pytest
 
 from phimlx import catalog
-from phimlx.machine.device import crops_at_once, on_gpu, prefill_tokens
+from phimlx.machine import device, doctor
+from phimlx.machine.bandwidth import PUBLISHED
+from phimlx.machine.device import crops_at_once, emulates_bfloat16, on_gpu, prefill_tokens
+from phimlx.machine.doctor import Finding
 from phimlx.machine.memory import footprint, longest_context, picture_bytes
 from phimlx.models.phi4mm.config import VisionConfig
 
@@ -28,3 +31,24 @@ def test_a_device_chosen_after_import_counts(monkeypatch: pytest.MonkeyPatch) ->
     monkeypatch.setattr(mx, "default_device", lambda: mx.Device(mx.gpu, 0))
     assert (on_gpu(), prefill_tokens(), crops_at_once()) == (True, 2048, 4)
     assert all(now > then for now, then in zip(sizes(), before, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("backend", "name", "emulates"),
+    [("metal", f"Apple {chip}", chip[:2] in ("M1", "M2")) for chip in PUBLISHED]
+    + [("metal", "Apple M10", False), ("cpu", "Apple M1", False), ("cuda", "NVIDIA H200", False)],
+)
+def test_chips_that_emulate_bfloat16(
+    backend: str, name: str, emulates: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(device, "backend", lambda: backend)
+    monkeypatch.setattr(device, "device_name", lambda: name)
+    assert emulates_bfloat16() is emulates
+    if backend == "metal":
+        hint = (
+            "This chip emulates bfloat16: with --dtype float16 a model that is stored in it reads "
+            "prompts quicker."
+        )
+        assert doctor._backend() == Finding(
+            "backend", f"Metal, {name}", hint=hint if emulates else None
+        )
