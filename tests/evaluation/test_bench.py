@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,14 +13,16 @@ import mlx.nn as nn
 import pytest
 
 from phimlx.checkpoint.load import build_model
+from phimlx.errors import PhimlxError
 from phimlx.evaluation import bench
 from phimlx.evaluation.bench import BenchReport, BenchSettings, ContextSpeed
+from phimlx.evaluation.mlx_lm_speed import load_mlx_lm
 from phimlx.generation.engine import Engine
 from phimlx.generation.prefill import prefill
 from phimlx.machine.bandwidth import Bandwidth
 from phimlx.machine.device import prefill_tokens
 from phimlx.models.base import CausalLM
-from scripts.bench.operations import SHAPES
+from scripts.bench.operations import SHAPES, write_model
 
 SETTINGS = BenchSettings(contexts=(8, 16), tokens=3, runs=1, rows=(1, 2))
 LAYER_MINI = 384 * (384 + 2 * 128) + 384 * 384 + 384 * 128 + 64 * 384 + 2 * 384
@@ -190,3 +194,42 @@ def test_the_same_tokens_are_drawn_each_time() -> None:
     assert drawn == bench.some_tokens(phi, 500)
     assert drawn != bench.some_tokens(phi, 500, seed=1)
     assert set(drawn) <= set(range(64)) - {3, 5}
+
+
+@pytest.mark.parametrize(
+    ("script", "answers"), [("echo hello", True), ("true", True), ("echo no >&2; exit 1", False)]
+)
+def test_the_first_token_of_a_command(
+    script: str, answers: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    program = tmp_path / "python"
+    program.write_text(f'#!/bin/sh\necho "$@" >> {tmp_path}/asked\n{script}\n')
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    seconds = bench.first_token_seconds(Path("a model"), 2, ["--dtype", "float32"])
+    assert (seconds is not None) is answers
+    asked = (tmp_path / "asked").read_text().splitlines()
+    line = "-m phimlx generate --raw --prompt Hello --max-tokens 1 --model a model --dtype float32"
+    assert asked == [line] * (2 if answers else 1)
+
+
+@pytest.fixture
+def uncompiled() -> Iterator[None]:
+    """Keeps MLX from starting a C++ compiler for what mlx-lm compiles."""
+    mx.disable_compile()
+    yield
+    mx.enable_compile()
+
+
+@pytest.mark.usefixtures("uncompiled")
+def test_a_turn_of_mlx_lm(tmp_path: Path) -> None:
+    write_model(tmp_path / "mini", {**SHAPES["phi-4-mini"], "num_hidden_layers": 1})
+    generate = load_mlx_lm(tmp_path / "mini", mx.float16)
+    assert min(generate([1, 2, 3], 3)) > 0
+
+
+def test_what_mlx_lm_cannot_load_is_named(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text('{"model_type": "phi9"}')
+    with pytest.raises(PhimlxError, match=r"^mlx-lm cannot load .*\.$") as raised:
+        load_mlx_lm(tmp_path)
+    assert raised.value.hint == "Leave out --vs; mlx-lm reads text models in MLX format."
