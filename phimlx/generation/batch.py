@@ -123,9 +123,11 @@ class Batch:
         if not waits and any(request.remaining > 1 for request in self.requests):
             self._recompute_crossing_rows()
             self._feed(drawn)
+        # Indexing first would be one more operation, which waits behind the pass just begun.
+        rows: list[list[int]] = drawn.tolist()  # type: ignore[assignment]
         if len(self.requests) > 1:
-            return drawn[:, 0].tolist()  # type: ignore[return-value]
-        tokens = self._verify(drawn)
+            return [row[0] for row in rows]
+        tokens = self._verify(rows[0])
         if lookup is not None:
             lookup.extend(tokens)
         if waits:
@@ -147,11 +149,10 @@ class Batch:
             self._lookup.extend(request.tokens[len(self._lookup) :])
         return self._lookup
 
-    def _verify(self, drawn: mx.array) -> list[int]:
-        """Find the tokens that the row's last pass gave: as many drafted ones as were drawn too,
-        and the one behind them. The cache and the sampler forget the rest of the draft."""
+    def _verify(self, tokens: list[int]) -> list[int]:
+        """Find those of the drawn tokens that the row's last pass gave: as many as were drafted
+        too, and the one behind them. The cache and the sampler forget the rest of the draft."""
         draft = self._draft
-        tokens: list[int] = drawn[0].tolist()  # type: ignore[assignment]
         if not draft:
             return tokens[:1]
         pairs = zip(tokens, draft, strict=False)

@@ -1,6 +1,6 @@
 """Tokens a second, prefill and decoding, phimlx beside mlx-lm on the same random model.
 
-    python scripts/bench/decode.py [--runs 9] [--bits 4] [--prompt 256 1024] [--seconds 90]
+    python scripts/bench/decode.py [--runs 9] [--bits 4] [--prompt 256 1024] [--seconds 60]
         [--cpu-time]
 
 The model has Phi-4-mini's architecture, small enough for any machine. Runs alternate for so many
@@ -94,7 +94,7 @@ def main() -> None:
     parser.add_argument("--runs", type=int, default=9)
     parser.add_argument("--bits", type=int, default=None)
     parser.add_argument("--prompt", type=int, nargs="+", default=[256, 1024], metavar="TOKENS")
-    parser.add_argument("--seconds", type=float, default=90, help="for all runs together")
+    parser.add_argument("--seconds", type=float, default=60, help="for all runs together")
     parser.add_argument(
         "--cpu-time", action="store_true", help="count CPU seconds, not the clock's"
     )
