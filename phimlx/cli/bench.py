@@ -99,6 +99,8 @@ def command(
     """
     from phimlx.evaluation import bench
 
+    if peer is not None and adapter is not None:
+        raise click.UsageError("--vs times the model alone: leave out --adapter-path.")
     output = Output(json=as_json)
     if plot is not None:
         from phimlx.evaluation.bench_plot import check_plot

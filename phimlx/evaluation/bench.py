@@ -25,6 +25,7 @@ from phimlx.generation.engine import Engine
 from phimlx.generation.prefill import prefill
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.machine.active_memory import ACTIVE_MEMORY
 from phimlx.machine.bandwidth import Bandwidth
 from phimlx.machine.device import backend, device_name, prefill_tokens
 from phimlx.machine.memory import cache_bytes_per_token, longest_context, machine_memory
@@ -50,7 +51,7 @@ class ContextSpeed:
         prefill, decode: tokens a second.
         bytes_per_token: read from memory for each decoded token.
         ceiling: tokens a second at which memory would be read without a pause.
-        peak_memory: bytes.
+        peak_memory: bytes, the weights among them.
         mlx_lm_prefill, mlx_lm_decode: mlx-lm's tokens a second; None where it was not asked.
     """
 
@@ -176,8 +177,7 @@ def fitting_contexts(phi: Phi, settings: BenchSettings, copies: int = 1) -> list
 
     Where none does, half of what would.
     """
-    weights = copies * sum(array.nbytes for _, array in _parameters(phi.model))
-    itemsize = _itemsize(phi.model)
+    weights, itemsize = copies * _weights(phi.model), _itemsize(phi.model)
     here = longest_context(phi.model.config, weights, machine_memory(), itemsize)
     most = min(phi.context_length, here) - settings.tokens
     fitting = [context for context in sorted(set(settings.contexts)) if context <= most]
@@ -197,20 +197,21 @@ def measure_context(
 
     def ours() -> tuple[float, float]:
         nonlocal peak
-        request = _request(prompt, settings.tokens)
+        request, before = _request(prompt, settings.tokens), mx.get_active_memory()
         for _ in phi.engine.run(request):
             pass
         stats = request.reply.stats
-        peak = max(peak, stats.peak_memory)
+        peak = max(peak, stats.peak_memory - before)
         return stats.prefill_seconds, stats.generate_seconds
 
-    for run in range(settings.runs):
-        for own in (True, False) if run % 2 == 0 else (False, True):
-            if own:
-                times[own].append(ours())
-            elif theirs is not None:
-                times[own].append(theirs(prompt, settings.tokens))
-        mx.clear_cache()
+    with ACTIVE_MEMORY.held():
+        for run in range(settings.runs):
+            for own in (True, False) if run % 2 == 0 else (False, True):
+                if own:
+                    times[own].append(ours())
+                elif theirs is not None:
+                    times[own].append(theirs(prompt, settings.tokens))
+            mx.clear_cache()
     prefilled, decoded = _rates(times[True], context, settings.tokens)
     their_rates = _rates(times[False], context, settings.tokens) if theirs else (None, None)
     nbytes = bytes_per_token(phi.model, context + settings.tokens // 2)
@@ -220,7 +221,7 @@ def measure_context(
         decoded,
         nbytes,
         bandwidth.bytes_per_second / nbytes,
-        peak,
+        _weights(phi.model) + peak,
         *their_rates,
     )
 
@@ -296,15 +297,16 @@ def measure_pass_cost(
         pass
     mx.eval(cache.state)
     seconds: dict[int, list[float]] = {count: [] for count in range(1, most + 1)}
-    for run in range(runs + 1):
-        for count, times in seconds.items():
-            start = time.perf_counter()
-            tokens = mx.array([prompt[held : held + count]])
-            hidden = model.hidden_states(tokens, cache, features=TEXT)
-            mx.eval(mx.argmax(model.head(hidden), axis=-1))
-            if run:  # the first warms up
-                times.append(time.perf_counter() - start)
-            cache.trim(held)
+    with ACTIVE_MEMORY.held():
+        for run in range(runs + 1):
+            for count, times in seconds.items():
+                start = time.perf_counter()
+                tokens = mx.array([prompt[held : held + count]])
+                hidden = model.hidden_states(tokens, cache, features=TEXT)
+                mx.eval(mx.argmax(model.head(hidden), axis=-1))
+                if run:  # the first warms up
+                    times.append(time.perf_counter() - start)
+                cache.trim(held)
     return curve(seconds)
 
 
@@ -380,6 +382,11 @@ def _count(requests: Sequence[Request]) -> int:
 def _itemsize(model: CausalLM) -> int:
     """Bytes of a number as the model computes."""
     return model.embed(mx.zeros((1, 1), mx.int32)).dtype.size
+
+
+def _weights(model: CausalLM) -> int:
+    """Bytes of all parameters."""
+    return sum(array.nbytes for _, array in _parameters(model))
 
 
 def _parameters(module: nn.Module) -> Any:

@@ -28,13 +28,13 @@ def draw_png(report: BenchReport, path: Path) -> None:
     figure.suptitle(f"{report.model} in {report.dtype} on {report.device}")
     lengths = [speed.context for speed in report.contexts]
     decode, prefill, cost = figure.subplots(1, 3)
-    decode.plot(lengths, [speed.ceiling for speed in report.contexts], "--", label="at most")
-    decode.plot(lengths, [speed.decode for speed in report.contexts], "o-", label="phimlx")
-    prefill.plot(lengths, [speed.prefill for speed in report.contexts], "o-", label="phimlx")
+    decode.plot(lengths, [speed.ceiling for speed in report.contexts], "--k", label="at most")
+    decode.plot(lengths, [speed.decode for speed in report.contexts], "o-C0", label="phimlx")
+    prefill.plot(lengths, [speed.prefill for speed in report.contexts], "o-C0", label="phimlx")
     if any(speed.mlx_lm_decode is not None for speed in report.contexts):
         for axes, name in ((decode, "mlx_lm_decode"), (prefill, "mlx_lm_prefill")):
             theirs = [getattr(speed, name) for speed in report.contexts]
-            axes.plot(lengths, theirs, "s-", label="mlx-lm")
+            axes.plot(lengths, theirs, "s-C1", label="mlx-lm")
     if report.pass_cost is not None:
         cost.plot(*zip(*report.pass_cost.points, strict=True), "o-")
     for axes, title, label in (
@@ -44,6 +44,7 @@ def draw_png(report: BenchReport, path: Path) -> None:
     ):
         axes.set_title(title)
         axes.set_xlabel(label)
+        axes.margins(y=0.1)
         axes.set_ylim(bottom=0)
         axes.grid(alpha=0.3)
         if axes is not cost:

@@ -186,7 +186,14 @@ def test_without_matplotlib_nothing_is_measured(
 
 
 @pytest.mark.parametrize(
-    "arguments", [("--tokens", "1"), ("--runs", "0"), ("--context", "0"), ("--vs", "vllm")]
+    "arguments",
+    [
+        ("--tokens", "1"),
+        ("--runs", "0"),
+        ("--context", "0"),
+        ("--vs", "vllm"),
+        ("--vs", "mlx-lm", "--adapter-path", "mine"),
+    ],
 )
 def test_wrong_usage(arguments: tuple[str, ...]) -> None:
     assert run(*arguments).exit_code == 2
