@@ -77,7 +77,7 @@ SHOWN_PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 @json_option
 def command(
     model: str | None,
-    adapter: Path | None,
+    adapter: str | None,
     dtype: str | None,
     contexts: tuple[int, ...],
     rows: tuple[int, ...],
@@ -133,7 +133,7 @@ def measure(
     phi: Phi,
     report: BenchReport,
     settings: BenchSettings,
-    adapter: Path | None,
+    adapter: str | None,
     dtype: str | None,
     peer: str | None,
     output: Output,
@@ -163,7 +163,7 @@ def measure(
     except OSError as failure:
         output.warning(f"The cost of passes could not be kept: {reason(failure)}.")
     flags = [] if dtype is None else ["--dtype", dtype]
-    flags += [] if adapter is None else ["--adapter-path", str(adapter)]
+    flags += [] if adapter is None else ["--adapter-path", adapter]
     with output.status("Starting a command…"):
         report.first_token_seconds = bench.first_token_seconds(phi.path, settings.runs, flags)
     report.complete = True
