@@ -36,7 +36,7 @@ SHOWN_PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     metavar="TOKENS",
     type=COUNT,
     multiple=True,
-    help="Length of a prompt; may be given again  [default: 512, 4096, 16384, 32768]",
+    help="Length of a prompt; may be given again  [default: 128, 512, 4096, 16384, 32768]",
 )
 @click.option(
     "--batch-size",

@@ -34,7 +34,7 @@ from phimlx.models.base import CausalLM
 from phimlx.models.features import TEXT
 from phimlx.models.registry import part_of
 
-CONTEXTS = (512, 4096, 16384, 32768)  # tokens of the prompt
+CONTEXTS = (128, 512, 4096, 16384, 32768)  # tokens of the prompt
 ROWS = (1, 4, 8)
 PASS_TOKENS = 32  # of the longest pass whose cost is measured
 FIRST_TOKEN_SECONDS = 600  # to wait for a child's
