@@ -285,12 +285,12 @@ def measure_pass_cost(
 ) -> PassCost:
     """Measure passes over 1 … `most` tokens behind a prompt, each awaited, in turn.
 
-    The prompt is cut so that no pass crosses the LongRoPE step or leaves the context.
+    The prompt is cut so that no pass leaves the context or needs other rope factors than it has.
     """
     rope, longest = model.config.rope, model.config.max_position_embeddings
     held = max(1, min(len(prompt), longest - most))
-    if rope.is_long(held) != rope.is_long(held + most):
-        held = max(1, rope.original_max_position_embeddings - most)
+    while held > 1 and rope.table(held) != rope.table(held + most):
+        held //= 2
     prompt = (prompt * (1 + (held + most) // len(prompt)))[: held + most]
     cache = model.make_cache()
     for _ in prefill(model, np.array([prompt[:held]]), cache, outputs=1):

@@ -41,9 +41,9 @@ def test_every_bit_is_that_of_the_published_formula(
     x = fused.transpose(0, 2, 1, 3)[:, :COUNT]  # strided, as out of a fused projection
     rope = Rope(dims, 10000.0, attention_factor=1.1902380714238083)
     positions = mx.array([[0, 1, 77, 4096, 131071], [3, 4, 5, 6, 7]])[:rows]
-    frequencies = rope.short_inverse_frequencies
+    frequencies = rope.inverse_frequencies(0)
     angles = positions.astype(mx.float32)[:, None, :, None] * frequencies
-    turned = rotate(x, *rope(positions, [False] * BATCH))
+    turned = rotate(x, *rope(positions, [0] * BATCH))
     assert turned.dtype == dtype
     assert mx.array_equal(turned, published(x, angles, rope.attention_factor)).item()
 
@@ -51,17 +51,17 @@ def test_every_bit_is_that_of_the_published_formula(
 def test_rows_turn_by_their_own_factors() -> None:
     rope = Rope(4, 10000.0, (1.0, 1.0), (2.0, 3.0), original_max_position_embeddings=8)
     x, positions = mx.random.normal((BATCH, COUNT, LENGTH, 6)), mx.arange(LENGTH)[None]
-    mixed = rotate(x, *rope(positions, [False, True]))
-    for row, long in enumerate([False, True]):
-        alone = rotate(x[row : row + 1], *rope(positions, [long]))
+    mixed = rotate(x, *rope(positions, [0, 1]))
+    for row, table in enumerate([0, 1]):
+        alone = rotate(x[row : row + 1], *rope(positions, [table]))
         assert mx.array_equal(mixed[row : row + 1], alone).item()
 
 
 def test_angles_keep_their_precision_at_the_last_position() -> None:
     # Metal's mx.fast.rope takes cos and sin by functions that are off by 1e-2 here.
     rope, position = Rope(128, 10000.0), 131071
-    cos, sin = rope(mx.array([[position]]), [False])
-    for index, frequency in enumerate(rope.short_inverse_frequencies.tolist()):
+    cos, sin = rope(mx.array([[position]]), [0])
+    for index, frequency in enumerate(rope.inverse_frequencies(0).tolist()):
         angle = mx.array(position, mx.float32) * mx.array(frequency)
         exact = float(angle.item())  # rounded to float32, as the reference rounds it
         assert cos[0, 0, 0, 0, index].item() == pytest.approx(math.cos(exact), abs=1e-6)
@@ -70,5 +70,5 @@ def test_angles_keep_their_precision_at_the_last_position() -> None:
 
 def test_what_does_not_turn_passes_through_whatever_it_is() -> None:
     x = mx.full((1, 1, 1, 4), mx.inf)
-    turned = rotate(x, *Rope(2, 10000.0)(mx.array([[1]]), [False]))
+    turned = rotate(x, *Rope(2, 10000.0)(mx.array([[1]]), [0]))
     assert turned[..., 2:].tolist() == [[[[math.inf, math.inf]]]]
