@@ -18,8 +18,8 @@ def inputs_of(batch: Batch, rope: Rope) -> dict[str, mx.array]:
 
     Returns:
         tokens, positions, target_indices, targets, weights and, of packed rows, segments as in
-        `Batch`; cos and sin, float32 `[rows, 1, length, dims / 2]`, from the table that each
-        example's own length calls for.
+        `Batch`; cos and sin, as a `Rope` makes them, from the table that each example's own length
+        calls for.
     """
     names = ("tokens", "positions", "target_indices", "targets", "weights", "segments")
     arrays = {name: getattr(batch, name) for name in names}
