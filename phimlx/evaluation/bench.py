@@ -33,6 +33,7 @@ from phimlx.machine.pass_cost import PassCost
 from phimlx.models.base import CausalLM
 from phimlx.models.features import TEXT
 from phimlx.models.registry import part_of
+from phimlx.models.rope import Rope
 
 CONTEXTS = (128, 512, 4096, 16384, 32768)  # tokens of the prompt
 ROWS = (1, 4, 8)
@@ -111,7 +112,8 @@ class BenchSettings:
     """What to measure.
 
     Attributes:
-        contexts: tokens of the prompts; those that do not fit are left out.
+        contexts: tokens of the prompts; those that do not fit are left out. One behind which the
+            reply would cross the LongRoPE step, where all is computed again, is shortened.
         tokens: decoded behind each.
         runs: of each measurement; medians are reported.
         rows: requests that are decoded together.
@@ -144,7 +146,7 @@ def measure(
     """
     assert report.bandwidth is not None
     contexts = fitting_contexts(phi, settings, copies=1 if theirs is None else 2)
-    left_out = [context for context in settings.contexts if context not in contexts]
+    left_out = [context for context in settings.contexts if context > max(contexts, default=0)]
     if left_out:
         report.notes.append(f"Left out, since they do not fit: {_listed(left_out)} tokens.")
     for context in contexts:
@@ -181,7 +183,16 @@ def fitting_contexts(phi: Phi, settings: BenchSettings, copies: int = 1) -> list
     here = longest_context(phi.model.config, weights, machine_memory(), itemsize)
     most = min(phi.context_length, here) - settings.tokens
     fitting = [context for context in sorted(set(settings.contexts)) if context <= most]
-    return fitting or ([most // 2] if most > 1 else [])
+    fitting = fitting or ([most // 2] if most > 1 else [])
+    rope = phi.model.config.rope
+    return sorted({_before_step(rope, context, settings.tokens) for context in fitting})
+
+
+def _before_step(rope: Rope, context: int, tokens: int) -> int:
+    """Shorten a context behind which so many tokens would come to need other rope factors."""
+    shorter = context - tokens
+    same = rope.table(context) == rope.table(context + tokens)
+    return context if same or shorter < 1 else shorter
 
 
 def measure_context(
@@ -261,6 +272,7 @@ def _rate_of_rows(phi: Phi, rows: int, context: int, tokens: int) -> float | Non
     # Those that begin to be decoded first go on until the last has had its tokens.
     pieces = rows * (1 + context // prefill_tokens())
     most = min(tokens + pieces, phi.context_length - context)
+    context = _before_step(phi.model.config.rope, context, most)
     requests = [_request(some_tokens(phi, context, seed), most) for seed in range(rows)]
     engine.add(*requests)
     try:

@@ -19,6 +19,8 @@ from phimlx.evaluation.bench import BenchReport, BenchSettings, ContextSpeed
 from phimlx.evaluation.mlx_lm_speed import load_mlx_lm
 from phimlx.generation.engine import Engine
 from phimlx.generation.prefill import prefill
+from phimlx.generation.request import Request
+from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.machine.bandwidth import Bandwidth
 from phimlx.machine.device import prefill_tokens
 from phimlx.models.base import CausalLM
@@ -107,6 +109,21 @@ def test_contexts_that_fit(
     monkeypatch.setattr(bench, "machine_memory", lambda: memory)
     phi = phi_of(tiny("phi-4-mini"), context_length)
     assert bench.fitting_contexts(phi, SETTINGS, copies) == expected
+
+
+def test_no_reply_crosses_the_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    phi = phi_of(tiny("phi-4-mini"))  # which steps at 256 tokens
+    settings = BenchSettings(contexts=(250, 253, 254, 256, 257), tokens=3)
+    assert bench.fitting_contexts(phi, settings) == [250, 251, 253, 257]
+    begun: list[int] = []
+
+    def noted(prompt: list[int], tokens: int) -> Request:
+        begun.append(len(prompt))
+        return Request(prompt, Sampler(Sampling(), 0), tokens)
+
+    monkeypatch.setattr(bench, "_request", noted)
+    assert bench.measure_rows(phi, 2, 255, SETTINGS) is not None
+    assert begun == [250, 250]  # a reply may have 5 tokens: 3, and 2 while the other row begins
 
 
 def test_two_models_leave_less_room(monkeypatch: pytest.MonkeyPatch) -> None:
