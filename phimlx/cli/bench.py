@@ -211,7 +211,9 @@ def print_report(report: BenchReport, output: Output) -> None:
             for speed in report.contexts
         ]
         output.text()
-        output.table([*columns, *(("prefill", "decode × mlx-lm") if compared else ())], rows)
+        output.table(
+            [*columns, *(("prefill × mlx-lm", "decode × mlx-lm") if compared else ())], rows
+        )
     if report.rows:
         alone = report.rows[0].decode / report.rows[0].rows
         output.text()
