@@ -19,6 +19,8 @@ import mlx.nn as nn
 from phimlx.errors import GenerationError
 from phimlx.models import registry
 from phimlx.models.cache.kv import Cache, with_past
+from phimlx.models.cache.quantized import make_store
+from phimlx.models.cache.store import Store, attention
 from phimlx.models.config import ModelConfig as ModelConfig
 from phimlx.models.features import TEXT, Features, Placeholders
 from phimlx.models.lora import Routing
@@ -62,6 +64,21 @@ class ForwardPass:
         if self.outputs is None:
             return x
         return x[:, -self.outputs :] if axis == 1 else x[:, :, -self.outputs :]
+
+    def attend(self, layer: int, queries: mx.array, keys: mx.array, values: mx.array) -> mx.array:
+        """Attend to the tokens of this pass and to those that the cache holds.
+
+        Args:
+            layer: counted from 0; the cache takes its new keys and values.
+            queries: `[batch, heads, length, head_dim]`.
+            keys, values: `[batch, kv_heads, length, head_dim]`.
+
+        Returns:
+            `[batch, heads, length, head_dim]`, computed in the dtype of the queries.
+        """
+        if self.cache is None:
+            return attention(queries, keys, values, self.mask)
+        return self.cache.attend(layer, queries, keys, values, self.mask)
 
 
 class CausalLM(nn.Module):
@@ -127,7 +144,10 @@ class CausalLM(nn.Module):
         return (*self.architecture.unused, *tied)
 
     def make_cache(
-        self, expected_length: int = 0, expected_adapters: tuple[str | None, ...] = ()
+        self,
+        expected_length: int = 0,
+        expected_adapters: tuple[str | None, ...] = (),
+        kv_bits: int | None = None,
     ) -> Cache:
         """Make an empty cache.
 
@@ -135,11 +155,14 @@ class CausalLM(nn.Module):
             expected_length: a length that the sequence is known to reach.
             expected_adapters: for each row the adapter that it is known to need, of a model whose
                 checkpoint holds some.
+            kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
+
+        Raises:
+            GenerationError: where they cannot be quantized so.
         """
         config = self.config
-        return Cache(
-            config.num_hidden_layers, config.rope, expected_length, window=config.sliding_window
-        )
+        store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
+        return Cache(store, config.rope, expected_length, window=config.sliding_window)
 
     def forward_pass(
         self,
@@ -153,7 +176,7 @@ class CausalLM(nn.Module):
         """
         config = self.config
         # Without a cache, one without layers still says where the tokens stand.
-        kept = cache or Cache(0, config.rope, window=config.sliding_window)
+        kept = cache or Cache(Store(0), config.rope, window=config.sliding_window)
         positions, long, mask = kept.extend(input_ids, attention_mask)
         return ForwardPass(positions, mask, config.rope(positions, long), cache)
 

@@ -90,13 +90,9 @@ class Attention(nn.Module):
         queries = forward.wanted(rotate(queries.transpose(0, 2, 1, 3), *forward.rope), axis=2)
         keys = rotate(keys.transpose(0, 2, 1, 3), *forward.rope)
         values = heads(project(self.v_proj, x, routing)).transpose(0, 2, 1, 3)
-        if forward.cache is not None:
-            keys, values = forward.cache.update(self.layer, keys, values)
         if x.dtype == mx.float16:  # whose range phi-2's scores leave
-            queries, keys, values = (each.astype(mx.float32) for each in (queries, keys, values))
-        out = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.head_dim**-0.5, mask=forward.mask
-        )
+            queries = queries.astype(mx.float32)
+        out = forward.attend(self.layer, queries, keys, values)
         out = out.transpose(0, 2, 1, 3).flatten(2).astype(x.dtype)
         return project(self.dense, out, routing)
 

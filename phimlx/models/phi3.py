@@ -93,11 +93,7 @@ class Attention(nn.Module):
         queries, keys = mx.split(rotate(turning, *forward.rope), [self.heads], axis=1)
         # queries: [batch, heads, length, head_dim]; keys, values: [batch, kv_heads, …]
         queries = forward.wanted(queries, axis=2)
-        if forward.cache is not None:
-            keys, values = forward.cache.update(self.layer, keys, values)
-        out = mx.fast.scaled_dot_product_attention(
-            queries, keys, values, scale=self.head_dim**-0.5, mask=forward.mask
-        )
+        out = forward.attend(self.layer, queries, keys, values)
         out = out.transpose(0, 2, 1, 3).flatten(2)
         return project(self.o_proj, out, forward.routing)
 

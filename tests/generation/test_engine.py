@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -110,15 +111,15 @@ def test_an_error_in_the_middle_leaves_a_usable_cache(
     cache, prompt = PromptCache(model), prompt_of(12)
     assert greedy(model, prompt, 4, cache) == plain(model, prompt, 4)
     longer = prompt_of(24)
-    update, calls = cache.kv.update, []
+    attend, calls = cache.kv.attend, []
 
-    def interrupted(layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
+    def interrupted(layer: int, *arrays: Any) -> mx.array:
         calls.append(layer)
         if len(calls) == 2:
             raise KeyboardInterrupt
-        return update(layer, keys, values)
+        return attend(layer, *arrays)
 
-    monkeypatch.setattr(cache.kv, "update", interrupted)
+    monkeypatch.setattr(cache.kv, "attend", interrupted)
     with pytest.raises(KeyboardInterrupt):
         greedy(model, longer, 4, cache)
     monkeypatch.undo()

@@ -7,6 +7,7 @@ from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
 
+from phimlx.models.cache.store import Store
 from phimlx.models.features import Features
 from phimlx.models.rope import Rope
 
@@ -31,24 +32,21 @@ class Cache:
     real columns from padding, on either side.
 
     Args:
-        num_layers: number of attention layers.
+        store: where keys and values go.
         rope: the model's frequencies.
         expected_length: length that the rows are known to reach, so that a long prompt given in
             pieces starts with the rope factors that it will end with.
         window: how many tokens each attends to, itself and those before it; None for all.
     """
 
-    step = 256  # columns by which the buffers grow
-
     def __init__(
-        self, num_layers: int, rope: Rope, expected_length: int = 0, window: int | None = None
+        self, store: Store, rope: Rope, expected_length: int = 0, window: int | None = None
     ) -> None:
+        self.store = store
         self.rope = rope
         self.expected_length = expected_length
         self.expected_lengths: tuple[int, ...] = ()  # each row's, where they are known apart
         self.window = window
-        self.keys: list[mx.array | None] = [None] * num_layers
-        self.values: list[mx.array | None] = [None] * num_layers
         self.length = 0  # columns whose keys and values are complete
         self.tokens: mx.array | None = None  # [batch, columns]
         self.valid: mx.array | None = None  # [batch, columns], None where every column is real
@@ -91,7 +89,7 @@ class Cache:
         attention_mask: mx.array | None = None,
         adapters: tuple[str | None, ...] = (),
     ) -> NewTokens:
-        """Take note of new tokens; their keys and values follow layer by layer in `update`.
+        """Take note of new tokens; their keys and values follow layer by layer in `attend`.
 
         Args:
             input_ids: `[batch, length]`.
@@ -103,6 +101,9 @@ class Cache:
         row_lengths = self._lengths_after((batch, length), attention_mask)
         long = self._long_rows(row_lengths)
         self._pending = (row_lengths, long, adapters)
+        # A prompt that comes in pieces has room for all of it from the first on.
+        expected = (self.expected_length, *self.expected_lengths)
+        self.store.reserve(max(self.length + length, *expected), self.length)
         if self.length and self.tokens is not None:
             input_ids = mx.concatenate([self.tokens[:, : self.length], input_ids], axis=1)
             # Nothing else asks for it, and unasked for its graph would grow with every token.
@@ -121,18 +122,25 @@ class Cache:
         positions = mx.maximum(mx.array(before)[:, None] + counted, 0)  # [batch, length]
         return NewTokens(positions, long, self._mask(length))
 
-    def update(self, layer: int, keys: mx.array, values: mx.array) -> tuple[mx.array, mx.array]:
-        """Append one layer's keys and values, `[batch, kv_heads, length, head_dim]`.
+    def attend(
+        self,
+        layer: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: mx.array | str | None,
+    ) -> mx.array:
+        """Append one layer's keys and values, and attend over all that it has seen.
 
-        Returns all of that layer's, the new ones included.
+        Args:
+            queries: `[batch, heads, length, head_dim]`.
+            keys, values: `[batch, kv_heads, length, head_dim]`.
+            mask: that `extend` gave.
         """
-        end = self.length + keys.shape[2]
-        self.keys[layer] = self._write(self.keys[layer], keys, end)
-        self.values[layer] = self._write(self.values[layer], values, end)
-        return self.keys[layer][..., :end, :], self.values[layer][..., :end, :]  # type: ignore[index]
+        return self.store.attend(layer, self.length, queries, keys, values, mask)
 
     def commit(self) -> None:
-        """All layers have been updated: the new columns count."""
+        """All layers have attended: the new columns count."""
         if self.tokens is not None:
             self.length = self.tokens.shape[1]
             self.row_lengths, self.long, self.adapters = self._pending
@@ -147,8 +155,7 @@ class Cache:
             return
         self.length = length
         if length == 0 or self.tokens is None:
-            self.keys = [None] * len(self.keys)
-            self.values = [None] * len(self.values)
+            self.store.clear()
             self.tokens = self.valid = None
             self.row_lengths = self.long = self.adapters = ()
         elif self.valid is None:
@@ -180,19 +187,13 @@ class Cache:
 
     def replace_row(self, row: int, other: Cache) -> None:
         """Take keys and values of a row from a cache that holds the same tokens in its only row."""
-        for held, new in ((self.keys, other.keys), (self.values, other.values)):
-            for mine, theirs in zip(held, new, strict=True):
-                mine[row, ..., : self.length, :] = theirs[0, ..., : self.length, :]  # type: ignore[index]
+        self.store.replace_row(row, other.store, self.length)
         self.long = (*self.long[:row], *other.long, *self.long[row + 1 :])
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows alone, in this order; the memory of the others is freed."""
+        self.store.select(rows)
         index = mx.array(list(rows))
-        for arrays in (self.keys, self.values):
-            for layer, array in enumerate(arrays):
-                if array is not None:
-                    arrays[layer] = array[index]
-                    mx.eval(arrays[layer])  # one layer at a time: never two copies of all
         self.tokens = None if self.tokens is None else self.tokens[index]
         self.valid = None if self.valid is None else self.valid[index]
         self.row_lengths = chosen(self.row_lengths, rows)
@@ -261,11 +262,17 @@ class Cache:
     @property
     def state(self) -> list[mx.array]:
         """Arrays to evaluate so that no graph stays behind between passes."""
-        return [array for array in (*self.keys, *self.values) if array is not None]
+        return self.store.arrays
 
     @property
     def nbytes(self) -> int:
+        """Bytes that keys and values take, and whatever media stand behind them."""
         return sum(array.nbytes for array in self.state)
+
+    @property
+    def kv_bits(self) -> int | None:
+        """What keys and values are quantized to; None where they are not."""
+        return self.store.kv_bits
 
     def _lengths_after(
         self, shape: tuple[int, int], attention_mask: mx.array | None
@@ -298,18 +305,6 @@ class Cache:
         if self.valid is None:
             return seen[None, None]
         return ((seen & self.valid[:, None, :]) | (columns == queries))[:, None]
-
-    def _write(self, buffer: mx.array | None, new: mx.array, end: int) -> mx.array:
-        if buffer is None or end > buffer.shape[2]:
-            batch, heads, length, head_dim = new.shape
-            columns = -(-length // self.step) * self.step
-            fresh = mx.zeros((batch, heads, columns, head_dim), new.dtype)
-            if buffer is None or self.length == 0:
-                buffer = fresh
-            else:
-                buffer = mx.concatenate([buffer[..., : self.length, :], fresh], axis=2)
-        buffer[..., self.length : end, :] = new
-        return buffer
 
 
 def with_past(

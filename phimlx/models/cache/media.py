@@ -8,6 +8,7 @@ import mlx.core as mx
 import numpy as np
 
 from phimlx.models.cache.kv import Cache, NewTokens, chosen
+from phimlx.models.cache.store import Store
 from phimlx.models.features import ADAPTERS, Features, Placeholders, adapter_of
 from phimlx.models.rope import Rope
 
@@ -22,14 +23,14 @@ class MediaCache(Cache):
 
     def __init__(
         self,
-        num_layers: int,
+        store: Store,
         rope: Rope,
         placeholders: Placeholders,
         expected_length: int = 0,
         expected_adapters: tuple[str | None, ...] = (),
         window: int | None = None,
     ) -> None:
-        super().__init__(num_layers, rope, expected_length, window)
+        super().__init__(store, rope, expected_length, window)
         self.placeholders = placeholders
         self.expected_adapters = expected_adapters
         self._pending_features: tuple[Features, ...] = ()

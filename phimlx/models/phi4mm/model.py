@@ -19,6 +19,8 @@ from phimlx.errors import ConfigError, PromptError, shortened
 from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.cache.kv import Cache, with_past
 from phimlx.models.cache.media import MediaCache
+from phimlx.models.cache.quantized import make_store
+from phimlx.models.cache.store import Store
 from phimlx.models.features import ADAPTERS, Features, Placeholders
 from phimlx.models.lora import MAX_RANK, LoRALinear, Routing
 from phimlx.models.phi3 import Phi3Config, Phi3Model
@@ -190,7 +192,7 @@ class Phi4MMForCausalLM(CausalLM):
         # Without a cache, one without layers still says where the tokens stand.
         config = self.config
         kept = self._media_cache(cache) or MediaCache(
-            0, config.rope, self.placeholders, window=config.sliding_window
+            Store(0), config.rope, self.placeholders, window=config.sliding_window
         )
         rows = self.placeholders.by_row(input_ids, features)
         held = kept.features_with(rows)
@@ -206,21 +208,20 @@ class Phi4MMForCausalLM(CausalLM):
         return self._embed(input_ids, rows, adapters), forward
 
     def make_cache(
-        self, expected_length: int = 0, expected_adapters: tuple[str | None, ...] = ()
+        self,
+        expected_length: int = 0,
+        expected_adapters: tuple[str | None, ...] = (),
+        kv_bits: int | None = None,
     ) -> MediaCache:
-        """An empty cache.
-
-        Args:
-            expected_length: a length that the sequence is known to reach.
-            expected_adapters: for each row the adapter that it is known to need.
-        """
+        """Make an empty cache; arguments and errors as for every model."""
+        config = self.config
         return MediaCache(
-            self.config.num_hidden_layers,
-            self.config.rope,
+            make_store(config.num_hidden_layers, config.head_dim, kv_bits),
+            config.rope,
             self.placeholders,
             expected_length,
             expected_adapters,
-            self.config.sliding_window,
+            config.sliding_window,
         )
 
     @property

@@ -1,0 +1,126 @@
+"""Buffers of keys and values, layer by layer, and attention over them."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import mlx.core as mx
+
+
+class Store:
+    """Keys and values of all layers, in buffers that have a column for each token.
+
+    Attributes:
+        kv_bits: what keys and values are quantized to; None where they are held as they come.
+        layers: each layer's buffers, `[batch, kv_heads, columns, …]`; none before it is written.
+    """
+
+    step = 256  # columns by which the buffers grow
+    kv_bits: int | None = None
+
+    def __init__(self, num_layers: int) -> None:
+        self.layers: list[list[mx.array]] = [[] for _ in range(num_layers)]
+        self._columns = 0  # of every buffer
+
+    def attend(
+        self,
+        layer: int,
+        begin: int,
+        queries: mx.array,
+        keys: mx.array,
+        values: mx.array,
+        mask: mx.array | str | None,
+    ) -> mx.array:
+        """Write one layer's new keys and values, and attend over all that it then holds.
+
+        Args:
+            begin: columns before the new ones, which are kept.
+            queries: `[batch, heads, length, head_dim]`.
+            keys, values: `[batch, kv_heads, length, head_dim]`.
+            mask: for `mx.fast.scaled_dot_product_attention`.
+
+        Returns:
+            `[batch, heads, length, head_dim]`, in the dtype of the queries.
+        """
+        keys, values = self.write(layer, begin, [keys, values])
+        return attention(queries, keys, values, mask)
+
+    def write(self, layer: int, begin: int, new: Sequence[mx.array]) -> list[mx.array]:
+        """Write after the first `begin` columns, for which `reserve` has made room.
+
+        Args:
+            new: for each of the layer's buffers `[batch, kv_heads, length, …]`.
+
+        Returns:
+            Every buffer up to the end of what is new.
+        """
+        end = begin + new[0].shape[2]
+        if not self.layers[layer]:
+            self.layers[layer] = [_empty(array, self._columns) for array in new]
+        buffers = self.layers[layer]
+        for buffer, array in zip(buffers, new, strict=True):
+            buffer[..., begin:end, :] = array
+        return [buffer[..., :end, :] for buffer in buffers]
+
+    def reserve(self, columns: int, kept: int) -> None:
+        """Make room for so many columns, and keep the first `kept`.
+
+        One layer is copied after the other, each evaluated before the next, so that there are
+        never two copies of all.
+        """
+        if columns <= self._columns:
+            return
+        self._columns = -(-columns // self.step) * self.step
+        for buffers in self.layers:
+            for index, buffer in enumerate(buffers):
+                more = _empty(buffer, self._columns - kept)
+                buffers[index] = mx.concatenate([buffer[..., :kept, :], more], axis=2)
+                mx.eval(buffers[index])
+
+    def clear(self) -> None:
+        """Free all buffers."""
+        self.layers = [[] for _ in self.layers]
+        self._columns = 0
+
+    def select(self, rows: Sequence[int]) -> None:
+        """Keep these rows alone, in this order; layer by layer, as in `reserve`."""
+        chosen = mx.array(list(rows))
+        for buffers in self.layers:
+            for index, buffer in enumerate(buffers):
+                buffers[index] = buffer[chosen]
+                mx.eval(buffers[index])
+
+    def replace_row(self, row: int, other: Store, columns: int) -> None:
+        """Take the first columns of a row from the only row of a store of the same kind."""
+        for mine, theirs in zip(self.layers, other.layers, strict=True):
+            for buffer, new in zip(mine, theirs, strict=True):
+                buffer[row, ..., :columns, :] = new[0, ..., :columns, :]
+            mx.eval(mine)
+
+    @property
+    def arrays(self) -> list[mx.array]:
+        """All buffers."""
+        return [buffer for buffers in self.layers for buffer in buffers]
+
+
+def attention(
+    queries: mx.array, keys: mx.array, values: mx.array, mask: mx.array | str | None
+) -> mx.array:
+    """Scaled dot-product attention in the dtype of the queries, `[batch, heads, length, head_dim]`.
+
+    Args:
+        keys, values: `[batch, kv_heads, columns, head_dim]`.
+        mask: for `mx.fast.scaled_dot_product_attention`.
+    """
+    return mx.fast.scaled_dot_product_attention(
+        queries,
+        keys.astype(queries.dtype),
+        values.astype(queries.dtype),
+        scale=queries.shape[-1] ** -0.5,
+        mask=mask,
+    )
+
+
+def _empty(like: mx.array, columns: int) -> mx.array:
+    batch, heads, _, width = like.shape
+    return mx.zeros((batch, heads, columns, width), like.dtype)
