@@ -25,6 +25,7 @@ from phimlx.generation.stop import StopStrings
 from phimlx.generation.stream import Stream
 from phimlx.hub.layout import model_name
 from phimlx.hub.resolve import resolve, resolve_adapter
+from phimlx.machine.kv_bits import check_kv_bits
 from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 
@@ -176,7 +177,7 @@ class Phi:
                 out where there is audio: a spoken question.
             options: images, audio, video, frames, limits, tools, raw, max_tokens, temperature,
                 top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, stop,
-                seed, cache, on_prefill, prompt_lookup; see
+                seed, cache, kv_bits, on_prefill, prompt_lookup; see
                 `phimlx.generation.options.GenerationOptions`.
 
         Raises:
@@ -192,6 +193,7 @@ class Phi:
         *,
         max_tokens: int,
         batch_size: int = 8,
+        kv_bits: int | None = None,
         advance: Callable[[int], object] = lambda count: None,
     ) -> list[Reply]:
         """Generate the greedy replies to many prompts, several at a time.
@@ -199,12 +201,13 @@ class Phi:
         Args:
             max_tokens: of each reply.
             batch_size: prompts that are answered together.
+            kv_bits: as for `stream`.
             advance: called with the number of prompts that have been answered.
 
         Raises:
             PromptError, TokenizerError, GenerationError: as `stream`.
         """
-        options = GenerationOptions(max_tokens=max_tokens, seed=0)
+        options = GenerationOptions(max_tokens=max_tokens, seed=0, kv_bits=kv_bits)
         requests = [self.request(prompt, options, GREEDY) for prompt in prompts]
         self.engine.run_all(requests, batch_size, advance)
         return [request.reply for request in requests]
@@ -215,9 +218,17 @@ class Phi:
 
         return transcribe(self, source, **options)
 
-    def new_cache(self) -> PromptCache:
-        """An empty cache for calls that build on each other, as the turns of a chat do."""
-        return PromptCache(self.model)
+    def new_cache(self, kv_bits: int | None = None) -> PromptCache:
+        """Make an empty cache for calls that build on each other, as the turns of a chat do.
+
+        Args:
+            kv_bits: 8 or 4, to hold keys and values quantized: half or a quarter of the memory,
+                and a little less exact. As they come where None.
+
+        Raises:
+            GenerationError: for other bits, or where the model's heads cannot be quantized.
+        """
+        return PromptCache(self.model, kv_bits)
 
     def encode(self, prompt: Prompt = "", **options: Any) -> list[int]:
         """Encode a prompt as tokens.
@@ -237,11 +248,12 @@ class Phi:
             sampling: settings for what `options` leave out; the model's own where None.
         """
         sampling = options.sampling(sampling or self.sampling)
+        check_kv_bits(options.kv_bits, self.model.config.head_dim)
         stops = StopStrings(options.stop)
         if stops.stops:
             self._reader.text_tokenizer()
         if options.cache is not None:
-            options.cache.check(self.model)
+            options.cache.check(self.model, options.kv_bits)
         tokens, media = self._reader.read(prompt, options)
         stops = StopStrings((*stops.stops, *self._reader.stop_strings(prompt, options)))
         return Request(
@@ -254,6 +266,7 @@ class Phi:
             options.cache,
             options.on_prefill,
             options.prompt_lookup,
+            options.kv_bits,
         )
 
     def _reply_reader(

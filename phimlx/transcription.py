@@ -59,7 +59,7 @@ class SpeechModel(Protocol):
     @property
     def tokenizer(self) -> Tokenizer | None: ...
     def encode(self, prompt: str) -> list[int]: ...
-    def new_cache(self) -> Any: ...
+    def new_cache(self, kv_bits: int | None = None) -> Any: ...
     def stream(self, prompt: str, **options: Any) -> Stream: ...
 
 
@@ -90,6 +90,7 @@ def transcribe(
     translate_to: str | None = None,
     max_seconds: float = SEGMENT_SECONDS,
     limits: Limits | None = None,
+    kv_bits: int | None = None,
     on_open: Callable[[float | None], None] | None = None,
 ) -> Iterator[TranscriptSegment]:
     """Transcribe a recording, cut at silences; segments come as they are understood.
@@ -103,24 +104,26 @@ def transcribe(
             speech.
         max_seconds: the longest segment, from 1 to 40.
         limits: how large the source may be; of any length where None.
+        kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
         on_open: called with the recording's length in seconds, None where it does not say.
 
     Raises:
         MediaError: where the source is no sound; for damage further on, when it is reached.
         PromptError: where the model does not hear, or there is nothing to ask.
+        GenerationError: where keys and values cannot be quantized so.
     """
     asked = question(prompt, translate_to)
     if not phi.takes_media:
         raise no_media(phi.name)
     limits = limits or Limits(max_seconds=math.inf)
-    return _segments(phi, split_audio(source, limits, max_seconds, on_open), asked)
+    cache = phi.new_cache(kv_bits)
+    return _segments(phi, split_audio(source, limits, max_seconds, on_open), asked, cache)
 
 
 def _segments(
-    phi: SpeechModel, segments: Iterator[Segment], asked: str
+    phi: SpeechModel, segments: Iterator[Segment], asked: str, cache: Any
 ) -> Iterator[TranscriptSegment]:
     words = len(phi.encode(asked))
-    cache = phi.new_cache()
     for segment in segments:
         sounds = token_count(frame_count(len(segment.samples), segment.rate))
         room = phi.context_length - words - sounds

@@ -13,6 +13,7 @@ from phimlx.cli.options import (
     dtype_option,
     frames_option,
     is_debugging,
+    kv_bits_option,
     limit_options,
     load_or_download,
     model_option,
@@ -33,6 +34,7 @@ from phimlx.terminal.sampling_settings import given
 @adapter_option
 @dtype_option
 @rope_scaling_option
+@kv_bits_option
 @system_option
 @tools_option
 @prompt_form_option
@@ -52,6 +54,7 @@ def command(
     adapter: str | None,
     dtype: str | None,
     rope_scaling: dict[str, Any] | None,
+    kv_bits: int | None,
     system: str | None,
     tools_file: Path | None,
     prompt_form: str | None,
@@ -96,7 +99,7 @@ def command(
     form = prompt_form or phi.chat_form
     if form is not None:
         phi.use_prompt_form(form)
-    chat = Chat(phi, conversation, output, screen, run_command, limits, frames)
+    chat = Chat(phi, conversation, output, screen, run_command, limits, frames, kv_bits)
     chat.reply_options = given({"prompt_lookup": prompt_lookup})
     chat.check(conversation)
     chat.saved_as = session_file

@@ -13,6 +13,7 @@ from phimlx.cli.options import (
     adapter_option,
     dtype_option,
     json_option,
+    kv_bits_option,
     load_or_download,
     model_option,
     rope_scaling_option,
@@ -30,6 +31,7 @@ COUNT = click.IntRange(min=1)
 @adapter_option
 @dtype_option
 @rope_scaling_option
+@kv_bits_option
 @click.option(
     "--data",
     metavar="DATA",
@@ -105,6 +107,7 @@ def command(
     adapter: str | None,
     dtype: str | None,
     rope_scaling: dict[str, Any] | None,
+    kv_bits: int | None,
     data: str | None,
     split: str | None,
     loss_on: str,
@@ -140,6 +143,8 @@ def command(
         raise click.UsageError("--save-answers goes with --answers.")
     if data is None and (answers or split or mapping):
         raise click.UsageError("--answers, --split and --mapping go with --data.")
+    if kv_bits is not None and not answers and tasks is None:
+        raise click.UsageError("--kv-bits goes with --answers or --tasks.")
     for name, value in (
         ("--num-shots", num_shots),
         ("--include-path", include_path),
@@ -159,7 +164,7 @@ def command(
             overlong=overlong,  # type: ignore[arg-type]
             mapping=columns,
         )
-        asked = (max_tokens, save_answers) if answers else None
+        asked = (max_tokens, save_answers, kv_bits) if answers else None
         found |= _on_data(phi, data, split, limit, settings, batch_size, asked, output)
     if tasks is not None:
         from phimlx.evaluation.lm_eval import run_tasks
@@ -173,6 +178,7 @@ def command(
             batch_size=batch_size,
             chat_template=chat_template,
             include_path=include_path,
+            kv_bits=kv_bits,
         )
     _print_results(found, output)
     output.json(found)
@@ -185,10 +191,11 @@ def _on_data(
     limit: int | None,
     settings: Any,
     batch_size: int,
-    asked: tuple[int, Path | None] | None,
+    asked: tuple[int, Path | None, int | None] | None,
     output: Output,
 ) -> dict[str, Any]:
-    """Loss, and where `asked` for (tokens of an answer, file to write to) answers."""
+    """Loss, and where `asked` for (tokens of an answer, file to write to, bits of the
+    cache) answers."""
     from phimlx.evaluation.data import ask, examples_of, measure_loss, questions_of, read_data
     from phimlx.training.data.statistics import unused_notes
 
@@ -210,7 +217,7 @@ def _on_data(
     if without:
         output.note(f"{without} of {len(rows)} rows ask nothing that is answered in words.")
     with output.progress(len(questions), "Answering", " rows") as bar:
-        answers = ask(phi, questions, asked[0], batch_size, bar.update)
+        answers = ask(phi, questions, asked[0], batch_size, bar.update, asked[2])
     if answers.cut:
         output.warning(
             f"{answers.cut} of {len(questions)} answers were cut off after {asked[0]} tokens; "

@@ -15,6 +15,7 @@ from phimlx.cli.options import (
     dtype_option,
     frames_option,
     json_option,
+    kv_bits_option,
     limit_options,
     load_or_download,
     media_options,
@@ -44,6 +45,7 @@ NO_PROMPT = (
 @adapter_option
 @dtype_option
 @rope_scaling_option
+@kv_bits_option
 @click.option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.")
 @media_options
 @frames_option
@@ -91,6 +93,7 @@ def command(
     adapter: str | None,
     dtype: str | None,
     rope_scaling: dict[str, Any] | None,
+    kv_bits: int | None,
     prompt: str | None,
     image: tuple[str, ...],
     audio: tuple[str, ...],
@@ -181,6 +184,7 @@ def command(
             text if raw else messages,
             raw=raw,
             tools=tools,
+            kv_bits=kv_bits,
             on_prefill=report,
             **media,
             **given(settings),

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from phimlx.errors import shortened
+from phimlx.machine.kv_bits import KV_BITS
 from phimlx.media.limits import Limits
 from phimlx.prompt.media_parts import FRAMES
 from phimlx.terminal.output import Output
@@ -64,6 +65,11 @@ rope_scaling_option = click.option(
     type=RopeScaling(),
     help="Reach further than the model was trained: yarn:4, linear:4 or dynamic:4, or an object as "
     "in config.json. For models without LongRoPE; no longer the published model.",
+)
+kv_bits_option = click.option(
+    "--kv-bits",
+    type=click.Choice(KV_BITS),
+    help="Hold keys and values in 8 or 4 bits, for longer contexts  [default: not quantized]",
 )
 json_option = click.option(
     "--json", "as_json", is_flag=True, help="Print the result as one JSON object."

@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import json_option
+from phimlx.cli.options import json_option, kv_bits_option
+from phimlx.machine.kv_bits import KV_BITS, check_kv_bits, kv_group_size
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -31,8 +32,9 @@ SHORT_CONTEXT = 4096  # shown beside the longest where --context names none
     type=click.IntRange(min=1),
     help="Length of prompt and reply together to count memory for.",
 )
+@kv_bits_option
 @json_option
-def command(model: str | None, context: int | None, as_json: bool) -> None:
+def command(model: str | None, context: int | None, kv_bits: int | None, as_json: bool) -> None:
     """Say what MODEL is and how much memory it takes; phi-4-mini at 4 bits where none is named.
 
     MODEL is an alias, a Hub id, a folder or a GGUF file. Of a model that is not on this machine it
@@ -69,11 +71,11 @@ def command(model: str | None, context: int | None, as_json: bool) -> None:
             f"{about['name']} holds {longest:,} tokens.", param_hint="--context"
         )
     contexts = sorted({min(SHORT_CONTEXT, longest), longest}) if context is None else [context]
-    about |= memory(shape, about, contexts)
+    about |= memory(shape, about, contexts, kv_bits)
     about["float16_pays"] = "BF16" in about["dtype"] and emulates_bfloat16()
     about |= image_memory(shape, about)
     if about["path"] is None:
-        about |= quantizations(shape, about, contexts[0])
+        about |= quantizations(shape, about, contexts[0], kv_bits)
     output.json(about)
     print_description(about, output)
 
@@ -198,7 +200,9 @@ def describe_remote(repo: str, absent: ModelAbsentError) -> tuple[dict[str, Any]
     return about, shape
 
 
-def quantizations(shape: Shape, about: dict[str, Any], context: int) -> dict[str, Any]:
+def quantizations(
+    shape: Shape, about: dict[str, Any], context: int, kv_bits: int | None = None
+) -> dict[str, Any]:
     """List what each quantization takes and holds here, and the one that suits best.
 
     That is the one with most bits, up to 8, that leaves half of the memory free at `context`
@@ -221,9 +225,10 @@ def quantizations(shape: Shape, about: dict[str, Any], context: int) -> dict[str
             {
                 "bits": bits,
                 "bytes": nbytes,
-                "total": footprint(shape, nbytes, context).total,
+                "total": footprint(shape, nbytes, context, kv_bits=kv_bits).total,
                 "longest_context_here": min(
-                    about["context_length"], longest_context(shape, nbytes, here)
+                    about["context_length"],
+                    longest_context(shape, nbytes, here, kv_bits=kv_bits),
                 ),
             }
         )
@@ -243,21 +248,36 @@ def recommendation(about: dict[str, Any], known: Model | None, bits: int) -> dic
     return {"bits": bits, "command": command}
 
 
-def memory(shape: Shape, about: dict[str, Any], contexts: list[int]) -> dict[str, Any]:
-    """Count the bytes needed at each context, and what is here, as entries of the description."""
+def memory(
+    shape: Shape, about: dict[str, Any], contexts: list[int], kv_bits: int | None
+) -> dict[str, Any]:
+    """Count the bytes needed at each context, and what is here, as entries of the description.
+
+    Where the longest does not fit, and keys and values are not quantized, how far the model fits
+    with each `--kv-bits` is among them.
+    """
     from phimlx.machine.memory import footprint, longest_context, machine_memory
 
+    check_kv_bits(kv_bits, shape.head_dim)
     here = machine_memory()
     weights, itemsize = about["bytes"], 4 if "F32" in about["dtype"] else 2
-    needed = [footprint(shape, weights, context, itemsize) for context in contexts]
+    needed = [footprint(shape, weights, context, itemsize, kv_bits) for context in contexts]
+    longest = {
+        bits: min(about["context_length"], longest_context(shape, weights, here, itemsize, bits))
+        for bits in (kv_bits, *KV_BITS)
+    }
+    tight = longest[kv_bits] < contexts[-1] and kv_bits is None
+    suggested = KV_BITS if tight and kv_group_size(shape.head_dim) is not None else ()
     return {
         "memory": [
             {**asdict(each), "total": each.total, "fits": each.total <= here} for each in needed
         ],
         "machine_memory": here,
-        "longest_context_here": min(
-            about["context_length"], longest_context(shape, weights, here, itemsize)
-        ),
+        "longest_context_here": longest[kv_bits],
+        "kv_bits": kv_bits,
+        "with_kv_bits": [
+            {"kv_bits": bits, "longest_context_here": longest[bits]} for bits in suggested
+        ],
     }
 
 
@@ -333,6 +353,9 @@ def print_description(about: dict[str, Any], output: Output) -> None:
     output.text(
         f"It {context_that_fits(about['longest_context_here'], about['context_length'], here)}."
     )
+    advice = kv_bits_advice(about)
+    if advice is not None:
+        output.text(advice)
     if about["float16_pays"]:
         output.text("This chip emulates bfloat16: with --dtype float16 it reads prompts quicker.")
     if "picture" in about:
@@ -348,6 +371,18 @@ def print_description(about: dict[str, Any], output: Output) -> None:
         output.note(f"Get it with: {about['download']}")
     if "packed" in about and not output.as_json:
         output.note(f"Convert it with: phimlx convert {about['path']} --mlx-path OUT -q")
+
+
+def kv_bits_advice(about: dict[str, Any]) -> str | None:
+    """Say which --kv-bits make a context fit that does not otherwise, or reach furthest."""
+    wanted = about["memory"][-1]["context"]
+    choices = about["with_kv_bits"]
+    enough = [each for each in choices if each["longest_context_here"] >= wanted]
+    best = max(enough or choices[-1:], key=lambda each: int(each["kv_bits"]), default=None)
+    if best is None or best["longest_context_here"] <= about["longest_context_here"]:
+        return None
+    fits = context_that_fits(best["longest_context_here"], about["context_length"])
+    return f"With --kv-bits {best['kv_bits']} it {fits}."
 
 
 def print_quantizations(about: dict[str, Any], output: Output) -> None:

@@ -19,6 +19,7 @@ from phimlx.cli.options import (
     check_files,
     dtype_option,
     json_option,
+    kv_bits_option,
     limit_options,
     load_or_download,
     pop_limits,
@@ -86,6 +87,7 @@ class Transcript:
     help=f"An alias, a Hub id or a folder  [default: {MULTIMODAL}]",
 )
 @dtype_option
+@kv_bits_option
 @click.option(
     "--translate-to",
     metavar="LANG",
@@ -129,6 +131,7 @@ def command(
     files: tuple[str, ...],
     model: str,
     dtype: str | None,
+    kv_bits: int | None,
     translate_to: str | None,
     prompt: str | None,
     format_name: str,
@@ -157,7 +160,12 @@ def command(
     transcripts = plan_transcripts(files, format_name, output, output_dir, overwrite, as_json)
     screen = Output(json=as_json)
     limits = pop_limits(settings, max_seconds=math.inf)
-    options = {"prompt": prompt, "translate_to": translate_to, "max_seconds": piece_seconds}
+    options = {
+        "prompt": prompt,
+        "translate_to": translate_to,
+        "max_seconds": piece_seconds,
+        "kv_bits": kv_bits,
+    }
     for transcript in transcripts:
         if transcript.name != STDIN:
             with _reporting_errors(transcript, screen):

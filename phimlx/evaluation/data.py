@@ -204,12 +204,14 @@ def ask(
     max_tokens: int = 256,
     batch_size: int = 8,
     advance: Advance = lambda count: None,
+    kv_bits: int | None = None,
 ) -> Answers:
     """Let a model answer greedily.
 
     Args:
         max_tokens: of an answer, reasoning included.
         advance: called with the number of questions that have been answered.
+        kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
 
     Raises:
         TrainingError: where there is no question.
@@ -224,6 +226,7 @@ def ask(
         [question.tokens for question in questions],
         max_tokens=max_tokens,
         batch_size=batch_size,
+        kv_bits=kv_bits,
         advance=advance,
     )
     return Answers(tuple(map(_judged, questions, replies)))

@@ -36,6 +36,7 @@ def run_tasks(
     batch_size: int = 8,
     chat_template: bool | None = None,
     include_path: str | Path | None = None,
+    kv_bits: int | None = None,
 ) -> dict[str, dict[str, float]]:
     """Run tasks of the harness; its measures, by task and metric.
 
@@ -44,6 +45,7 @@ def run_tasks(
         limit: questions of each task.
         chat_template: whether questions are put as chats; where None, if the model has a template.
         include_path: a folder with tasks of one's own.
+        kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
 
     Raises:
         TrainingError: where lm-eval is not installed, or has no such task.
@@ -60,7 +62,7 @@ def run_tasks(
     if chat_template is None:
         chat_template = _has_template(phi)
     found: Mapping[str, Any] = lm_eval.simple_evaluate(
-        model=_language_model(phi, batch_size, chat_template),
+        model=_language_model(phi, batch_size, chat_template, kv_bits),
         tasks=list(tasks),
         num_fewshot=shots,
         limit=limit,
@@ -91,7 +93,9 @@ def _has_template(phi: Phi) -> bool:
         return False
 
 
-def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
+def _language_model(
+    phi: Phi, batch_size: int, chat_template: bool, kv_bits: int | None = None
+) -> Any:
     """mlx-lm's bridge to the harness, whose numbers come from our model."""
     from lm_eval.api.model import LM  # type: ignore[import-not-found, unused-ignore]
     from mlx_lm.evaluate import MLXLM
@@ -117,7 +121,7 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
         def _process_prompt(
             self, prompt: Sequence[int], step_size: int | None = None
         ) -> tuple[mx.array, Cache]:
-            cache = phi.model.make_cache()
+            cache = phi.model.make_cache(kv_bits=kv_bits)
             hidden = _hidden_states(phi.model, np.array([prompt]), None, cache)
             return log_softmax(phi.model.head(hidden[:, -1])), cache  # [1, vocab]
 
@@ -131,6 +135,9 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
             tokens = np.stack([np.pad(row, (0, lengths.max() - len(row))) for row in rows])
             real = np.arange(tokens.shape[1]) < lengths[:, None]
             mask = None if real.all() else real[:, :-1]
+            if cache is None:
+                known = 0 if mask is not None else tokens.shape[1] - 1
+                cache = phi.model.make_cache(known, kv_bits=kv_bits)
             hidden = _hidden_states(phi.model, tokens[:, :-1], mask, cache)
             scores, is_greedy = _scored(phi.model, hidden, mx.array(tokens[:, 1:]))
             return scores, mx.array(lengths), is_greedy & mx.array(real[:, 1:])
@@ -156,7 +163,10 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
             for room in set(rooms):
                 here = [index for index, own in enumerate(rooms) if own == room]
                 replies = phi.generate_all(
-                    [prompts[index] for index in here], max_tokens=room, batch_size=batch_size
+                    [prompts[index] for index in here],
+                    max_tokens=room,
+                    batch_size=batch_size,
+                    kv_bits=kv_bits,
                 )
                 for index, reply in zip(here, replies, strict=True):
                     stops = requests[index].args[1].get("until") or []
@@ -168,12 +178,10 @@ def _language_model(phi: Phi, batch_size: int, chat_template: bool) -> Any:
 
 
 def _hidden_states(
-    model: CausalLM, tokens: np.ndarray, mask: np.ndarray | None, cache: Cache | None
+    model: CausalLM, tokens: np.ndarray, mask: np.ndarray | None, cache: Cache
 ) -> mx.array:
     """Hidden states of `[rows, length]` tokens after what a cache holds, `mask` 0 at padding."""
     length = tokens.shape[1]
-    if cache is None:
-        cache = model.make_cache(expected_length=length if mask is None else 0)
     # Rows that are padded may stand on different sides of the LongRoPE step: fed whole, each is
     # known from the start.
     size = None if mask is None else length

@@ -196,7 +196,7 @@ class Batch:
         media = [PlacedMedia.place(r.prompt, r.media, model.placeholders) for r in requests]
         prefix = Prefix(0, 0, TEXT)
         if requests[0].cache is None:
-            self._kv = model.make_cache()
+            self._kv = model.make_cache(kv_bits=requests[0].kv_bits)
             lengths = [len(request.prompt) for request in requests]
             self._kv.expect(lengths, tuple(placed.adapter for placed in media))
         else:
@@ -228,7 +228,7 @@ class Batch:
             return
         kv = self._kv
         for row in kv.crossing(1):
-            alone = self._model.make_cache()
+            alone = self._model.make_cache(kv_bits=kv.kv_bits)
             alone.expect([kv.row_lengths[row] + 1], kv.adapters[row : row + 1])
             assert kv.tokens is not None
             here = slice(row, row + 1)

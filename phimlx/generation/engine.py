@@ -87,7 +87,7 @@ class Engine:
             PromptError: where media do not fit the prompt.
         """
         if request.cache is not None:
-            request.cache.check(self.model)
+            request.cache.check(self.model, request.kv_bits)
             request.cache.lease(request)
         self._settle()
         self._begin(request)

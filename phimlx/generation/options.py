@@ -42,6 +42,8 @@ class GenerationOptions(PromptOptions):
         on_prefill: called with the tokens computed and the tokens to compute.
         prompt_lookup: draft tokens from what prompt and reply hold, where they repeat themselves;
             the reply is the same, and comes sooner.
+        kv_bits: 8 or 4, to hold keys and values quantized, which takes less memory; a cache that
+            is given keeps what it was made with.
 
     Raises:
         GenerationError: for a seed that is none.
@@ -60,6 +62,7 @@ class GenerationOptions(PromptOptions):
     cache: PromptCache | None = None
     on_prefill: Callable[[int, int], None] | None = None
     prompt_lookup: bool = True
+    kv_bits: int | None = None
 
     def __post_init__(self) -> None:
         if self.seed is not None and not _is_seed(self.seed):

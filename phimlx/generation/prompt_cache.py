@@ -44,9 +44,17 @@ class PromptCache:
         kv: keys, values and tokens of one row.
     """
 
-    def __init__(self, model: CausalLM) -> None:
+    def __init__(self, model: CausalLM, kv_bits: int | None = None) -> None:
+        """Make an empty cache.
+
+        Args:
+            kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
+
+        Raises:
+            GenerationError: where the model's cannot be quantized so.
+        """
         self.model = model
-        self.kv = model.make_cache()
+        self.kv = model.make_cache(kv_bits=kv_bits)
         self._items: tuple[MediaItem, ...] = ()  # those of the last prompt
         self._holder: Holder | None = None
 
@@ -60,12 +68,31 @@ class PromptCache:
         """Bytes that keys and values take."""
         return self.kv.nbytes
 
-    def check(self, model: CausalLM) -> None:
-        """Raise GenerationError where the cache is not this model's."""
+    @property
+    def kv_bits(self) -> int | None:
+        """What keys and values are quantized to; None where they are not."""
+        return self.kv.kv_bits
+
+    def check(self, model: CausalLM, kv_bits: int | None = None) -> None:
+        """Check that a request can use the cache.
+
+        Args:
+            model: the request's.
+            kv_bits: which it asks for; those of the cache where None.
+
+        Raises:
+            GenerationError: where the cache belongs to another model or has other bits.
+        """
         if model is not self.model:
             raise GenerationError(
                 "The cache belongs to another model, or to the same one loaded another time.",
                 hint="Give each model a cache of its own: phi.new_cache().",
+            )
+        if kv_bits not in (None, self.kv_bits):
+            held = "unquantized" if self.kv_bits is None else f"at {self.kv_bits} bits"
+            raise GenerationError(
+                f"The cache holds keys and values {held}, but kv_bits is {kv_bits}.",
+                hint=f"Make one for it: phi.new_cache(kv_bits={kv_bits}).",
             )
 
     def lease(self, request: Holder) -> None:

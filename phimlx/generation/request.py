@@ -31,6 +31,7 @@ class Request:
         on_prefill: called with the tokens computed and the tokens to compute, after each piece of
             the prompt.
         prompt_lookup: whether tokens may be drafted from what prompt and reply hold.
+        kv_bits: 8 or 4, to hold keys and values quantized; a cache that is given has its own.
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
@@ -46,6 +47,7 @@ class Request:
     cache: PromptCache | None = None
     on_prefill: Callable[[int, int], None] | None = None
     prompt_lookup: bool = True
+    kv_bits: int | None = None
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     error: PhimlxError | None = field(default=None, init=False)

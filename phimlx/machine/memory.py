@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from phimlx.machine.device import crops_at_once, prefill_tokens
+from phimlx.machine.kv_bits import kv_bytes_per_value, kv_group_size
 
 
 class Shape(Protocol):
@@ -45,7 +46,8 @@ class Footprint:
     Attributes:
         weights: read once, and held.
         cache: keys and values of every token in every layer.
-        working: activations of one piece of the prompt; an estimate.
+        working: activations of one piece of the prompt, and the part of a quantized cache that is
+            dequantized meanwhile; an estimate.
     """
 
     context: int
@@ -58,31 +60,50 @@ class Footprint:
         return self.weights + self.cache + self.working
 
 
-def footprint(shape: Shape, weights: int, context: int, itemsize: int = 2) -> Footprint:
+def footprint(
+    shape: Shape, weights: int, context: int, itemsize: int = 2, kv_bits: int | None = None
+) -> Footprint:
     """The memory that a model needs.
 
     Args:
         weights: bytes of them.
         itemsize: bytes of one number in the computation: 2 for bfloat16 and float16.
+        kv_bits: what keys and values are quantized to; not at all where None.
     """
     return Footprint(
         context=context,
         weights=weights,
-        cache=context * cache_bytes_per_token(shape, itemsize),
-        working=min(context, prefill_tokens()) * _activations(shape) * itemsize,
+        cache=context * cache_bytes_per_token(shape, itemsize, kv_bits),
+        working=min(context, prefill_tokens()) * _activations(shape) * itemsize
+        + context * _dequantized(shape, itemsize, kv_bits),
     )
 
 
-def longest_context(shape: Shape, weights: int, memory: int, itemsize: int = 2) -> int:
+def longest_context(
+    shape: Shape, weights: int, memory: int, itemsize: int = 2, kv_bits: int | None = None
+) -> int:
     """Count the tokens that fit into `memory` bytes beside the weights; 0 where none do."""
     left = memory - weights - prefill_tokens() * _activations(shape) * itemsize
-    return max(0, left // cache_bytes_per_token(shape, itemsize))
+    each = cache_bytes_per_token(shape, itemsize, kv_bits) + _dequantized(shape, itemsize, kv_bits)
+    return max(0, left // each)
 
 
-def cache_bytes_per_token(shape: Shape, itemsize: int = 2) -> int:
-    """Keys and values of one token in all layers."""
-    heads = 2 * shape.num_hidden_layers * shape.num_key_value_heads
-    return heads * shape.head_dim * itemsize
+def cache_bytes_per_token(shape: Shape, itemsize: int = 2, kv_bits: int | None = None) -> int:
+    """Count what keys and values of one token take in all layers.
+
+    Args:
+        kv_bits: what they are quantized to; not at all where None, or where no groups divide heads.
+    """
+    values = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    return int(values * kv_bytes_per_value(shape.head_dim, itemsize, kv_bits))
+
+
+def _dequantized(shape: Shape, itemsize: int, kv_bits: int | None) -> int:
+    """Count what a token's keys and values take in the layers that are dequantized together: two,
+    since one is started while the one before is computed."""
+    if kv_bits is None or kv_group_size(shape.head_dim) is None:
+        return 0
+    return 2 * 2 * shape.num_key_value_heads * shape.head_dim * itemsize
 
 
 def picture_bytes(vision: ImageEncoderShape, crops: int, itemsize: int = 2) -> int:

@@ -40,6 +40,7 @@ class Chat:
         run_command: Callable[[Chat, str, str], None],
         limits: Limits | None = None,
         frames: int | None = None,
+        kv_bits: int | None = None,
     ) -> None:
         """Begin a chat.
 
@@ -47,6 +48,7 @@ class Chat:
             run_command: called with the chat, the name and the argument of a slash command.
             limits: hold for files that are attached.
             frames: pictures that a video becomes.
+            kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
         """
         self.phi = phi
         self.conversation = conversation
@@ -60,7 +62,8 @@ class Chat:
         self._run_command = run_command
         self._limits = limits
         self._frames = frames
-        self._cache = phi.new_cache()
+        self._kv_bits = kv_bits
+        self._forget()
 
     def run(self) -> None:
         """Take turns until the user leaves."""
@@ -71,7 +74,7 @@ class Chat:
                 if not self.screen.interactive:
                     raise
                 if not isinstance(error, PhimlxError):
-                    self._cache = self.phi.new_cache()
+                    self._forget()
                 if isinstance(error, KeyboardInterrupt):
                     self.output.note("Stopped.")
                     continue
@@ -163,7 +166,7 @@ class Chat:
             conversation.abandon(turn)
             raise
         if answer.cut:
-            self._cache = self.phi.new_cache()
+            self._forget()
         if answer.interrupted and not self.screen.interactive:
             raise KeyboardInterrupt
         if answer.interrupted and not reply.text:
@@ -179,6 +182,9 @@ class Chat:
         elif reply.finish_reason == "length":
             self.output.note(f"Cut after {reply.stats.generated_tokens} tokens.")
         return reply
+
+    def _forget(self) -> None:
+        self._cache = self.phi.new_cache(self._kv_bits)
 
     def _ask_for_results(self, reply: Reply) -> Turn | None:
         results: list[str] = []

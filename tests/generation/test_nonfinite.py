@@ -112,4 +112,4 @@ def test_evaluation_says_so_too() -> None:
     with pytest.raises(GenerationError, match="computes no numbers in float32"):
         measure_loss(model, [example])
     with pytest.raises(GenerationError, match="computes no numbers in float32"):
-        _hidden_states(model, tokens[None], None, None)
+        _hidden_states(model, tokens[None], None, model.make_cache())

@@ -118,7 +118,7 @@ class FakePhi:
         self.options: list[dict[str, Any]] = []
         self.caches: list[object] = []
 
-    def new_cache(self) -> object:
+    def new_cache(self, kv_bits: int | None = None) -> object:
         self.caches.append(object())
         return self.caches[-1]
 
