@@ -184,10 +184,9 @@ def command(
             text if raw else messages,
             raw=raw,
             tools=tools,
-            kv_bits=kv_bits,
             on_prefill=report,
             **media,
-            **given(settings),
+            **given({**settings, "kv_bits": kv_bits}),
         )
         answer = Interruptible(stream)
         reply = print_reply(answer, output)

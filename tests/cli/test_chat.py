@@ -44,6 +44,13 @@ def test_each_line_is_a_turn_and_replies_are_raw(chat: Piped) -> None:
     assert [options.get("temperature") for options in chat.phi.options] == [None, 0.0, 0.0]
 
 
+@pytest.mark.parametrize(("flags", "bits"), [([], None), (["--kv-bits", "4"], 4)])
+def test_what_the_cache_is_made_with(chat: Piped, flags: list[str], bits: int | None) -> None:
+    chat(*flags, lines="a\n")
+    assert chat.phi.kv_bits == bits
+    assert "kv_bits" not in chat.phi.options[0]  # which the cache says
+
+
 def test_the_first_error_ends_it(chat: Piped) -> None:
     chat.phi = FakePhi("One.", GenerationError("The prompt has 200 tokens.", "Say less."))
     result = chat(lines="a\nb\nc\n")

@@ -102,6 +102,11 @@ def test_columns_of_other_names_and_rows_that_ask_nothing(tmp_path: Path) -> Non
             2,
             "Error: --answers, --split and --mapping go with --data.\n",
         ),
+        (
+            ["--data", "x", "--kv-bits", "8"],
+            2,
+            "Error: --kv-bits goes with --answers or --tasks.\n",
+        ),
         (["--data", "x", "--num-shots", "1"], 2, "Error: --num-shots goes with --tasks.\n"),
         (
             ["--data", "x", "--mapping", "prompt"],

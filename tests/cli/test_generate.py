@@ -228,3 +228,18 @@ def test_a_model_that_is_not_here_and_a_prompt_too_long(
     result = generate(*arguments)
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "Error: phi-4-mini is not here.\nHint: phimlx download phi-4-mini\n"
+
+
+def test_bits_of_keys_and_values(generate: Generate) -> None:
+    assert generate("Hi", "--kv-bits", "4").exit_code == 0
+    assert generate.phi.options[0]["kv_bits"] == 4
+    result = generate("Hi", "--kv-bits", "6")
+    error = "Invalid value for '--kv-bits': '6' is not one of '8', '4'."
+    assert (result.exit_code, result.stderr) == (2, USAGE.format(error))
+
+
+def test_bits_that_the_model_cannot_have(generate: Generate) -> None:
+    generate.phi = FakePhi(GenerationError("This model's heads have 80 channels.", "Leave it."))
+    result = generate("Hi", "--kv-bits", "8")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "Error: This model's heads have 80 channels.\nHint: Leave it.\n"

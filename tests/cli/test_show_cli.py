@@ -50,6 +50,7 @@ tokens    weights   cache     working (about)   memory    fits
 131,072   2.16 GB   17.2 GB   352 MB            19.7 GB   no
 
 It fits this machine's 16.0 GB up to about 102,000 tokens.
+With --kv-bits 8 it fits at every length.
 
 bits   weights   on this machine
 ────────────────────────────────────────────────
@@ -181,6 +182,8 @@ def test_json(tmp_path: Path) -> None:
         ],
         "machine_memory": 16_000_000_000,
         "longest_context_here": 256,
+        "kv_bits": None,
+        "with_kv_bits": [],
         "float16_pays": False,
     }
 
@@ -350,10 +353,61 @@ def test_the_cache_of_the_published_models(alias: str, per_token: int) -> None:
     assert footprint(model, 0, 131_072).cache == 131_072 * per_token
 
 
-def test_the_longest_context_is_the_last_that_fits() -> None:
+@pytest.mark.parametrize("kv_bits", [None, 8, 4])
+def test_the_longest_context_is_the_last_that_fits(kv_bits: int | None) -> None:
     model = catalog.DEFAULT
     weights, memory = model.quantized_nbytes, 16_000_000_000
-    longest = longest_context(model, weights, memory)
-    assert footprint(model, weights, longest).total <= memory
-    assert footprint(model, weights, longest + 1).total > memory
-    assert longest_context(model, weights, weights) == 0
+    longest = longest_context(model, weights, memory, kv_bits=kv_bits)
+    assert footprint(model, weights, longest, kv_bits=kv_bits).total <= memory
+    assert footprint(model, weights, longest + 1, kv_bits=kv_bits).total > memory
+    assert longest_context(model, weights, weights, kv_bits=kv_bits) == 0
+
+
+# Quantized keys and values
+
+
+def test_the_whole_context_of_mini_at_4_bits_is_forecast_within_16_gb() -> None:
+    result = run("phi-4-mini", "--context", "131072", "--kv-bits", "4", "--json")
+    assert result.exit_code == 0
+    about = json.loads(result.stdout)
+    (row,) = about["memory"]
+    per_token = 131_072 * 4.5 / 16  # of bfloat16's 16 bits: 4, and a scale and a bias for 64 values
+    layers = 2 * 2 * 8 * 128 * 2 * 131_072  # keys and values of two, dequantized
+    assert row["cache"] == 131_072 * per_token
+    assert row["working"] == footprint(catalog.DEFAULT, 0, 131_072).working + layers
+    assert row["total"] == row["weights"] + row["cache"] + row["working"] < 8.5e9
+    assert (row["fits"], about["kv_bits"], about["with_kv_bits"]) == (True, 4, [])
+    assert about["longest_context_here"] == 131_072
+
+
+@pytest.mark.parametrize(
+    ("here", "arguments", "advice"),
+    [
+        (16e9, ["phi-4-mini"], "With --kv-bits 8 it fits at every length."),
+        (16e9, ["phi-4-mini", "--context", "100000"], None),
+        (16e9, ["phi-4-mini", "--kv-bits", "8"], None),
+        (9e9, ["phi-4-mini"], "With --kv-bits 4 it fits at every length."),
+        (9e9, ["phi-4-mini", "--context", "60000"], "With --kv-bits 8 it fits up to about"),
+        (5e9, ["phi-4-mini"], "With --kv-bits 4 it fits up to about 55,000 tokens."),
+        (2e9, ["phi-4-mini"], None),
+        (10e9, ["phi-4"], "With --kv-bits 4 it fits up to about 15,000 tokens."),
+        (5.6e9, ["microsoft/phi-2"], None),  # heads that no groups divide
+    ],
+)
+def test_kv_bits_are_suggested_where_a_context_does_not_fit_otherwise(
+    here: float, arguments: list[str], advice: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phimlx.machine.memory.machine_memory", lambda: int(here))
+    result = run(*arguments)
+    assert result.exit_code == 0
+    found = [line for line in result.stdout.splitlines() if "--kv-bits" in line]
+    assert [line.startswith(advice or "-") for line in found] == ([True] if advice else [])
+
+
+def test_heads_that_cannot_be_quantized() -> None:
+    result = run("phi-2", "--kv-bits", "8")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        "Error: This model's heads have 80 channels, which groups of 32 do not divide, so its keys "
+        "and values cannot be quantized.\nHint: Leave kv_bits (--kv-bits) out.\n"
+    )

@@ -115,10 +115,11 @@ def test_every_format_on_stdout_and_in_a_file(name: str, text: str, transcribe: 
 def test_options_reach_the_model(transcribe: Transcribe) -> None:
     transcribe("a.wav")
     transcribe("a.wav", "--model", "x", "--translate-to", "French", "--max-seconds", "12")
-    transcribe("a.wav", "--prompt", "Who?", "--max-bytes", "5")
+    transcribe("a.wav", "--prompt", "Who?", "--max-bytes", "5", "--kv-bits", "8")
     assert transcribe.sources == ["phi-4-multimodal", "x", "phi-4-multimodal"]
     heard = [options for _, options in transcribe.hearing.heard]
     limits = [options.pop("limits") for options in heard]
+    assert [options.pop("kv_bits") for options in heard] == [None, None, 8]
     assert heard == [
         {"prompt": None, "translate_to": None, "max_seconds": 30.0},
         {"prompt": None, "translate_to": "French", "max_seconds": 12.0},

@@ -68,7 +68,8 @@ def held(cache: Cache, layer: int, bits: int, group: int, row: int) -> list[mx.a
     if cache.valid is not None:
         real = np.flatnonzero(np.array(cache.valid[row, : cache.length]))
         buffers = [part[:, :, mx.array(real)] for part in buffers]
-    return [mx.dequantize(*buffers[at : at + 3], group, bits) for at in (0, 3)]  # type: ignore[arg-type]
+    pairs = (buffers[:3], buffers[3:])
+    return [mx.dequantize(w, s, b, group, bits) for w, s, b in pairs]
 
 
 def expected(
@@ -93,7 +94,7 @@ def expected(
             # An edge may be that of the scale, and then its whole group is another.
             others = (difference > 0.01 * step).reshape(-1, group).any(axis=1)
             assert others.sum().item() <= max(2, EDGES * others.size)
-        return attention(queries, *mine, mask)
+        return attention(queries, mine[0], mine[1], mask)
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(base, "attention", attend)
@@ -219,6 +220,11 @@ def test_tokens_of_a_draft_are_those_of_single_steps(mini: CausalLM, bits: int, 
 # The two ways to attend
 
 
+def through(array: mx.array, bits: int) -> mx.array:
+    packed, scales, biases = mx.quantize(array, 64, bits)
+    return mx.dequantize(packed, scales, biases, 64, bits)
+
+
 @BITS
 @pytest.mark.parametrize("length", [1, 3, FEW])
 @pytest.mark.parametrize("masked", [False, True])
@@ -240,8 +246,8 @@ def test_products_with_the_quantized_form_are_attention(
     found = store.attend(
         0, 100 - length, queries, keys[:, :, -length:], values[:, :, -length:], mask
     )
-    both = [mx.dequantize(*mx.quantize(array, 64, bits), 64, bits) for array in (keys, values)]
-    wanted = attention(queries, *both, mask)
+    both = [through(array, bits) for array in (keys, values)]
+    wanted = attention(queries, both[0], both[1], mask)
     assert mx.abs(found - wanted).max().item() < 2e-6 * mx.abs(wanted).max().item() + 1e-6
 
 

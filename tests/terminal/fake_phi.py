@@ -117,8 +117,10 @@ class FakePhi:
         self.prompts: list[Any] = []
         self.options: list[dict[str, Any]] = []
         self.caches: list[object] = []
+        self.kv_bits: int | None = None  # of the last of them
 
     def new_cache(self, kv_bits: int | None = None) -> object:
+        self.kv_bits = kv_bits
         self.caches.append(object())
         return self.caches[-1]
 

@@ -1,0 +1,139 @@
+"""Replies from quantized keys and values: alone, in batches, turn after turn, with media."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import mlx.core as mx
+import pytest
+
+import phimlx
+from phimlx.errors import GenerationError
+from phimlx.generation.engine import Engine
+from phimlx.generation.prompt_cache import PromptCache
+from phimlx.generation.request import Request
+from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.hub.resolve import NANO_MULTIMODAL
+from phimlx.models.base import CausalLM
+
+# nano's LongRoPE step is at 128 tokens: the last is beyond it.
+PROMPTS = [
+    "What is 3 + 4?",
+    "Spell cat backwards.",
+    "Repeat: " + "one two three four five six seven eight nine ten " * 4,
+    "Repeat: " + "one two three four five six seven eight nine ten " * 9,
+]
+BITS = pytest.mark.parametrize("bits", [8, 4])
+
+
+@pytest.fixture(scope="module")
+def phi() -> phimlx.Phi:
+    return phimlx.load("nano", dtype="float32")
+
+
+@BITS
+def test_rows_of_a_batch_say_what_each_says_alone(phi: phimlx.Phi, bits: int) -> None:
+    alone = [phi.generate(p, temperature=0, max_tokens=24, kv_bits=bits) for p in PROMPTS]
+    together = phi.generate_all(PROMPTS, max_tokens=24, kv_bits=bits)
+    assert [reply.tokens for reply in together] == [reply.tokens for reply in alone]
+
+
+@BITS
+def test_rows_cross_the_step_when_each_does_alone(phi: phimlx.Phi, bits: int) -> None:
+    text = phi.encode(PROMPTS[3], raw=True)
+    prompts = [text[:length] for length in (150, 127, 122, 40)]  # the step is at 128
+
+    def ask(*rows: list[int]) -> list[list[int]]:
+        requests = [Request(row, Sampler(Sampling(), 0), 12, kv_bits=bits) for row in rows]
+        Engine(phi.model).run_all(requests)
+        return [request.reply.tokens for request in requests]
+
+    assert ask(*prompts) == [ask(prompt)[0] for prompt in prompts]
+
+
+@BITS
+def test_turns_are_those_of_prompts_from_the_start(phi: phimlx.Phi, bits: int) -> None:
+    cache, messages = phi.new_cache(bits), []
+    for prompt in PROMPTS:
+        messages.append({"role": "user", "content": prompt})
+        options: dict[str, Any] = {"temperature": 0, "max_tokens": 12}
+        reply = phi.generate(messages, cache=cache, **options)
+        assert reply.tokens == phi.generate(messages, kv_bits=bits, **options).tokens
+        messages.append({"role": "assistant", "content": reply.text})
+    assert cache.kv_bits == bits
+    plain = phi.new_cache()
+    phi.generate(messages[:-1], cache=plain, temperature=0, max_tokens=12)
+    assert cache.nbytes == plain.nbytes * (bits + 2) // 32  # float32, groups of 32
+
+
+def test_a_sampled_reply_depends_on_the_seed_alone(phi: phimlx.Phi) -> None:
+    options: dict[str, Any] = {"temperature": 1.0, "seed": 5, "max_tokens": 30, "kv_bits": 8}
+    assert phi.generate("Hi", **options).tokens == phi.generate("Hi", **options).tokens
+
+
+@pytest.mark.parametrize(("made", "asked"), [(None, 8), (8, 4), (4, 8)])
+def test_a_cache_keeps_its_bits(phi: phimlx.Phi, made: int | None, asked: int) -> None:
+    cache = phi.new_cache(made)
+    with pytest.raises(GenerationError) as caught:
+        phi.generate("Hi", cache=cache, kv_bits=asked)
+    held = f"at {made} bits" if made else "unquantized"
+    assert str(caught.value) == (f"The cache holds keys and values {held}, but kv_bits is {asked}.")
+    assert caught.value.hint == f"Make one for it: phi.new_cache(kv_bits={asked})."
+    assert phi.generate("What is 3 + 4?", cache=cache, kv_bits=made, temperature=0).text == "7"
+
+
+@pytest.mark.parametrize("bits", [3, 16, True, "8"])
+def test_bits_that_there_are_not(phi: phimlx.Phi, bits: Any) -> None:
+    message = f"kv_bits is {bits!r}; it must be 8 or 4, or None for neither."
+    for ask in (phi.new_cache, lambda bits: phi.stream("Hi", kv_bits=bits)):
+        with pytest.raises(GenerationError) as caught:
+            ask(bits)
+        assert str(caught.value) == message
+
+
+def test_requests_of_one_batch_have_the_same_bits(phi: phimlx.Phi) -> None:
+    def request(bits: int | None) -> Request:
+        return Request([5, 6], Sampler(Sampling(), 0), 3, kv_bits=bits)
+
+    with pytest.raises(ValueError, match="the same kv_bits"):
+        Engine(phi.model).add(request(8), request(None))
+
+
+@BITS
+def test_what_drafts_leave_is_what_single_steps_leave(phi: phimlx.Phi, bits: int) -> None:
+    """Several tokens in one pass, some taken back, on both sides of the step and across it."""
+    model: CausalLM = phi.model
+    for prompt in PROMPTS[2:]:
+        ids = phi.encode(prompt)
+        plain = phi.generate(ids, temperature=0, max_tokens=20, kv_bits=bits).tokens
+        cache = PromptCache(model, bits).kv
+        last = model(mx.array([ids]), cache)[0, -1]
+        said = [int(mx.argmax(last))]
+        while len(said) < len(plain):
+            drafted = [*said[-1:], *plain[len(said) : len(said) + 3], 11, 12]
+            logits = model(mx.array([drafted]), cache)[0]
+            chosen: list[int] = mx.argmax(logits, axis=-1).tolist()  # type: ignore[assignment]
+            right = next(i for i, token in enumerate(chosen) if [*drafted, -1][i + 1] != token)
+            said += chosen[: right + 1]
+            cache.trim(len(ids) + len(said) - 1)
+        assert said[: len(plain)] == plain
+
+
+@pytest.mark.slow
+@BITS
+def test_pictures_and_sounds(bits: int) -> None:
+    phi = phimlx.load("nano-multimodal", dtype="float32")
+    picture = Path(NANO_MULTIMODAL, "pictures", "vision-00.png")
+    sound = Path(NANO_MULTIMODAL, "clips", "speech-00.flac")
+    cache = phi.new_cache(bits)
+    messages: list[dict[str, Any]] = []
+    for media in ({"images": [picture]}, {"images": [picture], "audio": [sound]}):
+        messages = [{"role": "user", "content": "What is it?"}]
+        alone = phi.generate(messages, temperature=0, max_tokens=12, kv_bits=bits, **media)
+        turn = phi.generate(messages, temperature=0, max_tokens=12, cache=cache, **media)
+        assert turn.tokens == alone.tokens
+    said = [segment.text for segment in phi.transcribe(sound, kv_bits=bits)]
+    assert all(said)
+    if bits == 8:
+        assert said == [segment.text for segment in phi.transcribe(sound)]
