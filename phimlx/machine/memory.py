@@ -99,11 +99,10 @@ def cache_bytes_per_token(shape: Shape, itemsize: int = 2, kv_bits: int | None =
 
 
 def _dequantized(shape: Shape, itemsize: int, kv_bits: int | None) -> int:
-    """Count what a token's keys and values take in the layers that are dequantized together: two,
-    since one is started while the one before is computed."""
+    """Count what a token's keys and values take in the one layer that is dequantized at a time."""
     if kv_bits is None or kv_group_size(shape.head_dim) is None:
         return 0
-    return 2 * 2 * shape.num_key_value_heads * shape.head_dim * itemsize
+    return 2 * shape.num_key_value_heads * shape.head_dim * itemsize
 
 
 def picture_bytes(vision: ImageEncoderShape, crops: int, itemsize: int = 2) -> int:

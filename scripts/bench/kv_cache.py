@@ -88,30 +88,25 @@ def memory(output: Output, layers: int, tokens: int) -> None:
     model = synthetic(layers, tokens)
     found = {bits: peak(model, tokens, bits) for bits in KINDS}
     cache, whole = found[None]
-    rows = [
-        (
-            bits or "none",
-            size_text(held),
-            f"{held / cache:.2f} ×",
-            size_text(most),
-            f"{most / whole:.2f} ×",
-        )
-        for bits, (held, most) in found.items()
-    ]
+    one = 2 * 8 * tokens * 128 * 2  # keys and values of a layer, dequantized
+    rows = []
+    for bits, (held, most) in found.items():
+        forecast = held + one if bits else held
+        sizes = ((held, cache), (forecast, cache), (most, whole))
+        cells = [cell for part, of in sizes for cell in (size_text(part), f"{part / of:.2f} ×")]
+        rows.append((bits or "none", *cells))
     piece = prefill_tokens() if on_gpu() else PIECE
     output.text(f"{tokens:,} tokens, {layers} layers, {piece} tokens at a time", "bold")
-    output.table(["bits", "cache", "of it", "peak over weights", "of it"], rows)
-    one = 2 * 8 * tokens * 128 * 2
-    scores = 24 * piece * tokens * 2
-    output.text(
-        f"Keys and values of one layer, dequantized: {size_text(one)}, and two layers are there at "
-        "once."
-    )
+    head = ("cache", "and a layer dequantized", "peak over the weights, measured")
+    output.table(["bits", *(cell for name in head for cell in (name, ""))], rows)
     if not on_gpu():
+        scores = 24 * prefill_tokens() * tokens * 2
         output.text(
-            f"A CPU's attention is not fused: among the peaks are scores of {size_text(scores)}, "
-            f"more than once; a usual piece of {prefill_tokens()} tokens would have "
-            f"{size_text(scores * prefill_tokens() // piece)} of them, in any kind of cache."
+            "On a CPU the measured peak says little: its dequantization is not fused, and unpacks "
+            "through several arrays of 4 bytes a number; nor is its attention, whose scores for "
+            f"{prefill_tokens()} tokens would take {size_text(scores)} in any kind of cache. The "
+            "largest temporary of fused kernels is a layer's dequantized keys and values, "
+            f"{size_text(one)}, at any number of layers."
         )
 
 

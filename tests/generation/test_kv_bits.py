@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +15,7 @@ from phimlx.generation.engine import Engine
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
-from phimlx.hub.resolve import NANO_MULTIMODAL
+from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
 from phimlx.models.base import CausalLM
 
 # nano's LongRoPE step is at 128 tokens: the last is beyond it.
@@ -137,3 +138,23 @@ def test_pictures_and_sounds(bits: int) -> None:
     assert all(said)
     if bits == 8:
         assert said == [segment.text for segment in phi.transcribe(sound)]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("beyond", [False, True])
+def test_8_bits_choose_the_same_token_99_times_of_100(phi: phimlx.Phi, beyond: bool) -> None:
+    """On held-out conversations, every token given, on either side of the LongRoPE step."""
+    same: list[bool] = []
+    for line in (NANO / "heldout.jsonl").read_text(encoding="utf-8").splitlines():
+        row = json.loads(line)
+        said = [*row["messages"], {"role": "assistant", "content": row["answer"]}]
+        ids = mx.array([phi.template.encode(said, row.get("tools"))])
+        if (ids.shape[1] > 128) != beyond:
+            continue
+        caches = [phi.model.make_cache(ids.shape[1], kv_bits=bits) for bits in (None, 8)]
+        plain, quantized = (phi.model(ids, cache)[0].argmax(axis=-1) for cache in caches)
+        same += (plain == quantized).tolist()  # type: ignore[arg-type]
+        if len(same) > 1500:
+            break
+    assert len(same) > 500
+    assert sum(same) / len(same) >= 0.99
