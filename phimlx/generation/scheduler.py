@@ -14,7 +14,13 @@ from phimlx.generation.batch import Batch
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.machine.device import prefill_tokens
-from phimlx.machine.memory import cache_bytes_per_token, footprint, machine_memory
+from phimlx.machine.kv_bits import KV_BITS, kv_group_size
+from phimlx.machine.memory import (
+    cache_bytes_per_token,
+    dequantized_bytes_per_token,
+    footprint,
+    machine_memory,
+)
 from phimlx.models.base import CausalLM
 from phimlx.sizes import size_text
 
@@ -28,6 +34,7 @@ class Scheduler:
     A step is a piece of a prompt at most, and one token for every row: nobody waits for another's
     prompt longer than a piece takes. Requests are admitted in the order in which they came, as
     there are rows and memory for them; short prompts that wait together are prefilled together.
+    Rows have the same `kv_bits`: a request that has others waits until they have ended.
 
     Args:
         pass_cost: as `Batch` takes it.
@@ -138,6 +145,8 @@ class Scheduler:
         others = [*decoded, *group]
         if len(others) >= self._max_rows:
             return False
+        if any(each.kv_bits != request.kv_bits for each in others):
+            return False
         if group:
             if request.media is not None or group[0].media is not None:
                 return False  # alone, so that what is wrong with them ends nobody else
@@ -147,21 +156,33 @@ class Scheduler:
         if not others:
             return True
         columns = max(_columns(each) for each in (*others, request))
-        return (1 + len(others)) * columns * self._bytes_per_token <= self._left
+        return (1 + len(others)) * columns * self._bytes_per_token(request.kv_bits) <= self._left
 
     def _check(self, request: Request) -> None:
-        needed = _columns(request) * self._bytes_per_token
+        needed = _columns(request) * self._bytes_per_token(request.kv_bits)
         if needed > self._left:
+            enough = [
+                bits
+                for bits in KV_BITS
+                if request.kv_bits is None
+                and kv_group_size(self._model.config.head_dim) is not None
+                and _columns(request) * self._bytes_per_token(bits) <= self._left
+            ]
+            smaller = (
+                f" It fits with kv_bits={enough[0]} (--kv-bits {enough[0]})." if enough else ""
+            )
             raise GenerationError(
                 f"The prompt has {len(request.prompt):,} tokens, whose keys and values and those "
                 f"of the reply take {size_text(needed)}; {size_text(max(0, self._left))} are left "
                 "beside the model.",
-                hint="Shorten the prompt.",
+                hint=f"Shorten the prompt.{smaller}",
             )
 
-    @property
-    def _bytes_per_token(self) -> int:
-        return cache_bytes_per_token(self._model.config, self._itemsize)
+    def _bytes_per_token(self, kv_bits: int | None) -> int:
+        """Bytes of a token's keys and values, and of what is dequantized of them at a time."""
+        shape, itemsize = self._model.config, self._itemsize
+        held = cache_bytes_per_token(shape, itemsize, kv_bits)
+        return held + dequantized_bytes_per_token(shape, itemsize, kv_bits)
 
     @property
     def _itemsize(self) -> int:

@@ -75,7 +75,7 @@ def footprint(
         weights=weights,
         cache=context * cache_bytes_per_token(shape, itemsize, kv_bits),
         working=min(context, prefill_tokens()) * _activations(shape) * itemsize
-        + context * _dequantized(shape, itemsize, kv_bits),
+        + context * dequantized_bytes_per_token(shape, itemsize, kv_bits),
     )
 
 
@@ -84,7 +84,9 @@ def longest_context(
 ) -> int:
     """Count the tokens that fit into `memory` bytes beside the weights; 0 where none do."""
     left = memory - weights - prefill_tokens() * _activations(shape) * itemsize
-    each = cache_bytes_per_token(shape, itemsize, kv_bits) + _dequantized(shape, itemsize, kv_bits)
+    each = cache_bytes_per_token(shape, itemsize, kv_bits) + dequantized_bytes_per_token(
+        shape, itemsize, kv_bits
+    )
     return max(0, left // each)
 
 
@@ -98,7 +100,7 @@ def cache_bytes_per_token(shape: Shape, itemsize: int = 2, kv_bits: int | None =
     return int(values * kv_bytes_per_value(shape.head_dim, itemsize, kv_bits))
 
 
-def _dequantized(shape: Shape, itemsize: int, kv_bits: int | None) -> int:
+def dequantized_bytes_per_token(shape: Shape, itemsize: int, kv_bits: int | None) -> int:
     """Count what a token's keys and values take in the one layer that is dequantized at a time."""
     if kv_bits is None or kv_group_size(shape.head_dim) is None:
         return 0

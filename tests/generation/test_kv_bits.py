@@ -73,6 +73,22 @@ def test_a_sampled_reply_depends_on_the_seed_alone(phi: phimlx.Phi) -> None:
     assert phi.generate("Hi", **options).tokens == phi.generate("Hi", **options).tokens
 
 
+@BITS
+@pytest.mark.parametrize("temperature", [0.0, 0.7])
+@pytest.mark.parametrize("length", [60, 118, 150])  # before nano's step, across it, beyond it
+def test_drafts_change_nothing(phi: phimlx.Phi, bits: int, temperature: float, length: int) -> None:
+    text = phi.encode("one two three four five six seven " * 9, raw=True)
+    found = []
+    for lookup in (True, False):
+        sampler = Sampler(Sampling(temperature=temperature), 3)
+        prompt = text[:length]
+        request = Request(prompt, sampler, 40, prompt_lookup=lookup, kv_bits=bits)
+        Engine(phi.model, pass_cost=lambda count: 1.0).run_all([request])
+        found.append(request.reply)
+    assert found[0].tokens == found[1].tokens
+    assert found[0].stats.drafted_tokens > 0
+
+
 @pytest.mark.parametrize(("made", "asked"), [(None, 8), (8, 4), (4, 8)])
 def test_a_cache_keeps_its_bits(phi: phimlx.Phi, made: int | None, asked: int) -> None:
     cache = phi.new_cache(made)
@@ -93,12 +109,35 @@ def test_bits_that_there_are_not(phi: phimlx.Phi, bits: Any) -> None:
         assert str(caught.value) == message
 
 
-def test_requests_of_one_batch_have_the_same_bits(phi: phimlx.Phi) -> None:
-    def request(bits: int | None) -> Request:
-        return Request([5, 6], Sampler(Sampling(), 0), 3, kv_bits=bits)
+def test_requests_of_other_bits_wait_their_turn(phi: phimlx.Phi) -> None:
+    prompts = [phi.encode(prompt) for prompt in PROMPTS]
 
-    with pytest.raises(ValueError, match="the same kv_bits"):
-        Engine(phi.model).add(request(8), request(None))
+    def request(row: int, bits: int | None) -> Request:
+        return Request(prompts[row], Sampler(Sampling(), 0), 6, kv_bits=bits)
+
+    asked = [(0, 8), (1, None), (2, 4), (3, 4), (1, 8)]
+    alone = [request(*each) for each in asked]
+    for each in alone:
+        Engine(phi.model).run_all([each])
+    together = [request(*each) for each in asked]
+    Engine(phi.model).run_all(together)
+    assert [each.reply.tokens for each in together] == [each.reply.tokens for each in alone]
+
+
+def test_what_never_fits_is_told_where_it_would_with_fewer_bits(phi: phimlx.Phi) -> None:
+    prompt = list(range(5, 405))
+
+    def refused(memory: int) -> str | None:
+        engine = Engine(phi.model, memory=memory)
+        with pytest.raises(GenerationError) as caught:
+            engine.add(Request(prompt, Sampler(Sampling(), 0), 8))
+        return caught.value.hint
+
+    whole = 408 * 4 * 2 * 4 * 32 * 4  # bytes of the columns that are forecast
+    assert refused(whole - 1) == "Shorten the prompt. It fits with kv_bits=8 (--kv-bits 8)."
+    assert refused(whole // 2) == "Shorten the prompt. It fits with kv_bits=4 (--kv-bits 4)."
+    assert refused(whole // 4) == "Shorten the prompt."
+    Engine(phi.model, memory=whole - 1).add(Request(prompt, Sampler(Sampling(), 0), 8, kv_bits=8))
 
 
 @BITS

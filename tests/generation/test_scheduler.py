@@ -120,7 +120,7 @@ def test_what_does_not_fit_waits_and_what_never_fits_is_refused(model: CausalLM)
     with pytest.raises(GenerationError) as caught:
         engine.add(Request([9] * 95, Sampler(Sampling(), 0), 10))
     assert "The prompt has 95 tokens, whose keys and values" in str(caught.value)
-    assert caught.value.hint == "Shorten the prompt."
+    assert caught.value.hint == "Shorten the prompt. It fits with kv_bits=8 (--kv-bits 8)."
     assert engine.step() == []
 
 

@@ -176,6 +176,24 @@ def test_a_row_is_replaced(mini: CausalLM, bits: int) -> None:
 
 
 @BITS
+@pytest.mark.parametrize("lengths", [(40, 23), (9, 60)])
+def test_caches_are_joined(model: CausalLM, bits: int, lengths: tuple[int, int]) -> None:
+    rows = [tokens(model, length, seed) for seed, length in enumerate(lengths)]
+    cache, other = (model.make_cache(kv_bits=bits) for _ in rows)
+    for each, row in zip((cache, other), rows, strict=True):
+        fed(model, row, each, 60)
+    cache.join(other)
+    assert (other.nbytes, other.length) == (0, 0)
+    logits = model(mx.array([[7], [8]]), cache)
+    for at, new in enumerate((7, 8)):
+        wanted = expected(model, [*rows[at], new], cache, at)
+        assert difference(logits[at, -1], wanted[-1]) <= EXACT
+    cache.select([1])  # padding that nobody needs goes
+    logits = model(mx.array([[9]]), cache)
+    assert difference(logits[0, -1], expected(model, [*rows[1], 8, 9], cache)[-1]) <= EXACT
+
+
+@BITS
 @pytest.mark.parametrize("draft", [1, 4, FEW + 4])
 def test_a_draft_that_is_taken_back_leaves_nothing(model: CausalLM, bits: int, draft: int) -> None:
     """Every buffer is, bit by bit, what it is without the draft."""

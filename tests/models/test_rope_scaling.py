@@ -211,10 +211,10 @@ def test_a_reply_goes_on_with_the_keys_that_are_there(folder: Path) -> None:
     ids = mx.array(np.random.default_rng(0).integers(4, 48, (1, 70)))
     cache = model.make_cache()
     model(ids[:, :60], cache)
-    keys = [mx.array(each[..., :60, :]) for each in cache.keys if each is not None]
+    keys = [mx.array(each[..., :60, :]) for each in cache.store.arrays]
     for position in range(60, 70):
         model(ids[:, position : position + 1], cache)
-    held = [each[..., :60, :] for each in cache.keys if each is not None]
+    held = [each[..., :60, :] for each in cache.store.arrays]
     assert all(mx.array_equal(*pair) for pair in zip(keys, held, strict=True))
 
 

@@ -209,32 +209,21 @@ class Cache:
         real = self.valid[:, : self.length]
         first: int = mx.argmax(real.any(axis=0)).item()  # type: ignore[assignment]
         if first:
-            for arrays in (self.keys, self.values):
-                for layer, array in enumerate(arrays):
-                    if array is not None:
-                        arrays[layer] = array[:, :, first:]
-                        mx.eval(arrays[layer])
+            self.store.drop_columns(first)
             self.tokens = self.tokens[:, first : self.length]
             self.length -= first
         kept = real[:, first:]
         self.valid = None if kept.all().item() else kept
 
     def join(self, other: Cache) -> None:
-        """Take the rows of another cache of the same model below these; it is empty then.
+        """Take the rows of another cache of the same model and kind below these; it is empty then.
 
         Columns end together: the rows of the shorter one are padded on the left.
         """
         assert self.tokens is not None
         assert other.tokens is not None
         columns = max(self.length, other.length)
-        for held, new in ((self.keys, other.keys), (self.values, other.values)):
-            for layer in range(len(held)):
-                pair = (held[layer], self.length), (new[layer], other.length)
-                held[layer] = mx.concatenate(
-                    [_moved(array, length, columns, self.step) for array, length in pair]
-                )
-                new[layer] = None
-                mx.eval(held[layer])  # one layer at a time: never two copies of all
+        self.store.join(self.length, other.store, other.length)
         caches = (self, other)
         valid = mx.concatenate([_aligned(cache._real(), columns) for cache in caches])
         self.valid = None if valid.all().item() else valid
@@ -327,17 +316,6 @@ def chosen(values: tuple[T, ...], rows: Sequence[int]) -> tuple[T, ...]:
 def _aligned(array: mx.array, columns: int) -> mx.array:
     """Pad `[batch, length]` on the left to so many columns, with zeros."""
     return mx.pad(array, [(0, 0), (columns - array.shape[1], 0)])
-
-
-def _moved(array: mx.array | None, length: int, columns: int, step: int) -> mx.array:
-    """Copy the first `length` columns of a layer's keys or values to end at `columns`, with room
-    for more."""
-    assert array is not None
-    batch, heads, _, head_dim = array.shape
-    room = (columns // step + 1) * step
-    copy = mx.zeros((batch, heads, room, head_dim), array.dtype)
-    copy[..., columns - length : columns, :] = array[..., :length, :]
-    return copy
 
 
 def _real_columns(mask: mx.array) -> tuple[int, ...]:

@@ -90,6 +90,34 @@ class Store:
                 buffers[index] = buffer[chosen]
                 mx.eval(buffers[index])
 
+    def drop_columns(self, first: int) -> None:
+        """Forget the first columns; layer by layer."""
+        self._columns -= first
+        for buffers in self.layers:
+            for index, buffer in enumerate(buffers):
+                buffers[index] = buffer[:, :, first:]
+                mx.eval(buffers[index])
+
+    def join(self, length: int, other: Store, other_length: int) -> None:
+        """Take the rows of a store of the same kind below these, layer by layer; it is empty then.
+
+        Columns end together: in the shorter one empty ones come first.
+
+        Args:
+            length, other_length: columns that count here and there.
+        """
+        end = max(length, other_length)
+        self._columns = (end // self.step + 1) * self.step
+        for buffers, others in zip(self.layers, other.layers, strict=True):
+            for index, buffer in enumerate(buffers):
+                pair = ((buffer, length), (others[index], other_length))
+                buffers[index] = mx.concatenate(
+                    [_moved(array, count, end, self._columns) for array, count in pair]
+                )
+                mx.eval(buffers[index])
+            others.clear()
+        other.clear()
+
     def replace_row(self, row: int, other: Store, columns: int) -> None:
         """Take the first columns of a row from the only row of a store of the same kind."""
         for mine, theirs in zip(self.layers, other.layers, strict=True):
@@ -119,6 +147,13 @@ def attention(
         scale=queries.shape[-1] ** -0.5,
         mask=mask,
     )
+
+
+def _moved(array: mx.array, length: int, end: int, columns: int) -> mx.array:
+    """Copy the first `length` columns into a buffer of so many, where they end at `end`."""
+    copy = _empty(array, columns)
+    copy[..., end - length : end, :] = array[..., :length, :]
+    return copy
 
 
 def _empty(like: mx.array, columns: int) -> mx.array:
