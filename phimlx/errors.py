@@ -68,6 +68,10 @@ class TrainingError(PhimlxError):
     """Training data, settings or a run that cannot be used."""
 
 
+class CacheError(PhimlxError):
+    """A prompt cache that cannot be written to a file, or read from one."""
+
+
 class SettingsError(PhimlxError):
     """A setting that is unknown, out of bounds or in conflict with another."""
 

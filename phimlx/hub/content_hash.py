@@ -6,13 +6,16 @@ import contextlib
 import hashlib
 import os
 import time
+from collections.abc import Iterable
+from functools import cached_property
 from pathlib import Path
 
-from phimlx.errors import ConfigError
+from phimlx.errors import CacheError, ConfigError
 from phimlx.files import read_json, write_json
 from phimlx.hub.layout import recorded_hash
 
 KEPT = 1000  # hashes of the files that were asked for last
+WEIGHTS = (".json", ".safetensors", ".gguf")  # and what says how they are used
 SETTLED = 2.0  # seconds after which another change shows in a file's time, on every file system
 
 
@@ -48,6 +51,33 @@ def content_hash(file: Path) -> str:
             cache_file().parent.mkdir(parents=True, exist_ok=True)
             write_json(cache_file(), dict(list(_known().items())[1 - KEPT :]) | {before: found})
     return found
+
+
+class Contents:
+    """Files as they are before a model is loaded from them, and what tells their contents."""
+
+    def __init__(self, folder: Path, files: Iterable[Path] = ()) -> None:
+        """Look at what a folder has of JSON and weights, and at further files below it."""
+        beside = (file for file in folder.iterdir() if file.suffix in WEIGHTS)
+        found = {file for file in (*beside, *files) if file.is_file()}
+        self._files = {str(file.relative_to(folder)): file for file in sorted(found)}
+        self._before = self._identities()
+
+    @cached_property
+    def digest(self) -> str:
+        """SHA-256 of names and contents; what has to be read is read at most once.
+
+        Raises:
+            CacheError: where a file has changed since.
+            OSError: where it cannot be read.
+        """
+        lines = [f"{content_hash(file)} {name}" for name, file in self._files.items()]
+        if self._identities() != self._before:
+            raise CacheError("The model's files have changed since it was loaded.")
+        return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+    def _identities(self) -> list[str]:
+        return [_identity(file) for file in self._files.values()]
 
 
 def _identity(file: Path) -> str:

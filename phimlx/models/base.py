@@ -87,11 +87,13 @@ class CausalLM(nn.Module):
     Attributes:
         model_type: of its record in the registry.
         placeholders: tokens that stand for media in a prompt; None where only text is taken.
+        feature_widths: of the features of images and of audio.
         model: embedding, decoder layers and final norm.
     """
 
     model_type: ClassVar[str]
     placeholders: Placeholders | None = None
+    feature_widths: tuple[int, int] = (0, 0)
     config: ModelConfig
     model: nn.Module
 

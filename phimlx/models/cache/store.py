@@ -77,6 +77,11 @@ class Store:
                 buffers[index] = mx.concatenate([buffer[..., :kept, :], more], axis=2)
                 mx.eval(buffers[index])
 
+    def hold(self, layers: list[list[mx.array]], columns: int) -> None:
+        """Hold these buffers, all with so many columns, in place of what was held."""
+        self.layers = layers
+        self._columns = columns
+
     def clear(self) -> None:
         """Free all buffers."""
         self.layers = [[] for _ in self.layers]

@@ -135,6 +135,7 @@ class Phi4MMForCausalLM(CausalLM):
         super().__init__()
         self.config = config
         self.placeholders = config.placeholders
+        self.feature_widths = (config.hidden_size, config.audio.attention_dim)
         self.model = Phi4MMModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
