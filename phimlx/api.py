@@ -12,7 +12,8 @@ import mlx.core as mx
 from phimlx import catalog
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import load_model
-from phimlx.errors import ConfigError, GenerationError
+from phimlx.errors import CacheError, ConfigError, GenerationError
+from phimlx.files import translate_read_errors
 from phimlx.generation.engine import Engine
 from phimlx.generation.generation_config import GenerationConfig
 from phimlx.generation.options import GenerationOptions, PromptOptions
@@ -23,6 +24,7 @@ from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.generation.stop import StopStrings
 from phimlx.generation.stream import Stream
+from phimlx.hub.content_hash import Contents
 from phimlx.hub.layout import model_name
 from phimlx.hub.resolve import resolve, resolve_adapter
 from phimlx.machine.kv_bits import check_kv_bits
@@ -31,6 +33,8 @@ from phimlx.models.base import CausalLM
 
 if TYPE_CHECKING:
     from phimlx.adapters.tokenizer import TokenizerChoice
+    from phimlx.generation.prefix_file import Source
+    from phimlx.generation.prefix_store import PrefixStore
     from phimlx.prompt.chat_template import ChatTemplate
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
     from phimlx.transcription import TranscriptSegment
@@ -102,6 +106,8 @@ class Phi:
     ) -> None:
         checkpoint = Checkpoint(folder, rope_scaling)
         self.path = checkpoint.folder
+        self._contents = Contents(self.path, checkpoint.files)
+        self._adapter_contents: Contents | None = None
         self.model: CausalLM = load_model(checkpoint, dtype)
         self.config = checkpoint.config
         prompt_folder, remarks, stop = self.path, tuple[str, ...](), STOP_TOKENS
@@ -132,6 +138,7 @@ class Phi:
         from phimlx.adapters.attach import load_adapter
         from phimlx.adapters.tokenizer import choose_tokenizer
 
+        self._adapter_contents = Contents(folder)
         adapter = load_adapter(self.model, folder, self.path, self.config)
         choice = choose_tokenizer(folder, self.path, self.model.config.vocab_size)
         return replace(choice, remarks=(*adapter.remarks, *choice.remarks))
@@ -218,17 +225,82 @@ class Phi:
 
         return transcribe(self, source, **options)
 
-    def new_cache(self, kv_bits: int | None = None) -> PromptCache:
+    def new_cache(
+        self, kv_bits: int | None = None, prefixes: PrefixStore | None = None
+    ) -> PromptCache:
         """Make an empty cache for calls that build on each other, as the turns of a chat do.
 
         Args:
             kv_bits: 8 or 4, to hold keys and values quantized: half or a quarter of the memory,
                 and a little less exact. As they come where None.
+            prefixes: from `prefix_store`; what it keeps of a prompt is not computed again.
 
         Raises:
             GenerationError: for other bits, or where the model's heads cannot be quantized.
         """
-        return PromptCache(self.model, kv_bits)
+        return PromptCache(self.model, kv_bits, prefixes)
+
+    def save_cache(self, cache: PromptCache, path: str | Path) -> None:
+        """Write a cache to a file, which `load_cache` reads in another process.
+
+        The file tells what was asked and said; its owner alone may read it. Weights that were
+        changed in memory are not noticed: the file would be taken for one of the model's own.
+
+        Raises:
+            GenerationError: where the cache is another model's.
+            CacheError: for an empty cache, where the model's files have changed since it was
+                loaded, or where the file cannot be written.
+        """
+        from phimlx.generation.prefix_file import write_prefix
+
+        cache.check(self.model)
+        write_prefix(Path(path), cache, self._source())
+
+    def load_cache(self, path: str | Path) -> PromptCache:
+        """Read a cache that `save_cache` wrote with this model, adapter, dtype and version.
+
+        Raises:
+            CacheError: where the file is missing, damaged, or of anything else.
+        """
+        from phimlx.generation.prefix_file import read_prefix
+
+        return read_prefix(Path(path), self.model, self._source())
+
+    def prefix_store(
+        self, note: Callable[[str], object] = lambda text: None, **settings: Any
+    ) -> PrefixStore | None:
+        """Open the store of long prompts in the cache folder; None where its limit is 0.
+
+        `store.save(cache)` keeps what a cache holds; `new_cache(prefixes=store)` finds it again.
+
+        Args:
+            note: called with a sentence where something kept is of no use, or nothing can be kept.
+            settings: folder, limit, min_tokens; see `phimlx.generation.prefix_store.PrefixStore`.
+
+        Raises:
+            SettingsError: where PHIMLX_CACHE_LIMIT is no number.
+        """
+        from phimlx.generation.prefix_store import PrefixStore
+
+        store = PrefixStore(self.model, self._source, note, **settings)
+        return store if store.limit else None
+
+    def _source(self) -> Source:
+        """Tell the model from others; reads its files where nobody knows what they hold.
+
+        Raises:
+            CacheError: where they have changed since the model was loaded, or cannot be read.
+        """
+        from phimlx.generation.prefix_file import Source
+
+        adapter = self._adapter_contents
+        with translate_read_errors(self.path, CacheError):
+            return Source(
+                self._contents.digest,
+                None if adapter is None else adapter.digest,
+                self.name,
+                str(self.path.resolve()),
+            )
 
     def encode(self, prompt: Prompt = "", **options: Any) -> list[int]:
         """Encode a prompt as tokens.

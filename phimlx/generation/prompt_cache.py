@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 from typing import Protocol
@@ -9,7 +10,22 @@ from typing import Protocol
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.generation.placed_media import MediaItem, PlacedMedia
 from phimlx.models.base import CausalLM
+from phimlx.models.cache.kv import Cache
 from phimlx.models.features import TEXT, Features
+
+
+class Prefixes(Protocol):
+    """Where prompt caches are kept beyond a process."""
+
+    def find(
+        self,
+        prompt: list[int],
+        items: tuple[MediaItem, ...],
+        adapter: str | None,
+        kv_bits: int | None,
+        shared: int,
+    ) -> PromptCache | None:
+        """Read the cache that shares most with a prompt, where that is more than `shared`."""
 
 
 class Holder(Protocol):
@@ -44,19 +60,35 @@ class PromptCache:
         kv: keys, values and tokens of one row.
     """
 
-    def __init__(self, model: CausalLM, kv_bits: int | None = None) -> None:
+    def __init__(
+        self, model: CausalLM, kv_bits: int | None = None, prefixes: Prefixes | None = None
+    ) -> None:
         """Make an empty cache.
 
         Args:
             kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
+            prefixes: looked in for more of a prompt than is here.
 
         Raises:
             GenerationError: where the model's cannot be quantized so.
         """
         self.model = model
         self.kv = model.make_cache(kv_bits=kv_bits)
+        self._prefixes = prefixes
         self._items: tuple[MediaItem, ...] = ()  # those of the last prompt
         self._holder: Holder | None = None
+
+    @classmethod
+    def restored(cls, model: CausalLM, kv: Cache, items: tuple[MediaItem, ...]) -> PromptCache:
+        """Make a cache that holds what another one held."""
+        cache = cls(model, kv.kv_bits)
+        cache.kv, cache._items = kv, items
+        return cache
+
+    @property
+    def items(self) -> tuple[MediaItem, ...]:
+        """Images and sounds among the tokens."""
+        return tuple(item for item in self._items if item.begin < self.kv.length)
 
     @property
     def tokens(self) -> list[int]:
@@ -117,21 +149,38 @@ class PromptCache:
         The last token of a prompt is always computed, since its logits are wanted. Nothing is kept
         where the prompt needs other rope factors or another adapter.
         """
-        shared = self._shared(prompt[:-1], media.items)
+        shared = self._trim(prompt, media)
+        if self._prefixes is not None:
+            usable = shared if self.kv.serves() else 0
+            found = self._prefixes.find(prompt, media.items, media.adapter, self.kv_bits, usable)
+            if found is not None:
+                self.kv, self._items = found.kv, found.items
+                shared = self._trim(prompt, media)
         self._items = media.items
-        self.kv.trim(shared)
-        self.kv.expect([len(prompt)], (media.adapter,))
         if self.kv.serves():
             return Prefix(shared, shared, TEXT)
         features = self.kv.features[0] if self.kv.features else TEXT
         self.kv.trim(0)
         return Prefix(0, shared, features)
 
-    def _shared(self, prompt: list[int], items: tuple[MediaItem, ...]) -> int:
-        """Count the first tokens that are the same and stand for the same media."""
-        pairs = zip(self.tokens, prompt, strict=False)
-        shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        for old, new in zip(self._items, items, strict=False):
-            if old != new:
-                return min(shared, old.begin, new.begin)
+    def _trim(self, prompt: list[int], media: PlacedMedia) -> int:
+        """Forget what a prompt does not share; the number of tokens that are left."""
+        shared = shared_tokens(self.tokens, self._items, prompt[:-1], media.items)
+        self.kv.trim(shared)
+        self.kv.expect([len(prompt)], (media.adapter,))
         return shared
+
+
+def shared_tokens(
+    ours: Sequence[int],
+    our_items: Sequence[MediaItem],
+    theirs: Sequence[int],
+    their_items: Sequence[MediaItem],
+) -> int:
+    """Count the first tokens that are the same and stand for the same media."""
+    pairs = zip(ours, theirs, strict=False)
+    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    for one, other in zip(our_items, their_items, strict=False):
+        if one != other:
+            return min(shared, one.begin, other.begin)
+    return shared
