@@ -298,7 +298,7 @@ class Phi:
             return Source(
                 self._contents.digest,
                 None if adapter is None else adapter.digest,
-                self.name,
+                self.name if catalog.find(self.name) else model_name(self.path),
                 str(self.path.resolve()),
             )
 

@@ -10,6 +10,7 @@ import click
 
 from phimlx.cli.options import (
     adapter_option,
+    cache_option,
     dtype_option,
     frames_option,
     is_debugging,
@@ -18,6 +19,7 @@ from phimlx.cli.options import (
     load_or_download,
     model_option,
     pop_limits,
+    prefix_store,
     prompt_form_option,
     prompt_lookup_option,
     rope_scaling_option,
@@ -47,6 +49,7 @@ from phimlx.terminal.sampling_settings import given
 )
 @sampling_options
 @prompt_lookup_option
+@cache_option
 @frames_option
 @limit_options()
 def command(
@@ -60,6 +63,7 @@ def command(
     prompt_form: str | None,
     session_file: Path | None,
     prompt_lookup: bool | None,
+    keeps: bool | None,
     frames: int,
     **settings: Any,
 ) -> None:
@@ -100,6 +104,7 @@ def command(
     if form is not None:
         phi.use_prompt_form(form)
     chat = Chat(phi, conversation, output, screen, run_command, limits, frames, kv_bits)
+    chat.keep_in(prefix_store(phi, keeps, output))
     chat.reply_options = given({"prompt_lookup": prompt_lookup})
     chat.check(conversation)
     chat.saved_as = session_file

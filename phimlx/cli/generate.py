@@ -11,6 +11,7 @@ import click
 from phimlx.cli.options import (
     MULTIMODAL,
     adapter_option,
+    cache_option,
     check_files,
     dtype_option,
     frames_option,
@@ -21,6 +22,7 @@ from phimlx.cli.options import (
     media_options,
     model_option,
     pop_limits,
+    prefix_store,
     prompt_form_option,
     prompt_lookup_option,
     rope_scaling_option,
@@ -61,6 +63,7 @@ NO_PROMPT = (
 )
 @sampling_options
 @prompt_lookup_option
+@cache_option
 @click.option(
     "--prompts",
     "prompts_file",
@@ -106,6 +109,7 @@ def command(
     prompts_file: Path | None,
     output_file: Path | None,
     batch_size: int,
+    keeps: bool | None,
     as_json: bool,
     verbose: bool,
     **settings: Any,
@@ -179,6 +183,8 @@ def command(
         more = {"system": system, "about": about, "batch_size": batch_size}
         answer_prompts(phi, prompts_file, output_file, options, output, **more)
         return
+    prefixes = prefix_store(phi, keeps, output)
+    cache = None if prefixes is None else phi.new_cache(kv_bits, prefixes)
     with output.prompt_progress() as report:
         stream = phi.stream(
             text if raw else messages,
@@ -186,7 +192,7 @@ def command(
             tools=tools,
             on_prefill=report,
             **media,
-            **given({**settings, "kv_bits": kv_bits}),
+            **given({**settings, "kv_bits": kv_bits, "cache": cache}),
         )
         answer = Interruptible(stream)
         reply = print_reply(answer, output)
@@ -195,6 +201,8 @@ def command(
         output.warning(warning)
     if verbose or (output.is_watched and not as_json):
         output.note(reply_summary(reply))
+    if prefixes is not None and cache is not None and not answer.cut:
+        prefixes.save(cache)
     if answer.interrupted:
         raise KeyboardInterrupt
 

@@ -24,6 +24,7 @@ COMMANDS = {
     "download": ("phimlx.cli.download", "Bring a model from the Hub to this machine."),
     "list": ("phimlx.cli.list", "List the models on this machine."),
     "remove": ("phimlx.cli.remove", "Delete a model from this machine."),
+    "cache": ("phimlx.cli.cache", "List or clear what is kept of long prompts."),
     "convert": ("phimlx.cli.convert", "Convert and quantize a model for MLX."),
     "train": ("phimlx.cli.train", "Fine-tune a model on your own data."),
     "fuse": ("phimlx.cli.fuse", "Merge an adapter into a model's weights."),

@@ -18,6 +18,7 @@ from phimlx.terminal.sampling_settings import SETTINGS, FiniteRange, Setting
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
+    from phimlx.generation.prefix_store import PrefixStore
 
 MULTIMODAL = "phi-4-multimodal"
 """The default model where pictures or sounds are given."""
@@ -95,6 +96,13 @@ prompt_lookup_option = click.option(
     "--prompt-lookup/--no-prompt-lookup",
     default=None,
     help="Draft tokens from what prompt and reply hold: the same reply, sooner  [default: yes]",
+)
+cache_option = click.option(
+    "--cache/--no-cache",
+    "keeps",
+    default=None,
+    help="Keep the prompt on disk, and read from there what was kept of it  [default: of prompts "
+    "over 1,024 tokens]",
 )
 
 # Field of `Limits`: what it accepts, its metavar, its help.
@@ -187,6 +195,13 @@ def sampling_options(command: AnyCallable) -> AnyCallable:
 def is_debugging() -> bool:
     """Tell whether the run was asked for tracebacks."""
     return DEBUG in click.get_current_context().meta
+
+
+def prefix_store(phi: Phi, keeps: bool | None, output: Output) -> PrefixStore | None:
+    """Open the store of long prompts as `--cache` says; None where nothing is kept."""
+    if keeps is False:
+        return None
+    return phi.prefix_store(output.note, **({"min_tokens": 1} if keeps else {}))
 
 
 def load_or_download(

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from phimlx.api import Phi
+    from phimlx.generation.prefix_store import PrefixStore
     from phimlx.generation.reply import Reply
     from phimlx.media.limits import Limits
 
@@ -63,6 +64,7 @@ class Chat:
         self._limits = limits
         self._frames = frames
         self._kv_bits = kv_bits
+        self._prefixes: PrefixStore | None = None
         self._forget()
 
     def run(self) -> None:
@@ -167,6 +169,8 @@ class Chat:
             raise
         if answer.cut:
             self._forget()
+        elif self._prefixes is not None:
+            self._prefixes.save(self._cache)
         if answer.interrupted and not self.screen.interactive:
             raise KeyboardInterrupt
         if answer.interrupted and not reply.text:
@@ -183,8 +187,14 @@ class Chat:
             self.output.note(f"Cut after {reply.stats.generated_tokens} tokens.")
         return reply
 
+    def keep_in(self, prefixes: PrefixStore | None) -> None:
+        """Keep what has been said in a store, and find there what was said before."""
+        self._prefixes = prefixes
+        self._forget()
+
     def _forget(self) -> None:
-        self._cache = self.phi.new_cache(self._kv_bits)
+        more = {} if self._prefixes is None else {"prefixes": self._prefixes}
+        self._cache = self.phi.new_cache(self._kv_bits, **more)
 
     def _ask_for_results(self, reply: Reply) -> Turn | None:
         results: list[str] = []

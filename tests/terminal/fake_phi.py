@@ -124,6 +124,9 @@ class FakePhi:
         self.caches.append(object())
         return self.caches[-1]
 
+    def prefix_store(self, note: Any, **settings: Any) -> None:
+        """Keep nothing."""
+
     def stream(self, prompt: Any, **options: Any) -> FakeStream:
         del options["on_prefill"]
         self.prompts.append(prompt)
