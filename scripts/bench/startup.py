@@ -19,7 +19,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 TINY = {
@@ -30,13 +30,13 @@ FILES = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 PROMPT = ["--prompt", "Name three colours.", "--max-tokens", "8"]
 
 
-def make_model(source: Path, folder: Path) -> None:
+def make_model(source: Path, folder: Path, shape: Mapping[str, int] = TINY) -> None:
     import mlx.core as mx
     from mlx.utils import tree_flatten
 
     from phimlx.checkpoint.load import build_model
 
-    config = {**json.loads((source / "config.json").read_text()), **TINY}
+    config = {**json.loads((source / "config.json").read_text()), **shape}
     (folder / "config.json").write_text(json.dumps(config))
     for name in FILES:
         shutil.copy(source / name, folder / name)
