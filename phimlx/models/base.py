@@ -87,13 +87,11 @@ class CausalLM(nn.Module):
     Attributes:
         model_type: of its record in the registry.
         placeholders: tokens that stand for media in a prompt; None where only text is taken.
-        feature_widths: of the features of images and of audio.
         model: embedding, decoder layers and final norm.
     """
 
     model_type: ClassVar[str]
     placeholders: Placeholders | None = None
-    feature_widths: tuple[int, int] = (0, 0)
     config: ModelConfig
     model: nn.Module
 
@@ -103,6 +101,11 @@ class CausalLM(nn.Module):
         architecture = registry.find(self.model_type)
         assert architecture is not None
         return architecture
+
+    @property
+    def feature_widths(self) -> tuple[int, int]:
+        """Numbers in one feature of an image and in one of audio; 0 where it takes none."""
+        return 0, 0
 
     @property
     def layers(self) -> list[nn.Module]:

@@ -135,10 +135,13 @@ class Phi4MMForCausalLM(CausalLM):
         super().__init__()
         self.config = config
         self.placeholders = config.placeholders
-        self.feature_widths = (config.hidden_size, config.audio.attention_dim)
         self.model = Phi4MMModel(config)
         if not config.tie_word_embeddings:
             self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+
+    @property
+    def feature_widths(self) -> tuple[int, int]:
+        return self.config.hidden_size, self.config.audio.attention_dim
 
     def encode_media(  # type: ignore[override]  # the processor's own names
         self,
