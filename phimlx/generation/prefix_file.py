@@ -135,8 +135,8 @@ def write_prefix(path: Path, cache: PromptCache, source: Source) -> None:
         "key": json.dumps(asdict(key_of(cache, source, layout))),
         "tokens": str(kv.length),
         "media": json.dumps([_item_as_list(item) for item in cache.items]),
-        "name": source.name,
-        "path": source.path,
+        "name": _as_text(source.name),
+        "path": _as_text(source.path),
     }
     with translate_write_errors(path, CacheError):
         write_array_file(path, layout.forms(kv.length, counts), arrays_of(kv), metadata)
@@ -252,6 +252,11 @@ def read_prefix(path: Path, model: CausalLM, source: Source) -> PromptCache:
             raise CacheError(DIFFERENT["rope"].format(path=path), hint=AGAIN)
         file.check(PrefixKey.of(model, source, layout, table, file.key.row_adapter))
         return file.load(model, layout)
+
+
+def _as_text(name: str) -> str:
+    """A name of a file as text, which its bytes need not be."""
+    return name.encode(errors="surrogateescape").decode(errors="replace")
 
 
 def _read_key(text: str) -> PrefixKey:

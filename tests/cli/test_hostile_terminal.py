@@ -18,6 +18,7 @@ import pytest
 from huggingface_hub import constants
 
 from phimlx import api
+from phimlx.checkpoint.array_file import write_array_file
 from phimlx.cli.group import COMMANDS
 from phimlx.errors import GenerationError
 from phimlx.hub.resolve import NANO
@@ -111,6 +112,24 @@ def cached(text: str, folder: Path) -> str:
     snapshot.mkdir(parents=True)
     write(snapshot / "config.json", {"model_type": "phi3", "quantization": text})
     return name
+
+
+def kept(text: str, folder: Path) -> str:
+    """A prompt on disk that says it is of a hostile model."""
+    key = {
+        **dict.fromkeys(("model", "dtype", "rope", "made_with"), text),
+        **dict.fromkeys(("adapter", "kv_bits", "row_adapter")),
+        "table": 0,
+    }
+    metadata = {"format": "phimlx-prompt-cache", "version": "1", "tokens": "3", "media": "[]"}
+    metadata |= {"key": json.dumps(key), "name": text, "path": text}
+    name = f"{'0' * 16}-{'1' * 16}-3-{'2' * 16}.safetensors"
+    prefixes = folder / "cache" / "prefixes"
+    prefixes.mkdir(parents=True)
+    arrays = {"tokens": mx.array([1, 2, 3])}
+    forms = {"tokens": ((3,), mx.int32)}
+    write_array_file(prefixes / name, forms, iter(arrays.items()), metadata)
+    return ""
 
 
 def a_chat(
@@ -306,6 +325,14 @@ ROWS: dict[str, dict[str, Row]] = {
         ),
         "tensor": Row(lambda text, at: ["show", odd_tensor(text, at)], kind="text"),
     },
+    "cache": {
+        "action": Row(lambda text, at: ["cache", text]),
+        "model": Row(lambda text, at: ["cache", "clear", "--model", text], shown=False),
+        "kept": Row(lambda text, at: ["cache", "list", kept(text, at)][:2], kind="text"),
+        "kept as json": Row(
+            lambda text, at: ["cache", "list", "--json", kept(text, at)][:3], kind="text"
+        ),
+    },
     "doctor": {"found": Row(lambda text, at: ["doctor"], shown=False)},
     "demo": {"argument": Row(lambda text, at: ["demo", text])},
 }
@@ -381,6 +408,10 @@ def shows(
             with monkeypatch.context() as patch:
                 patch.chdir(folder)
                 patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+                patch.setattr(
+                    "phimlx.generation.prefix_store.prefixes_folder",
+                    lambda: folder / "cache" / "prefixes",
+                )
                 if command == "doctor":
                     patch.setattr(constants, "HF_HUB_CACHE", str(folder / text / "hub"))
                 hub.repos["you/model"] = {"config.json": b"{}", "model.safetensors": b"1"}

@@ -24,9 +24,9 @@ from phimlx.errors import CacheError, GenerationError
 from phimlx.generation import prefix_file
 from phimlx.generation.prefix_file import Source, read_prefix, write_prefix
 from phimlx.generation.prompt_cache import PromptCache
+from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 from tests.generation.small import STEP, make_model, words
 from tests.generation.test_engine_media import (
-    Phi4MMForCausalLM,
     folder,
     greedy,
     model,
@@ -443,6 +443,14 @@ def test_names_of_another_process(monkeypatch: pytest.MonkeyPatch) -> None:
     assert prefix_file.made_with().endswith(" on metal")
     key = prefix_file.PrefixKey("m", None, "float32", None, "r", 0, None, "w")
     assert replace(key, table=1).digest != key.digest
+
+
+def test_a_folder_whose_name_is_no_text(phi: phimlx.Phi, tmp_path: Path) -> None:
+    source = Source("digest", None, "m\udcff", "/m\udcff")
+    cache = phi.new_cache()
+    phi.generate(words(10), cache=cache, **OPTIONS)
+    write_prefix(tmp_path / "cache.safetensors", cache, source)
+    assert read_prefix(tmp_path / "cache.safetensors", phi.model, source).tokens == cache.tokens
 
 
 def test_numbers_of_a_written_file(saved: Path) -> None:

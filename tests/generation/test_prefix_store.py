@@ -31,9 +31,9 @@ from phimlx.generation.prefix_store import (
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.reply import Reply
 from phimlx.models.base import CausalLM
+from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 from tests.generation.small import STEP, make_model, words
 from tests.generation.test_engine_media import (
-    Phi4MMForCausalLM,
     folder,
     greedy,
     model,
