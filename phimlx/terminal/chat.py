@@ -169,8 +169,6 @@ class Chat:
             raise
         if answer.cut:
             self._forget()
-        elif self._prefixes is not None:
-            self._prefixes.save(self._cache)
         if answer.interrupted and not self.screen.interactive:
             raise KeyboardInterrupt
         if answer.interrupted and not reply.text:
@@ -185,6 +183,8 @@ class Chat:
             self.output.note("Stopped; what was said is kept.")
         elif reply.finish_reason == "length":
             self.output.note(f"Cut after {reply.stats.generated_tokens} tokens.")
+        if self._prefixes is not None and not answer.cut:
+            self._prefixes.save(self._cache)
         return reply
 
     def keep_in(self, prefixes: PrefixStore | None) -> None:

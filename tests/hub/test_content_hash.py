@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from phimlx.errors import CacheError
 from phimlx.hub import content_hash as module
-from phimlx.hub.content_hash import content_hash
+from phimlx.hub.content_hash import Contents, content_hash
 
 
 @pytest.fixture(autouse=True)
@@ -135,3 +136,43 @@ def test_old_hashes_are_forgotten(
     for path in reversed(paths):
         assert content_hash(path) == sha256(path)
     assert len(computed) == 7
+
+
+def model_in(folder: Path) -> Path:
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors", "preprocessor_config.json"):
+        (folder / name).write_text(name)
+    (folder / "README.md").write_text("read me")
+    (folder / "speech").mkdir()
+    (folder / "speech" / "adapter.safetensors").write_text("more")
+    return folder
+
+
+CHANGES: dict[str, Callable[[Path], object]] = {
+    "contents": lambda folder: (folder / "model.safetensors").write_text("other"),
+    "same size": lambda folder: (folder / "config.json").write_text("CONFIG.JSON"),
+    "name": lambda folder: (folder / "config.json").rename(folder / "other.json"),
+    "more": lambda folder: (folder / "more.safetensors").write_text("more"),
+    "below": lambda folder: (folder / "speech" / "adapter.safetensors").write_text("less"),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_model_is_told_by_what_its_files_hold(tmp_path: Path, change: str) -> None:
+    def contents(folder: Path) -> Contents:
+        return Contents(folder, [folder / "speech" / "adapter.safetensors"])
+
+    one, other = model_in(tmp_path / "one"), model_in(tmp_path / "other")
+    (other / "README.md").write_text("another")
+    assert contents(one).digest == contents(other).digest
+    CHANGES[change](other)
+    assert contents(one).digest != contents(other).digest
+
+
+@pytest.mark.parametrize("change", ["contents", "same size", "below"])
+def test_files_that_change_after_a_model_was_loaded(tmp_path: Path, change: str) -> None:
+    folder = model_in(tmp_path / "one")
+    contents = Contents(folder, [folder / "speech" / "adapter.safetensors"])
+    CHANGES[change](folder)
+    with pytest.raises(CacheError, match="have changed since it was loaded"):
+        contents.digest  # noqa: B018 (it is computed)
