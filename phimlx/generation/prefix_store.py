@@ -146,6 +146,7 @@ class PrefixStore:
         self._model = model
         self._identify = identify
         self._note = note
+        self._said: set[str] = set()
         self._folder = folder or prefixes_folder()
         self.limit = prefixes_limit() if limit is None else limit
         self._min_tokens = max(min_tokens, BLOCK)
@@ -217,7 +218,7 @@ class PrefixStore:
                 return
             needed = layout.nbytes(kv.length)
             if needed > self.limit:
-                self._note(
+                self._note_once(
                     f"This prompt is not kept: it takes {size_text(needed)}, and all may take "
                     f"{size_text(self.limit)} ({LIMIT_VARIABLE})."
                 )
@@ -269,7 +270,13 @@ class PrefixStore:
 
     def _say(self, what: str, error: Exception) -> None:
         why = f"{reason(error)}." if isinstance(error, OSError) else str(error)
-        self._note(f"{what}: {why}")
+        self._note_once(f"{what}: {why}")
+
+    def _note_once(self, text: str) -> None:
+        """Say something that may hold for every turn of a chat."""
+        if text not in self._said:
+            self._said.add(text)
+            self._note(text)
 
 
 def _digest(tokens: Sequence[int], items: Iterable[MediaItem]) -> str:

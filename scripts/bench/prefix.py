@@ -1,6 +1,6 @@
 """How long a second question about a long text takes, in a new process, beside the first.
 
-    python scripts/bench/prefix.py TOKENIZER_FOLDER [--tokens 8000] [--runs 3] [--kv-bits 8]
+    python scripts/bench/prefix.py TOKENIZER_FOLDER [--tokens 8000] [--runs 1] [--kv-bits 8]
 
 TOKENIZER_FOLDER holds the real files of Phi-4-mini-instruct (config.json, tokenizer.json,
 tokenizer_config.json, generation_config.json); the weights are made here, small and random, for its
@@ -82,7 +82,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--tokens", type=int, default=8000)
-    parser.add_argument("--runs", type=int, default=3)
+    parser.add_argument("--runs", type=int, default=1)
     parser.add_argument("--kv-bits", type=int, choices=(8, 4))
     parser.add_argument("--asked", help=argparse.SUPPRESS)
     arguments = parser.parse_args()
