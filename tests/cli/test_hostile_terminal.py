@@ -333,6 +333,12 @@ ROWS: dict[str, dict[str, Row]] = {
             lambda text, at: ["cache", "list", "--json", kept(text, at)][:3], kind="text"
         ),
     },
+    "bench": {
+        "model": Row(lambda text, at: ["bench", "--model", text]),
+        "adapter": Row(
+            lambda text, at: ["bench", "--model", "nano", "--adapter-path", text],
+        ),
+    },
     "doctor": {"found": Row(lambda text, at: ["doctor"], shown=False)},
     "demo": {"argument": Row(lambda text, at: ["demo", text])},
 }
