@@ -12,7 +12,7 @@ import mlx.core as mx
 from phimlx import catalog
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import load_model
-from phimlx.errors import CacheError, ConfigError, GenerationError
+from phimlx.errors import CacheError, ConfigError, GenerationError, shortened
 from phimlx.files import translate_read_errors
 from phimlx.generation.engine import Engine
 from phimlx.generation.generation_config import GenerationConfig
@@ -390,7 +390,9 @@ class Phi:
             value = config.get("eos_token_id")
             listed = value if isinstance(value, list) else [] if value is None else [value]
             if any(isinstance(token, bool) or not isinstance(token, int) for token in listed):
-                raise ConfigError(f"{place}: eos_token_id is {value!r}, not a token or a list.")
+                raise ConfigError(
+                    f"{place}: eos_token_id is {shortened(value)}, not a token or a list."
+                )
             found.update(listed)
         control = self.tokenizer.control_tokens if self.tokenizer else {}
         found.update(control[name] for name in names if name in control)

@@ -113,6 +113,14 @@ def shortened(value: object, longest: int = 60) -> str:
     return text if len(text) <= longest else text[: longest - 3] + "..."
 
 
+def clipped(text: str, longest: int = 300) -> str:
+    """A text that others wrote as far as a message has room for it: its beginning and its end."""
+    if len(text) <= longest:
+        return text
+    half = longest // 2
+    return f"{text[:half]} … {text[-half:]}"
+
+
 def some(names: Sequence[str]) -> str:
     """Name the first of a list, and how many more there are."""
     shown = ", ".join(name if len(name) <= 100 else f"{name[:97]}..." for name in names[:3])

@@ -22,7 +22,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from phimlx.errors import ConfigError, PhimlxError
+from phimlx.errors import ConfigError, PhimlxError, clipped
 
 MAX_BYTES = 64 << 20  # Phi-4-mini's tokenizer.json has 16 MB
 
@@ -75,6 +75,7 @@ def _opened(
     path: Path, error: type[PhimlxError], hint: str | None
 ) -> Iterator[tuple[BinaryIO, int]]:
     """Open a regular file, and give its size; raise `error` where it cannot be read."""
+    place = clipped(str(path))
     try:
         with open(path, "rb", opener=_without_waiting) as file:
             status = os.fstat(file.fileno())
@@ -82,11 +83,11 @@ def _opened(
                 raise OSError(errno.ENXIO, os.strerror(errno.ENXIO))
             yield file, status.st_size
     except (FileNotFoundError, ValueError):  # a NUL names nothing
-        raise error(f"There is no file {path}.", hint) from None
+        raise error(f"There is no file {place}.", hint) from None
     except OSError as failure:
         if failure.errno in _NOT_REGULAR:
-            raise error(f"{path} is not a regular file.", hint) from failure
-        raise error(f"{path} cannot be read: {reason(failure)}.", hint) from failure
+            raise error(f"{place} is not a regular file.", hint) from failure
+        raise error(f"{place} cannot be read: {reason(failure)}.", hint) from failure
 
 
 def _without_waiting(path: str, flags: int) -> int:
@@ -247,7 +248,7 @@ def translate_read_errors(
     try:
         yield
     except OSError as failure:
-        which = failure.filename or place
+        which = clipped(str(failure.filename or place))
         raise error(f"{which} cannot be read: {reason(failure)}.", hint) from failure
 
 

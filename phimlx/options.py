@@ -46,7 +46,7 @@ MAX_FILE_BYTES = 1 << 20
 MOST_NAMED = 12  # unknown settings in one message
 
 Text = Annotated[str, Field(min_length=1)]
-Positive = Annotated[FiniteFloat, Field(gt=0)]
+Positive = Annotated[FiniteFloat, Field(gt=0, le=100_000)]
 NonNegative = Annotated[FiniteFloat, Field(ge=0)]
 Fraction = Annotated[FiniteFloat, Field(ge=0, lt=1)]
 PositiveCount = Annotated[int, Field(ge=1)]

@@ -92,7 +92,7 @@ def test_help_shows_bounds_of_words_and_defaults() -> None:
     ("arguments", "message"),
     [
         (["-b", "3"], "'--q-bits' / '-b': '3' is not one of 2, 4, 8."),
-        (["--rate", "nan"], "'--rate': 'nan' is not a number, above 0."),
+        (["--rate", "nan"], "'--rate': 'nan' is not a number, above 0, 100000 at most."),
         (["--share", "1"], "'--share': '1' is not a number, 0 or more, below 1."),
         (["--count", "2.5"], "'--count': '2.5' is not a whole number, 1 or more."),
         (["--stop", ""], "'--stop': '' is not a text."),

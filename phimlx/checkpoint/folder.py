@@ -24,7 +24,7 @@ from phimlx.checkpoint.tensors import (
     TensorInfo,
     Tensors,
 )
-from phimlx.errors import CheckpointError, ConfigError, some
+from phimlx.errors import CheckpointError, ConfigError, shortened, some
 from phimlx.files import read_json
 from phimlx.models import registry
 from phimlx.models.config import with_rope_scaling
@@ -318,7 +318,7 @@ def _read_index(index: Path) -> Mapping[str, str]:
             r"[\w][\w.-]*\.safetensors", file_name
         ):
             raise CheckpointError(
-                f"{index.name} puts {name} in {file_name!r}, which is not a plain "
+                f"{index.name} puts {name} in {shortened(file_name)}, which is not a plain "
                 "*.safetensors file name."
             )
     return weight_map

@@ -9,7 +9,7 @@ from pathlib import Path
 from safetensors import SafetensorError, safe_open
 
 from phimlx.checkpoint.tensors import STORED_DTYPES, TensorInfo
-from phimlx.errors import CheckpointError
+from phimlx.errors import CheckpointError, clipped
 from phimlx.files import is_file
 
 
@@ -37,7 +37,7 @@ def list_tensors(file: Path) -> Iterator[tuple[str, TensorInfo]]:
                 yield name, TensorInfo(file, shape, dtype, name, offsets[name])
     except (SafetensorError, OSError) as error:
         raise CheckpointError(
-            f"{file.name} is not a whole safetensors file ({error}).",
+            f"{file.name} is not a whole safetensors file ({clipped(str(error))}).",
             hint="Download or convert the model again.",
         ) from error
 

@@ -134,7 +134,7 @@ class PromptReader:
             is_token = isinstance(token, int) and not isinstance(token, bool)
             if not is_token or not 0 <= token < self._vocab_size:
                 raise PromptError(
-                    f"The prompt holds {token!r}, which is no token of a vocabulary of "
+                    f"The prompt holds {shortened(token)}, which is no token of a vocabulary of "
                     f"{self._vocab_size}."
                 )
         return list(items)

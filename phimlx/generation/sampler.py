@@ -159,11 +159,8 @@ class Sampler:
             self.in_prompt = zeros.at[mx.array(list(self.prompt), dtype=mx.int32)].add(1) > 0
         settings, held = self.sampling, self.counts > 0
         if settings.repetition_penalty != 1:
-            weaker = mx.where(
-                logits > 0,
-                logits / settings.repetition_penalty,
-                logits * settings.repetition_penalty,
-            )
+            penalty = float(settings.repetition_penalty)  # MLX takes no whole number beyond int64
+            weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
             logits = mx.where(held | self.in_prompt, weaker, logits)
         return logits - settings.presence_penalty * held - settings.frequency_penalty * self.counts
 
@@ -175,7 +172,7 @@ def restrict(logits: mx.array, settings: Sampling) -> mx.array:
         logits: float32 `[1, vocab]`.
     """
     vocabulary = logits.shape[-1]
-    logits = logits / settings.temperature
+    logits = logits / float(settings.temperature)
     if 0 < settings.top_k < vocabulary:
         least = mx.partition(logits, -settings.top_k, axis=-1)[..., -settings.top_k, None]
         logits = mx.where(logits < least, -mx.inf, logits)

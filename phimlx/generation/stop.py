@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from phimlx.errors import GenerationError
+from phimlx.errors import GenerationError, shortened
 
 
 class StopStrings:
@@ -20,7 +20,7 @@ class StopStrings:
         for stop in stops:
             if not isinstance(stop, str) or not stop:
                 raise GenerationError(
-                    f"stop is {stop!r}; it must be a text of at least one letter."
+                    f"stop is {shortened(stop)}; it must be a text of at least one letter."
                 )
         self.stops = tuple(stops)
         self.stopped = False

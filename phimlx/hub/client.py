@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import json
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -20,6 +21,7 @@ from datetime import UTC, datetime
 from email.utils import parsedate_to_datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
+from urllib.parse import quote
 
 from phimlx.errors import (
     DownloadError,
@@ -38,6 +40,8 @@ if TYPE_CHECKING:
 
 BACKOFF = (1, 2, 4, 8, 16, 30)  # seconds before each further try that brings nothing
 LONGEST_WAIT = 120  # seconds that the Hub may ask for; beyond that the user decides
+LARGEST_ANSWER = 64 << 20  # bytes of what the Hub says of a repository: 200,000 files
+LONGEST_ANSWER = 60  # seconds that this may take to come
 
 # What a repository is called, and what it is where the Hub has none of that name.
 _KINDS: dict[RepositoryType, tuple[str, type[PhimlxError]]] = {
@@ -45,6 +49,7 @@ _KINDS: dict[RepositoryType, tuple[str, type[PhimlxError]]] = {
     "dataset": ("data set", TrainingError),
 }
 
+_SURROGATES = re.compile("[\ud800-\udfff]")
 _UNSAFE = re.compile(r"[\\\x00-\x1f\x7f]|(^|/)(\.{0,2})(/|$)")
 
 Result = TypeVar("Result")
@@ -131,30 +136,28 @@ class Remote:
             SettingsError: where the environment names no Hub.
         """
         check_environment()
-        from huggingface_hub import HfApi, constants
+        from huggingface_hub import constants
 
-        def ask() -> Any:
-            return HfApi().repo_info(
-                name,
-                repo_type=type,
-                revision=revision,
-                files_metadata=True,
-                token=self.token,
-                timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            )
+        at = "" if revision is None else f"/revision/{quote(revision, safe='')}"
+        url = f"{constants.ENDPOINT}/api/{type}s/{quote(name)}{at}"
+
+        def ask() -> bytes:
+            with self._asked(url, {"Accept-Encoding": "gzip"}, params={"blobs": True}) as response:
+                return _bounded(name, response.iter_bytes())
 
         with translate_errors(name, revision, type=type):
+            answer = self.with_retries(ask)
             try:
-                info = self.with_retries(ask)
-                files = tuple(_listed_file(sibling) for sibling in info.siblings or ())
-                commit = str(info.sha)
-            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                info = json.loads(answer)
+                files = tuple(_listed_file(entry) for entry in info.get("siblings") or ())
+                commit, current_name = str(info["sha"]), str(info["id"])
+            except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
                 raise DownloadError(
                     f"What answers at {constants.ENDPOINT} does not speak as the Hub does.",
                     hint="Check HF_ENDPOINT, and whether a log-in page stands in between.",
                 ) from error
         _check(name, commit, files)
-        return Repository(name, str(info.id), revision or "main", commit, files, type)
+        return Repository(name, current_name, revision or "main", commit, files, type)
 
     def url(self, repository: Repository, file: RemoteFile) -> str:
         """The address at which the Hub keeps a file."""
@@ -178,29 +181,45 @@ class Remote:
 
         Raises huggingface_hub's errors. A redirect to another host is followed without the token.
         """
-        from huggingface_hub import constants, get_session, hf_raise_for_status
-        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
         # Compressed on the way, a range would count other bytes.
         headers = {"Accept-Encoding": "identity"}
         if start or stop is not None:
             headers["Range"] = f"bytes={start}-{'' if stop is None else stop - 1}"
-        with get_session().stream(
-            "GET",
-            self.url(repository, file),
-            headers=build_hf_headers(token=self.token, library_name="phimlx", headers=headers),
-            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
-            follow_redirects=True,
-        ) as response:
+        with self._asked(self.url(repository, file), headers, accepted=416) as response:
             if response.status_code == 416:
                 yield start, iter(())
                 return
-            hf_raise_for_status(response)
             begin = 0
             if response.status_code == 206:
                 found = re.match(r"bytes (\d+)-", response.headers.get("Content-Range", ""))
                 begin = int(found[1]) if found else start
             yield begin, response.iter_bytes()
+
+    @contextmanager
+    def _asked(
+        self, url: str, headers: dict[str, str], accepted: int = 200, **more: Any
+    ) -> Iterator[Any]:
+        """Open an answer whose body comes as it is read; raises huggingface_hub's errors.
+
+        A refusal is judged by its status and headers alone, for its body may have no end.
+        """
+        from huggingface_hub import constants, get_session, hf_raise_for_status
+        from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
+
+        with get_session().stream(
+            "GET",
+            url,
+            headers=build_hf_headers(token=self.token, library_name="phimlx", headers=headers),
+            timeout=constants.HF_HUB_DOWNLOAD_TIMEOUT,
+            follow_redirects=True,
+            **more,
+        ) as response:
+            if response.is_error and response.status_code != accepted:
+                status, request = response.status_code, response.request
+                hf_raise_for_status(
+                    type(response)(status, headers=response.headers, request=request)
+                )
+            yield response
 
     def read(self, repository: Repository, file: RemoteFile, start: int, stop: int) -> bytes:
         """Read some bytes of a file, and no others; fewer where it is shorter."""
@@ -269,11 +288,29 @@ def retry_after(headers: Mapping[str, str]) -> float | None:
     return float(limit[1]) if limit else None
 
 
-def _listed_file(sibling: Any) -> RemoteFile:
+def _bounded(name: str, chunks: Iterator[bytes]) -> bytes:
+    """Read an answer about a repository, whose size and time have limits."""
+    began, data = time.monotonic(), bytearray()
+    for chunk in chunks:
+        data += chunk
+        if len(data) > LARGEST_ANSWER:
+            raise DownloadError(f"The Hub's answer about {name} is larger than any repository's.")
+        if time.monotonic() - began > LONGEST_ANSWER:
+            raise DownloadError(
+                f"The Hub's answer about {name} has not ended after {LONGEST_ANSWER:g} s.",
+                hint="Check the network, then run it again; what has come stays.",
+            )
+    return bytes(data)
+
+
+def _listed_file(entry: Any) -> RemoteFile:
     """A file as the Hub's API lists it; raises where what it says is no listing."""
-    if sibling.lfs is not None:
-        return RemoteFile(sibling.rfilename, int(sibling.lfs.size), str(sibling.lfs.sha256))
-    return RemoteFile(sibling.rfilename, int(sibling.size), str(sibling.blob_id))
+    lfs = entry.get("lfs")
+    size = entry["size"] if lfs is None else lfs["size"]
+    hash = entry.get("blobId") if lfs is None else lfs["sha256"]
+    if not isinstance(entry["rfilename"], str) or type(size) is not int:
+        raise TypeError(entry)
+    return RemoteFile(entry["rfilename"], size, str(hash))
 
 
 def _check(name: str, commit: str, files: tuple[RemoteFile, ...]) -> None:
@@ -284,6 +321,10 @@ def _check(name: str, commit: str, files: tuple[RemoteFile, ...]) -> None:
             raise DownloadError(
                 f"{name} lists a file {shortened(file.name)}, which would leave its "
                 "folder; nothing of it is downloaded."
+            )
+        if _SURROGATES.search(file.name):
+            raise DownloadError(
+                f"{name} lists a file {shortened(file.name)}, a name that no disk takes."
             )
         if file.name in seen:
             raise DownloadError(f"{name} lists the file {shortened(file.name)} twice.")

@@ -183,7 +183,7 @@ def read_record(folder: Path) -> DownloadRecord | None:
             _text(record["commit"], layout.COMMIT),
             {name: _recorded_file(name, entry) for name, entry in record["files"].items()},
         )
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+    except (ArithmeticError, AttributeError, KeyError, TypeError, ValueError) as error:
         raise DownloadError(f"{path} is damaged: it is no record of a download.", hint) from error
 
 

@@ -69,7 +69,9 @@ def _read_part(place: str, part: Any) -> ContentPart:
             hint=EXAMPLE,
         )
     if part.get(kind) is None:
-        raise PromptError(f"{place} has the type {kind!r}, but no {kind!r}.", hint=EXAMPLE)
+        raise PromptError(
+            f"{place} has the type {shortened(kind)}, but no {shortened(kind)}.", hint=EXAMPLE
+        )
     return _READERS[kind](place, part[kind])
 
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from phimlx.errors import PromptError
+from phimlx.errors import PromptError, shortened
 from phimlx.prompt.media_parts import NAMES, ContentPart, read_parts
 from phimlx.prompt.tools import ToolCall, read_calls, read_tools, tools_json
 
@@ -55,11 +55,12 @@ def _read(place: str, message: Any) -> Message:
     for key in given:
         if key not in KEYS:
             raise PromptError(
-                f"{place} has the unknown key {key!r}.", hint=f"Known keys: {', '.join(KEYS)}."
+                f"{place} has the unknown key {shortened(key)}.",
+                hint=f"Known keys: {', '.join(KEYS)}.",
             )
     role = given.get("role")
     if role not in ROLES:
-        said = f"has the role {role!r}" if "role" in given else "has no role"
+        said = f"has the role {shortened(role)}" if "role" in given else "has no role"
         raise PromptError(f"{place} {said}; a role is one of {', '.join(ROLES)}.", hint=EXAMPLE)
     calls = _read_calls(place, role, given.get("tool_calls", ()))
     content = given.get("content", "" if calls else None)
@@ -71,7 +72,7 @@ def _read(place: str, message: Any) -> Message:
         raise PromptError(f"{place} is a message {said}.", hint=EXAMPLE)
     for key in ("name", "tool_call_id"):
         if not isinstance(given.get(key, ""), str):
-            raise PromptError(f"{place} has a {key!r} that is not text.", hint=EXAMPLE)
+            raise PromptError(f"{place} has a {shortened(key)} that is not text.", hint=EXAMPLE)
     return Message(
         role,
         content,

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from phimlx.errors import PromptError
+from phimlx.errors import PromptError, shortened
 from phimlx.files import read_json_value
 
 EXAMPLE = 'A tool is {"name": …, "description": …, "parameters": {JSON schema}}.'
@@ -39,7 +39,7 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     for index, function in enumerate(functions):
         if function["name"] in seen:
             raise PromptError(
-                f"tools[{index}] is a second tool named {function['name']!r}.",
+                f"tools[{index}] is a second tool named {shortened(function['name'])}.",
                 hint="Give each tool a name of its own.",
             )
         seen.add(function["name"])
@@ -50,7 +50,8 @@ def _read_tool(place: str, tool: Any) -> dict[str, Any]:
     if isinstance(tool, Mapping) and "function" in tool:
         if tool.get("type", "function") != "function":
             raise PromptError(
-                f"{place} has the type {tool['type']!r}; only 'function' is known.", hint=EXAMPLE
+                f"{place} has the type {shortened(tool['type'])}; only 'function' is known.",
+                hint=EXAMPLE,
             )
         tool = tool["function"]
     if not isinstance(tool, Mapping):
@@ -61,7 +62,7 @@ def _read_tool(place: str, tool: Any) -> dict[str, Any]:
         ("parameters", Mapping, "an object"),
     ):
         if tool.get(key) is not None and not isinstance(tool[key], kind):
-            raise PromptError(f"{place} has a {key!r} that is not {name}.", hint=EXAMPLE)
+            raise PromptError(f"{place} has a {shortened(key)} that is not {name}.", hint=EXAMPLE)
     if not tool.get("name"):
         raise PromptError(f"{place} has no name.", hint=EXAMPLE)
     try:

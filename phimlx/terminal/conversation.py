@@ -302,7 +302,7 @@ def _problem(message: Any, first: bool) -> str | None:
         return "has no text as its content"
     unknown = sorted(set(message) - _MESSAGE_KEYS[role])
     if unknown:
-        return f"has the unknown field {unknown[0]!r}"
+        return f"has the unknown field {shortened(unknown[0])}"
     if not isinstance(message.get("reasoning", ""), str):
         return "has reasoning that is not text"
     calls = message.get("tool_calls", [])

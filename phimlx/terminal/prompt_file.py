@@ -5,7 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import GenerationError, some
+from phimlx.errors import GenerationError, shortened, some
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def answer_prompts(
         output.note(f"{result.kept:,} of {total:,} lines had been answered before.")
     for key, count in result.unused.items():
         lines = "1 line holds" if count == 1 else f"{count:,} lines hold"
-        output.warning(f"{lines} {key!r}, of which nothing is made.")
+        output.warning(f"{lines} {shortened(key)}, of which nothing is made.")
     failed = {str(number): why for number, why in sorted(result.failed.items())}
     output.json({"output": str(target), "answered": result.answered, "failed": failed})
     for why in list(failed.values())[:10]:

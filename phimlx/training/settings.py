@@ -283,7 +283,7 @@ class TrainSettings(Options):
         """Say how these settings, where they decide about losses, differ from those of a run."""
         old, new = before.as_object(), self.as_object()
         return [
-            f"{name} was {old[name]!r}, is {new[name]!r}"
+            f"{name} was {shortened(old[name])}, is {shortened(new[name])}"
             for name, schema in schemas(TrainSettings).items()
             if schema.get("decides", True) and old[name] != new[name]
         ]

@@ -80,7 +80,7 @@ def test_what_a_branch_was(tmp_path: Path) -> None:
 def test_one_module_alone_spells_the_folders() -> None:
     """Every other one asks it."""
     home = Path(layout.__file__).parents[2]
-    spelled = ("models--", "datasets--", '"snapshots"', '"blobs"', "HF_HUB_CACHE")
+    spelled = ("models--", "datasets--", '"snapshots"', '/ "blobs"', "HF_HUB_CACHE")
     found = {
         path.relative_to(home).as_posix()
         for top in ("phimlx", "convert")

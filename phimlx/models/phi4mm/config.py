@@ -148,7 +148,7 @@ class _Table:
             if self.values.get(key) not in (None, only):
                 raise ConfigError(
                     f"config.json: {self.place}{key} is {shortened(self.values[key])}, but "
-                    f"Phi-4-multimodal has {only!r} here."
+                    f"Phi-4-multimodal has {shortened(only)} here."
                 )
 
     def check_multiple(self, key: str, value: int, divisor: int) -> None:

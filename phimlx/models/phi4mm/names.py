@@ -135,7 +135,7 @@ def published_config(
         if audio.get(key, value) != value:
             raise ConfigError(
                 f"config.json: audio_config.{key} is {shortened(audio[key])}, but Phi-4-multimodal "
-                f"has {value!r}."
+                f"has {shortened(value)}."
             )
     encoder: dict[str, Any] = {}
     for key, (*tables, last) in AUDIO_SETTINGS.items():

@@ -199,7 +199,7 @@ class _Fields:
     def need(self, name: str) -> Any:
         key = self.names[name]
         if key not in self.values:
-            raise RowError(f"It has no {key!r}, but {_keys(self.values)}.", hint=KNOWN)
+            raise RowError(f"It has no {shortened(key)}, but {_keys(self.values)}.", hint=KNOWN)
         return self.get(name)
 
     def text(self, name: str) -> str:
@@ -208,7 +208,7 @@ class _Fields:
         if not isinstance(value, str):
             raise RowError(f"{key!r} is {shortened(value)}, not text.")
         if not value.strip():
-            raise RowError(f"{key!r} is empty.")
+            raise RowError(f"{shortened(key)} is empty.")
         return value
 
     def listed(self, name: str) -> list[Any] | None:
@@ -220,7 +220,7 @@ class _Fields:
             try:
                 value = json.loads(value)
             except (ValueError, RecursionError) as error:
-                raise RowError(f"{key!r} is text, but no JSON list.") from error
+                raise RowError(f"{shortened(key)} is text, but no JSON list.") from error
             if value is None:
                 return None
         if not isinstance(value, list):
@@ -251,11 +251,13 @@ def _messages(row: _Fields) -> Conversation:
     row.need("messages")
     listed = row.listed("messages")
     if listed is None:
-        raise RowError(f"{row.names['messages']!r} is empty.")
+        raise RowError(f"{shortened(row.names['messages'])} is empty.")
     turns = row.listed_turns("messages", listed)
     if row.get("system"):
         if turns[0].message.role == "system":
-            raise RowError(f"It has a system message in its messages and {row.names['system']!r}.")
+            raise RowError(
+                f"It has a system message in its messages and {shortened(row.names['system'])}."
+            )
         turns.insert(0, Turn(Message("system", row.text("system"))))
     return _conversation(turns, row.listed("tools"))
 
@@ -272,8 +274,8 @@ def _question(row: _Fields) -> list[Turn]:
     if "input" in row.mapping and is_filled(row.get("input")):
         if isinstance(row.need("prompt"), list):
             raise RowError(
-                f"{row.names['prompt']!r} is a list of messages, which {row.names['input']!r} "
-                "cannot be added to."
+                f"{shortened(row.names['prompt'])} is a list of messages, which "
+                f"{shortened(row.names['input'])} cannot be added to."
             )
         asked = [Turn(Message("user", f"{row.text('prompt')}\n\n{row.text('input')}"))]
     return [*system, *asked]
@@ -294,7 +296,7 @@ def _pair(row: _Fields) -> PreferencePair:
         if messages[0].role == "assistant":
             said = [*asked, *said]
         elif any(turn.message not in messages for turn in asked):
-            raise RowError(f"The prompt is no part of {row.names[name]!r}.")
+            raise RowError(f"The prompt is no part of {shortened(row.names[name])}.")
         whole.append(_conversation(said, tools))
     chosen, rejected = whole
     if chosen.messages == rejected.messages:

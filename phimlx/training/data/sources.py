@@ -11,7 +11,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from phimlx.errors import TrainingError
+from phimlx.errors import TrainingError, clipped
 from phimlx.hub.client import Remote
 from phimlx.hub.datasets import download_missing
 from phimlx.hub.download import ProgressContext, without_progress
@@ -58,14 +58,15 @@ def find_splits(
         DownloadError: where it cannot come here.
     """
     path = Path(os.path.expanduser(source))
-    if path.is_dir():
+    if os.path.isdir(path):  # unlike pathlib's, it takes a name of any length
         return _in_folder(path)
     found = _HUB_ID.fullmatch(str(source))
     is_named_as_file = path.suffix.lower() in READERS
-    if path.exists() or found is None or is_named_as_file or isinstance(source, Path):
-        if not path.exists():
+    is_here = os.path.exists(path)
+    if is_here or found is None or is_named_as_file or isinstance(source, Path):
+        if not is_here:
             raise TrainingError(
-                f"There is no data {source}.",
+                f"There is no data {clipped(str(source))}.",
                 hint="Give a file, a folder with train.jsonl, or owner/name of a Hub data set.",
             )
         return {"train": [DataFile(path, path.name)]}
