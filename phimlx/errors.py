@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import errno
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 
 
 class PhimlxError(Exception):
@@ -84,8 +85,11 @@ class ResourceError(PhimlxError):
     """The system gives this process too little: memory, or open files."""
 
 
-def shortage(error: BaseException) -> ResourceError | None:
-    """Find what the system lacks behind an error of Python's or a library's; None for others."""
+def shortage(error: BaseException) -> PhimlxError | None:
+    """Find what the system lacks behind an error of Python's or a library's; None for others.
+
+    Weights that end too early are told here too: MLX reads them when it computes, wherever that is.
+    """
     seen: BaseException | None = error
     while seen is not None:
         number, text = getattr(seen, "errno", None), str(seen)
@@ -100,8 +104,25 @@ def shortage(error: BaseException) -> ResourceError | None:
                 "There is not enough memory.",
                 "Close other programs, raise the limit (ulimit -v), or take a smaller model.",
             )
+        if isinstance(seen, RuntimeError) and text.startswith("[read] Unable to read"):
+            return CheckpointError(
+                "A file of weights cannot be read to its end: it was changed while it was read.",
+                "Run it again; where that fails too, download or convert the model again.",
+            )
         seen = seen.__cause__ or seen.__context__
     return None
+
+
+@contextmanager
+def translate_shortage() -> Iterator[None]:
+    """Raise what `shortage` finds behind a RuntimeError of MLX's in the block."""
+    try:
+        yield
+    except RuntimeError as error:
+        known = shortage(error)
+        if known is None:
+            raise
+        raise known from error
 
 
 def shortened(value: object, longest: int = 60) -> str:

@@ -11,7 +11,7 @@ import mlx.core as mx
 from phimlx.checkpoint.arrays import write_arrays
 from phimlx.checkpoint.header import read_header
 from phimlx.checkpoint.tensors import FLOATING_DTYPES, TensorInfo
-from phimlx.errors import CheckpointError, ConfigError, shortened
+from phimlx.errors import CheckpointError, ConfigError, shortened, translate_shortage
 from phimlx.files import replacing, translate_write_errors, write_json
 from phimlx.models.lora import MAX_RANK
 
@@ -70,9 +70,10 @@ def read_floats(file: Path) -> dict[str, TensorInfo]:
 
 def load_arrays(file: Path) -> dict[str, mx.array]:
     """The tensors of a file whose header has been accepted, read and finite."""
-    arrays = mx.load(str(file))
-    assert isinstance(arrays, dict)
-    mx.eval(arrays)
+    with translate_shortage():
+        arrays = mx.load(str(file))
+        assert isinstance(arrays, dict)
+        mx.eval(arrays)
     check_finite(arrays)
     return arrays
 

@@ -176,7 +176,7 @@ class Checkpoint:
             for name, file_name in weight_map.items():
                 if name not in stored or stored[name].file.name != file_name:
                     raise CheckpointError(
-                        f"{INDEX} says that {name} is in {file_name}, but it is not."
+                        f"{INDEX} says that {some([name])} is in {file_name}, but it is not."
                     )
             unnamed = [name for name in stored if name not in weight_map]
             if unnamed:
@@ -318,7 +318,7 @@ def _read_index(index: Path) -> Mapping[str, str]:
             r"[\w][\w.-]*\.safetensors", file_name
         ):
             raise CheckpointError(
-                f"{index.name} puts {name} in {shortened(file_name)}, which is not a plain "
+                f"{index.name} puts {some([name])} in {shortened(file_name)}, which is not a plain "
                 "*.safetensors file name."
             )
     return weight_map

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -27,7 +28,7 @@ def read_header(file: Path) -> Iterator[tuple[str, TensorInfo]]:
 def list_tensors(file: Path) -> Iterator[tuple[str, TensorInfo]]:
     """List what `read_header` does, whatever the types."""
     try:
-        if file.exists() and not is_file(file):  # opening a pipe would wait for ever
+        if os.path.exists(file) and not is_file(file):  # opening a pipe would wait for ever
             raise OSError("it is not a regular file")
         with safe_open(str(file), framework="mlx") as opened:
             offsets = _offsets(file)

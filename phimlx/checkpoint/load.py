@@ -13,7 +13,7 @@ from mlx.utils import tree_flatten
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.quantization import stored_form
 from phimlx.checkpoint.tensors import FLOATING_DTYPES, PACKED_DTYPES, Tensor, Tensors
-from phimlx.errors import CheckpointError, some
+from phimlx.errors import CheckpointError, some, translate_shortage
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
 
@@ -26,13 +26,16 @@ def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> CausalL
 
     Raises:
         ConfigError, CheckpointError: naming what is missing, unexpected or of another shape; where
-            another framework has packed the weights, which are converted first.
+            another framework has packed the weights, which are converted first; where a file is
+            cut short meanwhile.
+        ResourceError: where memory does not suffice.
     """
     checkpoint.check_runs()
     model = map_model(checkpoint)
     if dtype is not None:
         model.set_dtype(dtype)
-    mx.eval(model.parameters())
+    with translate_shortage():
+        mx.eval(model.parameters())
     return model
 
 

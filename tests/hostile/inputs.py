@@ -825,7 +825,8 @@ RECORD_PATHS = (
 add("download.json", {
     **{f"{'.'.join(path)} {name}": in_record(put(RECORD, path, value))
        for path in RECORD_PATHS for name, value in VALUES.items()},
-    **{f"file named {name[:40]!a}": in_record(put(RECORD, ("files", name), '{"size": 1, "hash": "00"}'))
+    **{f"file named {name[:40]!a}": in_record(
+        put(RECORD, ("files", name), '{"size": 1, "hash": "00"}'))
        for name in ("../x", "/etc/passwd", "", ".", "a\0b", "x" * 300, "\ud800", "a/" * 3000)},
     **{f"whole {name}": in_record(value) for name, value in VALUES.items()},
 })  # fmt: skip

@@ -39,7 +39,11 @@ def test_each_word_has_something_behind_it() -> None:
         ({"batch_size": 0}, "batch_size is 0; it must be a whole number, 1 or more.", None),
         ({"batch_size": 2.5}, "batch_size is 2.5; it must be a whole number, 1 or more.", None),
         ({"batch_size": True}, "batch_size is True; it must be a whole number, 1 or more.", None),
-        ({"learning_rate": "fast"}, "learning_rate is 'fast'; it must be a number, above 0, 100000 at most.", None),
+        (
+            {"learning_rate": "fast"},
+            "learning_rate is 'fast'; it must be a number, above 0, 100000 at most.",
+            None,
+        ),
         (
             {"learning_rate": float("nan")},
             "learning_rate is nan; it must be a number, above 0, 100000 at most.",

@@ -78,6 +78,7 @@ class Outcome:
 _READ = ConfigDict(strict=True, extra="forbid", allow_inf_nan=False)
 _Count = Annotated[int, Field(ge=0, lt=1 << 53)]
 _Amount = Annotated[float, Field(ge=0)]
+_Metrics = Annotated[dict[Annotated[str, Field(max_length=100)], float], Field(max_length=20)]
 
 
 @dataclass
@@ -92,7 +93,7 @@ class _Window:
     tokens: _Count = 0
     norm: _Amount = 0.0
     seconds: _Amount = 0.0
-    metrics: dict[str, float] = field(default_factory=dict)
+    metrics: _Metrics = field(default_factory=dict)
 
     def add(self, result: StepResult, seconds: float) -> None:
         self.steps += 1
