@@ -135,7 +135,11 @@ def shortened(value: object, longest: int = 60) -> str:
 
 
 def clipped(text: str, longest: int = 300) -> str:
-    """A text that others wrote as far as a message has room for it: its beginning and its end."""
+    """A text that others wrote as far as a message has room for it: its beginning and its end.
+
+    Halves of surrogates, which no stream takes, are written as escapes.
+    """
+    text = text.encode("utf-8", "backslashreplace").decode()
     if len(text) <= longest:
         return text
     half = longest // 2

@@ -238,6 +238,10 @@ def is_file(path: Path) -> bool:
         return stat.S_ISREG(os.stat(path).st_mode)
     except (FileNotFoundError, NotADirectoryError, ValueError):  # a NUL names nothing
         return False
+    except OSError as failure:
+        if failure.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # where no file can be
+            return False
+        raise
 
 
 @contextmanager

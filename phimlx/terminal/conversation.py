@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import MediaError, PhimlxError, SessionError, shortened
+from phimlx.errors import MediaError, PhimlxError, SessionError, clipped, shortened
 from phimlx.files import read_json_value, translate_write_errors, write_file
 from phimlx.prompt.tools import read_tools
 from phimlx.terminal.attachments import KINDS, Attachment, digest, in_order
@@ -263,7 +263,7 @@ def _read_again(session: Path, part: Mapping[str, Any], limits: Limits | None) -
     except MediaError as error:
         raise SessionError(
             f"{session} shows a {KINDS[kind]} that cannot be read again. {error}",
-            f"Put {place} back, or begin a new chat.",
+            f"Put {clipped(place)} back, or begin a new chat.",
         ) from error
     raise SessionError(
         f"{session} shows {place}, which has changed since.",

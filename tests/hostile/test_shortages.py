@@ -67,7 +67,7 @@ def run(*arguments: str, cwd: Path = ROOT, files: int | None = None) -> tuple[in
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("files", [4, 6, 10, 16])
+@pytest.mark.parametrize("files", [6, 10, 16])  # with fewer Python itself does not start
 def test_few_files_may_be_open(files: int) -> None:
     status, said = run("generate", "--model", "nano", "--prompt", "Hi", "-m", "1", files=files)
     assert status in (0, 1)

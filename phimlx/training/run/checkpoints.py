@@ -17,7 +17,7 @@ from typing import Any
 import mlx.core as mx
 from mlx.utils import tree_flatten, tree_unflatten
 
-from phimlx.adapters.files import CONFIG
+from phimlx.adapters.files import CONFIG, check_finite
 from phimlx.adapters.mlx_lm import WEIGHTS
 from phimlx.checkpoint.arrays import write_arrays
 from phimlx.checkpoint.header import list_tensors
@@ -291,6 +291,10 @@ def read_arrays(path: Path, processes: ProcessGroup) -> dict[str, mx.array]:
     else:
         data = processes.broadcast(path.read_bytes() if processes.is_main else b"")
         arrays = _load(path, io.BytesIO(data))
+    try:
+        check_finite(arrays)
+    except CheckpointError as error:
+        raise damaged(path) from error
     return arrays
 
 
