@@ -25,7 +25,7 @@ from phimlx.checkpoint.tensors import (
     Tensors,
 )
 from phimlx.errors import CheckpointError, ConfigError, shortened, some
-from phimlx.files import read_json
+from phimlx.files import is_file, read_json
 from phimlx.models import registry
 from phimlx.models.config import with_rope_scaling
 from phimlx.models.names import Renames, adapter_tensor
@@ -127,7 +127,7 @@ class Checkpoint:
                 return None
             raise
         names = sorted(set(weight_map.values()))
-        missing = [name for name in names if not (self.folder / name).is_file()]
+        missing = [name for name in names if not is_file(self.folder / name)]
         if whole and (missing or names == [WHOLE] or WHOLE not in names):
             return None
         if missing:

@@ -25,7 +25,7 @@ from phimlx.cli.group import cli
 from phimlx.errors import PhimlxError
 from tests.hostile.inputs import ROWS, Bench
 
-LONGEST = 2500  # characters that a failure may say: twenty faults of data, a line each
+LONGEST = 1500  # characters that a failure may say: some faults of data, a line each
 CLEAR, STATUS = Path("/proc/self/clear_refs"), Path("/proc/self/status")
 
 

@@ -631,6 +631,11 @@ add("jsonl", {
         line(json.dumps({"conversations": [
             {"from": ("human", "gpt")[i % 2], "value": "a"} for i in range(10_000)
         ]})), "jsonl"),
+    "faults of 1 kB": in_data(
+        lambda: b"".join(b'{"%s": %d}\n' % (b"x" * 1000, i) for i in range(100)), "jsonl"),
+    "keys of 1 kB": in_data(
+        lambda: b"".join(json.dumps({f"{j} {'x' * 1000}": i for j in range(50)}).encode() + b"\n"
+                         for i in range(100)), "jsonl"),
     "a role of 100 kB": in_data(line(turns(2, role="x" * 100_000)), "jsonl"),
     "a line of 50 MB": in_data(line(json.dumps({"text": "ab " * 17_000_000})), "jsonl"),
     "a word of 1 MB": in_data(line(json.dumps({"text": "a" * 1_000_000})), "jsonl"),

@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import hashlib
+from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
+from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from phimlx.errors import TrainingError
+from phimlx.errors import TrainingError, clipped
 from phimlx.hub.client import Remote
 from phimlx.hub.download import ProgressContext, without_progress
 from phimlx.training.data.batches import Example
@@ -33,6 +35,7 @@ from phimlx.training.data.sources import find_splits
 Overlong = Literal["refuse", "cut", "split"]
 
 SHOWN = 20  # problems that are kept and told; the others are counted
+LONGEST = 1200  # characters of all that are told
 
 MOST_UNUSED = 100  # names of unused columns that are told apart
 
@@ -87,11 +90,14 @@ class DataError(TrainingError):
 
     def __init__(self, problems: list[Problem], count: int) -> None:
         self.problems, self.count = problems, count
-        message = str(problems[0])
+        told = [clipped(str(problem)) for problem in problems]
+        message = told[0]
         if count > 1:
-            lines = [f"The data has {count:,} faults:", *map(str, problems)]
-            if count > len(problems):
-                lines.append(f"… and {count - len(problems):,} more.")
+            ends = list(accumulate(map(len, told)))
+            told = told[: max(1, bisect(ends, LONGEST))]
+            lines = [f"The data has {count:,} faults:", *told]
+            if count > len(told):
+                lines.append(f"… and {count - len(told):,} more.")
             message = "\n  ".join(lines)
         hints = {problem.hint for problem in problems}
         usual = "Mend what is named, or leave it out of the data."
