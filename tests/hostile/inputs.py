@@ -280,6 +280,22 @@ add("tokenizer", {
     "100,000 merges of nothing": in_tokenizer(("model", "merges"), json.dumps(["a b"] * 100_000)),
 })  # fmt: skip
 
+
+def converted(bench: Bench, folder: Path) -> None:
+    out = bench.place / "out"
+    bench.run("convert", folder, "--mlx-path", out)
+    if out.exists():
+        generate(bench, out)
+
+
+add("converted tokenizer", {
+    f"{what} {each}": in_json(model_of, "tokenizer.json", path, each, converted)
+    for what, path in {
+        "vocabulary id": ("model", "vocab", "new"), "letter with id": ("model", "vocab", "H"),
+        "added id": ("added_tokens", 0, "id"),
+    }.items() for each in IDS
+})  # fmt: skip
+
 # Chat templates
 
 LONG = "('a' * 1000000)"
@@ -432,7 +448,56 @@ def in_adapter(header: Any, data: bytes, length: int | None) -> Row:
     return row
 
 
-add("adapter weights", {name: in_adapter(*each) for name, each in HEADERS.items()})
+Arrays = dict[str, mx.array]
+ARRAYS: dict[str, Callable[[Arrays], Arrays]] = {
+    "none": lambda old: {},
+    "another": lambda old: {**old, "x": mx.zeros((2, 2))},
+    "other names": lambda old: {f"x.{k}": v for k, v in old.items()},
+    "other shapes": lambda old: {k: mx.zeros((3, 5)) for k in old},
+    "other types": lambda old: {k: mx.zeros(v.shape, mx.int32) for k, v in old.items()},
+    "numbers that are none": lambda old: {k: mx.full(v.shape, float("nan"))
+                                          for k, v in old.items()},
+    "one fewer": lambda old: dict(list(old.items())[1:]),
+    "names of paths": lambda old: {f"{k}.0.1": v for k, v in old.items()},
+    "names of 5 kB": lambda old: {f"{k}.{'x' * 5000}": v for k, v in old.items()},
+    "no dimensions": lambda old: {k: mx.array(1.0) for k in old},
+    "no rows": lambda old: {k: mx.zeros((0, *v.shape[1:])) for k, v in old.items()},
+    "20,000 more": lambda old: {**old, **{f"x{i}": mx.zeros(1) for i in range(20_000)}},
+}  # fmt: skip
+
+
+def rewritten(path: Path, change: Callable[[Arrays], Arrays]) -> None:
+    """Put other arrays into a file."""
+    before = mx.load(str(path))
+    assert isinstance(before, dict)
+    mx.eval(before)
+    mx.save_safetensors(str(path), change(before), {"format": "mlx"})
+
+
+def in_weights(folder: Callable[[Bench], Path], file: str, change: Callable[[Path], Any]) -> Row:
+    """An adapter with other weights, which is tried and then exported."""
+
+    def row(bench: Bench) -> None:
+        copy = bench.copied(folder(bench))
+        change(copy / file)
+        with_adapter(bench, copy)
+        bench.run(*("fuse", "--model", bench.model, "--adapter-path", copy),
+                  *("--save-path", bench.place / "out", "--export", "mlx-lm"))  # fmt: skip
+
+    return row
+
+
+add("adapter weights", {
+    **{name: in_adapter(*each) for name, each in HEADERS.items()},
+    **{f"PEFT, header {name}": in_weights(peft_of, "adapter_model.safetensors",
+        lambda path, each=each: write_safetensors(path, *each))  # type: ignore[misc]
+       for name, each in HEADERS.items()},
+    **{f"{what}, {name}": in_weights(folder, file,
+        lambda path, change=change: rewritten(path, change))  # type: ignore[misc]
+       for what, folder, file in (("PEFT", peft_of, "adapter_model.safetensors"),
+                                  ("mlx-lm", adapter_of, "adapters.safetensors"))
+       for name, change in ARRAYS.items()},
+})  # fmt: skip
 
 # Recipes and settings
 
@@ -729,14 +794,11 @@ def in_run(file: str, change: Callable[[Path], Any]) -> Row:
     return row
 
 
-def arrays(change: Callable[[dict[str, mx.array]], dict[str, mx.array]]) -> Callable[[Path], None]:
+def arrays(change: Callable[[Arrays], Arrays]) -> Callable[[Path], None]:
     """Other arrays in a file, whose size the manifest then has."""
 
     def changed(path: Path) -> None:
-        before = mx.load(str(path))
-        assert isinstance(before, dict)
-        mx.eval(before)
-        mx.save_safetensors(str(path), change(before), {"format": "mlx"})
+        rewritten(path, change)
         sized(path)
 
     return changed
@@ -785,17 +847,7 @@ add("run", {
        for name, each in HEADERS.items()},
     **{f"{file}, {name}": in_run(f"{FIRST}/{file}", arrays(change))
        for file in ("adapters.safetensors", "optimizer.safetensors")
-       for name, change in {
-           "none": lambda old: {},
-           "another": lambda old: {**old, "x": mx.zeros((2, 2))},
-           "other names": lambda old: {f"x.{k}": v for k, v in old.items()},
-           "other shapes": lambda old: {k: mx.zeros((3, 5)) for k in old},
-           "other types": lambda old: {k: mx.zeros(v.shape, mx.int32) for k, v in old.items()},
-           "numbers that are none": lambda old: {k: mx.full(v.shape, float("nan"))
-                                                 for k, v in old.items()},
-           "one fewer": lambda old: dict(list(old.items())[1:]),
-           "names of paths": lambda old: {f"{k}.0.1": v for k, v in old.items()},
-       }.items()},
+       for name, change in ARRAYS.items()},
 })  # fmt: skip
 
 # Records of downloads
