@@ -96,5 +96,5 @@ def test_some(child: Child, kind: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", [*kinds()])
 def test_many(child: Child, kind: str) -> None:
-    """Every one where PHIMLX_TEST_EVERYTHING is set, which takes a quarter of an hour."""
+    """Every one where PHIMLX_TEST_EVERYTHING is set."""
     meet(child, sample(of_kind(kind), MANY, kind))

@@ -119,5 +119,5 @@ def test_at_some_calls(inputs: Inputs, name: str) -> None:
 @pytest.mark.parametrize("how", HOWS)
 @pytest.mark.parametrize("name", SCENARIOS)
 def test_at_many_calls(inputs: Inputs, name: str, how: str) -> None:
-    """At every call where PHIMLX_TEST_EVERYTHING is set, which takes a quarter of an hour."""
+    """At every call where PHIMLX_TEST_EVERYTHING is set."""
     met(inputs, name, how, MANY)
