@@ -208,7 +208,7 @@ def test_a_long_cell_is_read(tmp_path: Path) -> None:
 def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     for path, message in (
         (tmp_path / "none.jsonl", f"There is no file {tmp_path / 'none.jsonl'}."),
-        (tmp_path / "d.json", f"{tmp_path / 'd.json'} cannot be read: Is a directory."),
+        (tmp_path / "d.json", f"{tmp_path / 'd.json'} is not a regular file."),
     ):
         (tmp_path / "d.json").mkdir(exist_ok=True)
         with pytest.raises(TrainingError) as caught:
