@@ -239,8 +239,8 @@ class CausalLM(nn.Module):
             input_ids: `[batch, length]`.
             cache: what came before, from `make_cache`; extended by this call. The logits are those
                 of one pass over everything seen so far: where the sequence crosses the LongRoPE
-                step, what the cache held is computed again with the other factors. Keys that dynamic
-                NTK scaling turned stay as the model's own generation leaves them.
+                step, what the cache held is computed again with the other factors. Keys that
+                dynamic NTK scaling turned stay as they are, as in transformers.
             attention_mask: `[batch, length]`, 0 at padding, on either side of a row. Each row's
                 logits are those of the row alone; at padding they mean nothing.
             inputs: media, as `encode_media` takes them: they fill the placeholders of this call,
