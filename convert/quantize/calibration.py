@@ -12,7 +12,6 @@ from convert.measure.report import BUNDLED_TEXT
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConversionError
-from phimlx.models.base import ModelConfig
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 LEAST_TOKENS = 2048
@@ -68,7 +67,7 @@ class CalibrationWindows:
         config = build_model(checkpoint.config).config
         bundled = text is None
         text = BUNDLED_TEXT.read_text("utf-8") if text is None else text
-        tokens = _tokens(checkpoint, text, config)
+        tokens = _tokens(checkpoint, text)
         step = longrope_step(config)
         limit = min(length, config.max_position_embeddings, len(tokens) // LEAST_WINDOWS)
         if step is not None and length <= max(step, MULTIPLE):
@@ -91,7 +90,7 @@ def spread(tokens: Sequence[int], length: int, count: int) -> list[tuple[int, ..
     return [tuple(tokens[start : start + length]) for start in starts]
 
 
-def _tokens(checkpoint: Checkpoint, text: str, config: ModelConfig) -> list[int]:
+def _tokens(checkpoint: Checkpoint, text: str) -> list[int]:
     if not text.strip():
         raise ConversionError(
             "The calibration text is empty.",
@@ -108,11 +107,5 @@ def _tokens(checkpoint: Checkpoint, text: str, config: ModelConfig) -> list[int]
             f"The calibration text has {len(tokens):,} tokens; calibration takes "
             f"{LEAST_TOKENS:,} at least, and 50,000 are better.",
             hint="Give a longer text, or none.",
-        )
-    if max(tokens) >= config.vocab_size:
-        raise ConversionError(
-            f"The tokenizer of {checkpoint.folder} gives tokens up to {max(tokens)}, but the model "
-            f"has {config.vocab_size:,} only.",
-            hint="Get the model's own tokenizer files into that folder.",
         )
     return tokens

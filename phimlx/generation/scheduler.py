@@ -60,11 +60,6 @@ class Scheduler:
         self._prompts: Batch | None = None  # being prefilled, or about to join
         self._rows: Batch | None = None
 
-    @property
-    def done(self) -> bool:
-        """Whether every request has finished."""
-        return not self._requests()
-
     def add(self, requests: Iterable[Request]) -> None:
         """Let requests wait for their turn.
 

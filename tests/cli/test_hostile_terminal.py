@@ -145,7 +145,8 @@ def a_chat(
         for typed, awaited in [*lines, *([unsent] if unsent else [])]:
             pairs += [("> ", typed.replace("{}", text)), (awaited, "")]
         if unsent:
-            pairs[-1] = (pairs[-1][0], CTRL_C)
+            # At once, for the line and its prompt may be drawn again before it is thrown away.
+            return [*pairs[:-1], (pairs[-1][0], CTRL_C + CTRL_D)]
         return [*pairs, ("> ", CTRL_D)]
 
     return keys

@@ -152,7 +152,7 @@ def test_matrices_of_every_type(tmp_path: Path, kind: Any) -> None:
 def small(folder: Path) -> Path:
     """A tokenizer of fewer tokens than the tiny models have."""
     made = tiny_tokenizer_json(())
-    vocabulary = dict(list(made["model"]["vocab"].items())[:40])
+    vocabulary = {text: number for text, number in made["model"]["vocab"].items() if number < 40}
     made["model"] |= {"vocab": vocabulary, "merges": []}
     (folder / "small").mkdir()
     (folder / "small" / "tokenizer.json").write_text(json.dumps(made))

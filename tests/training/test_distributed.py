@@ -56,11 +56,22 @@ def together(arguments: list[str], *how: str) -> subprocess.CompletedProcess[str
     )
 
 
+def two_free_ports() -> int:
+    """The first of two free ports, one after the other."""
+    while True:
+        with socket.socket() as one, socket.socket() as other:
+            one.bind(("127.0.0.1", 0))
+            port: int = one.getsockname()[1]
+            try:
+                other.bind(("127.0.0.1", port + 1))
+            except (OSError, OverflowError):
+                continue
+            return port
+
+
 def launched(arguments: list[str], *how: str) -> list[str]:
-    """The command that starts two processes on a free port."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    """The command that starts two processes, each on a free port."""
+    port = two_free_ports()
     launch = [str(LAUNCH), "-n", "2", "--backend", "ring", "--starting-port", str(port), "--cwd"]
     run = [sys.executable, "-m", "tests.training.run.killed", *(how or ("never", "0")), *arguments]
     return [*launch, str(ROOT), "--", *run]

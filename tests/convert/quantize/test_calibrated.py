@@ -21,7 +21,7 @@ from convert.quantize.recipe import Rule
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
-from phimlx.errors import ConversionError
+from phimlx.errors import ConversionError, TokenizerError
 from phimlx.hub.resolve import NANO
 from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
@@ -324,12 +324,14 @@ def test_a_quantized_model_is_refused(tmp_path: Path) -> None:
 
 def test_another_vocabulary_is_refused(tmp_path: Path) -> None:
     source = tiny(tmp_path / "source", {**UNTIED, "vocab_size": 48})
-    error = failing(source, tmp_path / "out", FOUR, calibration="gptq")
-    highest = max(Tokenizer.load(NANO).encode(bundled_text(), control=True))
-    assert str(error) == (
-        f"The tokenizer of {source} gives tokens up to {highest}, but the model has 48 only."
+    with pytest.raises(TokenizerError) as caught:
+        convert(source, tmp_path / "out", FOUR, calibration="gptq")
+    assert not (tmp_path / "out").exists()
+    highest = Tokenizer.load(NANO).vocab_size - 1
+    assert str(caught.value) == (
+        f"The tokenizer in {source} has the token {highest}, but the model's vocabulary has 48."
     )
-    assert error.hint == "Get the model's own tokenizer files into that folder."
+    assert caught.value.hint == "Get the tokenizer files that belong to the model into its folder."
 
 
 def bundled_text() -> str:
