@@ -172,7 +172,8 @@ def command(
     if prompts_file is not None and output_file is not None:
         from phimlx.terminal.prompt_file import answer_prompts
 
-        options = {"raw": raw, "tools": tools, "limits": limits, **given(settings)}
+        own = given({**settings, "kv_bits": kv_bits})
+        options = {"raw": raw, "tools": tools, "limits": limits, **own}
         about = [
             str(phi.path.resolve()),
             str(adapter),

@@ -6,7 +6,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 from click.testing import CliRunner
@@ -123,6 +123,23 @@ def test_a_folder_that_only_shares_an_alias_does_not_name_the_model(
     assert model_name("nano") == "nano"
     (tmp_path / "nano" / "config.json").write_text("{}")
     assert model_name("nano") == str(tmp_path / "nano")
+
+
+def test_kv_bits_hold_for_a_file_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int | None] = []
+    make = api.Phi.request
+
+    def request(self: Phi, *given: Any) -> Any:
+        made = make(self, *given)
+        asked.append(made.kv_bits)
+        return made
+
+    monkeypatch.setattr(api.Phi, "request", request)
+    source, target = tmp_path / "q.jsonl", tmp_path / "a.jsonl"
+    source.write_text(f"{json.dumps(QUESTION)}\n")
+    arguments = ["generate", "--model", "nano", "--kv-bits", "8", "--prompts", str(source)]
+    result = CliRunner().invoke(cli, [*arguments, "--output", str(target)])
+    assert (result.exit_code, asked) == (0, [8])
 
 
 def test_generate_answers_a_file(phi: Phi, tmp_path: Path) -> None:
