@@ -270,11 +270,8 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
         OSError: where it cannot be written.
     """
     _remove_leftovers(path)
-    temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
-    mode = 0o600 if private else 0o666
-    descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+    temporary, descriptor = _create_locked(path, 0o600 if private else 0o666)
     try:
-        _lock(descriptor)  # for as long as this process lives: it is no leftover
         yield temporary
         sync(temporary)
         os.replace(temporary, path)
@@ -284,6 +281,21 @@ def replacing(path: Path, *, private: bool = False) -> Iterator[Path]:
     finally:
         os.close(descriptor)
     sync(path.parent)
+
+
+def _create_locked(path: Path, mode: int) -> tuple[Path, int]:
+    """Create a temporary file of `path`, locked while this process lives: it is no leftover.
+
+    Between the two, another process may take it for one, and remove it: then there is a new one.
+    """
+    while True:
+        temporary = path.with_name(f".{path.stem}.{secrets.token_hex(4)}{path.suffix}")
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, mode)
+        with contextlib.suppress(OSError):  # a file system without locks has no leftovers either
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+        if os.fstat(descriptor).st_nlink:
+            return temporary, descriptor
+        os.close(descriptor)
 
 
 def _remove_leftovers(path: Path) -> None:

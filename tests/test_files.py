@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import os
 import socket
 import stat
@@ -227,6 +228,26 @@ def test_two_writers_at_once_both_succeed(tmp_path: Path) -> None:
         second.write_text("second")
     assert path.read_text() == "first"  # which ended last
     assert os.listdir(tmp_path) == ["chat.json"]
+
+
+def test_a_file_that_another_took_for_left_behind_is_made_anew(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path, locks = tmp_path / "chat.json", []
+    flock = fcntl.flock
+
+    def clean_up_first(descriptor: int, how: int) -> None:
+        """Another process looks for what was left, between the file's birth and its lock."""
+        if how == fcntl.LOCK_EX:
+            locks.append(how)
+            if len(locks) < 3:
+                [name] = os.listdir(tmp_path)
+                (tmp_path / name).unlink()
+        flock(descriptor, how)
+
+    monkeypatch.setattr(fcntl, "flock", clean_up_first)
+    write_file(path, "whole")
+    assert (path.read_text(), os.listdir(tmp_path), len(locks)) == ("whole", ["chat.json"], 3)
 
 
 def test_what_a_killed_process_left_goes_with_the_next_write(tmp_path: Path) -> None:
