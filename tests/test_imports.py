@@ -74,10 +74,12 @@ HEAVY = {
     "safetensors",
     "soundfile",
     "soxr",
+    "starlette",
     "tokenizers",
     "torch",
     "tqdm",
     "transformers",
+    "uvicorn",
 }
 """Packages that cost time to import."""
 

@@ -21,6 +21,7 @@ COMMANDS = {
     "chat": ("phimlx.cli.chat", "Talk with a model."),
     "generate": ("phimlx.cli.generate", "Answer one prompt."),
     "transcribe": ("phimlx.cli.transcribe", "Write down what is said in recordings."),
+    "serve": ("phimlx.cli.serve", "Answer other programs over HTTP."),
     "download": ("phimlx.cli.download", "Bring a model from the Hub to this machine."),
     "list": ("phimlx.cli.list", "List the models on this machine."),
     "remove": ("phimlx.cli.remove", "Delete a model from this machine."),

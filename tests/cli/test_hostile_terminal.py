@@ -340,6 +340,11 @@ ROWS: dict[str, dict[str, Row]] = {
             lambda text, at: ["bench", "--model", "nano", "--adapter-path", text],
         ),
     },
+    "serve": {
+        "model": Row(lambda text, at: ["serve", "--model", text], kind="text"),
+        "host": Row(lambda text, at: ["serve", "--host", text], kind="text"),
+        "key": Row(lambda text, at: ["serve", "--api-key-file", str(at / text)], kind="text"),
+    },
     "doctor": {"found": Row(lambda text, at: ["doctor"], shown=False)},
     "demo": {"argument": Row(lambda text, at: ["demo", text])},
 }

@@ -1,0 +1,100 @@
+"""The application: routes of every dialect behind one guard, over one worker."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
+from contextlib import asynccontextmanager, suppress
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+from starlette.routing import Route, Router
+from starlette.types import Receive, Scope, Send
+
+from phimlx.server import openai
+from phimlx.server.errors import RequestError
+from phimlx.server.guard import Guard
+from phimlx.server.models import Models
+from phimlx.server.service import Service
+from phimlx.server.settings import ServerSettings
+from phimlx.server.worker import Worker
+
+SWEEP_SECONDS = 5.0  # between looks for models that nobody uses
+
+DIALECTS: Mapping[str, tuple[Sequence[Route], Callable[[RequestError], dict[str, Any]]]] = {
+    "/": (openai.ROUTES, openai.error_object),
+}
+"""Paths that begin so -> routes, and the shape of errors; the longest beginning that fits."""
+
+
+class App:
+    """The server as an ASGI application.
+
+    Attributes:
+        service: answers requests; there in the block of `started`.
+    """
+
+    service: Service
+
+    def __init__(self, settings: ServerSettings, key: str | None = None) -> None:
+        self._settings = settings
+        routes = [Route("/health", health), *(r for own, _ in DIALECTS.values() for r in own)]
+        self._router = Router(routes, redirect_slashes=False)
+        self._guard = Guard(self._router, settings, key, error_shape)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        scope["app"] = self
+        await self._guard(scope, receive, send)
+
+    @asynccontextmanager
+    async def started(self) -> AsyncIterator[None]:
+        """Hold the worker, and the model where there is but one, for the block.
+
+        Raises:
+            PhimlxError: where that model cannot be loaded.
+        """
+        worker = Worker(asyncio.get_running_loop())
+        models = Models(self._settings, worker)
+        self.service = Service(self._settings, models, worker)
+        worker.start()
+        sweeper = asyncio.ensure_future(_sweep(models))
+        try:
+            if self._settings.model is not None:
+                async with models.use(models.list()[0].name):
+                    pass  # loaded before the first request comes
+            yield
+        finally:
+            sweeper.cancel()
+            with suppress(asyncio.CancelledError):
+                await sweeper
+            self.service.close()
+            await asyncio.to_thread(worker.stop)
+
+
+def error_shape(path: str, error: RequestError) -> dict[str, Any]:
+    """Put an error into the shape of the dialect that a path belongs to."""
+    begin = max((begin for begin in DIALECTS if path.startswith(begin)), key=len)
+    return DIALECTS[begin][1](error)
+
+
+async def health(request: Request) -> Response:
+    """`GET /health`: whether the server computes, and what it holds."""
+    service: Service = request.app.service
+    alive = service.worker.is_alive
+    state = "stopping" if service.draining else "ok" if alive else "failed"
+    return JSONResponse(
+        {
+            "status": state,
+            "models": [loaded.served.name for loaded in service.models.loaded],
+            "running": service.running,
+            "restarts": service.worker.restarts,
+        },
+        200 if state == "ok" else 503,
+    )
+
+
+async def _sweep(models: Models) -> None:
+    while True:
+        await asyncio.sleep(SWEEP_SECONDS)
+        await models.unload_idle()

@@ -1,0 +1,106 @@
+"""What goes wrong with a request, in terms that every dialect can put into its own shape."""
+
+from __future__ import annotations
+
+import secrets
+from dataclasses import dataclass, field
+from typing import Any
+
+from starlette.exceptions import HTTPException
+
+from phimlx.errors import (
+    CacheError,
+    CheckpointError,
+    ConfigError,
+    DownloadError,
+    GenerationError,
+    MediaError,
+    ModelNotFoundError,
+    PhimlxError,
+    PromptError,
+    ResourceError,
+    SettingsError,
+    TokenizerError,
+    shortage,
+)
+
+
+@dataclass(eq=False)
+class RequestError(Exception):
+    """A request that is refused, or that failed.
+
+    Attributes:
+        status: of HTTP.
+        message: a sentence for a person.
+        param: the field of the body that is wrong; None where it is none.
+        code: a word for programs.
+        headers: more headers of the response.
+    """
+
+    status: int
+    message: str
+    param: str | None = None
+    code: str | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.message
+
+
+def bad_request(message: str, param: str | None = None, code: str | None = None) -> RequestError:
+    """Make the error of a body that is wrong."""
+    return RequestError(400, message, param, code)
+
+
+def overloaded(message: str, seconds: int) -> RequestError:
+    """Make the error of a server that has too much to do."""
+    return RequestError(
+        429, message, code="rate_limit_exceeded", headers={"Retry-After": str(seconds)}
+    )
+
+
+STATUSES: tuple[tuple[type[PhimlxError], int, str | None], ...] = (
+    (ModelNotFoundError, 404, "model_not_found"),
+    (PromptError, 400, None),
+    (GenerationError, 400, None),
+    (MediaError, 400, None),
+    (SettingsError, 400, None),
+    (TokenizerError, 400, None),
+    (ResourceError, 503, "out_of_memory"),
+    (ConfigError, 500, "model_unusable"),
+    (CheckpointError, 500, "model_unusable"),
+    (CacheError, 500, None),
+    (DownloadError, 502, None),
+)
+"""What errors of our own mean to a client, the first that fits."""
+
+
+def explain(error: BaseException) -> RequestError:
+    """Say what an error means to a client; nothing of what is inside, where nobody expected it."""
+    if isinstance(error, RequestError):
+        return error
+    if isinstance(error, HTTPException):
+        return RequestError(
+            error.status_code, f"{error.detail}.", headers=dict(error.headers or {})
+        )
+    known = error if isinstance(error, PhimlxError) else shortage(error)
+    for kind, status, code in STATUSES:
+        if isinstance(known, kind):
+            hint = f" {known.hint}" if known.hint and status < 500 else ""
+            return RequestError(status, f"{known}{hint}", code=code)
+    return RequestError(
+        500, f"Something went wrong here (error {secrets.token_hex(4)}).", code="internal_error"
+    )
+
+
+def json_type_error(errors: list[dict[str, Any]]) -> RequestError:
+    """Say in a sentence what the first error of a pydantic model is about."""
+    first = errors[0]
+    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    if first["type"] == "extra_forbidden":
+        return bad_request(f"There is no field {place}.", place, "unknown_parameter")
+    if first["type"] == "missing":
+        return bad_request(f"{place} is missing.", place, "missing_required_parameter")
+    reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
+    reason = reason[:1].lower() + reason[1:]
+    return bad_request(f"{place or 'The body'}: {reason}.", place or None, "invalid_type")

@@ -1,0 +1,203 @@
+"""The models that a server answers with: found by name, loaded on demand, unloaded when idle."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+
+from phimlx import catalog
+from phimlx.api import Phi
+from phimlx.errors import ModelNotFoundError
+from phimlx.files import read_json
+from phimlx.generation.engine import Engine
+from phimlx.hub.cache import list_models
+from phimlx.hub.layout import model_name
+from phimlx.hub.resolve import NANO, NANO_MULTIMODAL, resolve
+from phimlx.machine.memory import machine_memory
+from phimlx.server.errors import RequestError
+from phimlx.server.settings import ServerSettings
+from phimlx.server.worker import Worker
+from phimlx.sizes import size_text
+
+log = logging.getLogger("phimlx.server")
+
+
+@dataclass(frozen=True)
+class Served:
+    """A model that may be asked for.
+
+    Attributes:
+        name: as the server calls it: an alias of the catalogue, a Hub id, or a folder's name.
+        folder: where it lies.
+        other_names: that mean it too.
+    """
+
+    name: str
+    folder: Path
+    other_names: tuple[str, ...] = ()
+
+    @classmethod
+    def of(cls, folder: Path, name: str | None = None) -> Served:
+        known = catalog.find(name or model_name(folder))
+        if known is None:
+            return cls(name or folder.resolve().name, folder)
+        return cls(known.alias, folder, known.names)
+
+    @property
+    def created(self) -> int:
+        """When its config came here, in seconds since 1970."""
+        return int((self.folder / "config.json").stat().st_mtime)
+
+    @cached_property
+    def context_length(self) -> int:
+        """Tokens that prompt and reply may have together."""
+        return int(read_json(self.folder / "config.json").get("max_position_embeddings", 0))
+
+    @cached_property
+    def nbytes(self) -> int:
+        """Size of its weights on disk."""
+        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
+
+
+@dataclass(eq=False)
+class Loaded:
+    """A model in memory.
+
+    Attributes:
+        users: requests that are using it.
+        last_used: by `time.monotonic`, when the last of them went.
+    """
+
+    served: Served
+    phi: Phi
+    users: int = 0
+    last_used: float = field(default_factory=time.monotonic)
+
+
+class Models:
+    """Finds, loads and unloads models. Used from the event loop alone.
+
+    Args:
+        settings: `model` to serve that one alone, `keep_alive`, `batch_size`.
+        worker: loads them, in its thread.
+    """
+
+    def __init__(self, settings: ServerSettings, worker: Worker) -> None:
+        self._settings = settings
+        self._worker = worker
+        self._fixed = None
+        if settings.model is not None:
+            folder = resolve(settings.model)
+            name = settings.model if catalog.find(settings.model) else None
+            self._fixed = Served.of(folder, name)
+        self._loaded: dict[str, Loaded] = {}
+        self._loading = asyncio.Lock()
+
+    @property
+    def loaded(self) -> list[Loaded]:
+        return list(self._loaded.values())
+
+    def list(self) -> list[Served]:
+        """List the models that may be asked for, by name."""
+        if self._fixed is not None:
+            return [self._fixed]
+        found = [Served.of(NANO, "nano"), Served.of(NANO_MULTIMODAL, "nano-multimodal")]
+        for model in list_models():
+            if model.snapshot is not None and not model.is_adapter:
+                found.append(Served.of(model.snapshot, model.repository))
+        return list({model.name: model for model in found}.values())
+
+    def find(self, name: str) -> Served:
+        """Find the model that a request names; a path means none.
+
+        Raises:
+            ModelNotFoundError: where it is not here.
+        """
+        models = self.list()
+        for model in models:
+            if name.lower() in {other.lower() for other in (model.name, *model.other_names)}:
+                return model
+        here = ", ".join(model.name for model in models)
+        raise ModelNotFoundError(f"There is no model {name[:100]} here.", f"There are: {here}.")
+
+    @asynccontextmanager
+    async def use(self, name: str) -> AsyncIterator[Loaded]:
+        """Hold a model in memory for the block; it is loaded where it is not there.
+
+        Raises:
+            ModelNotFoundError, ConfigError, CheckpointError: as `find` and `phimlx.load`.
+            RequestError: 503 where it does not fit beside those that are being used.
+        """
+        served = self.find(name)
+        async with self._loading:
+            loaded = self._loaded.get(served.name)
+            if loaded is None:
+                loaded = await self._load(served)
+            loaded.users += 1
+        try:
+            yield loaded
+        finally:
+            loaded.users -= 1
+            loaded.last_used = time.monotonic()
+
+    async def unload_idle(self) -> None:
+        """Unload models that nobody has used for `keep_alive` seconds."""
+        async with self._loading:
+            for loaded in self.loaded:
+                idle = time.monotonic() - loaded.last_used
+                if not loaded.users and idle >= self._settings.keep_alive:
+                    await self.unload(loaded)
+
+    async def unload(self, loaded: Loaded) -> None:
+        """Let go of a model that nobody uses."""
+        del self._loaded[loaded.served.name]
+        name = loaded.served.name
+
+        def free() -> None:
+            import mlx.core as mx
+
+            del loaded.phi
+            mx.clear_cache()
+
+        await self._worker.call(free)
+        log.info("unloaded %s", name)
+
+    async def _load(self, served: Served) -> Loaded:
+        await self._make_room(served)
+
+        def load() -> Phi:
+            phi = Phi(served.folder)
+            phi.engine = Engine(phi.model, phi.engine.pass_cost, self._settings.batch_size)
+            return phi
+
+        started = time.monotonic()
+        loaded = Loaded(served, await self._worker.call(load))
+        self._loaded[served.name] = loaded
+        log.info("loaded %s in %.1f s", served.name, time.monotonic() - started)
+        return loaded
+
+    async def _make_room(self, served: Served) -> None:
+        """Unload idle models, the one used longest ago first, until another one fits."""
+        for loaded in sorted(self.loaded, key=lambda each: each.last_used):
+            if self._held() + served.nbytes <= machine_memory():
+                return
+            if not loaded.users:
+                await self.unload(loaded)
+        if self._loaded and self._held() + served.nbytes > machine_memory():
+            busy = ", ".join(self._loaded)
+            raise RequestError(
+                503,
+                f"{served.name} takes {size_text(served.nbytes)}, which do not fit beside {busy}, "
+                "in use.",
+                code="out_of_memory",
+                headers={"Retry-After": "30"},
+            )
+
+    def _held(self) -> int:
+        return sum(loaded.served.nbytes for loaded in self._loaded.values())

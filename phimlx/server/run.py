@@ -1,0 +1,106 @@
+"""Runs the application with uvicorn: the socket, time-outs, signals."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import Callable
+from pathlib import Path
+
+import uvicorn
+
+from phimlx.errors import PhimlxError, SettingsError
+from phimlx.files import read_text, reason
+from phimlx.server.app import App
+from phimlx.server.guard import is_loopback
+from phimlx.server.settings import ServerSettings
+
+IDLE_SECONDS = 75
+
+
+def read_key(settings: ServerSettings, environment: str | None) -> str | None:
+    """Find the key that clients must send: given, in a file, or in the environment.
+
+    Raises:
+        SettingsError: where the file cannot be read, or anyone could ask from beyond this machine.
+    """
+    key = settings.api_key or environment or None
+    if settings.api_key_file is not None:
+        key = read_text(Path(settings.api_key_file), SettingsError, limit=1 << 14).strip()
+    if key is None and not is_loopback(settings.host) and not settings.no_auth:
+        raise SettingsError(
+            f"At {settings.host} anyone on the network could ask.",
+            hint="Set a key with --api-key-file FILE or PHIMLX_API_KEY, or say --no-auth.",
+        )
+    return key
+
+
+def listen(settings: ServerSettings) -> socket.socket:
+    """Open the socket that the server listens at.
+
+    Raises:
+        PhimlxError: where the address is taken, or not one of this machine.
+    """
+    family = socket.AF_INET6 if ":" in settings.host else socket.AF_INET
+    opened = socket.socket(family)
+    try:
+        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        opened.bind((settings.host, settings.port))
+        opened.listen(128)
+    except OSError as error:
+        opened.close()
+        raise PhimlxError(
+            f"The server cannot listen at {settings.host}, port {settings.port}: {reason(error)}.",
+            hint="Choose another with --port N; 0 takes a free one.",
+        ) from error
+    return opened
+
+
+class Server(uvicorn.Server):
+    """uvicorn's server, which lets what runs finish within the grace time when it is told to stop.
+
+    A second signal stops it at once.
+    """
+
+    def __init__(self, app: App, settings: ServerSettings) -> None:
+        self.application = app
+        config = uvicorn.Config(
+            app,
+            lifespan="off",
+            log_config=None,
+            access_log=False,
+            timeout_keep_alive=IDLE_SECONDS,
+            timeout_graceful_shutdown=int(settings.grace_seconds),
+            server_header=False,
+            date_header=False,
+            ws="none",
+            ssl_certfile=settings.ssl_certfile,
+            ssl_keyfile=settings.ssl_keyfile,
+        )
+        super().__init__(config)
+
+    def handle_exit(self, sig: int, frame: object) -> None:
+        if self.should_exit:
+            self.force_exit = True
+        self.should_exit = True
+        self.application.service.draining = True
+
+
+def serve(
+    app: App, settings: ServerSettings, opened: socket.socket, on_start: Callable[[], object]
+) -> None:
+    """Serve until a signal says stop.
+
+    Args:
+        on_start: called when requests are answered.
+
+    Raises:
+        PhimlxError: where the model cannot be loaded.
+    """
+
+    async def run() -> None:
+        async with app.started():
+            on_start()
+            await Server(app, settings).serve(sockets=[opened])
+
+    asyncio.run(run())

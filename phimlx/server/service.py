@@ -1,0 +1,160 @@
+"""What every dialect asks of the server: a model, a prompt, options, and replies to it."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack, asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from phimlx.generation.options import GenerationOptions
+from phimlx.generation.prompt_reader import Prompt
+from phimlx.generation.reply import Chunk, Reply
+from phimlx.generation.request import Request
+from phimlx.media.limits import Limits
+from phimlx.server.errors import RequestError, bad_request, overloaded
+from phimlx.server.models import Loaded, Models
+from phimlx.server.settings import MIB, ServerSettings
+from phimlx.server.worker import Generation, Worker
+
+PREPARING = 2  # threads that make prompts of requests
+RETRY_SECONDS = 5
+MAX_CHOICES = 8
+
+
+@dataclass(frozen=True)
+class Ask:
+    """What a client wants, in no dialect.
+
+    Attributes:
+        model: its name.
+        prompt: as `phimlx.Phi.stream` takes it, media as bytes or https addresses.
+        options: of `GenerationOptions`, by name; None for the model's own.
+        n: replies to the prompt, each with a seed of its own.
+    """
+
+    model: str
+    prompt: Prompt
+    options: Mapping[str, Any] = field(default_factory=dict)
+    n: int = 1
+
+
+class Answer:
+    """The replies to an `Ask`, under way.
+
+    Attributes:
+        model: the name that the server has for it.
+        generations: one for each choice.
+    """
+
+    def __init__(self, loaded: Loaded, generations: Sequence[Generation]) -> None:
+        self.model = loaded.served.name
+        self.phi = loaded.phi
+        self.generations = generations
+
+    @property
+    def requests(self) -> list[Request]:
+        return [generation.request for generation in self.generations]
+
+    async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
+        """Hand over the chunks of all choices as they come, each with its choice's number.
+
+        Raises:
+            RequestError: where a choice could not go on.
+        """
+        streams = [generation.chunks() for generation in self.generations]
+        coming = {asyncio.ensure_future(anext(each, None)): at for at, each in enumerate(streams)}
+        try:
+            while coming:
+                done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
+                for task in sorted(done, key=lambda each: coming[each]):
+                    index, chunk = coming.pop(task), task.result()
+                    if chunk is not None:
+                        coming[asyncio.ensure_future(anext(streams[index], None))] = index
+                        yield index, chunk
+        finally:
+            for task in coming:
+                task.cancel()
+
+    async def replies(self) -> list[Reply]:
+        """Wait for all replies. Raises RequestError where one could not be generated."""
+        for generation in self.generations:
+            async for _ in generation.chunks():
+                pass
+        return [request.reply for request in self.requests]
+
+
+class Service:
+    """Answers what dialects ask. Used from the event loop alone.
+
+    Attributes:
+        settings, models, worker: as given.
+        running: replies that are under way, those that wait for their turn among them.
+        draining: whether the server is about to stop, and takes no more.
+    """
+
+    def __init__(self, settings: ServerSettings, models: Models, worker: Worker) -> None:
+        self.settings = settings
+        self.models = models
+        self.worker = worker
+        self.running = 0
+        self.draining = False
+        self._threads = ThreadPoolExecutor(PREPARING, "phimlx-prompt")
+
+    @asynccontextmanager
+    async def answer(self, ask: Ask) -> AsyncIterator[Answer]:
+        """Begin the replies; who leaves the block before they have ended ends them.
+
+        Raises:
+            RequestError: 429 where too many wait, 503 where the server stops or a model does not
+                fit.
+            PhimlxError: where there is no such model, or the prompt or an option is wrong.
+        """
+        if not 1 <= ask.n <= MAX_CHOICES:
+            raise bad_request(f"n is {ask.n}; it must be from 1 to {MAX_CHOICES}.", "n")
+        self._admit(ask.n)
+        self.running += ask.n
+        try:
+            async with AsyncExitStack() as held:
+                loaded = await held.enter_async_context(self.models.use(ask.model))
+                requests = await self._prepare(loaded, ask)
+                generations = [Generation(each, loaded.phi.engine) for each in requests]
+                try:
+                    await self.worker.add(generations)
+                    yield Answer(loaded, generations)
+                finally:
+                    for generation in generations:
+                        if not generation.request.finished:
+                            self.worker.cancel(generation)
+        finally:
+            self.running -= ask.n
+
+    def close(self) -> None:
+        self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _admit(self, count: int) -> None:
+        if self.draining:
+            raise RequestError(503, "The server is about to stop.", code="shutting_down")
+        if self.running + count > self.settings.batch_size + self.settings.queue:
+            raise overloaded("Too many requests wait here; try again later.", RETRY_SECONDS)
+
+    async def _prepare(self, loaded: Loaded, ask: Ask) -> list[Request]:
+        """Make the requests in another thread, for pictures and long prompts take a while.
+
+        Nothing of it computes with MLX, whose streams belong to the worker.
+        """
+        options = dict(ask.options)
+        options["limits"] = Limits(max_bytes=64 * MIB, allow_urls=self.settings.fetch_media)
+        most = self.settings.max_tokens
+        if most is not None:
+            options["max_tokens"] = min(most, options.get("max_tokens") or most)
+
+        def make() -> list[Request]:
+            first = GenerationOptions(**options)
+            seed = first.chosen_seed()
+            choices = [replace(first, seed=(seed + choice) % 2**64) for choice in range(ask.n)]
+            return [loaded.phi.request(ask.prompt, choice) for choice in choices]
+
+        return await asyncio.get_running_loop().run_in_executor(self._threads, make)

@@ -1,0 +1,171 @@
+"""The thread that computes: MLX runs in it and nowhere else, for a stream belongs to its thread.
+
+Tasks run between steps; engines with requests are stepped in turn. What comes of a step is handed
+to the event loop at once.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import threading
+from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
+from typing import TypeVar
+
+from phimlx.generation.engine import Engine
+from phimlx.generation.reply import Chunk
+from phimlx.generation.request import Request
+from phimlx.server.errors import explain
+
+log = logging.getLogger("phimlx.server")
+Result = TypeVar("Result")
+
+
+class Generation:
+    """A reply under way, as the event loop sees it.
+
+    Attributes:
+        request: whose reply it is; to be read once it has ended.
+    """
+
+    def __init__(self, request: Request, engine: Engine) -> None:
+        self.request = request
+        self.engine = engine
+        self.error: BaseException | None = None
+        self._came: asyncio.Queue[list[Chunk] | None] = asyncio.Queue()
+
+    async def chunks(self) -> AsyncIterator[Chunk]:
+        """Hand over the chunks as they come.
+
+        Raises:
+            RequestError: where the request could not go on.
+        """
+        while (came := await self._came.get()) is not None:
+            for chunk in came:
+                yield chunk
+        if self.error is not None:
+            raise explain(self.error) from self.error
+
+    def put(self, chunks: list[Chunk], ended: bool) -> None:
+        """Take what a step gave; called on the event loop."""
+        if chunks:
+            self._came.put_nowait(chunks)
+        if ended:
+            self._came.put_nowait(None)
+
+
+class Worker:
+    """A thread that steps engines, and goes on whatever happens in a step.
+
+    Attributes:
+        restarts: how often something that nobody expected ended its loop.
+    """
+
+    def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
+        self.restarts = 0
+        self._loop = loop
+        self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
+        self._active: dict[Request, Generation] = {}
+        self._stopping = False
+        self._thread = threading.Thread(target=self._run, name="phimlx-worker", daemon=True)
+
+    @property
+    def is_alive(self) -> bool:
+        return self._thread.is_alive()
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def stop(self) -> None:
+        """End every request, then the thread; returns when it has ended."""
+        self._stopping = True
+        self._tasks.put(None)
+        self._thread.join()
+
+    async def call(self, function: Callable[[], Result]) -> Result:
+        """Run a function in the thread, between two steps; raises what it raises."""
+        future: Future[Result] = Future()
+
+        def run() -> None:
+            if not future.set_running_or_notify_cancel():
+                return
+            try:
+                future.set_result(function())
+            except BaseException as error:
+                future.set_exception(error)
+
+        self._tasks.put(run)
+        return await asyncio.wrap_future(future)
+
+    async def add(self, generations: Sequence[Generation]) -> None:
+        """Let requests join their engines' batches. Raises what `Engine.add` does."""
+
+        def join() -> None:
+            for generation in generations:
+                generation.engine.add(generation.request)
+                self._active[generation.request] = generation
+
+        await self.call(join)
+
+    def cancel(self, generation: Generation) -> None:
+        """End a request; its row is free before the next step."""
+        self._tasks.put(lambda: generation.engine.cancel(generation.request))
+
+    def _run(self) -> None:
+        while not self._stopping:
+            try:
+                self._work()
+            except BaseException as error:  # the thread must not die: every client would wait
+                log.exception("the worker failed and goes on")
+                self.restarts += 1
+                self._fail(list(self._active), error)
+        self._fail(list(self._active), asyncio.CancelledError())
+
+    def _work(self) -> None:
+        while not self._stopping:
+            while not self._active or not self._tasks.empty():
+                task = self._tasks.get()
+                if task is None:
+                    return
+                task()
+                self._deliver({})
+            for engine in {generation.engine: None for generation in self._active.values()}:
+                self._step(engine)
+
+    def _step(self, engine: Engine) -> None:
+        came: dict[Request, list[Chunk]] = {}
+        try:
+            for request, chunk in engine.step():
+                came.setdefault(request, []).append(chunk)
+        except Exception as error:
+            log.exception("a step failed")
+            own = [request for request, each in self._active.items() if each.engine is engine]
+            self._fail(own, error)
+        self._deliver(came)
+
+    def _fail(self, requests: list[Request], error: BaseException) -> None:
+        for request in requests:
+            self._active[request].error = error
+            request.cancel()
+        self._deliver({})
+
+    def _deliver(self, came: dict[Request, list[Chunk]]) -> None:
+        """Hand chunks to the event loop, and let go of requests that have ended."""
+        deliveries = []
+        ended = [request for request in self._active if request.finished]
+        for request in {**came, **dict.fromkeys(ended)}:
+            generation = self._active.get(request)
+            if generation is not None:
+                generation.error = generation.error or request.error
+                deliveries.append((generation, came.get(request, []), request.finished))
+        for request in ended:
+            del self._active[request]
+        if deliveries and not self._loop.is_closed():
+            self._loop.call_soon_threadsafe(_put_all, deliveries)
+
+
+def _put_all(deliveries: list[tuple[Generation, list[Chunk], bool]]) -> None:
+    for generation, chunks, ended in deliveries:
+        generation.put(chunks, ended)
