@@ -183,9 +183,9 @@ class Phi:
                 (`{"role": "user", "content": "…"}`), or token ids, taken as they are. May be left
                 out where there is audio: a spoken question.
             options: images, audio, video, frames, limits, tools, raw, max_tokens, temperature,
-                top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty, stop,
-                seed, cache, kv_bits, on_prefill, prompt_lookup; see
-                `phimlx.generation.options.GenerationOptions`.
+                top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+                logit_bias, logprobs, top_logprobs, stop, seed, cache, kv_bits, on_prefill,
+                prompt_lookup; see `phimlx.generation.options.GenerationOptions`.
 
         Raises:
             PromptError, TokenizerError: where the prompt cannot be made into tokens.
@@ -320,6 +320,7 @@ class Phi:
             sampling: settings for what `options` leave out; the model's own where None.
         """
         sampling = options.sampling(sampling or self.sampling)
+        self._check_bias(sampling)
         check_kv_bits(options.kv_bits, self.model.config.head_dim)
         stops = StopStrings(options.stop)
         if stops.stops:
@@ -339,6 +340,7 @@ class Phi:
             options.on_prefill,
             options.prompt_lookup,
             options.kv_bits,
+            options.top_logprobs if options.logprobs else None,
         )
 
     def _reply_reader(
@@ -356,6 +358,14 @@ class Phi:
         control = self.tokenizer.control_tokens.items()
         hidden = frozenset(token for name, token in control if name not in STRUCTURE)
         return ReplyReader(self.tokenizer, parser, stops, hidden)
+
+    def _check_bias(self, sampling: Sampling) -> None:
+        vocabulary = self.model.config.vocab_size
+        beyond = [token for token in sampling.logit_bias if token >= vocabulary]
+        if beyond:
+            raise GenerationError(
+                f"logit_bias has token {beyond[0]}, which is none of a vocabulary of {vocabulary}."
+            )
 
     def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
         """Number of tokens that the reply may have."""

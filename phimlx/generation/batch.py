@@ -9,6 +9,7 @@ from itertools import takewhile
 import mlx.core as mx
 import numpy as np
 
+from phimlx.generation.logprobs import RowLogprobs, TokenLogprob, score_rows
 from phimlx.generation.nonfinite import nonfinite_error
 from phimlx.generation.placed_media import PlacedMedia
 from phimlx.generation.prefill import prefill
@@ -22,6 +23,8 @@ from phimlx.models.features import TEXT
 
 CLEAR_EVERY = 256  # steps between handing freed buffers back to the system
 NOT_FINITE = -1  # drawn in place of a token where logits are no numbers
+
+Drawn = tuple[int, TokenLogprob | None]
 
 
 class Batch:
@@ -55,7 +58,8 @@ class Batch:
         self._kv: Cache
         self._drawn: mx.array | None = None  # [rows, 1], or of one row [1, 1 + drafted]
         self._draft: list[int] = []  # what was fed to draw `_drawn`, behind the last known token
-        self._ready: deque[int] = deque()  # the row's next tokens
+        self._logprobs: list[RowLogprobs | None] = []  # of `_drawn`, each row's
+        self._ready: deque[Drawn] = deque()  # the row's next tokens
         self._lookup: PromptLookup | None = None
         self._prompts = self._feed_prompts()
         self._steps = 0
@@ -83,6 +87,7 @@ class Batch:
         other.drop_finished()
         self._kv.join(other._kv)
         self._drawn = mx.concatenate([self._drawn, other._drawn])
+        self._logprobs += other._logprobs
         self.requests += other.requests
         self._lookup = None
 
@@ -96,11 +101,12 @@ class Batch:
         if not self.requests:
             return []
         chunks = []
-        for request, token in zip(self.requests, self._next_tokens(self._drawn), strict=True):
+        drawn = self._next_tokens(self._drawn)
+        for request, (token, logprob) in zip(self.requests, drawn, strict=True):
             if token == NOT_FINITE:
                 request.cancel(nonfinite_error(self._model, request.tokens))
             else:
-                chunks += [(request, chunk) for chunk in request.take(token)]
+                chunks += [(request, chunk) for chunk in request.take(token, logprob)]
         self.drop_finished()
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
@@ -114,10 +120,11 @@ class Batch:
             self._kv.trim(len(request.prompt) + len(request.reply.tokens))
             request.computed = self._kv.length
 
-    def _next_tokens(self, drawn: mx.array) -> list[int]:
-        """Give the next token of each row."""
+    def _next_tokens(self, drawn: mx.array) -> list[Drawn]:
+        """Give the next token of each row, and its log-probability where the row asks for it."""
         if self._ready:
             return [self._ready.popleft()]
+        logprobs = self._logprobs  # the pass that is fed below has others
         lookup = self._prepare_lookup()
         waits = bool(self._draft) or (lookup is not None and bool(lookup.draft()))
         if not waits and any(request.remaining > 1 for request in self.requests):
@@ -126,14 +133,15 @@ class Batch:
         # Indexing first would be one more operation, which waits behind the pass just begun.
         rows: list[list[int]] = drawn.tolist()  # type: ignore[assignment]
         if len(self.requests) > 1:
-            return [row[0] for row in rows]
+            return [(row[0], _told(own, 0)) for row, own in zip(rows, logprobs, strict=True)]
         tokens = self._verify(rows[0])
         if lookup is not None:
             lookup.extend(tokens)
         if waits:
             self._feed_draft(tokens, lookup)
-        self._ready.extend(tokens[1:])
-        return tokens[:1]
+        found = [(token, _told(logprobs[0], place)) for place, token in enumerate(tokens)]
+        self._ready.extend(found[1:])
+        return found[:1]
 
     def _prepare_lookup(self) -> PromptLookup | None:
         """The lookup of a row that is alone and may draft, with all of its tokens."""
@@ -249,7 +257,8 @@ class Batch:
             hidden: `[rows, 1, hidden]`, or `[1, places, hidden]`.
         """
         rows, places, _ = hidden.shape
-        logits = self._model.head(hidden).reshape(rows * places, -1)  # [rows · places, vocab]
+        unchanged = self._model.head(hidden).reshape(rows * places, -1)  # [rows · places, vocab]
+        logits = mx.array(unchanged)
         finite = mx.isfinite(logits.max(axis=-1))  # NaN and inf are never less than numbers
         if self._model.placeholders is not None:
             logits[:, mx.array(self._model.placeholders.tokens)] = -mx.inf
@@ -262,7 +271,10 @@ class Batch:
             drawn = [sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)]
             tokens = mx.concatenate(drawn)
         self._drawn = mx.where(finite, tokens.astype(mx.int32), NOT_FINITE).reshape(rows, places)
-        mx.async_eval(self._drawn)
+        tops = [request.top_logprobs for request in self.requests]
+        self._logprobs = score_rows(unchanged, tokens, tops)
+        scored = [array for own in self._logprobs if own for array in own.found.arrays]
+        mx.async_eval(self._drawn, *scored)
         self._note_pass()
 
     def _note_pass(self) -> None:
@@ -279,6 +291,11 @@ class Batch:
         if rows and self._drawn is not None:
             self._kv.select(rows)
             self._drawn = self._drawn[mx.array(rows)]
+            self._logprobs = [self._logprobs[row] for row in rows]
+
+
+def _told(logprobs: RowLogprobs | None, place: int) -> TokenLogprob | None:
+    return None if logprobs is None else logprobs.at(place)
 
 
 def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import GenerationError
+from phimlx.errors import GenerationError, shortened
+from phimlx.generation.logprobs import MAX_TOP
 from phimlx.generation.media_inputs import MediaInputs
 from phimlx.generation.sampler import Sampling
 
@@ -34,8 +35,8 @@ class GenerationOptions(PromptOptions):
 
     Attributes:
         max_tokens: of the reply; as many as the context holds where None.
-        temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty:
-            see `phimlx.generation.sampler.Sampling`.
+        temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
+            logit_bias: see `phimlx.generation.sampler.Sampling`.
         stop: texts that end the reply and are left out of it.
         seed: for the same reply again; drawn, and named in the reply, where None.
         cache: from `Phi.new_cache`; what earlier calls with it computed is not computed again.
@@ -44,9 +45,12 @@ class GenerationOptions(PromptOptions):
             the reply is the same, and comes sooner.
         kv_bits: 8 or 4, to hold keys and values quantized, which takes less memory; a cache that
             is given keeps what it was made with.
+        logprobs: tell the log-probability of each of the reply's tokens, as the model gives it,
+            whatever the sampling settings make of it; `Reply.logprobs` has them.
+        top_logprobs: of each the likeliest tokens in its place, 20 at most; needs `logprobs`.
 
     Raises:
-        GenerationError: for a seed that is none.
+        GenerationError: for a seed that is none, or log-probabilities that cannot be told.
     """
 
     max_tokens: int | None = None
@@ -57,16 +61,28 @@ class GenerationOptions(PromptOptions):
     repetition_penalty: float | None = None
     presence_penalty: float | None = None
     frequency_penalty: float | None = None
+    logit_bias: Mapping[int, float] | None = None
     stop: str | Sequence[str] = ()
     seed: int | None = None
     cache: PromptCache | None = None
     on_prefill: Callable[[int, int], None] | None = None
     prompt_lookup: bool = True
     kv_bits: int | None = None
+    logprobs: bool = False
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         if self.seed is not None and not _is_seed(self.seed):
             raise GenerationError(f"seed is {self.seed!r}; it must be a whole number, 0 or more.")
+        if not isinstance(self.logprobs, bool):
+            raise GenerationError(
+                f"logprobs is {shortened(self.logprobs)}; it must be true or false."
+            )
+        _check_top("top_logprobs", self.top_logprobs)
+        if self.top_logprobs and not self.logprobs:
+            raise GenerationError(
+                "top_logprobs needs logprobs.", hint="Set logprobs to true as well."
+            )
 
     def sampling(self, model: Sampling) -> Sampling:
         """The model's sampling settings with those given here in their place.
@@ -79,6 +95,11 @@ class GenerationOptions(PromptOptions):
     def chosen_seed(self) -> int:
         """The seed given, or one drawn."""
         return secrets.randbits(32) if self.seed is None else self.seed
+
+
+def _check_top(name: str, value: Any) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MAX_TOP:
+        raise GenerationError(f"{name} is {shortened(value)}; it must be from 0 to {MAX_TOP}.")
 
 
 def _is_seed(value: Any) -> bool:

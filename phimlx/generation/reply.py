@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
@@ -10,6 +11,7 @@ from phimlx.errors import TokenizerError
 from phimlx.generation.stop import StopStrings
 
 if TYPE_CHECKING:
+    from phimlx.generation.logprobs import TokenLogprob
     from phimlx.prompt.reply_parser import ReplyParser, ReplyPart
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
     from phimlx.prompt.tools import ToolCall
@@ -23,11 +25,14 @@ class Chunk:
         text: newly certain text, often empty while a character or a tag is incomplete.
         token: the token, or None for text that only became certain afterwards.
         kind: "text", or "reasoning" inside `<think>…</think>`.
+        logprobs: where they are asked for, of the tokens, this one or earlier ones, of which it has
+            become certain that they belong to the reply and not to a stop string.
     """
 
     text: str
     token: int | None
     kind: str = "text"
+    logprobs: tuple[TokenLogprob, ...] = ()
 
 
 @dataclass
@@ -84,6 +89,10 @@ class Reply:
         seed: the seed that gives this reply again.
         content: text and calls; None where the model has no tokenizer.
         tokens: every token generated, the end-of-sequence token included.
+        logprobs: one for each of `tokens`; none where they are not asked for.
+        said: how many of `tokens`, from the first, the reply's words are made of. Behind them come
+            those of a stop string and the token that ended it, of which OpenAI's API tells nothing;
+            a token that holds the end of the words and the beginning of a stop string is counted.
         finish_reason: "stop" (the model or a stop string ended it), "length", "tool_calls", or
             "cancelled" where the reader stopped early.
     """
@@ -91,6 +100,8 @@ class Reply:
     seed: int
     content: Content | None = field(repr=False)
     tokens: list[int] = field(default_factory=list)
+    logprobs: list[TokenLogprob] = field(default_factory=list)
+    said: int = 0
     finish_reason: str = "cancelled"
     stats: Stats = field(default_factory=Stats)
 
@@ -149,7 +160,11 @@ class Reply:
 
 
 class ReplyReader:
-    """Turns the tokens of one reply into chunks, up to the first stop string."""
+    """Turns the tokens of one reply into chunks, up to the first stop string.
+
+    Attributes:
+        said: how many tokens, from the first, are certain to belong to the reply.
+    """
 
     def __init__(
         self,
@@ -162,6 +177,9 @@ class ReplyReader:
         self.parser = parser
         self._stops = stops
         self._detokenizer = tokenizer.detokenizer(skip=hidden_tokens)
+        self.said = 0
+        self._begins: deque[int] = deque()  # where the text of each further token begins
+        self._decoded = self._certain = 0  # characters
 
     @property
     def stopped(self) -> bool:
@@ -170,14 +188,28 @@ class ReplyReader:
 
     def read(self, token: int) -> list[Chunk]:
         """The chunks of a token: the first carries it, any further one has none."""
-        text = self._stops.feed(self._detokenizer.add(token))
+        self._begins.append(self._decoded)
+        text = self._pass_on(self._detokenizer.add(token))
         first, *further = self._parse(text) or [Chunk("", None)]
         return [Chunk(first.text, token, first.kind), *further]
 
     def finish(self) -> list[Chunk]:
         """Text that was held back until it was clear that nothing follows."""
-        text = self._stops.feed(self._detokenizer.finish()) + self._stops.finish()
+        text = self._pass_on(self._detokenizer.finish()) + self._stops.finish()
+        if not self._stops.stopped:
+            self.said += len(self._begins)
+            self._begins.clear()
         return self._parse(text) + _chunks(self.parser.finish())
+
+    def _pass_on(self, text: str) -> str:
+        """The text that is certain to belong to the reply; counts the tokens that it is made of."""
+        self._decoded += len(text)
+        text = self._stops.feed(text)
+        self._certain += len(text)
+        while self._begins and self._begins[0] < self._certain:
+            self._begins.popleft()
+            self.said += 1
+        return text
 
     def _parse(self, text: str) -> list[Chunk]:
         return _chunks(self.parser.feed(text)) if text else []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from phimlx.errors import PhimlxError
@@ -12,6 +12,7 @@ from phimlx.generation.reply import Chunk, Reply, ReplyReader
 from phimlx.generation.sampler import Sampler
 
 if TYPE_CHECKING:
+    from phimlx.generation.logprobs import TokenLogprob
     from phimlx.generation.placed_media import Media
     from phimlx.generation.prompt_cache import PromptCache
 
@@ -32,6 +33,8 @@ class Request:
             the prompt.
         prompt_lookup: whether tokens may be drafted from what prompt and reply hold.
         kv_bits: 8 or 4, to hold keys and values quantized; a cache that is given has its own.
+        top_logprobs: alternatives to be told of each token with its log-probability; None where
+            neither is wanted.
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
@@ -48,6 +51,7 @@ class Request:
     on_prefill: Callable[[int, int], None] | None = None
     prompt_lookup: bool = True
     kv_bits: int | None = None
+    top_logprobs: int | None = None
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     error: PhimlxError | None = field(default=None, init=False)
@@ -72,8 +76,17 @@ class Request:
         """Time runs from here."""
         self._started = time.perf_counter()
 
-    def take(self, token: int) -> list[Chunk]:
+    def take(self, token: int, logprob: TokenLogprob | None = None) -> list[Chunk]:
         """Add a token to the reply, and end it where the token does; the chunks that it makes."""
+        said = self.reply.said
+        first, *further = self._take(token)
+        if logprob is None:
+            return [first, *further]
+        self.reply.logprobs.append(logprob)
+        new = tuple(self.reply.logprobs[said : self.reply.said])
+        return [replace(first, logprobs=new), *further]
+
+    def _take(self, token: int) -> list[Chunk]:
         reply, stats, now = self.reply, self.reply.stats, time.perf_counter()
         if not reply.tokens:
             self._first, stats.prefill_seconds = now, now - self._started
@@ -82,7 +95,12 @@ class Request:
         stats.generate_seconds = now - self._first
         if token in self.stop_tokens:
             return [Chunk("", token), *self._finish("stop")]
-        chunks = [Chunk("", token)] if self.reader is None else self.reader.read(token)
+        if self.reader is None:
+            chunks = [Chunk("", token)]
+            reply.said += 1
+        else:
+            chunks = self.reader.read(token)
+            reply.said = self.reader.said
         if self.reader is not None and self.reader.stopped:
             return chunks + self._finish("stop")
         if self.remaining == 0:
@@ -96,7 +114,10 @@ class Request:
 
     def _finish(self, reason: str) -> list[Chunk]:
         self.finished = True
-        chunks = [] if self.reader is None else self.reader.finish()
+        chunks = []
+        if self.reader is not None:
+            chunks = self.reader.finish()
+            self.reply.said = self.reader.said
         called = reason == "stop" and self.reply.tool_calls
         self.reply.finish_reason = "tool_calls" if called else reason
         return chunks

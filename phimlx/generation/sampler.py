@@ -1,15 +1,15 @@
-"""Logits -> the next token: penalties, temperature, top-k, top-p, min-p, in that order."""
+"""Logits -> the next token: bias, penalties, temperature, top-k, top-p, min-p, in that order."""
 
 from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import mlx.core as mx
 
-from phimlx.errors import GenerationError
+from phimlx.errors import GenerationError, shortened
 
 
 @dataclass(frozen=True)
@@ -25,6 +25,8 @@ class Sampling:
             prompt or the reply already holds (CTRL, arXiv 1909.05858).
         presence_penalty: subtracted from the logits of tokens that the reply holds.
         frequency_penalty: subtracted once for each time that the reply holds them.
+        logit_bias: token -> what is added to its logit, from -100 to 100. A key may be written as
+            text, as in JSON.
 
     Raises:
         GenerationError: for a value outside its range.
@@ -37,12 +39,14 @@ class Sampling:
     repetition_penalty: float = 1.0
     presence_penalty: float = 0.0
     frequency_penalty: float = 0.0
+    logit_bias: Mapping[int, float] = field(default_factory=dict, hash=False)
 
     def __post_init__(self) -> None:
         for name, (allows, what) in RANGES.items():
             value = getattr(self, name)
             if isinstance(value, bool) or not isinstance(value, int | float) or not allows(value):
                 raise GenerationError(f"{name} is {value!r}; it must be {what}.")
+        object.__setattr__(self, "logit_bias", _read_bias(self.logit_bias))
 
     @property
     def penalizes(self) -> bool:
@@ -53,7 +57,7 @@ class Sampling:
     @property
     def is_greedy(self) -> bool:
         """Whether the token of the largest logit is always taken."""
-        return self.temperature == 0 and not self.penalizes
+        return self.temperature == 0 and not self.penalizes and not self.logit_bias
 
     @classmethod
     def defaults(cls, generation_config: Mapping[str, Any], usual: Mapping[str, Any]) -> Sampling:
@@ -71,10 +75,10 @@ class Sampling:
             values = {"temperature": 0.0}
         elif generation_config.get("do_sample"):
             values.setdefault("temperature", 1.0)
-        for field in fields(cls):
-            value = generation_config.get(field.name)
+        for name in RANGES:
+            value = generation_config.get(name)
             if value is not None and generation_config.get("do_sample") is not False:
-                values[field.name] = value
+                values[name] = value
         return cls(**values)
 
     def override(self, **given: Any) -> Sampling:
@@ -82,9 +86,34 @@ class Sampling:
         return replace(self, **{name: value for name, value in given.items() if value is not None})
 
 
+def _read_bias(given: Any) -> dict[int, float]:
+    if not isinstance(given, Mapping):
+        raise GenerationError(f"logit_bias is {shortened(given)}; it must be {BIAS}.")
+    found: dict[int, float] = {}
+    for key, value in given.items():
+        written = isinstance(key, str) and key.isascii() and key.isdecimal()
+        token = int(key) if written and len(key) < MAX_DIGITS else key
+        if isinstance(token, bool) or not isinstance(token, int) or token < 0:
+            raise GenerationError(f"logit_bias has the key {shortened(key)}; it must be {BIAS}.")
+        number = isinstance(value, int | float) and not isinstance(value, bool)
+        if not number or not -MAX_BIAS <= value <= MAX_BIAS:
+            raise GenerationError(
+                f"logit_bias of token {shortened(key)} is {shortened(value)}; it must be from "
+                f"-{MAX_BIAS} to {MAX_BIAS}."
+            )
+        if token in found:
+            raise GenerationError(f"logit_bias has token {token} twice.")
+        found[token] = float(value)
+    return found
+
+
 def _finite(value: float) -> bool:
     return math.isfinite(value)
 
+
+MAX_BIAS = 100
+MAX_DIGITS = 10  # of a token written as text
+BIAS = "a table of tokens (whole numbers, 0 or more) and numbers"
 
 RANGES = {
     "temperature": (lambda v: _finite(v) and v >= 0, "0 or more"),
@@ -115,6 +144,7 @@ class Sampler:
         self.prompt = prompt
         self.counts: mx.array | None = None  # [vocab], how often the reply holds each token
         self.in_prompt: mx.array | None = None  # [vocab]
+        self._bias: mx.array | None = None  # [vocab]
         self._drawn: list[tuple[mx.array, mx.array | None]] = []  # key and counts after each draw
 
     def draw(self, logits: mx.array) -> mx.array:
@@ -140,6 +170,8 @@ class Sampler:
         """The next token, `[1]`, for logits `[1, vocab]`."""
         settings = self.sampling
         logits = logits.astype(mx.float32)
+        if settings.logit_bias:
+            logits = logits + self._bias_of(logits.shape[-1])
         if settings.penalizes:
             logits = self._penalize(logits)
         if settings.temperature == 0:
@@ -151,6 +183,12 @@ class Sampler:
             assert self.counts is not None
             self.counts = self.counts.at[token].add(1)
         return token
+
+    def _bias_of(self, vocabulary: int) -> mx.array:
+        if self._bias is None:
+            tokens, values = zip(*self.sampling.logit_bias.items(), strict=True)
+            self._bias = mx.zeros(vocabulary).at[mx.array(tokens)].add(mx.array(values))
+        return self._bias
 
     def _penalize(self, logits: mx.array) -> mx.array:
         if self.counts is None or self.in_prompt is None:

@@ -113,7 +113,7 @@ def test_only_the_row_that_crosses_the_step_is_computed_again(
 def sampled(prompt: list[int], row: int, stop_tokens: frozenset[int] = frozenset()) -> Request:
     """A request with settings that no other row has."""
     sampling = [
-        Sampling(),
+        Sampling(logit_bias={40: 2, 7: -5}),
         Sampling(temperature=1.0),
         Sampling(temperature=0.7, top_k=20, repetition_penalty=1.3),
         Sampling(temperature=2.0, top_p=0.9, frequency_penalty=0.5),

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from collections import Counter
+from typing import Any
 
 import mlx.core as mx
 import numpy as np
 import pytest
 
 from phimlx.errors import GenerationError
-from phimlx.generation.sampler import Sampler, Sampling, restrict
+from phimlx.generation.sampler import BIAS, Sampler, Sampling, restrict
 
 # Five tokens with probabilities 0.5, 0.25, 0.125, 0.1, 0.025.
 PROBABILITIES = [0.1, 0.5, 0.025, 0.25, 0.125]
@@ -117,12 +118,72 @@ def test_greedy_with_repetition_penalty_moves_on() -> None:
         ({"repetition_penalty": 0}, "repetition_penalty is 0; it must be above 0."),
         ({"presence_penalty": 3}, "presence_penalty is 3; it must be from -2 to 2."),
         ({"frequency_penalty": -3}, "frequency_penalty is -3; it must be from -2 to 2."),
+        ({"logit_bias": [3]}, f"logit_bias is [3]; it must be {BIAS}."),
+        ({"logit_bias": {-1: 1}}, f"logit_bias has the key -1; it must be {BIAS}."),
+        ({"logit_bias": {"a": 1}}, f"logit_bias has the key 'a'; it must be {BIAS}."),
+        ({"logit_bias": {"²": 1}}, f"logit_bias has the key '²'; it must be {BIAS}."),
+        ({"logit_bias": {True: 1}}, f"logit_bias has the key True; it must be {BIAS}."),
+        ({"logit_bias": {2.0: 1}}, f"logit_bias has the key 2.0; it must be {BIAS}."),
+        (
+            {"logit_bias": {"3": 101}},
+            "logit_bias of token '3' is 101; it must be from -100 to 100.",
+        ),
+        ({"logit_bias": {3: -101}}, "logit_bias of token 3 is -101; it must be from -100 to 100."),
+        (
+            {"logit_bias": {3: math.nan}},
+            "logit_bias of token 3 is nan; it must be from -100 to 100.",
+        ),
+        ({"logit_bias": {3: "1"}}, "logit_bias of token 3 is '1'; it must be from -100 to 100."),
+        ({"logit_bias": {3: True}}, "logit_bias of token 3 is True; it must be from -100 to 100."),
+        ({"logit_bias": {3: 1, "3": 2}}, "logit_bias has token 3 twice."),
     ],
 )
-def test_values_out_of_range(settings: dict[str, float], message: str) -> None:
+def test_values_out_of_range(settings: dict[str, Any], message: str) -> None:
     with pytest.raises(GenerationError) as error:
         Sampling(**settings)
     assert str(error.value) == message
+
+
+NUMBERS = (
+    *("temperature", "top_k", "top_p", "min_p", "repetition_penalty"),
+    *("presence_penalty", "frequency_penalty"),
+)
+ALLOWED = {
+    "temperature": (0, 0.7, 2, 100),
+    "top_k": (0, 1, 200_064),
+    "top_p": (1e-9, 0.5, 1),
+    "min_p": (0, 0.5, 1),
+    "repetition_penalty": (1e-9, 1, 5),
+    "presence_penalty": (-2, 0, 2),
+    "frequency_penalty": (-2, 0, 2),
+}
+
+
+@pytest.mark.parametrize("name", NUMBERS)
+def test_bounds_are_allowed_and_what_is_no_number_is_not(name: str) -> None:
+    for value in ALLOWED[name]:
+        assert getattr(Sampling(**{name: value}), name) == value
+    for bad in (None, True, "1", [1], math.nan, math.inf, -math.inf, -1e9):
+        with pytest.raises(GenerationError, match=rf"^{name} is .*; it must be .*\.$"):
+            Sampling(**{name: bad})
+
+
+def test_a_bias_is_added_before_penalties_and_temperature() -> None:
+    """As OpenAI has it: added to what the model gives, and all else works on the sum."""
+    logits = mx.array([[2.0, -2.0, 1.0, 0.0]])
+    given: Any = {"1": 6, 0: -3, 3: 0.5}
+    settings = Sampling(repetition_penalty=2.0, logit_bias=given)
+    assert settings.logit_bias == {1: 6.0, 0: -3.0, 3: 0.5}
+    assert not settings.is_greedy
+    # Biased: -1, 4, 1, 0.5. Tokens of the prompt, 1 and 2, are halved: -1, 2, 0.5, 0.5.
+    sampler = Sampler(settings, 0, prompt=[1, 2])
+    assert int(sampler(logits).item()) == 1
+    # Token 1 has been said, which changes nothing more for it; without its bias it is the last.
+    assert int(sampler(mx.array([[2.0, -8.0, 1.0, 0.0]])).item()) in (2, 3)
+    assert int(Sampler(Sampling(logit_bias={0: -100}), 0)(logits).item()) == 2
+    warm = Sampler(Sampling(temperature=5.0, logit_bias={3: 100}), 0)
+    assert {int(warm(logits).item()) for _ in range(50)} == {3}
+    assert hash(settings) == hash(Sampling(repetition_penalty=2.0))
 
 
 @pytest.mark.parametrize(

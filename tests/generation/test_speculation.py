@@ -82,6 +82,7 @@ SAMPLINGS = (
     Sampling(temperature=0.7, top_p=0.8, min_p=0.05),
     Sampling(repetition_penalty=1.2),
     Sampling(temperature=0.5, presence_penalty=0.5, frequency_penalty=0.2),
+    Sampling(logit_bias={11: 4, 26: -3}),
 )
 
 
