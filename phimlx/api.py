@@ -184,8 +184,8 @@ class Phi:
                 out where there is audio: a spoken question.
             options: images, audio, video, frames, limits, tools, raw, max_tokens, temperature,
                 top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-                logit_bias, logprobs, top_logprobs, stop, seed, cache, kv_bits, on_prefill,
-                prompt_lookup; see `phimlx.generation.options.GenerationOptions`.
+                logit_bias, logprobs, top_logprobs, prompt_logprobs, stop, seed, cache, kv_bits,
+                on_prefill, prompt_lookup; see `phimlx.generation.options.GenerationOptions`.
 
         Raises:
             PromptError, TokenizerError: where the prompt cannot be made into tokens.
@@ -332,7 +332,7 @@ class Phi:
         return Request(
             tokens,
             Sampler(sampling, options.chosen_seed(), tokens),
-            self._room(len(tokens), options.max_tokens),
+            self._room(len(tokens), options),
             self.eos,
             media,
             self._reply_reader(tokens, stops, options.tools),
@@ -341,6 +341,7 @@ class Phi:
             options.prompt_lookup,
             options.kv_bits,
             options.top_logprobs if options.logprobs else None,
+            options.prompt_logprobs,
         )
 
     def _reply_reader(
@@ -367,8 +368,9 @@ class Phi:
                 f"logit_bias has token {beyond[0]}, which is none of a vocabulary of {vocabulary}."
             )
 
-    def _room(self, prompt_tokens: int, max_tokens: int | None) -> int:
+    def _room(self, prompt_tokens: int, options: GenerationOptions) -> int:
         """Number of tokens that the reply may have."""
+        max_tokens, least = options.max_tokens, 1 if options.prompt_logprobs is None else 0
         room = self.context_length - prompt_tokens
         if max_tokens is None:
             if room < 1:
@@ -378,8 +380,8 @@ class Phi:
                     hint="Shorten the prompt.",
                 )
             return room
-        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < 1:
-            raise GenerationError(f"max_tokens is {max_tokens!r}; it must be 1 or more.")
+        if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < least:
+            raise GenerationError(f"max_tokens is {max_tokens!r}; it must be {least} or more.")
         if max_tokens > room:
             raise GenerationError(
                 f"The prompt has {prompt_tokens:,} tokens and the reply may have {max_tokens:,}: "

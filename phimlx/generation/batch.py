@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -9,7 +10,7 @@ from itertools import takewhile
 import mlx.core as mx
 import numpy as np
 
-from phimlx.generation.logprobs import RowLogprobs, TokenLogprob, score_rows
+from phimlx.generation.logprobs import RowLogprobs, TokenLogprob, score_prompt, score_rows
 from phimlx.generation.nonfinite import nonfinite_error
 from phimlx.generation.placed_media import PlacedMedia
 from phimlx.generation.prefill import prefill
@@ -213,19 +214,50 @@ class Batch:
         features = [prefix.features.then(placed.encode(model, prefix.encoded)) for placed in media]
         ids, mask = _padded([request.prompt[prefix.computed :] for request in requests])
         length = ids.shape[1]
-        pieces = prefill(model, ids, self._kv, attention_mask=mask, features=features, outputs=1)
+        scored = any(request.prompt_logprobs is not None for request in requests)
+        outputs = None if scored else 1
+        pieces = prefill(
+            model, ids, self._kv, attention_mask=mask, features=features, outputs=outputs
+        )
         for hidden in pieces:
             done = self._kv.length - prefix.computed
+            if scored:
+                self._score_prompts(hidden, ids, done)
             for request in requests:
                 request.reply.stats.cached_tokens = prefix.computed
                 if request.on_prefill is not None:
                     own = len(request.prompt) - prefix.computed
                     request.on_prefill(max(0, done - length + own), own)
             if done == length:
-                self._draw(hidden)
+                self._draw(hidden[:, -1:] if scored else hidden)
+                for request in requests:
+                    if request.max_tokens == 0:
+                        request.end_prompt()
             else:
                 self._note_pass()
             yield
+
+    def _score_prompts(self, hidden: mx.array, ids: np.ndarray, done: int) -> None:
+        """Score the tokens of those prompts that ask for it, as far as a piece of them reaches.
+
+        Args:
+            hidden: `[rows, piece, hidden]`.
+            ids: `[rows, length]`, all prompts, padded on the left.
+            done: columns computed, this piece included.
+        """
+        length, begin = ids.shape[1], done - hidden.shape[1]
+        end = min(done, length - 1)  # what follows the last column is the reply's
+        for row, request in enumerate(self.requests):
+            first = max(begin, length - len(request.prompt))
+            if request.prompt_logprobs is None or request.finished or first >= end:
+                continue
+            states, tokens = hidden[row, first - begin : end - begin], ids[row, first + 1 : end + 1]
+            scores = score_prompt(
+                self._model.head, states, mx.array(tokens), request.prompt_logprobs
+            )
+            if not all(math.isfinite(score.logprob) for score in scores):
+                request.cancel(nonfinite_error(self._model, request.prompt))
+            request.reply.prompt_logprobs += scores
 
     def _recompute_crossing_rows(self) -> None:
         """Compute a row of several anew where it comes to need other rope factors.

@@ -5,7 +5,7 @@ They come from the logits before anything is done to them: no temperature, penal
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -98,3 +98,22 @@ def score_rows(
     found = Logprobs(logits, tokens, max(top for top in tops if top is not None))
     places = iter(range(len(asked)))
     return [None if top is None else RowLogprobs(found, next(places), top) for top in tops]
+
+
+def score_prompt(
+    head: Callable[[mx.array], mx.array], hidden: mx.array, tokens: mx.array, top: int
+) -> list[TokenLogprob]:
+    """Score tokens of a prompt, each from the hidden state of the one before it.
+
+    Args:
+        head: turns hidden states into logits.
+        hidden: `[places, hidden]`; logits of `CHUNK` places exist at one time.
+        tokens: `[places]`.
+        top: how many alternatives.
+    """
+    scores: list[TokenLogprob] = []
+    for begin in range(0, tokens.size, CHUNK):
+        here = slice(begin, begin + CHUNK)
+        found = Logprobs(head(hidden[here]), tokens[here], top)
+        scores += [found.read(place, top) for place in range(tokens[here].size)]
+    return scores

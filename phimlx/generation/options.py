@@ -48,6 +48,8 @@ class GenerationOptions(PromptOptions):
         logprobs: tell the log-probability of each of the reply's tokens, as the model gives it,
             whatever the sampling settings make of it; `Reply.logprobs` has them.
         top_logprobs: of each the likeliest tokens in its place, 20 at most; needs `logprobs`.
+        prompt_logprobs: tell the same of the prompt's tokens, each with so many likeliest ones, 0
+            to 20; `Reply.prompt_logprobs` has them. `max_tokens` may then be 0, for no reply.
 
     Raises:
         GenerationError: for a seed that is none, or log-probabilities that cannot be told.
@@ -70,6 +72,7 @@ class GenerationOptions(PromptOptions):
     kv_bits: int | None = None
     logprobs: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
 
     def __post_init__(self) -> None:
         if self.seed is not None and not _is_seed(self.seed):
@@ -83,6 +86,13 @@ class GenerationOptions(PromptOptions):
             raise GenerationError(
                 "top_logprobs needs logprobs.", hint="Set logprobs to true as well."
             )
+        if self.prompt_logprobs is not None:
+            _check_top("prompt_logprobs", self.prompt_logprobs)
+            if self.cache is not None:
+                raise GenerationError(
+                    "prompt_logprobs needs all of the prompt computed, and a cache saves that.",
+                    hint="Leave one of them out.",
+                )
 
     def sampling(self, model: Sampling) -> Sampling:
         """The model's sampling settings with those given here in their place.

@@ -90,6 +90,7 @@ class Reply:
         content: text and calls; None where the model has no tokenizer.
         tokens: every token generated, the end-of-sequence token included.
         logprobs: one for each of `tokens`; none where they are not asked for.
+        prompt_logprobs: one for each token of the prompt, of which the first has none; likewise.
         said: how many of `tokens`, from the first, the reply's words are made of. Behind them come
             those of a stop string and the token that ended it, of which OpenAI's API tells nothing;
             a token that holds the end of the words and the beginning of a stop string is counted.
@@ -101,6 +102,7 @@ class Reply:
     content: Content | None = field(repr=False)
     tokens: list[int] = field(default_factory=list)
     logprobs: list[TokenLogprob] = field(default_factory=list)
+    prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     said: int = 0
     finish_reason: str = "cancelled"
     stats: Stats = field(default_factory=Stats)

@@ -24,7 +24,7 @@ class Request:
     Attributes:
         prompt: tokens, at least one.
         sampler: chooses the reply's tokens, with a random stream of its own.
-        max_tokens: of the reply.
+        max_tokens: of the reply; 0 where only the prompt is to be scored.
         stop_tokens: tokens that end the reply.
         media: images and sounds that stand at the prompt's placeholder tokens.
         reader: makes text of the tokens and knows the stop strings; None where tokens will do.
@@ -35,6 +35,8 @@ class Request:
         kv_bits: 8 or 4, to hold keys and values quantized; a cache that is given has its own.
         top_logprobs: alternatives to be told of each token with its log-probability; None where
             neither is wanted.
+        prompt_logprobs: the same of the prompt's tokens, all of which are then computed; only for a
+            request without a cache.
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
@@ -52,6 +54,7 @@ class Request:
     prompt_lookup: bool = True
     kv_bits: int | None = None
     top_logprobs: int | None = None
+    prompt_logprobs: int | None = None
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     error: PhimlxError | None = field(default=None, init=False)
@@ -60,6 +63,8 @@ class Request:
     def __post_init__(self) -> None:
         self.reply = Reply(self.sampler.seed, None if self.reader is None else self.reader.parser)
         self.reply.stats.prompt_tokens = len(self.prompt)
+        if self.prompt_logprobs is not None:
+            self.reply.prompt_logprobs.append(None)
         self._started = self._first = 0.0
 
     @property
@@ -75,6 +80,12 @@ class Request:
     def start(self) -> None:
         """Time runs from here."""
         self._started = time.perf_counter()
+
+    def end_prompt(self) -> None:
+        """End a request that wants no reply, now that its prompt has been computed."""
+        if not self.finished:
+            self.reply.stats.prefill_seconds = time.perf_counter() - self._started
+            self._finish("length")
 
     def take(self, token: int, logprob: TokenLogprob | None = None) -> list[Chunk]:
         """Add a token to the reply, and end it where the token does; the chunks that it makes."""

@@ -145,6 +145,8 @@ class Scheduler:
         if group:
             if request.media is not None or group[0].media is not None:
                 return False  # alone, so that what is wrong with them ends nobody else
+            if (request.prompt_logprobs is None) != (group[0].prompt_logprobs is None):
+                return False  # a prompt that is scored takes longer
             longest = max(len(each.prompt) for each in (*group, request))
             if longest * (1 + len(group)) > prefill_tokens():
                 return False

@@ -14,7 +14,7 @@ import phimlx
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import GenerationError
-from phimlx.generation import batch
+from phimlx.generation import batch, logprobs, prefill
 from phimlx.generation.engine import Engine
 from phimlx.generation.logprobs import Logprobs, TokenLogprob, score_rows
 from phimlx.generation.options import GenerationOptions
@@ -24,6 +24,7 @@ from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.generation.speculation import PromptLookup
 from phimlx.models.base import CausalLM
+from tests.generation.test_engine_media import picture
 
 MODELS = Path(__file__).parents[1] / "goldens" / "models"
 STEP = 32  # of mini-step-32
@@ -265,3 +266,125 @@ def test_what_cannot_be_told(phi: phimlx.Phi, options: dict[str, Any], message: 
     with pytest.raises(GenerationError) as error:
         phi.stream("Hi", **options)
     assert str(error.value) == message
+
+
+# Prompts.
+
+
+def check_prompt(model: CausalLM, prompt: list[int], reply: Reply, top: int) -> None:
+    """Each token's is that of one pass over the whole prompt."""
+    first, *further = reply.prompt_logprobs
+    assert first is None
+    logits = model(mx.array([prompt]))[0]
+    assert len(further) == len(prompt) - 1
+    for place, found in enumerate(further):
+        assert found is not None
+        check(found, log_softmax(logits[place]), prompt[place + 1], top)
+
+
+@pytest.mark.parametrize("piece", [2048, 16, 1])
+def test_prompts_are_scored_piece_by_piece(
+    model: CausalLM, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Alone, and padded in one batch; with a reply behind them and without."""
+    monkeypatch.setattr(prefill, "prefill_tokens", lambda: piece)
+    monkeypatch.setattr(logprobs, "CHUNK", 7)
+    for lengths in ((1,), (31,), (40,), (40, 33, 9, 1)):
+        requests = [
+            Request(
+                prompt_of(length, 4 + row),
+                Sampler(Sampling(), 0),
+                (0, 3)[row % 2],
+                top_logprobs=1,
+                prompt_logprobs=row,
+            )
+            for row, length in enumerate(lengths)
+        ]
+        Engine(model).run_all(requests)
+        for top, request in enumerate(requests):
+            check_prompt(model, request.prompt, request.reply, top)
+            assert len(request.reply.tokens) == request.max_tokens
+            assert request.reply.finish_reason == "length"
+            if request.reply.tokens:
+                check_reply(model, request.prompt, request.reply, 1)
+
+
+def test_logits_of_a_prompt_exist_a_few_at_a_time(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places: list[int] = []
+    head = CausalLM.head
+
+    def spy(self: CausalLM, x: mx.array) -> mx.array:
+        places.append(x.size // x.shape[-1])
+        return head(self, x)
+
+    monkeypatch.setattr(CausalLM, "head", spy)
+    request = Request(prompt_of(300), Sampler(Sampling(), 0), 0, prompt_logprobs=0)
+    list(Engine(model).run(request))
+    assert places == [128, 128, 43, 1]  # the last one is for the reply
+    assert request.reply.stats.prefill_seconds > 0
+
+
+def test_scored_prompts_and_others_do_not_wait_for_each_other(model: CausalLM) -> None:
+    """They are prefilled apart, and decoded together."""
+    requests = [
+        Request(prompt_of(9), Sampler(Sampling(), 0), 6),
+        Request(prompt_of(12), Sampler(Sampling(), 0), 0, prompt_logprobs=2),
+        Request(prompt_of(20), Sampler(Sampling(), 0), 4, prompt_logprobs=2),
+    ]
+    engine = Engine(model)
+    engine.add(*requests)
+    while not all(request.finished for request in requests):
+        engine.step()
+    assert requests[0].reply.prompt_logprobs == []
+    for request in requests[1:]:
+        check_prompt(model, request.prompt, request.reply, 2)
+    assert [len(request.reply.tokens) for request in requests] == [6, 0, 4]
+    alone = Request(prompt_of(20), Sampler(Sampling(), 0), 4)
+    list(Engine(model).run(alone))
+    assert requests[2].reply.tokens == alone.reply.tokens
+
+
+def test_with_pictures_and_sounds(data: Path) -> None:
+    model = load_model(Checkpoint(data / "tiny" / "tiny-phi4mm-remote"), mx.float32)
+    assert model.placeholders is not None
+    (slots, media), words = picture("cat"), prompt_of(9)
+    prompt = [*words[:4], *slots, *words[4:]]
+    request = Request(
+        prompt, Sampler(Sampling(), 0), 3, media=media, top_logprobs=2, prompt_logprobs=2
+    )
+    list(Engine(model).run(request))
+    # What stands for media can be no reply's, but the distribution is told as it is.
+    for place, found in enumerate(request.reply.logprobs):
+        tokens = prompt + request.reply.tokens[:place]
+        logits = model(mx.array([tokens]), **media.arrays)[0, -1]
+        check(found, log_softmax(logits), request.reply.tokens[place], 2)
+    logits = model(mx.array([prompt]), **media.arrays)[0]
+    for place in (0, 3, 100, len(prompt) - 2):
+        scored = request.reply.prompt_logprobs[place + 1]
+        assert scored is not None
+        check(scored, log_softmax(logits[place]), prompt[place + 1], 2)
+
+
+def test_a_prompt_that_is_no_numbers_is_an_error() -> None:
+    model = load_model(Checkpoint(MODELS / "mini-step-32"), mx.float32)
+    model.model.norm.weight = model.model.norm.weight * mx.nan
+    request = Request(prompt_of(5), Sampler(Sampling(), 0), 0, prompt_logprobs=0)
+    with pytest.raises(GenerationError, match="computes no numbers"):
+        list(Engine(model).run(request))
+
+
+def test_a_prompt_is_scored_in_python(phi: phimlx.Phi) -> None:
+    prompt = "Spell cat backwards."
+    reply = phi.generate(prompt, raw=True, prompt_logprobs=3, max_tokens=0)
+    assert (reply.text, reply.tokens, reply.finish_reason) == ("", [], "length")
+    check_prompt(phi.model, phi.encode(prompt, raw=True), reply, 3)
+    with pytest.raises(GenerationError, match=r"^max_tokens is -1; it must be 0 or more\.$"):
+        phi.generate(prompt, prompt_logprobs=0, max_tokens=-1)
+    with pytest.raises(GenerationError, match=r"^max_tokens is 0; it must be 1 or more\.$"):
+        phi.generate(prompt, max_tokens=0)
+    with pytest.raises(GenerationError, match=r"^prompt_logprobs is 21; it must be from 0 to 20"):
+        phi.generate(prompt, prompt_logprobs=21)
+    with pytest.raises(GenerationError, match=r"^prompt_logprobs needs all of the prompt"):
+        phi.generate(prompt, prompt_logprobs=1, cache=phi.new_cache())
