@@ -147,7 +147,9 @@ def _shapes(model: CausalLM, modules: Mapping[str, nn.Module]) -> dict[str, tupl
     for number, _ in enumerate(model.layers):
         for name in model.architecture.projections:
             path = f"model.layers.{number}.{name}"
-            module = modules[path]
+            module = modules.get(path)
+            if module is None:
+                continue
             linear = module.base_layer if isinstance(module, LoRALinear) else module
             found[path] = (input_dims(linear), linear.weight.shape[0])
     hidden, vocab = model.config.hidden_size, model.config.vocab_size

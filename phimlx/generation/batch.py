@@ -119,6 +119,7 @@ class Batch:
         request = self._first
         if request.cache is not None and self._drawn is not None:
             self._kv.trim(len(request.prompt) + len(request.reply.tokens))
+            self._kv.trim(self._kv.held)
             request.computed = self._kv.length
 
     def _next_tokens(self, drawn: mx.array) -> list[Drawn]:

@@ -48,6 +48,7 @@ def prefill(
                 given = given.then(row.between(start, end))
             used = ends
         hidden = model.hidden_states(mx.array(piece), cache, mask, features=given, outputs=outputs)
+        cache.mark()
         if begin + size < length:
             mx.eval(cache.state)
             mx.clear_cache()

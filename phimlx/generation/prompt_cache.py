@@ -153,9 +153,8 @@ class PromptCache:
         if self._prefixes is not None:
             usable = shared if self.kv.serves() else 0
             found = self._prefixes.find(prompt, media.items, media.adapter, self.kv_bits, usable)
-            if found is not None:
-                self.kv, self._items = found.kv, found.items
-                shared = self._trim(prompt, media)
+            if found is not None and (kept := found._trim(prompt, media)) > usable:
+                self.kv, self._items, shared = found.kv, found.items, kept
         self._items = media.items
         if self.kv.serves():
             return Prefix(shared, shared, TEXT)
@@ -165,10 +164,10 @@ class PromptCache:
 
     def _trim(self, prompt: list[int], media: PlacedMedia) -> int:
         """Forget what a prompt does not share; the number of tokens that are left."""
-        shared = shared_tokens(self.tokens, self._items, prompt[:-1], media.items)
-        self.kv.trim(shared)
+        self.kv.trim(shared_tokens(self.tokens, self._items, prompt[:-1], media.items))
+        self.kv.trim(self.kv.held)  # what is between is computed with the prompt, in its pieces
         self.kv.expect([len(prompt)], (media.adapter,))
-        return shared
+        return self.kv.length
 
 
 def shared_tokens(

@@ -39,7 +39,7 @@ class ForwardPass:
         routing: which rows use which of the checkpoint's own adapters; None where none does.
         shared: what a layer hands to later ones, by a name that they agree on.
         outputs: how many positions, counted from the end, a layer's output is wanted of; None for
-            all. Less than all is wanted of the last layer alone.
+            all. Less than all is wanted of the model's `tail` alone.
     """
 
     positions: mx.array
@@ -51,7 +51,7 @@ class ForwardPass:
     outputs: int | None = None
 
     def ending(self, outputs: int) -> ForwardPass:
-        """The same pass, for a last layer of which so many positions are wanted."""
+        """The same pass, for the last layers, of which so many positions are wanted."""
         mask = self.mask
         if isinstance(mask, mx.array):
             mask = mask[..., -outputs:, :]
@@ -60,7 +60,7 @@ class ForwardPass:
         return replace(self, mask=mask, outputs=outputs)
 
     def wanted(self, x: mx.array, axis: int) -> mx.array:
-        """Take the positions along an axis, 1 or 2, whose output is wanted."""
+        """Take the positions along an axis, 1 or 2, whose output is wanted, where all are there."""
         if self.outputs is None:
             return x
         return x[:, -self.outputs :] if axis == 1 else x[:, :, -self.outputs :]
@@ -87,11 +87,14 @@ class CausalLM(nn.Module):
     Attributes:
         model_type: of its record in the registry.
         placeholders: tokens that stand for media in a prompt; None where only text is taken.
+        tail: how many of the last layers need be computed only where their output is wanted: the
+            first of them keeps what others of its pass attend to.
         model: embedding, decoder layers and final norm.
     """
 
     model_type: ClassVar[str]
     placeholders: Placeholders | None = None
+    tail: int = 1
     config: ModelConfig
     model: nn.Module
 
@@ -200,10 +203,12 @@ class CausalLM(nn.Module):
             outputs: how many of the tokens, counted from the last, it is wanted of; None for all.
         """
         x, forward = self._begin(input_ids, cache, attention_mask, features)
-        *layers, last = self.layers
-        for layer in layers:
+        layers, first = self.layers, len(self.layers) - self.tail
+        for layer in layers[:first]:
             x = layer(x, forward)
-        x = last(x, forward.ending(outputs or input_ids.shape[1]))
+        ending = forward.ending(outputs or input_ids.shape[1])
+        for layer in layers[first:]:
+            x = layer(x, ending)
         if cache is not None:
             cache.commit()
         return self.norm(x)

@@ -100,7 +100,7 @@ class Architecture:
         model_type: as in config.json.
         model, config: "module:class" of the model and of its checked config.
         projections: paths of a decoder layer's projections, in the order in which it calls them:
-            where adapters may sit, and what is calibrated.
+            where adapters may sit, and what is calibrated. Not every layer need have all.
         fused_projections: the last name of a projection that holds several of other
             architectures -> the names of these, in the order of their rows.
         split_config: "module:function" that writes a config in the terms of a layout that stores

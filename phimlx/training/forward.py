@@ -7,6 +7,7 @@ from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_map
 
 from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.rope import Rope
@@ -97,14 +98,22 @@ def _run(
     key: mx.array,
     checkpointing: bool,
 ) -> mx.array:
-    def call(parameters: dict[str, Any], x: mx.array, key: mx.array) -> mx.array:
+    """Run a layer as a function of all that it depends on, as `mx.checkpoint` needs it."""
+
+    def call(
+        parameters: dict[str, Any], x: mx.array, key: mx.array, shared: dict[str, Any]
+    ) -> tuple[mx.array, dict[str, Any]]:
         layer.update(parameters)
+        forward.shared = dict(shared)
         # The same key when it is called again backward, or other numbers would be dropped.
         for module in layer.modules():
             if isinstance(module, Dropout):
                 key = module.take(key)
-        return layer(x, forward)
+        x = layer(x, forward)
+        # Copies, since MLX loses gradients where one array is returned twice.
+        return x, tree_map(lambda array: array + 0, forward.shared)
 
     if checkpointing:
         call = mx.checkpoint(call)
-    return call(layer.trainable_parameters(), x, key)
+    x, forward.shared = call(layer.trainable_parameters(), x, key, forward.shared)
+    return x

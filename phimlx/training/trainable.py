@@ -46,6 +46,12 @@ def attach(model: CausalLM, settings: TrainSettings) -> Counts:
     if settings.trains_whole_layers:
         _unfreeze(model, settings, chosen)
         return counts(model)
+    if not paths:
+        where = f"layer {chosen[0]}" if len(chosen) == 1 else f"layers {chosen[0]} to {chosen[-1]}"
+        raise TrainingError(
+            f"No projection of those in targets is in {where}.",
+            hint="Train more layers, or other projections.",
+        )
     model.freeze()
     keys = mx.random.split(mx.random.key(settings.seed), len(paths))
     for (path, linear), key in zip(_targets(model, settings, chosen), keys, strict=True):
@@ -116,7 +122,7 @@ def _targets(
     for number in chosen:
         modules = dict(model.layers[number].named_modules())
         for name in projections:
-            if settings.adapts(name):
+            if settings.adapts(name) and name in modules:
                 yield f"model.layers.{number}.{name}", modules[name]
 
 

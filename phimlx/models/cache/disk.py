@@ -8,23 +8,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from hashlib import sha256
-from typing import NamedTuple
 
 import mlx.core as mx
 import numpy as np
 
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
+from phimlx.models.cache.store import Form
 from phimlx.models.features import TEXT, Features
 
 TOKENS, IMAGES, AUDIO = "tokens", "features.images", "features.audio"
-
-
-class Form(NamedTuple):
-    """Shape and dtype of an array."""
-
-    shape: tuple[int, ...]
-    dtype: mx.Dtype
 
 
 class KVLayout:
@@ -44,7 +37,7 @@ class KVLayout:
         self.dtype = hidden.dtype
         self.kv_bits = kv_bits
         self._features = model.feature_widths
-        self._buffers = [[Form(a.shape, a.dtype) for a in layer] for layer in cache.store.layers]
+        self._store = cache.store
 
     def forms(self, tokens: int, features: tuple[int, int] = (0, 0)) -> dict[str, Form]:
         """List the arrays of a row.
@@ -53,11 +46,7 @@ class KVLayout:
             tokens: of the row.
             features: how many placeholder tokens for images and for audio there are among them.
         """
-        found = {TOKENS: Form((tokens,), mx.int32)}
-        for layer, buffers in enumerate(self._buffers):
-            for place, (shape, dtype) in enumerate(buffers):
-                form = Form((1, shape[1], tokens, *shape[3:]), dtype)
-                found[f"layers.{layer}.{place}"] = form
+        found = {TOKENS: Form((tokens,), mx.int32), **self._store.forms(tokens)}
         for name, count, width in zip((IMAGES, AUDIO), features, self._features, strict=True):
             if count:
                 found[name] = Form((count, width), self.dtype)
@@ -73,9 +62,7 @@ def arrays_of(cache: Cache) -> Iterator[tuple[str, mx.array]]:
     """List the arrays of a cache of one row, in the order of `KVLayout.forms`; none is copied."""
     assert cache.tokens is not None
     yield TOKENS, cache.tokens[0, : cache.length].astype(mx.int32)
-    for layer, buffers in enumerate(cache.store.layers):
-        for place, buffer in enumerate(buffers):
-            yield f"layers.{layer}.{place}", buffer[:, :, : cache.length]
+    yield from cache.store.parts(cache.length)
     for features in cache.features:
         for name, rows in zip((IMAGES, AUDIO), features.parts, strict=True):
             if rows is not None and rows.shape[0]:
@@ -94,6 +81,9 @@ def restore(
     Args:
         table: of `Rope.table`'s frequencies, those that its keys were made with.
         adapter: that the row used, of a model whose checkpoint holds some.
+
+    Raises:
+        CacheError: where what they hold is no sense.
     """
     cache = model.make_cache(kv_bits=kv_bits)
     tokens = arrays[TOKENS]
@@ -103,11 +93,10 @@ def restore(
     if model.placeholders is not None:
         cache.adapters = (adapter,)
         cache.features = (Features(arrays.get(IMAGES), arrays.get(AUDIO)),)
-    layers: list[list[mx.array]] = [[] for _ in cache.store.layers]
-    for name, array in arrays.items():
-        if name.startswith("layers."):
-            layers[int(name.split(".")[1])].append(array)
-    cache.store.hold(layers, cache.length)
+    beside = (TOKENS, IMAGES, AUDIO)
+    kept = {name: array for name, array in arrays.items() if name not in beside}
+    cache.store.restore(kept, cache.length)
+    cache.held = cache.length
     return cache
 
 

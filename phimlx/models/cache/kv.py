@@ -31,6 +31,10 @@ class Cache:
     to be computed again. Columns are shared by all rows; where rows differ in length, `valid` tells
     real columns from padding, on either side.
 
+    Some layers keep less than keys and values of every token, such as a state, from which no token
+    can be taken again. Where they cannot go back to where a sequence is cut, `held` is less than
+    `length`, and `tokens_to_recompute` hands back what is between.
+
     Args:
         store: where keys and values go.
         rope: the model's frequencies.
@@ -47,7 +51,8 @@ class Cache:
         self.expected_length = expected_length
         self.expected_lengths: tuple[int, ...] = ()  # each row's, where they are known apart
         self.window = window
-        self.length = 0  # columns whose keys and values are complete
+        self.length = 0  # columns that count
+        self.held = 0  # the first of them, whose keys and values are there
         self.tokens: mx.array | None = None  # [batch, columns]
         self.valid: mx.array | None = None  # [batch, columns], None where every column is real
         self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
@@ -70,17 +75,19 @@ class Cache:
         """Tokens and mask to compute again before `shape` more tokens come, or None.
 
         Rows that cross `original_max_position_embeddings`, in either direction, or come to use
-        another of `adapters`, need every key and value anew. The cache is then empty, and the
-        caller feeds what it is given first.
+        another of `adapters`, need every key and value anew; others, what is not `held`. The
+        cache is then as far as that, and the caller feeds what it is given first.
         """
         if self.length == 0 or self.tokens is None:
             return None
         long = self._long_rows(self._lengths_after(shape, attention_mask))
-        if adapters == self.adapters and self._go_on(long, shape[1]):
+        goes_on = adapters == self.adapters and self._go_on(long, shape[1])
+        begin = self.held if goes_on else 0
+        if begin == self.length:
             return None
-        tokens = self.tokens[:, : self.length]
-        valid = None if self.valid is None else self.valid[:, : self.length]
-        self.trim(0)
+        tokens = self.tokens[:, begin : self.length]
+        valid = None if self.valid is None else self.valid[:, begin : self.length]
+        self.trim(begin)
         return tokens, valid
 
     def extend(
@@ -142,7 +149,7 @@ class Cache:
     def commit(self) -> None:
         """All layers have attended: the new columns count."""
         if self.tokens is not None:
-            self.length = self.tokens.shape[1]
+            self.length = self.held = self.tokens.shape[1]
             self.row_lengths, self.long, self.adapters = self._pending
 
     def trim(self, length: int) -> None:
@@ -154,6 +161,7 @@ class Cache:
         if length >= self.length:
             return
         self.length = length
+        self.held = min(self.held, self.store.trim(length))
         if length == 0 or self.tokens is None:
             self.store.clear()
             self.tokens = self.valid = None
@@ -162,6 +170,10 @@ class Cache:
             self.row_lengths = (length,) * len(self.row_lengths)
         else:
             self.row_lengths = _real_columns(self.valid[:, :length])
+
+    def mark(self) -> None:
+        """Note that a sequence may be cut about here later, as at the end of a prompt."""
+        self.store.mark()
 
     def expect(self, lengths: Sequence[int], adapters: tuple[str | None, ...] = ()) -> None:
         """Note what each row is known to come to, before long prompts are given in pieces.
@@ -212,6 +224,7 @@ class Cache:
             self.store.drop_columns(first)
             self.tokens = self.tokens[:, first : self.length]
             self.length -= first
+            self.held = max(0, self.held - first)
         kept = real[:, first:]
         self.valid = None if kept.all().item() else kept
 
@@ -222,6 +235,7 @@ class Cache:
         """
         assert self.tokens is not None
         assert other.tokens is not None
+        assert (self.held, other.held) == (self.length, other.length)
         columns = max(self.length, other.length)
         self.store.join(self.length, other.store, other.length)
         caches = (self, other)
@@ -239,7 +253,7 @@ class Cache:
         self.row_lengths += other.row_lengths
         self.long += other.long
         self.adapters += other.adapters
-        self.length = columns
+        self.length = self.held = columns
         other.trim(0)
 
     def _real(self) -> mx.array:

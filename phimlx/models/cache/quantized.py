@@ -7,7 +7,7 @@ their scores are small, and reading it takes a quarter to a half of the bytes.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from dataclasses import dataclass
 
 import mlx.core as mx
 
@@ -22,6 +22,9 @@ FEW = 8
 # MLX's Metal kernel for products with values computes channels 64 at a time, and leaves out the
 # rest of a head that is not a multiple (mlx#4250).
 WIDTH = 64
+
+Parts = tuple[mx.array, mx.array, mx.array]
+"""Packed numbers, scales and biases."""
 
 
 class QuantizedStore(Store):
@@ -47,15 +50,9 @@ class QuantizedStore(Store):
         self._multiplies = head_dim % WIDTH == 0 and not mx.cuda.is_available()
         self._last: mx.array | None = None  # the attention of the last layer
 
-    def attend(
-        self,
-        layer: int,
-        begin: int,
-        queries: mx.array,
-        keys: mx.array,
-        values: mx.array,
-        mask: mx.array | str | None,
-    ) -> mx.array:
+    def append(
+        self, layer: int, begin: int, keys: mx.array, values: mx.array
+    ) -> QuantizedKeysValues:
         """As in `Store`; the new keys and values are attended to as they are held, too."""
         new = [
             part
@@ -63,22 +60,19 @@ class QuantizedStore(Store):
             for part in mx.quantize(array, self._group_size, self._bits)
         ]
         held = self.write(layer, begin, new)
-        if self._multiplies and queries.shape[2] <= FEW:
-            self._last = None
-            return self._multiply(queries, held[:3], held[3:], mask)
-        keys, values = map(self._dequantize, (held[:3], held[3:]))
-        return self._in_turn(attention(queries, keys, values, mask))
+        return QuantizedKeysValues(self, (held[0], held[1], held[2]), (held[3], held[4], held[5]))
 
-    def _dequantize(self, parts: Sequence[mx.array]) -> mx.array:
+    def dequantized(self, parts: Parts) -> mx.array:
+        """Unpack keys or values."""
         packed, scales, biases = parts
         return mx.dequantize(packed, scales, biases, self._group_size, self._bits)
 
-    def _multiply(
-        self,
-        queries: mx.array,
-        keys: Sequence[mx.array],
-        values: Sequence[mx.array],
-        mask: mx.array | str | None,
+    def multiplies(self, queries: mx.array) -> bool:
+        """Whether queries attend to the quantized form itself."""
+        return self._multiplies and queries.shape[2] <= FEW
+
+    def multiply(
+        self, queries: mx.array, keys: Parts, values: Parts, mask: mx.array | str | None
     ) -> mx.array:
         """Attend by products with the quantized form, in float32 as the fused kernel does."""
         batch, heads, length, head_dim = queries.shape
@@ -91,15 +85,16 @@ class QuantizedStore(Store):
         if mask is not None:
             scores = mx.where(mask[:, :, None], scores, -mx.inf)
         out = self._product(mx.softmax(scores, axis=-1), values, transpose=False)
+        self._last = None
         return out.reshape(batch, heads, length, head_dim).astype(queries.dtype)
 
-    def _product(self, x: mx.array, parts: Sequence[mx.array], *, transpose: bool) -> mx.array:
+    def _product(self, x: mx.array, parts: Parts, *, transpose: bool) -> mx.array:
         packed, scales, biases = (part[:, :, None] for part in parts)  # for all heads of a group
         return mx.quantized_matmul(
             x, packed, scales, biases, transpose, self._group_size, self._bits
         )
 
-    def _in_turn(self, out: mx.array) -> mx.array:
+    def in_turn(self, out: mx.array) -> mx.array:
         """Start a layer, once the one before is done.
 
         Left to itself a GPU is given several layers to do, and their dequantized keys and values
@@ -110,6 +105,31 @@ class QuantizedStore(Store):
         mx.async_eval(out)
         self._last = out
         return out
+
+
+@dataclass(frozen=True)
+class QuantizedKeysValues:
+    """What a layer holds quantized, its keys and its values."""
+
+    store: QuantizedStore
+    keys: Parts
+    values: Parts
+
+    def heads(self, keys: slice, values: slice) -> QuantizedKeysValues:
+        """As in `Held`."""
+        return QuantizedKeysValues(self.store, _heads(self.keys, keys), _heads(self.values, values))
+
+    def attend(self, queries: mx.array, mask: mx.array | str | None) -> mx.array:
+        """As in `Held`."""
+        if self.store.multiplies(queries):
+            return self.store.multiply(queries, self.keys, self.values, mask)
+        keys, values = map(self.store.dequantized, (self.keys, self.values))
+        return self.store.in_turn(attention(queries, keys, values, mask))
+
+
+def _heads(parts: Parts, heads: slice) -> Parts:
+    packed, scales, biases = parts
+    return packed[:, heads], scales[:, heads], biases[:, heads]
 
 
 def make_store(num_layers: int, head_dim: int, kv_bits: int | None = None) -> Store:

@@ -2,9 +2,42 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+
+
+class Form(NamedTuple):
+    """Shape and dtype of an array."""
+
+    shape: tuple[int, ...]
+    dtype: mx.Dtype
+
+
+class Held(Protocol):
+    """Keys and values of one layer, as far as they have been written, for queries to attend to."""
+
+    def heads(self, keys: slice, values: slice) -> Held:
+        """Take the keys of some heads, with values of as many."""
+
+    def attend(self, queries: mx.array, mask: mx.array | str | None) -> mx.array:
+        """Attend to them; arguments and result as of `attention`."""
+
+
+class KeysValues(NamedTuple):
+    """What a layer holds as it comes, `[batch, kv_heads, columns, head_dim]`."""
+
+    keys: mx.array
+    values: mx.array
+
+    def heads(self, keys: slice, values: slice) -> KeysValues:
+        """As in `Held`."""
+        return KeysValues(self.keys[:, keys], self.values[:, values])
+
+    def attend(self, queries: mx.array, mask: mx.array | str | None) -> mx.array:
+        """As in `Held`."""
+        return attention(queries, self.keys, self.values, mask)
 
 
 class Store:
@@ -42,8 +75,11 @@ class Store:
         Returns:
             `[batch, heads, length, head_dim]`, in the dtype of the queries.
         """
-        keys, values = self.write(layer, begin, [keys, values])
-        return attention(queries, keys, values, mask)
+        return self.append(layer, begin, keys, values).attend(queries, mask)
+
+    def append(self, layer: int, begin: int, keys: mx.array, values: mx.array) -> Held:
+        """Write one layer's new keys and values; what it then holds, these included."""
+        return KeysValues(*self.write(layer, begin, [keys, values]))
 
     def write(self, layer: int, begin: int, new: Sequence[mx.array]) -> list[mx.array]:
         """Write after the first `begin` columns, for which `reserve` has made room.
@@ -77,10 +113,42 @@ class Store:
                 buffers[index] = mx.concatenate([buffer[..., :kept, :], more], axis=2)
                 mx.eval(buffers[index])
 
-    def hold(self, layers: list[list[mx.array]], columns: int) -> None:
-        """Hold these buffers, all with so many columns, in place of what was held."""
-        self.layers = layers
+    def forms(self, columns: int) -> dict[str, Form]:
+        """List the arrays that a row of so many columns consists of, by name.
+
+        They are told from those that are held: a token must have been written, if never computed.
+        """
+        return {
+            name: Form((1, array.shape[1], columns, *array.shape[3:]), array.dtype)
+            for name, array in self.parts(0)
+        }
+
+    def parts(self, columns: int) -> Iterator[tuple[str, mx.array]]:
+        """List the arrays of the first columns, in the order of `forms`; none is copied."""
+        for layer, buffers in enumerate(self.layers):
+            for place, buffer in enumerate(buffers):
+                yield f"layers.{layer}.{place}", buffer[:, :, :columns]
+
+    def restore(self, parts: Mapping[str, mx.array], columns: int) -> None:
+        """Hold a row's arrays, whose forms have been checked, in place of what is held.
+
+        Raises:
+            CacheError: where what they hold is no sense.
+        """
+        self.layers = [[] for _ in self.layers]
+        for name, array in parts.items():
+            self.layers[int(name.split(".")[1])].append(array)
         self._columns = columns
+
+    def trim(self, columns: int) -> int:
+        """Forget what is behind so many columns; the number of columns that can be gone on from.
+
+        These are fewer where something that is kept cannot go back as far and no farther.
+        """
+        return columns
+
+    def mark(self) -> None:
+        """Keep what is needed to come back to about here; nothing where every column is held."""
 
     def clear(self) -> None:
         """Free all buffers."""
