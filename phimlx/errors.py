@@ -81,6 +81,10 @@ class SessionError(PhimlxError):
     """A saved conversation that cannot be read or written."""
 
 
+class HistoryError(PhimlxError):
+    """A history that cannot be opened, read or written, or a conversation that is not in it."""
+
+
 class ResourceError(PhimlxError):
     """The system gives this process too little: memory, or open files."""
 

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).parents[1]))
 
-from click import Context
+from click import Command, Context, Group
 
 from phimlx.cli.group import COMMANDS, cli
 
@@ -31,11 +32,18 @@ def transcript() -> str:
     for name in COMMANDS:
         command = cli.get_command(root, name)
         assert command is not None
-        context = Context(
-            command, root, info_name=name, terminal_width=WIDTH, **command.context_settings
-        )
-        parts.append(f"$ phimlx {name} --help\n\n" + command.get_help(context))
+        parts += helps(command, root, name)
     return "\n\n\n".join(parts) + "\n"
+
+
+def helps(command: Command, parent: Context, name: str) -> Iterator[str]:
+    """What a command says of itself, and what those within it say."""
+    settings = command.context_settings
+    context = Context(command, parent, info_name=name, terminal_width=WIDTH, **settings)
+    yield f"$ {context.command_path} --help\n\n" + command.get_help(context)
+    if isinstance(command, Group):
+        for inner, each in command.commands.items():
+            yield from helps(each, context, inner)
 
 
 def listed(readme: str) -> str:

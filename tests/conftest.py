@@ -6,6 +6,7 @@ import ctypes
 import glob
 import os
 import signal
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -36,3 +37,13 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
     if folder := os.environ.get("PHIMLX_TEST_DATA"):
         return Path(folder).resolve()
     return unpack(tmp_path_factory.mktemp("data"))
+
+
+@pytest.fixture(autouse=True, scope="session")
+def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+    """Keep conversations and settings of the tests away from the user's, in processes too."""
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("DATA", "CONFIG"):
+            patch.setenv(f"PHIMLX_{name}_DIR", str(tmp_path_factory.mktemp(name.lower())))
+        patch.delenv("PHIMLX_HISTORY", raising=False)
+        yield

@@ -24,12 +24,12 @@ RANKS = (
     ("training", "convert"),
     ("api",),
     ("adapters", "transcription", "prompt_file"),
-    ("hub", "generation"),
+    ("hub", "generation", "history"),
     ("checkpoint", "media", "prompt"),
     ("models",),
     ("machine",),
     ("options", "extras"),
-    ("files",),
+    ("files", "folders"),
     ("errors", "sizes", "catalog"),
 )
 """The rooms from the top down: a room imports itself and what stands below it, nothing else."""
@@ -72,6 +72,7 @@ HEAVY = {
     "pydantic",
     "rich",
     "safetensors",
+    "sqlite3",
     "soundfile",
     "soxr",
     "starlette",

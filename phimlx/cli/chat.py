@@ -8,6 +8,15 @@ from typing import Any
 
 import click
 
+from phimlx.cli.conversations import (
+    LAST,
+    ConversationId,
+    lasting_name,
+    model_name,
+    open_keeper,
+    private_option,
+    read_kept,
+)
 from phimlx.cli.options import (
     adapter_option,
     cache_option,
@@ -47,6 +56,16 @@ from phimlx.terminal.sampling_settings import given
     type=click.Path(path_type=Path),
     help="Go on with a chat that /save wrote, with its model unless --model names another.",
 )
+@click.option(
+    "--continue",
+    "continued",
+    metavar="[ID]",
+    type=ConversationId(),
+    is_flag=False,
+    flag_value=LAST,
+    help="Go on with a conversation of the history, the last one where no ID is given.",
+)
+@private_option
 @sampling_options
 @prompt_lookup_option
 @cache_option
@@ -62,6 +81,8 @@ def command(
     tools_file: Path | None,
     prompt_form: str | None,
     session_file: Path | None,
+    continued: int | str | None,
+    private: bool,
     prompt_lookup: bool | None,
     keeps: bool | None,
     frames: int,
@@ -81,17 +102,26 @@ def command(
     from phimlx.terminal.conversation import Conversation
     from phimlx.terminal.screen import PipedScreen, TerminalScreen
 
+    if session_file is not None and continued is not None:
+        raise click.UsageError("--load and --continue exclude each other.")
     output = Output(debug=is_debugging())
     limits = pop_limits(settings)
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and output.is_terminal
     screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
+    keeper = open_keeper(private, output)
     conversation = Conversation(model=model_name(model))
     named_by_file = session_file is not None and model is None
     if session_file is not None:
         conversation = Conversation.load(session_file, limits, screen.agree)
+    elif continued is not None:
+        kept = read_kept(continued, keeper)
+        conversation = Conversation.from_history(kept, limits, screen.agree)
+    if session_file is not None or continued is not None:
+        adapter = adapter or (conversation.adapter if model is None else None)
         model = model or conversation.model
         conversation.model = model_name(model)
+    conversation.adapter = None if adapter is None else lasting_name(adapter)
     conversation.settings.update(given(settings))
     if system is not None:
         conversation.system = system
@@ -103,7 +133,7 @@ def command(
     form = prompt_form or phi.chat_form
     if form is not None:
         phi.use_prompt_form(form)
-    chat = Chat(phi, conversation, output, screen, run_command, limits, frames, kv_bits)
+    chat = Chat(phi, conversation, output, screen, run_command, limits, frames, kv_bits, keeper)
     chat.keep_in(prefix_store(phi, keeps, output))
     chat.reply_options = given({"prompt_lookup": prompt_lookup})
     chat.check(conversation)
@@ -113,18 +143,9 @@ def command(
             f"{phi.name} · {phi.context_length:,} tokens of context · "
             "/help lists the commands, Ctrl-D leaves"
         )
+        chat.show_last_turns()
     elif typed:
         output.note("Each line is a turn; Ctrl-D ends the chat.")
     if typed and phi.is_base:
         output.note(f"{phi.name} is a base model: it completes text, and was not trained to chat.")
     chat.run()
-
-
-def model_name(model: str | None) -> str:
-    """Name a model for a saved chat so that it is found again from another folder."""
-    if model is None:
-        from phimlx import catalog
-
-        return catalog.DEFAULT.alias
-    folder = Path(model)
-    return str(folder.resolve()) if (folder / "config.json").is_file() else model

@@ -8,6 +8,14 @@ from typing import Any
 
 import click
 
+from phimlx.cli.conversations import (
+    LAST,
+    lasting_name,
+    model_name,
+    open_keeper,
+    private_option,
+    read_kept,
+)
 from phimlx.cli.options import (
     MULTIMODAL,
     adapter_option,
@@ -61,6 +69,13 @@ NO_PROMPT = (
     is_flag=True,
     help="Give the prompt to the model as it is: no chat template, control tokens recognised.",
 )
+@click.option(
+    "--continue",
+    "continued",
+    is_flag=True,
+    help="Go on with the last conversation of the history, with its model and settings.",
+)
+@private_option
 @sampling_options
 @prompt_lookup_option
 @cache_option
@@ -106,6 +121,8 @@ def command(
     tools_file: Path | None,
     prompt_form: str | None,
     raw: bool,
+    continued: bool,
+    private: bool,
     prompts_file: Path | None,
     output_file: Path | None,
     batch_size: int,
@@ -149,30 +166,46 @@ def command(
         raise click.UsageError("With --prompts the file says what is asked, and nothing else does.")
     spoken = bool(audio) and prompt is None and words is None and not raw
     text = "" if spoken or in_file else read_prompt(prompt, words, raw)
-    messages = [{"role": "user", "content": text}]
-    if system is not None:
-        messages.insert(0, {"role": "system", "content": system})
+    if continued and (raw or in_file):
+        raise click.UsageError("--continue goes with neither --raw nor --prompts.")
 
     from phimlx.prompt.tools import load_tools
+    from phimlx.terminal.conversation import Conversation
+    from phimlx.terminal.exchange import Exchange
     from phimlx.terminal.interrupt import Interruptible
-    from phimlx.terminal.reply import print_reply, reply_summary
+    from phimlx.terminal.reply import print_reply, reply_stats, reply_summary
 
-    media: dict[str, Any] = {}
+    output = Output(json=as_json)
+    keeper = None if raw or in_file else open_keeper(private, output)
+    conversation = Conversation(model_name(model))
     limits = pop_limits(settings)
+    if continued:
+        kept = read_kept(LAST, keeper)
+        conversation = Conversation.from_history(
+            kept, limits, lambda question: output.can_ask and output.confirm(question)
+        )
+        adapter = adapter or (conversation.adapter if model is None else None)
+        model = model or conversation.model
     if image or audio or video:
         model = model or MULTIMODAL
         check_files([*image, *audio, *video])
-        media = {"images": list(image), "audio": list(audio), "video": list(video)}
-        media |= {"frames": frames, "limits": limits}
-    tools = None if tools_file is None else load_tools(tools_file)
-    output = Output(json=as_json)
+    tools = conversation.tools if tools_file is None else load_tools(tools_file)
+    conversation.model, conversation.tools = model_name(model), tools
+    conversation.adapter = None if adapter is None else lasting_name(adapter)
+    conversation.settings |= given(settings)
+    if system is not None:
+        conversation.system = system
+    named = {"image": image, "video": video, "audio": audio}
+    files = [(kind, path) for kind, paths in named.items() for path in paths]
+    begin = Exchange.next if continued else Exchange.first
+    exchange = begin(conversation, text, files, limits, frames, keeper)
     phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
     if prompt_form is not None:
         phi.use_prompt_form(prompt_form)
     if prompts_file is not None and output_file is not None:
         from phimlx.terminal.prompt_file import answer_prompts
 
-        own = given({**settings, "kv_bits": kv_bits})
+        own = given({**conversation.settings, "kv_bits": kv_bits})
         options = {"raw": raw, "tools": tools, "limits": limits, **own}
         about = [
             str(phi.path.resolve()),
@@ -188,15 +221,18 @@ def command(
     cache = None if prefixes is None else phi.new_cache(kv_bits, prefixes)
     with output.prompt_progress() as report:
         stream = phi.stream(
-            text if raw else messages,
+            text if raw else exchange.messages,
             raw=raw,
             tools=tools,
             on_prefill=report,
-            **media,
-            **given({**settings, "kv_bits": kv_bits, "cache": cache}),
+            **exchange.media,
+            **given({**conversation.settings, "kv_bits": kv_bits, "cache": cache}),
         )
+        exchange.keep_question()
         answer = Interruptible(stream)
         reply = print_reply(answer, output)
+    if reply.text or not answer.interrupted:
+        exchange.keep_answer(reply, reply_stats(reply))
     output.json(reply.as_object(phi.name))
     for warning in reply.warnings:
         output.warning(warning)

@@ -22,6 +22,7 @@ COMMANDS = {
     "generate": ("phimlx.cli.generate", "Answer one prompt."),
     "transcribe": ("phimlx.cli.transcribe", "Write down what is said in recordings."),
     "serve": ("phimlx.cli.serve", "Answer other programs over HTTP."),
+    "history": ("phimlx.cli.history", "List, search, export or delete what was said."),
     "download": ("phimlx.cli.download", "Bring a model from the Hub to this machine."),
     "list": ("phimlx.cli.list", "List the models on this machine."),
     "remove": ("phimlx.cli.remove", "Delete a model from this machine."),
@@ -93,8 +94,10 @@ class CommandTable(click.Group):
         if cmd_name not in COMMANDS:
             return None
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
-        if not any(parameter.name == "debug" for parameter in command.params):
-            command.params.append(_debug_option())
+        inner = command.commands.values() if isinstance(command, click.Group) else ()
+        for each in (command, *inner):
+            if not any(parameter.name == "debug" for parameter in each.params):
+                each.params.append(_debug_option())
         command.context_settings = {**CONTEXT_SETTINGS, **command.context_settings}
         return command
 

@@ -12,12 +12,12 @@ from typing import TYPE_CHECKING, Any
 from urllib.parse import unquote, urlsplit
 
 from phimlx.errors import MediaError, PhimlxError
+from phimlx.history.messages import KINDS
 from phimlx.prompt.media_parts import FRAMES
 
 if TYPE_CHECKING:
     from phimlx.media.limits import Limits
 
-KINDS = {"image": "picture", "audio": "sound", "video": "video"}
 _SUFFIXES = {
     "image": (
         *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),

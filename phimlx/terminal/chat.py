@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import GenerationError, PhimlxError
+from phimlx.errors import GenerationError, HistoryError, PhimlxError
 from phimlx.prompt.media_parts import no_media
 from phimlx.terminal.attachments import Attachment, dropped_files
 from phimlx.terminal.conversation import Conversation, Turn
 from phimlx.terminal.interrupt import Interruptible
 from phimlx.terminal.output import Output
+from phimlx.terminal.reply import reply_stats
 from phimlx.terminal.screen import Screen
 
 if TYPE_CHECKING:
@@ -20,7 +21,12 @@ if TYPE_CHECKING:
     from phimlx.api import Phi
     from phimlx.generation.prefix_store import PrefixStore
     from phimlx.generation.reply import Reply
+    from phimlx.history.messages import Message
+    from phimlx.history.store import History
     from phimlx.media.limits import Limits
+    from phimlx.terminal.keeper import Keeper
+
+LAST_TURNS = 2  # that are shown of a conversation that goes on
 
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
 
@@ -42,6 +48,7 @@ class Chat:
         limits: Limits | None = None,
         frames: int | None = None,
         kv_bits: int | None = None,
+        keeper: Keeper | None = None,
     ) -> None:
         """Begin a chat.
 
@@ -50,6 +57,7 @@ class Chat:
             limits: hold for files that are attached.
             frames: pictures that a video becomes.
             kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
+            keeper: writes the chat down; None where nothing of it is kept.
         """
         self.phi = phi
         self.conversation = conversation
@@ -64,6 +72,7 @@ class Chat:
         self._limits = limits
         self._frames = frames
         self._kv_bits = kv_bits
+        self._keeper = keeper
         self._prefixes: PrefixStore | None = None
         self._forget()
 
@@ -98,6 +107,8 @@ class Chat:
             self.attach(files)
         elif match:
             self._run_command(self, match[1], (match[2] or "").strip())
+            if self.conversation.place is not None:
+                self._keep(self.conversation.unanswered)
         elif text or any(attachment.kind == "audio" for attachment in self.pending):
             self.say(text[1:] if text.startswith("//") else text)
 
@@ -130,14 +141,47 @@ class Chat:
 
         Raises `SessionError` that says what is wrong with the file.
         """
-        loaded = Conversation.load(path, self._limits, self.screen.agree)
+        self._go_on(Conversation.load(path, self._limits, self.screen.agree), str(path))
+        self.saved_as = path
+
+    def resume_kept(self, id: int) -> None:
+        """Go on with a conversation of the history.
+
+        Raises `HistoryError` where there is none, `SessionError` for what is wrong with it.
+        """
+        kept = self.history.read(id)
+        loaded = Conversation.from_history(kept, self._limits, self.screen.agree)
+        self._go_on(loaded, f"conversation {id}")
+
+    @property
+    def history(self) -> History:
+        """The history; raises `HistoryError` where nothing of this chat is kept."""
+        if self._keeper is None:
+            raise HistoryError(
+                "This chat is private: it neither keeps nor reads conversations.",
+                hint="phimlx history list shows them.",
+            )
+        return self._keeper.history
+
+    def _go_on(self, loaded: Conversation, place: str) -> None:
+        """Put a conversation in the place of this one, and show how it ended."""
         model = self.conversation.model
         self.check(loaded)
         if loaded.model != model:
             self.output.note(f"That chat was with {loaded.model}; {model} goes on with it.")
-        loaded.model = model
-        self.conversation, self.saved_as = loaded, path
-        self.output.note(f"Loaded {len(loaded.messages)} messages from {path}.")
+        loaded.model, loaded.adapter = model, self.conversation.adapter
+        self.conversation, self.saved_as = loaded, None
+        self.show_last_turns()
+        self.output.note(f"Loaded {len(loaded.messages)} messages from {place}.")
+
+    def show_last_turns(self) -> None:
+        """Show the last turns of the conversation, and what waits for an answer."""
+        from phimlx.terminal.turns import show_turns
+
+        conversation = self.conversation
+        show_turns([*conversation.messages, *conversation.unanswered], self.output, last=LAST_TURNS)
+        if conversation.unanswered:
+            self.output.note("That has no answer yet; /retry asks again.")
 
     def check(self, conversation: Conversation) -> None:
         """Raise `PromptError` where pictures or sounds were shown that the model cannot take."""
@@ -152,6 +196,8 @@ class Chat:
 
     def _reply(self, turn: Turn) -> Reply | None:
         conversation = self.conversation
+        if turn.new:
+            self._keep(turn.new)
         try:
             with self.output.prompt_progress() as report:
                 stream = self.phi.stream(
@@ -176,6 +222,7 @@ class Chat:
             self.output.note("Stopped before an answer; /retry asks again.")
             return None
         conversation.record(turn, reply)
+        self._keep(stats=reply_stats(reply))
         self.last_reply = reply
         for warning in reply.warnings:
             self.output.warning(warning)
@@ -186,6 +233,10 @@ class Chat:
         if self._prefixes is not None and not answer.cut:
             self._prefixes.save(self._cache)
         return reply
+
+    def _keep(self, asked: Sequence[Message] = (), stats: Mapping[str, Any] | None = None) -> None:
+        if self._keeper is not None:
+            self._keeper.keep(self.conversation, asked, stats)
 
     def keep_in(self, prefixes: PrefixStore | None) -> None:
         """Keep what has been said in a store, and find there what was said before."""

@@ -16,7 +16,9 @@ from phimlx.terminal.attachments import split_name
 from phimlx.terminal.chat import Chat
 from phimlx.terminal.reply import reply_summary
 from phimlx.terminal.sampling_settings import SETTINGS, Setting, find_setting, parse_setting
+from phimlx.terminal.sink import one_line
 
+LISTED = 10  # conversations at once
 OFF = "off"
 DEFAULT = "default"
 
@@ -124,8 +126,26 @@ def _save(chat: Chat, argument: str) -> None:
 
 def _load(chat: Chat, argument: str) -> None:
     if not argument:
-        raise PhimlxError("Which file?", "Say /load FILE.")
-    chat.resume(_path(argument))
+        raise PhimlxError("Which one?", "Say /load FILE, or /load ID of those that /history lists.")
+    path = _path(argument)
+    if argument.isascii() and argument.isdigit() and not path.exists():
+        chat.resume_kept(int(argument[:19]))
+    else:
+        chat.resume(path)
+
+
+def _history(chat: Chat, argument: str) -> None:
+    if argument:
+        found = chat.history.search(argument, LISTED)
+        rows = [(each.conversation.id, f"{each.role}: {each.excerpt}") for each in found]
+    else:
+        rows = [(each.id, each.title) for each in chat.history.conversations(LISTED)]
+    if not rows:
+        _say(chat, "Nothing was found." if argument else "There is no conversation yet.")
+        return
+    width = len(str(max(id for id, _ in rows)))
+    lines = [f"{id:{width}}  {one_line(text)}" for id, text in rows]
+    _say(chat, "\n".join([*lines, "Go on with one: /load ID"]))
 
 
 def _set(chat: Chat, argument: str) -> None:
@@ -212,7 +232,8 @@ COMMANDS = {
     "paste": ChatCommand(_paste, "[TEXT]", "show a screenshot, or files, from the clipboard"),
     "drop": ChatCommand(_drop, "", "send no file with the next message after all"),
     "save": ChatCommand(_save, "[FILE]", "save the conversation", "files"),
-    "load": ChatCommand(_load, "FILE", "go on with a saved conversation", "files"),
+    "load": ChatCommand(_load, "FILE|ID", "go on with a saved or kept conversation", "files"),
+    "history": ChatCommand(_history, "[WORDS]", "list conversations, or find words in them"),
     "set": ChatCommand(_set, "[NAME [VALUE|default]]", "show or change settings", "settings"),
     "stats": ChatCommand(_stats, "", "tokens and speed of the last reply, context used"),
     "tools": ChatCommand(_tools, "[FILE|off]", "show, load or drop tools to call", "files"),

@@ -9,25 +9,24 @@ from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import MediaError, PhimlxError, SessionError, clipped, shortened
 from phimlx.files import read_json_value, translate_write_errors, write_file
+from phimlx.history.messages import (
+    FORMAT,
+    KINDS,
+    VERSION,
+    Message,
+    check_messages,
+    files_of,
+    text_of,
+)
 from phimlx.prompt.tools import read_tools
-from phimlx.terminal.attachments import KINDS, Attachment, digest, in_order
+from phimlx.terminal.attachments import Attachment, digest, in_order
 from phimlx.terminal.output import encode_json
 from phimlx.terminal.sampling_settings import check_settings
 
 if TYPE_CHECKING:
     from phimlx.generation.reply import Reply
+    from phimlx.history.records import Head, Kept, Place
     from phimlx.media.limits import Limits
-
-Message = dict[str, Any]
-
-FORMAT = "phimlx-chat"
-VERSION = 1
-_MESSAGE_KEYS = {
-    "system": {"role", "content"},
-    "user": {"role", "content"},
-    "assistant": {"role", "content", "reasoning", "tool_calls"},
-    "tool": {"role", "content"},
-}
 
 
 @dataclass(frozen=True)
@@ -48,6 +47,8 @@ class Conversation:
     A turn changes the messages only once there is an answer: `ask`, `answer_tools` or `retry`
     begin it, `record` ends it; `abandon` leaves all as it was and keeps what was asked for
     `retry`.
+
+    `place` is where the history keeps it; None until it does.
     """
 
     model: str
@@ -55,7 +56,9 @@ class Conversation:
     settings: dict[str, Any] = field(default_factory=dict)
     tools: list[dict[str, Any]] | None = None
     unanswered: tuple[Message, ...] = ()
+    adapter: str | None = None
     attachments: dict[str, Attachment] = field(default_factory=dict, compare=False, repr=False)
+    place: Place | None = field(default=None, compare=False)
 
     @property
     def system(self) -> str | None:
@@ -72,7 +75,7 @@ class Conversation:
     @property
     def has_media(self) -> bool:
         """Tell whether pictures or sounds were shown."""
-        return any(map(_files, self.messages))
+        return any(map(files_of, self.messages))
 
     def ask(self, text: str, attachments: Sequence[Attachment] = ()) -> Turn:
         """Begin a turn with what the user says, and the files that go with it."""
@@ -153,11 +156,13 @@ class Conversation:
     def clear(self) -> None:
         """Forget what was answered; the system prompt, settings and tools stay.
 
-        A message without answer stays for `retry` too: it may be why there was no room.
+        A message without answer stays for `retry` too: it may be why there was no room. What the
+        history keeps stays there; what follows is another conversation.
         """
+        self.place = None
         self.messages = self.messages[: 0 if self.system is None else 1]
         self.unanswered = tuple(new for new in self.unanswered if new["role"] == "user")
-        kept = {_key(part) for message in self.unanswered for part in _files(message)}
+        kept = {_key(part) for message in self.unanswered for part in files_of(message)}
         self.attachments = {key: self.attachments[key] for key in kept}
 
     def save(self, path: Path, replace: bool = False) -> None:
@@ -171,6 +176,7 @@ class Conversation:
             "format": FORMAT,
             "version": VERSION,
             "model": self.model,
+            "adapter": self.adapter,
             "settings": self.settings,
             "tools": self.tools,
             "messages": self.messages,
@@ -202,45 +208,75 @@ class Conversation:
                 f"{path} has version {shortened(session.get('version'))} of the format; "
                 f"this phimlx reads version {VERSION}."
             )
+        return cls._restore(session, str(path), limits, agree)
+
+    @classmethod
+    def from_history(
+        cls,
+        kept: Kept,
+        limits: Limits | None = None,
+        agree: Callable[[str], bool] = lambda question: False,
+    ) -> Conversation:
+        """Make what the history keeps into a conversation that goes on; errors as of `load`.
+
+        What has no answer is there for `retry`.
+        """
+        from phimlx.history.export import session_object
+
+        place = f"Conversation {kept.place.id}"
+        conversation = cls._restore(session_object(kept), place, limits, agree)
+        said = conversation.messages
+        answered = next(
+            (
+                index + 1
+                for index in range(len(said) - 1, -1, -1)
+                if said[index]["role"] in ("assistant", "system")
+            ),
+            0,
+        )
+        conversation.messages, conversation.unanswered = said[:answered], tuple(said[answered:])
+        conversation.place = kept.place
+        return conversation
+
+    def head(self) -> Head:
+        """Return what the history keeps of it beside its messages."""
+        from phimlx.history.records import Head
+
+        return Head(self.model, self.adapter, self.system, self.settings, self.tools)
+
+    @classmethod
+    def _restore(
+        cls,
+        session: Mapping[str, Any],
+        place: str,
+        limits: Limits | None,
+        agree: Callable[[str], bool],
+    ) -> Conversation:
         try:
             conversation = cls(
                 model=_expect(session, "model", str),
-                messages=_check_messages(_expect(session, "messages", list)),
+                messages=check_messages(_expect(session, "messages", list)),
                 settings=check_settings(_expect(session, "settings", dict)),
                 tools=read_tools(session["tools"]) if session.get("tools") else None,
+                adapter=_expect({"adapter": None, **session}, "adapter", str | None),
             )
         except PhimlxError as error:
-            raise SessionError(f"{path} is damaged: {error}") from None
-        parts = {_key(part): part for message in conversation.messages for part in _files(message)}
-        _ask_to_fetch(path, [part["path"] for part in parts.values()], agree)
+            raise SessionError(f"{place} is damaged: {error}") from None
+        parts = {
+            _key(part): part for message in conversation.messages for part in files_of(message)
+        }
+        _ask_to_fetch(place, [part["path"] for part in parts.values()], agree)
         conversation.attachments = {
-            key: _read_again(path, part, limits) for key, part in parts.items()
+            key: _read_again(place, part, limits) for key, part in parts.items()
         }
         return conversation
-
-
-def text_of(content: Any) -> str:
-    """Return the text of a message, files that go with it as their names."""
-    if isinstance(content, str):
-        return content
-    return "\n".join(
-        part["text"] if part["type"] == "text" else f"[{KINDS[part['type']]} {part['path']}]"
-        for part in content
-    )
-
-
-def _files(message: Message) -> list[dict[str, Any]]:
-    """The parts of a message that stand for files."""
-    content = message["content"]
-    parts = content if isinstance(content, list) else []
-    return [part for part in parts if part["type"] != "text"]
 
 
 def _key(part: Mapping[str, Any]) -> str:
     return f"{part['type']} {part['sha256']} {part.get('frames')}"
 
 
-def _ask_to_fetch(session: Path, places: Sequence[str], agree: Callable[[str], bool]) -> None:
+def _ask_to_fetch(session: str, places: Sequence[str], agree: Callable[[str], bool]) -> None:
     from phimlx.media.limits import source_name
     from phimlx.media.source import is_url
 
@@ -252,7 +288,7 @@ def _ask_to_fetch(session: Path, places: Sequence[str], agree: Callable[[str], b
         )
 
 
-def _read_again(session: Path, part: Mapping[str, Any], limits: Limits | None) -> Attachment:
+def _read_again(session: str, part: Mapping[str, Any], limits: Limits | None) -> Attachment:
     from phimlx.media.source import read_bytes
 
     kind, place = part["type"], part["path"]
@@ -271,66 +307,8 @@ def _read_again(session: Path, part: Mapping[str, Any], limits: Limits | None) -
     )
 
 
-def _expect(session: Mapping[str, Any], key: str, kind: type[Any]) -> Any:
+def _expect(session: Mapping[str, Any], key: str, kind: Any) -> Any:
     value = session.get(key)
     if not isinstance(value, kind):
         raise SessionError(f"{key} is missing or of the wrong type.")
     return value
-
-
-def _check_messages(messages: list[Any]) -> list[Message]:
-    for index, message in enumerate(messages):
-        problem = _problem(message, first=index == 0)
-        if problem:
-            raise SessionError(f"message {index + 1} {problem}.")
-    return messages
-
-
-def _problem(message: Any, first: bool) -> str | None:
-    if not isinstance(message, dict):
-        return "is not an object"
-    role = message.get("role")
-    if not isinstance(role, str) or role not in _MESSAGE_KEYS:
-        return f"has the unknown role {shortened(role)}"
-    if role == "system" and not first:
-        return "is a system prompt that does not come first"
-    content = message.get("content")
-    if isinstance(content, list) and role == "user":
-        if not content or not all(map(_is_part, content)):
-            return "has parts that are neither texts nor files"
-    elif not isinstance(content, str):
-        return "has no text as its content"
-    unknown = sorted(set(message) - _MESSAGE_KEYS[role])
-    if unknown:
-        return f"has the unknown field {shortened(unknown[0])}"
-    if not isinstance(message.get("reasoning", ""), str):
-        return "has reasoning that is not text"
-    calls = message.get("tool_calls", [])
-    if not isinstance(calls, list) or not all(
-        isinstance(call, dict)
-        and set(call) == {"name", "arguments"}
-        and isinstance(call["name"], str)
-        and isinstance(call["arguments"], dict)
-        for call in calls
-    ):
-        return "has tool calls that are not a list of names and arguments"
-    return None
-
-
-def _is_part(part: Any) -> bool:
-    if not isinstance(part, dict):
-        return False
-    kind = part.get("type")
-    if kind == "text":
-        return set(part) == {"type", "text"} and isinstance(part["text"], str)
-    keys = {"type", "path", "sha256", *(["frames"] if kind == "video" else [])}
-    frames = part.get("frames", 1)
-    return (
-        isinstance(kind, str)
-        and kind in KINDS
-        and set(part) == keys
-        and isinstance(part["path"], str)
-        and isinstance(part["sha256"], str)
-        and type(frames) is int
-        and frames > 0
-    )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phimlx.terminal.output import Output, encode_json
 
@@ -34,6 +34,12 @@ def print_reply(answer: Interruptible, output: Output) -> Reply:
     for call in reply.tool_calls:
         output.text(encode_json(call.as_object()))
     return reply
+
+
+def reply_stats(reply: Reply) -> dict[str, Any]:
+    """Make the object of JSON that the history keeps of what a reply took."""
+    made = reply.as_object("")
+    return {**made["stats"], "finish_reason": made["finish_reason"], "seed": made["seed"]}
 
 
 def reply_summary(reply: Reply) -> str:

@@ -21,6 +21,8 @@ from phimlx import api
 from phimlx.checkpoint.array_file import write_array_file
 from phimlx.cli.group import COMMANDS
 from phimlx.errors import GenerationError
+from phimlx.history.records import Head
+from phimlx.history.store import History
 from phimlx.hub.resolve import NANO
 from phimlx.prompt.tools import ToolCall
 from phimlx.transcription import TranscriptSegment
@@ -132,6 +134,20 @@ def kept(text: str, folder: Path) -> str:
     return ""
 
 
+def said_before(text: str) -> str:
+    """A conversation in the history in which everything is hostile."""
+    call = {"name": text, "arguments": {text: text}}
+    said = [
+        {"role": "user", "content": text},
+        {"role": "assistant", "content": text, "reasoning": text, "tool_calls": [call]},
+        {"role": "tool", "content": text},
+    ]
+    with History() as history:
+        history.delete_all()
+        history.put(None, Head(text, None, text, {"stop": [text]}, [call]), said)
+    return ""
+
+
 def a_chat(
     *lines: tuple[str, str], unsent: tuple[str, str] | None = None
 ) -> Callable[[str, Path], list[tuple[str, str]]]:
@@ -192,6 +208,44 @@ ROWS: dict[str, dict[str, Row]] = {
         ),
         "role": Row(lambda text, at: ["chat", "--load", session(text, at, version=text)]),
         "name": Row(lambda text, at: ["chat", "--load", text]),
+        "continued": Row(
+            lambda text, at: [said_before(text), "chat", "--continue"][1:],
+            kind="json",
+            keys=a_chat(),
+        ),
+        "number": Row(lambda text, at: ["chat", "--continue", text]),
+        "kept": Row(
+            lambda text, at: [said_before(text), "chat"][1:],
+            kind="json",
+            keys=a_chat((f"/history{ENTER}", SHOWN), (f"/load 1{ENTER}", "Loaded 3 messages")),
+        ),
+    },
+    "history": {
+        "list": Row(lambda text, at: [said_before(text), "history", "list"][1:], kind="json"),
+        "show": Row(lambda text, at: [said_before(text), "history", "show"][1:], kind="json"),
+        "json": Row(
+            lambda text, at: [said_before(text), "history", "show", "--json"][1:], kind="json"
+        ),
+        "search": Row(
+            lambda text, at: [said_before(text), "history", "search", SHOWN][1:], kind="json"
+        ),
+        "words": Row(lambda text, at: ["history", "search", text], shown=False),
+        "export": Row(
+            lambda text, at: [said_before(text), "history", "export", "--format", "md"][1:],
+            kind="json",
+        ),
+        "file": Row(lambda text, at: [said_before("a"), "history", "export", "-o", text][1:]),
+        "there": Row(
+            lambda text, at: [
+                *(said_before("a"), "history", "export", "-o", write(at / text, "x"))
+            ][1:]
+        ),
+        "number": Row(lambda text, at: ["history", "show", text]),
+        "deleted": Row(
+            lambda text, at: [said_before(text), "history", "delete", "last"][1:],
+            kind="json",
+            keys=lambda text, at: [("[y/N]: ", f"y{ENTER}")],
+        ),
     },
     "generate": {
         "reply": Row(lambda text, at: ["generate", "hi"]),
@@ -420,6 +474,7 @@ def shows(
             with monkeypatch.context() as patch:
                 patch.chdir(folder)
                 patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
+                patch.setenv("PHIMLX_DATA_DIR", str(folder / "data"))
                 patch.setattr(
                     "phimlx.generation.prefix_store.prefixes_folder",
                     lambda: folder / "cache" / "prefixes",

@@ -116,7 +116,7 @@ def test_generation_imports_neither_transformers_nor_mlx_lm() -> None:
 def test_a_folder_that_only_shares_an_alias_does_not_name_the_model(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from phimlx.cli.chat import model_name
+    from phimlx.cli.conversations import model_name
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "nano").mkdir()

@@ -9,10 +9,12 @@ from typing import TYPE_CHECKING, cast
 import pytest
 
 from phimlx.errors import GenerationError, PhimlxError
+from phimlx.history.store import History
 from phimlx.prompt.tools import ToolCall
 from phimlx.terminal.chat import Chat
 from phimlx.terminal.chat_commands import COMMANDS, candidates, run_command
 from phimlx.terminal.conversation import Conversation
+from phimlx.terminal.keeper import Keeper
 from phimlx.terminal.output import Output
 from phimlx.terminal.reply import print_reply
 from tests.terminal.fake_phi import INTERRUPT, FakePhi, Script
@@ -55,6 +57,7 @@ def chat(
     results: list[str | None] | None = None,
     interactive: bool = True,
     conversation: Conversation | None = None,
+    history: History | None = None,
 ) -> Chat:
     """A chat in which those lines were said."""
     held = Chat(
@@ -63,6 +66,7 @@ def chat(
         Output(),
         ScriptedScreen(list(lines), results or [], interactive),
         run_command,
+        keeper=None if history is None else Keeper(history, Output()),
     )
     held.run()
     return held
@@ -134,7 +138,16 @@ def test_settings_reach_the_model_and_can_be_unset(capsys: pytest.CaptureFixture
         ("/undo", "There is nothing to undo.", None),
         ("/retry", "There is nothing to retry.", None),
         ("/save", "Where to? Nothing was saved or loaded before.", "Say /save FILE."),
-        ("/load", "Which file?", "Say /load FILE."),
+        (
+            "/load",
+            "Which one?",
+            "Say /load FILE, or /load ID of those that /history lists.",
+        ),
+        (
+            "/history",
+            "This chat is private: it neither keeps nor reads conversations.",
+            "phimlx history list shows them.",
+        ),
         ("/load none.json", "There is no file none.json.", None),
         ("/tools none.json", "There is no file none.json.", None),
     ],
@@ -341,6 +354,8 @@ def test_a_chat_is_saved_loaded_and_saved_again(
         "seed  3\n"
         f"Saved to {path}.\n"
         "That chat was with fake; other goes on with it.\n"
+        "> hi\n"
+        "Hello.\n"
         f"Loaded 2 messages from {path}.\n"
         f"Saved to {path}.\n"
     )

@@ -1,0 +1,25 @@
+"""The folders of this user that phimlx writes to, apart from the caches of models and prompts."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+
+def data_folder() -> Path:
+    """Return the folder of what phimlx keeps: PHIMLX_DATA_DIR, else the system's for user data."""
+    return _folder("PHIMLX_DATA_DIR", "user_data_path")
+
+
+def config_folder() -> Path:
+    """Return the folder of settings: PHIMLX_CONFIG_DIR, else the system's for configuration."""
+    return _folder("PHIMLX_CONFIG_DIR", "user_config_path")
+
+
+def _folder(variable: str, usual: str) -> Path:
+    if named := os.environ.get(variable):
+        return Path(named).expanduser()
+    import platformdirs
+
+    path: Path = getattr(platformdirs, usual)("phimlx", appauthor=False)
+    return path
