@@ -7,6 +7,7 @@ from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
 
+from prometheus_client import CONTENT_TYPE_LATEST
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
@@ -39,13 +40,20 @@ class App:
 
     def __init__(self, settings: ServerSettings, key: str | None = None) -> None:
         self._settings = settings
-        routes = [Route("/health", health), *(r for own, _ in DIALECTS.values() for r in own)]
+        routes = [
+            Route("/health", health),
+            Route("/metrics", metrics),
+            *(r for own, _ in DIALECTS.values() for r in own),
+        ]
         self._router = Router(routes, redirect_slashes=False)
-        self._guard = Guard(self._router, settings, key, error_shape)
+        self._guard = Guard(self._router, settings, key, error_shape, self._count)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         scope["app"] = self
         await self._guard(scope, receive, send)
+
+    def _count(self, path: str, status: int, seconds: float) -> None:
+        self.service.metrics.count_request(path, status, seconds)
 
     @asynccontextmanager
     async def started(self) -> AsyncIterator[None]:
@@ -92,6 +100,11 @@ async def health(request: Request) -> Response:
         },
         200 if state == "ok" else 503,
     )
+
+
+async def metrics(request: Request) -> Response:
+    """`GET /metrics`: what Prometheus reads."""
+    return Response(request.app.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
 async def _sweep(models: Models) -> None:

@@ -47,6 +47,7 @@ class Guard:
 
     Args:
         shape: makes the body of an error, given the request's path.
+        count: called with the path of the route, the status and the seconds of each request.
     """
 
     def __init__(
@@ -55,11 +56,13 @@ class Guard:
         settings: ServerSettings,
         key: str | None,
         shape: Callable[[str, RequestError], dict[str, Any]],
+        count: Callable[[str, int, float], object],
     ) -> None:
         self._app = app
         self._settings = settings
         self._key = key
         self._shape = shape
+        self._count = count
         self._names = {host.lower() for host in settings.allowed_hosts}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -104,6 +107,8 @@ class Guard:
             log.info("%s: the client has gone", request_id)
         finally:
             seconds = time.monotonic() - started
+            route = scope.get("route")
+            self._count("other" if route is None else route.path, status, seconds)
             access.info(
                 "%s %s %s %d %.3fs", request_id, scope["method"], scope["path"], status, seconds
             )

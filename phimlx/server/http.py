@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from phimlx.server.errors import bad_request, json_type_error
 
 PING_SECONDS = 10.0
+DEEPEST = 100  # levels of a body's JSON
 
 
 class Body(BaseModel):
@@ -39,6 +40,8 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
         raise bad_request("The body is not JSON.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("The body is not a JSON object.", code="invalid_json")
+    if _is_deep(value):
+        raise bad_request(f"The body is nested more than {DEEPEST} deep.", code="invalid_json")
     try:
         return kind.model_validate(without_nulls(value))
     except ValidationError as error:
@@ -48,6 +51,18 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
 def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     """Leave out fields that are null, which many clients send for what they do not set."""
     return {name: each for name, each in value.items() if each is not None}
+
+
+def _is_deep(value: Any) -> bool:
+    level = [value]
+    for _ in range(DEEPEST):
+        level = [
+            inner
+            for each in level
+            if isinstance(each, dict | list)
+            for inner in (each.values() if isinstance(each, dict) else each)
+        ]
+    return bool(level)
 
 
 def event(data: Any, name: str | None = None) -> bytes:

@@ -13,9 +13,11 @@ from phimlx.errors import PhimlxError, SettingsError
 from phimlx.files import read_text, reason
 from phimlx.server.app import App
 from phimlx.server.guard import is_loopback
+from phimlx.server.protocol import TimedProtocol
 from phimlx.server.settings import ServerSettings
 
 IDLE_SECONDS = 75
+CONNECTIONS = 200  # at once; macOS gives a process 256 descriptors unless asked for more
 
 
 def read_key(settings: ServerSettings, environment: str | None) -> str | None:
@@ -66,6 +68,8 @@ class Server(uvicorn.Server):
         self.application = app
         config = uvicorn.Config(
             app,
+            http=TimedProtocol,
+            limit_concurrency=CONNECTIONS,
             lifespan="off",
             log_config=None,
             access_log=False,

@@ -5,9 +5,11 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import AsyncExitStack, asynccontextmanager
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Any
+
+import mlx.core as mx
 
 from phimlx.generation.options import GenerationOptions
 from phimlx.generation.prompt_reader import Prompt
@@ -15,6 +17,7 @@ from phimlx.generation.reply import Chunk, Reply
 from phimlx.generation.request import Request
 from phimlx.media.limits import Limits
 from phimlx.server.errors import RequestError, bad_request, overloaded
+from phimlx.server.metrics import Metrics
 from phimlx.server.models import Loaded, Models
 from phimlx.server.settings import MIB, ServerSettings
 from phimlx.server.worker import Generation, Worker
@@ -92,6 +95,7 @@ class Service:
     Attributes:
         settings, models, worker: as given.
         running: replies that are under way, those that wait for their turn among them.
+        metrics: what has been counted.
         draining: whether the server is about to stop, and takes no more.
     """
 
@@ -101,6 +105,14 @@ class Service:
         self.worker = worker
         self.running = 0
         self.draining = False
+        self.metrics = Metrics(
+            {
+                "replies_running": ("Replies under way or waiting.", lambda: self.running),
+                "models_loaded": ("Models in memory.", lambda: len(models.loaded)),
+                "worker_restarts": ("Failures of the worker.", lambda: worker.restarts),
+                "memory_bytes": ("Memory that arrays take.", mx.get_active_memory),
+            }
+        )
         self._threads = ThreadPoolExecutor(PREPARING, "phimlx-prompt")
 
     @asynccontextmanager
@@ -117,22 +129,30 @@ class Service:
         self._admit(ask.n)
         self.running += ask.n
         try:
-            async with AsyncExitStack() as held:
-                loaded = await held.enter_async_context(self.models.use(ask.model))
+            async with self.models.use(ask.model) as loaded:
                 requests = await self._prepare(loaded, ask)
                 generations = [Generation(each, loaded.phi.engine) for each in requests]
+                seconds = self.settings.request_seconds
+                deadline = asyncio.get_running_loop().call_later(seconds, self._expire, generations)
                 try:
                     await self.worker.add(generations)
                     yield Answer(loaded, generations)
                 finally:
+                    deadline.cancel()
                     for generation in generations:
                         if not generation.request.finished:
                             self.worker.cancel(generation)
+                        self.metrics.count_reply(generation.request)
         finally:
             self.running -= ask.n
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _expire(self, generations: Sequence[Generation]) -> None:
+        for generation in generations:
+            generation.error = RequestError(504, "The request took too long.", code="timeout")
+            self.worker.cancel(generation)
 
     def _admit(self, count: int) -> None:
         if self.draining:
