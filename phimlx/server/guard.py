@@ -25,6 +25,7 @@ access = logging.getLogger("phimlx.access")
 
 BODY_SECONDS = 60.0  # for a client to send a body, or to read what is sent
 OPEN_PATHS = ("/health",)
+CLOSE = {"connection": "close"}  # for what is left of a body is nobody's
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?", re.IGNORECASE)
 
 ErrorShape = Callable[[RequestError], dict[str, Any]]
@@ -183,7 +184,7 @@ class Guard:
         most = self._settings.max_body
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > most:
-            raise RequestError(413, f"The body is larger than {most >> 20} MiB.", code="too_large")
+            raise _too_large(most)
         parts, size = [], 0
         try:
             async with asyncio.timeout(BODY_SECONDS):
@@ -194,13 +195,18 @@ class Guard:
                     parts.append(message.get("body", b""))
                     size += len(parts[-1])
                     if size > most:
-                        raise RequestError(
-                            413, f"The body is larger than {most >> 20} MiB.", code="too_large"
-                        )
+                        raise _too_large(most)
                     if not message.get("more_body", False):
                         return b"".join(parts)
         except TimeoutError:
-            raise RequestError(408, "The body did not come in time.", code="timeout") from None
+            raise RequestError(
+                408, "The body did not come in time.", code="timeout", headers=CLOSE
+            ) from None
+
+
+def _too_large(most: int) -> RequestError:
+    message = f"The body is larger than {most >> 20} MiB."
+    return RequestError(413, message, code="too_large", headers=CLOSE)
 
 
 def _is_address(host: str) -> bool:

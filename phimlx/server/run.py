@@ -24,11 +24,14 @@ def read_key(settings: ServerSettings, environment: str | None) -> str | None:
     """Find the key that clients must send: given, in a file, or in the environment.
 
     Raises:
-        SettingsError: where the file cannot be read, or anyone could ask from beyond this machine.
+        SettingsError: where the file cannot be read or is empty, or anyone could ask from beyond
+            this machine.
     """
     key = settings.api_key or environment or None
     if settings.api_key_file is not None:
         key = read_text(Path(settings.api_key_file), SettingsError, limit=1 << 14).strip()
+        if not key:
+            raise SettingsError(f"{settings.api_key_file} holds no key.", hint="Write one into it.")
     if key is None and not is_loopback(settings.host) and not settings.no_auth:
         raise SettingsError(
             f"At {settings.host} anyone on the network could ask.",
