@@ -198,7 +198,7 @@ def test_a_server_that_stops_takes_nothing_more() -> None:
 
 
 def test_a_request_that_takes_too_long_is_ended() -> None:
-    with running(request_seconds=0.05) as server:
+    with running(request_seconds=0.001) as server:
         answer = server.post(PATH, ask(max_tokens=1000, temperature=1.5, seed=1))
         assert (answer.status_code, answer.json()["error"]["code"]) == (504, "timeout")
         assert server.app.service.running == 0
