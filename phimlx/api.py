@@ -16,7 +16,7 @@ from phimlx.errors import CacheError, ConfigError, GenerationError, shortened
 from phimlx.files import translate_read_errors
 from phimlx.generation.engine import Engine
 from phimlx.generation.generation_config import GenerationConfig
-from phimlx.generation.options import GenerationOptions, PromptOptions
+from phimlx.generation.options import SEEDS, GenerationOptions, PromptOptions
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.prompt_reader import Prompt, PromptReader
 from phimlx.generation.reply import Reply, ReplyReader
@@ -182,10 +182,11 @@ class Phi:
             prompt: a text (one user message), a list of messages
                 (`{"role": "user", "content": "…"}`), or token ids, taken as they are. May be left
                 out where there is audio: a spoken question.
-            options: images, audio, video, frames, limits, tools, raw, max_tokens, temperature,
-                top_p, top_k, min_p, repetition_penalty, presence_penalty, frequency_penalty,
-                logit_bias, logprobs, top_logprobs, prompt_logprobs, stop, seed, cache, kv_bits,
-                on_prefill, prompt_lookup; see `phimlx.generation.options.GenerationOptions`.
+            options: images, audio, video, frames, limits, tools, raw, continue_final_message,
+                max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
+                frequency_penalty, logit_bias, logprobs, top_logprobs, prompt_logprobs, stop, seed,
+                cache, kv_bits, on_prefill, prompt_lookup; see
+                `phimlx.generation.options.GenerationOptions`.
 
         Raises:
             PromptError, TokenizerError: where the prompt cannot be made into tokens.
@@ -307,9 +308,28 @@ class Phi:
 
         Args:
             prompt: as for `stream`.
-            options: images, audio, video, frames, limits, tools, raw.
+            options: images, audio, video, frames, limits, tools, raw, continue_final_message.
         """
         return self._reader.read(prompt, PromptOptions(**options))[0]
+
+    def requests(self, prompt: Prompt, options: GenerationOptions, n: int) -> list[Request]:
+        """Make requests for `n` replies to one prompt, whose seeds follow each other.
+
+        Each has the reply that a request alone has with its seed. Errors as `stream` raises them.
+
+        Raises:
+            GenerationError: for an `n` that is no count, or several with one cache.
+        """
+        if isinstance(n, bool) or not isinstance(n, int) or n < 1:
+            raise GenerationError(f"n is {shortened(n)}; it must be 1 or more.")
+        if n > 1 and options.cache is not None:
+            raise GenerationError(
+                "A cache serves one reply at a time, and n asks for several.",
+                hint="Leave one of them out.",
+            )
+        seed = options.chosen_seed()
+        seeds = [(seed + choice) % SEEDS for choice in range(n)]
+        return self._make_requests(prompt, options, self.sampling, seeds)
 
     def request(
         self, prompt: Prompt, options: GenerationOptions, sampling: Sampling | None = None
@@ -319,46 +339,63 @@ class Phi:
         Args:
             sampling: settings for what `options` leave out; the model's own where None.
         """
-        sampling = options.sampling(sampling or self.sampling)
+        seeds = [options.chosen_seed()]
+        return self._make_requests(prompt, options, sampling or self.sampling, seeds)[0]
+
+    def _make_requests(
+        self,
+        prompt: Prompt,
+        options: GenerationOptions,
+        usual: Sampling,
+        seeds: Sequence[int],
+    ) -> list[Request]:
+        """Make a request for each seed, of a prompt that is read once."""
+        sampling = options.sampling(usual)
         self._check_bias(sampling)
         check_kv_bits(options.kv_bits, self.model.config.head_dim)
-        stops = StopStrings(options.stop)
-        if stops.stops:
+        own = StopStrings(options.stop).stops
+        if own:
             self._reader.text_tokenizer()
         if options.cache is not None:
             options.cache.check(self.model, options.kv_bits)
         tokens, media = self._reader.read(prompt, options)
-        stops = StopStrings((*stops.stops, *self._reader.stop_strings(prompt, options)))
-        return Request(
-            tokens,
-            Sampler(sampling, options.chosen_seed(), tokens),
-            self._room(len(tokens), options),
-            self.eos,
-            media,
-            self._reply_reader(tokens, stops, options.tools),
-            options.cache,
-            options.on_prefill,
-            options.prompt_lookup,
-            options.kv_bits,
-            options.top_logprobs if options.logprobs else None,
-            options.prompt_logprobs,
-        )
+        stops = (*own, *self._reader.stop_strings(prompt, options))
+        said = self._reader.said(prompt, options)
+        room = self._room(len(tokens), options)
+        return [
+            Request(
+                tokens,
+                Sampler(sampling, seed, tokens),
+                room,
+                self.eos,
+                media,
+                self._reply_reader(tokens, StopStrings(stops), options.tools, said),
+                options.cache,
+                options.on_prefill,
+                options.prompt_lookup,
+                options.kv_bits,
+                options.top_logprobs if options.logprobs else None,
+                options.prompt_logprobs,
+            )
+            for seed in seeds
+        ]
 
     def _reply_reader(
         self,
         prompt: list[int],
         stops: StopStrings,
         tools: Sequence[Mapping[str, Any]] | None,
+        said: str,
     ) -> ReplyReader | None:
         if self.tokenizer is None:
             return None
         from phimlx.prompt.reply_parser import ReplyParser
 
         opened = self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
-        parser = ReplyParser(tools=bool(tools), starts_in_reasoning=opened)
+        parser = ReplyParser(tools=bool(tools), starts_in_reasoning=opened, said=said)
         control = self.tokenizer.control_tokens.items()
         hidden = frozenset(token for name, token in control if name not in STRUCTURE)
-        return ReplyReader(self.tokenizer, parser, stops, hidden)
+        return ReplyReader(self.tokenizer, parser, stops, hidden, at_start=not said)
 
     def _check_bias(self, sampling: Sampling) -> None:
         vocabulary = self.model.config.vocab_size

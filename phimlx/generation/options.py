@@ -15,6 +15,8 @@ from phimlx.generation.sampler import Sampling
 if TYPE_CHECKING:
     from phimlx.generation.prompt_cache import PromptCache
 
+SEEDS = 2**64  # how many there are
+
 
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(MediaInputs):
@@ -23,10 +25,13 @@ class PromptOptions(MediaInputs):
     Attributes:
         tools: function definitions that the model may call.
         raw: take a text as it is, without template, its control tokens recognised.
+        continue_final_message: the last message, which is the assistant's, is the beginning of the
+            reply: its turn stays open, and the reply's text is what follows.
     """
 
     tools: Sequence[Mapping[str, Any]] | None = None
     raw: bool = False
+    continue_final_message: bool = False
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -113,4 +118,4 @@ def _check_top(name: str, value: Any) -> None:
 
 
 def _is_seed(value: Any) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**64
+    return isinstance(value, int) and not isinstance(value, bool) and 0 <= value < SEEDS

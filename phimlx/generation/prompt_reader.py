@@ -79,6 +79,14 @@ class PromptReader:
         written = written or any(isinstance(item, Mapping) for item in prompt[:1])
         return self.template.stop if written else ()
 
+    def said(self, prompt: Prompt, options: PromptOptions) -> str:
+        """What the reply's turn already says, of a prompt that has been read."""
+        if not options.continue_final_message:
+            return ""
+        from phimlx.prompt.messages import read_messages
+
+        return read_messages(cast("Sequence[Mapping[str, Any]]", prompt))[-1].content
+
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises TokenizerError where there is none."""
         if self.tokenizer is None:
@@ -107,15 +115,22 @@ class PromptReader:
             prompt = [{"role": "user", "content": prompt}]
         if len(prompt) == 0:
             raise PromptError("The prompt is empty.")
+        messages_given = all(isinstance(item, Mapping) for item in prompt)
+        if options.continue_final_message and not messages_given:
+            raise PromptError(
+                "continue_final_message needs messages, of which the last is the assistant's.",
+                hint="Give a raw text as far as it is to go: it is continued in any case.",
+            )
         if isinstance(prompt, str):
             ids = self._encode_raw(prompt, options)
-        elif all(isinstance(item, Mapping) for item in prompt):
+        elif messages_given:
             said = cast("Sequence[Mapping[str, Any]]", prompt)
             messages = read_messages(attach(said, sources["image"], sources["audio"]))
             sources = sources_in(messages)
             if self.placeholders is None and any(sources.values()):
                 raise no_media(self.name)
-            ids = self.template.encode(messages, options.tools)
+            continues = options.continue_final_message
+            ids = self.template.encode(messages, options.tools, True, continues)
         else:
             ids = self._checked(prompt)
         if self.placeholders is None or not any(sources.values()):

@@ -174,11 +174,13 @@ class ReplyReader:
         parser: ReplyParser,
         stops: StopStrings,
         hidden_tokens: Collection[int] = (),
+        at_start: bool = True,
     ) -> None:
-        """`hidden_tokens` are control tokens that are left out of the text."""
+        """`hidden_tokens` are control tokens that are left out of the text; `at_start` where the
+        turn says nothing before."""
         self.parser = parser
         self._stops = stops
-        self._detokenizer = tokenizer.detokenizer(skip=hidden_tokens)
+        self._detokenizer = tokenizer.detokenizer(hidden_tokens, at_start)
         self.said = 0
         self._begins: deque[int] = deque()  # where the text of each further token begins
         self._decoded = self._certain = 0  # characters

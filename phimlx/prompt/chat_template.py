@@ -126,16 +126,25 @@ class ChatTemplate:
         messages: Sequence[Mapping[str, Any] | Message],
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
     ) -> list[int]:
         """Token ids of the conversation.
 
-        With `add_generation_prompt` they end where the assistant's reply begins. A picture or a
-        sound is one placeholder token, of which `media_parts.expand_placeholders` makes as many as
-        it needs.
+        With `add_generation_prompt` they end where the assistant's reply begins; with
+        `continue_final_message` where the words of the last message end, which is the assistant's.
+        A picture or a sound is one placeholder token, of which `media_parts.expand_placeholders`
+        makes as many as it needs.
         Raises PromptError where a message, a tool or the template is at fault.
         """
+        if continue_final_message:
+            messages = read_messages(messages)
+            _check_open(messages[-1])
         rendering = self._prepare(messages, tools)
-        pieces = rendering.encode(rendering.complete_text(add_generation_prompt))
+        if continue_final_message:
+            text = rendering.open_text()
+        else:
+            text = rendering.complete_text(add_generation_prompt)
+        pieces = rendering.encode(text)
         return [token for ids, _, _ in pieces for token in ids]
 
     def render(
@@ -286,6 +295,16 @@ def _offer(conversation: list[Message], tools: str) -> list[Message]:
         )
     offered = replace(conversation[place], tools=tools)
     return [*conversation[:place], offered, *conversation[place + 1 :]]
+
+
+def _check_open(message: Message) -> None:
+    """Raises PromptError where a reply cannot go on from the message."""
+    problem = f"is of the role {message.role}" if message.role != "assistant" else "calls a tool"
+    if message.role != "assistant" or message.tool_calls:
+        raise PromptError(
+            f"The last message {problem}, so that no reply can continue it.",
+            hint="Let the conversation end with text of the assistant.",
+        )
 
 
 def _content(token: Any) -> str | None:

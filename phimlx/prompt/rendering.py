@@ -14,6 +14,7 @@ from phimlx.prompt.sandbox.escape import ControlTokenEscaper
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 PROBE = "qpzvkxw"  # a word that no conversation holds
+END = "xwkvzpq"  # and another
 
 
 class Renders(Protocol):
@@ -63,6 +64,23 @@ class Rendering:
                         f"place for the role {turn['role']} there.",
                         hint="Put what it says into a user's message.",
                     )
+        return text
+
+    def open_text(self) -> str:
+        """Render all turns up to where the last one's words end: the turn goes on there.
+
+        Raises:
+            PromptError: where the template leaves a message out, or changes the last one.
+        """
+        *before, last = self.turns
+        marked = replace(self, turns=[*before, last | {"content": last["content"] + END}])
+        text, _, _ = marked.complete_text(add_generation_prompt=False).rpartition(END)
+        if not text.endswith(last["content"].lstrip()):
+            raise PromptError(
+                f"messages[{len(before)}] cannot be continued: the model's chat template leaves "
+                "out some of it.",
+                hint="Give it without the reasoning, or let the model begin its reply anew.",
+            )
         return text
 
     def encode(self, text: str, start: int = 0) -> Iterator[tuple[list[int], int, bool]]:

@@ -56,7 +56,8 @@ class ReplyParser:
 
     Reasoning is what stands between `<think>` and `</think>` at the very start of the reply, or up
     to `</think>` with `starts_in_reasoning`; all of the reply where it is never closed. White space
-    around the two tags is dropped.
+    around the two tags is dropped. A reply that continues what was `said` goes on in its reasoning,
+    or behind it.
 
     With `tools`, calls are read from `<|tool_call|>[…]<|/tool_call|>` and `functools[…]`: a list of
     `{"name": …, "arguments": {…}}`, or one of them alone. They go to `tool_calls` and leave the
@@ -67,7 +68,7 @@ class ReplyParser:
     time in proportion to its own length; `text` and `reasoning` are joined when they are read.
     """
 
-    def __init__(self, tools: bool, starts_in_reasoning: bool = False) -> None:
+    def __init__(self, tools: bool, starts_in_reasoning: bool = False, said: str = "") -> None:
         self.tool_calls: list[ToolCall] = []
         self.warnings: list[str] = []
         self._tools = tools
@@ -85,6 +86,8 @@ class ReplyParser:
         self._quoted = False
         # Each step takes what it can decide from `_held` and says whether it is done with it.
         self._step: Callable[[], bool] = self._reason_start if starts_in_reasoning else self._start
+        if said.strip():
+            self._step = self._step_behind(said)
 
     @property
     def text(self) -> str:
@@ -139,6 +142,15 @@ class ReplyParser:
         follows = self._take_blank()
         self._blank.clear()
         return follows
+
+    def _step_behind(self, said: str) -> Callable[[], bool]:
+        """Choose what comes next behind words that are there already."""
+        if not said.lstrip().startswith(THINK):
+            return self._text
+        thought, closed, answer = said.partition(END_THINK)
+        if closed:
+            return self._text if answer.strip() else self._text_start
+        return self._reason_start if thought.strip() == THINK else self._reason
 
     def _start(self) -> bool:
         """Tell whether the reply opens with reasoning."""

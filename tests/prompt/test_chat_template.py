@@ -12,7 +12,13 @@ from hypothesis import strategies as st
 
 from phimlx.errors import PromptError
 from phimlx.prompt.chat_template import ChatTemplate
-from phimlx.prompt.published_templates import MINI, MINI_REASONING, PHI4, REASONING
+from phimlx.prompt.published_templates import (
+    MINI,
+    MINI_REASONING,
+    PHI4,
+    REASONING,
+    named_template,
+)
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.prompt.tools import ToolCall
 from tests.prompt.conftest import MINI_TOKENS, Make, spelled
@@ -86,6 +92,71 @@ def test_built_in_templates_are_the_published_ones(models: Models, source: str, 
     for case in cases:
         ids = template.encode(case["messages"], add_generation_prompt=case["add_generation_prompt"])
         assert ids == case["ids"]
+
+
+def test_a_last_message_is_left_open(models: Models) -> None:
+    """Its ids are transformers', up to where the turn ends."""
+    checked = 0
+    for case in GOLDENS:
+        role, content = case["messages"][-1]["role"], case["messages"][-1]["content"]
+        if role != "assistant" or case["add_generation_prompt"] or content != content.rstrip():
+            continue  # phi-4's tokens swallow white space before them
+        tokenizer, template = models[case["model"]]
+        names = ("<|end|>", "<|im_end|>", "<|endoftext|>")
+        ends = {
+            tokenizer.control_tokens[name] for name in names if name in tokenizer.control_tokens
+        }
+        ids = list(case["ids"])
+        while ids[-1] in ends:
+            ids.pop()
+        assert template.encode(case["messages"], continue_final_message=True) == ids
+        checked += 1
+    assert checked >= 5
+
+
+@pytest.mark.parametrize("said", ["2", "e", "<|end|>", " 2 \n", "xw", "<think>hm", "<|assistant|"])
+def test_what_a_last_message_says_is_the_end_of_the_prompt(models: Models, said: str) -> None:
+    for name, (tokenizer, template) in models.items():
+        messages = [user("1+1?"), {"role": "assistant", "content": said}]
+        prompt = template.encode(messages[:1])
+        ids = template.encode(messages, continue_final_message=True)
+        assert ids[: len(prompt)] == prompt, name
+        assert tokenizer.decode(ids[len(prompt) :]).lstrip() == said.lstrip(), name
+
+
+def test_a_form_without_roles_is_left_open_too(make_folder: Make) -> None:
+    folder = make_folder(template=named_template("phi-2").text)
+    template = ChatTemplate.load(folder, tokenizer := Tokenizer.load(folder))
+    messages = [user("1+1?"), {"role": "assistant", "content": "It is "}]
+    ids = template.encode(messages, continue_final_message=True)
+    assert tokenizer.decode(ids) == "Instruct: 1+1?\nOutput: It is "
+
+
+@pytest.mark.parametrize(
+    ("message", "text"),
+    [
+        (user("more"), "The last message is of the role user, so that no reply can continue it."),
+        (
+            {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {}}]},
+            "The last message calls a tool, so that no reply can continue it.",
+        ),
+    ],
+)
+def test_what_no_reply_can_continue(models: Models, message: dict[str, Any], text: str) -> None:
+    with pytest.raises(PromptError) as error:
+        models["phi-4-mini"][1].encode([user("Hi"), message], continue_final_message=True)
+    assert str(error.value) == text
+
+
+def test_a_template_that_drops_thoughts_cannot_continue_them(make_folder: Make) -> None:
+    source = "{% for m in messages %}{{ m.content.split('</think>')[-1] }}<|end|>{% endfor %}"
+    template = tiny_chat(make_folder, source)
+    messages = [user("Hi"), {"role": "assistant", "content": "<think>hm</think>So"}]
+    with pytest.raises(PromptError, match=r"^messages\[1\] cannot be continued: "):
+        template.encode(messages, continue_final_message=True)
+    messages[1]["content"] = "So"
+    ids = template.encode(messages, continue_final_message=True)
+    assert ids == template.encode(messages)[:-1]
 
 
 def test_reasoning_prompt(models: Models) -> None:

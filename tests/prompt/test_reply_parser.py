@@ -167,6 +167,37 @@ def test_a_reply_that_starts_in_reasoning(reply: str, reasoning: str, text: str)
     assert (parser.reasoning, parser.text) == (reasoning, text)
 
 
+@pytest.mark.parametrize(
+    ("said", "reply", "reasoning", "text"),
+    [
+        ("The answer", " is 7.", "", " is 7."),
+        ("The answer", "<think>is</think> 7.", "", "<think>is</think> 7."),
+        (" \n", "<think> a </think> b", "a", "b"),
+        ("<think>", "\nhm </think> 7", "hm", "7"),
+        ("<think>\nLet me", " see.\n</think>\n7", " see.", "7"),
+        ("<think>\nLet me ", "\n see", "\n see", ""),
+        ("<think>hm</think>", "\n\n7", "", "7"),
+        ("<think>hm</think>\n7", "\n8", "", "\n8"),
+        ("So <think>", " a</think>b", "", " a</think>b"),
+    ],
+)
+def test_a_reply_that_continues(said: str, reply: str, reasoning: str, text: str) -> None:
+    for pieces in ([reply], reply):
+        parser = ReplyParser(tools=True, said=said)
+        for piece in pieces:
+            parser.feed(piece)
+        parser.finish()
+        assert (parser.reasoning, parser.text) == (reasoning, text)
+
+
+def test_calls_after_what_was_said() -> None:
+    parser = ReplyParser(tools=True, said="<think>hm")
+    parser.feed(f" yes</think>Let me look.{TAG}[{CALL}]{END}")
+    parser.finish()
+    assert (parser.reasoning, parser.text) == (" yes", "Let me look.")
+    assert parser.tool_calls == [WEATHER]
+
+
 def test_calls_after_reasoning() -> None:
     parser = read(f"<think>I need it.</think>\n{TAG}[{CALL}]{END}")
     assert (parser.reasoning, parser.text, parser.tool_calls) == ("I need it.", "", [WEATHER])

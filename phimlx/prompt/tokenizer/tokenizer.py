@@ -141,14 +141,14 @@ class Tokenizer:
         """
         return self.detokenizer(skip).whole(ids)
 
-    def detokenizer(self, skip: Collection[int] = ()) -> Detokenizer:
-        """A decoder for ids that arrive one at a time."""
+    def detokenizer(self, skip: Collection[int] = (), at_start: bool = True) -> Detokenizer:
+        """A decoder for ids that arrive one at a time; `at_start` where no text is before them."""
         vocabulary = self._vocabulary
         return Detokenizer(
             self.token_bytes,
             skip,
             sentencepiece=vocabulary.sentencepiece,
-            drops_space=vocabulary.drops_space,
+            drops_space=vocabulary.drops_space and at_start,
         )
 
     def token_bytes(self, token: int) -> bytes:

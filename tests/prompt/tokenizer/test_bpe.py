@@ -224,6 +224,16 @@ def test_text_is_the_librarys_whole_and_streamed(phi3: tuple[Tokenizer, Any]) ->
             assert "".join([*map(stream.add, ids), stream.finish()]) == expected, ascii(text)
 
 
+def test_text_behind_other_text_keeps_its_space(phi3: tuple[Tokenizer, Any]) -> None:
+    ours, library = phi3
+    before = ours.encode("a bad cab")
+    for text in (" a", "a", "  bad", " 日本"):
+        ids = ours.encode(text, at_start=False)
+        stream = ours.detokenizer(at_start=False)
+        streamed = "".join([*map(stream.add, ids), stream.finish()])
+        assert library.decode(before) + streamed == library.decode([*before, *ids])
+
+
 @example([3 + 0xE4, 3 + 0xBD])
 @given(st.lists(st.integers(0, 710), max_size=20))
 @settings(
