@@ -16,6 +16,7 @@ from phimlx.media.subtitles import Cue
 from phimlx.prompt.media_parts import no_media
 
 if TYPE_CHECKING:
+    from phimlx.generation.reply import Reply
     from phimlx.generation.stream import Stream
     from phimlx.media.audio_file import AudioSource
     from phimlx.media.segments import Segment
@@ -125,29 +126,38 @@ def _segments(
 ) -> Iterator[TranscriptSegment]:
     words = len(phi.encode(asked))
     for segment in segments:
-        sounds = token_count(frame_count(len(segment.samples), segment.rate))
-        room = phi.context_length - words - sounds
-        wanted = SPARE_TOKENS + math.ceil(TOKENS_PER_SECOND * (segment.end - segment.start))
-        with phi.stream(
-            asked,
-            audio=segment.clip,
-            max_tokens=max(1, min(wanted, room)),
-            temperature=0,
-            cache=cache,
-        ) as stream:
-            yield _segment(phi, segment, stream)
+        options = listening(phi, segment, words)
+        with phi.stream(asked, **options, temperature=0, cache=cache) as stream:
+            for _ in stream:
+                cut = cut_loop(phi, segment, stream.reply)
+                if cut is not None:
+                    break
+            else:
+                cut = understood(segment, stream.reply)
+        yield cut
 
 
-def _segment(phi: SpeechModel, segment: Segment, stream: Stream) -> TranscriptSegment:
-    """An answer with its times; a loop is cut after its first round."""
-    reply = stream.reply
-    for _ in stream:
-        repeated = looping(reply.tokens)
-        if repeated and phi.tokenizer is not None:
-            control = phi.tokenizer.control_tokens.values()
-            text = phi.tokenizer.decode(reply.tokens[:-repeated], skip=set(control))
-            return TranscriptSegment(segment.start, segment.end, text.strip(), "loop")
+def listening(phi: SpeechModel, segment: Segment, question_tokens: int) -> dict[str, Any]:
+    """Options of a request about a segment: its sound, and how long the answer may be."""
+    sounds = token_count(frame_count(len(segment.samples), segment.rate))
+    room = phi.context_length - question_tokens - sounds
+    wanted = SPARE_TOKENS + math.ceil(TOKENS_PER_SECOND * (segment.end - segment.start))
+    return {"audio": segment.clip, "max_tokens": max(1, min(wanted, room))}
+
+
+def understood(segment: Segment, reply: Reply) -> TranscriptSegment:
+    """An answer that has ended, with its times."""
     return TranscriptSegment(segment.start, segment.end, reply.text.strip(), reply.finish_reason)
+
+
+def cut_loop(phi: SpeechModel, segment: Segment, reply: Reply) -> TranscriptSegment | None:
+    """An answer that repeats itself, cut after its first round; None where it does not."""
+    repeated = looping(reply.tokens)
+    if not repeated or phi.tokenizer is None:
+        return None
+    control = phi.tokenizer.control_tokens.values()
+    text = phi.tokenizer.decode(reply.tokens[:-repeated], skip=set(control))
+    return TranscriptSegment(segment.start, segment.end, text.strip(), "loop")
 
 
 def looping(tokens: Sequence[int]) -> int:

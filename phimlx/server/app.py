@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from phimlx.server import openai
+from phimlx.server import openai, transcriptions
 from phimlx.server.errors import RequestError
 from phimlx.server.guard import Guard
 from phimlx.server.models import Models
@@ -24,7 +24,7 @@ from phimlx.server.worker import Worker
 SWEEP_SECONDS = 5.0  # between looks for models that nobody uses
 
 DIALECTS: Mapping[str, tuple[Sequence[Route], Callable[[RequestError], dict[str, Any]]]] = {
-    "/": (openai.ROUTES, openai.error_object),
+    "/": ((*openai.ROUTES, *transcriptions.ROUTES), openai.error_object),
 }
 """Paths that begin so -> routes, and the shape of errors; the longest beginning that fits."""
 

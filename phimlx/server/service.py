@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
-from typing import Any
+from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from phimlx.api import Phi
 from phimlx.generation.options import GenerationOptions
 from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.reply import Chunk, Reply
@@ -19,12 +20,14 @@ from phimlx.media.limits import Limits
 from phimlx.server.errors import RequestError, bad_request, overloaded
 from phimlx.server.metrics import Metrics
 from phimlx.server.models import Loaded, Models
-from phimlx.server.settings import MIB, ServerSettings
+from phimlx.server.settings import ServerSettings
 from phimlx.server.worker import Generation, Worker
 
 PREPARING = 2  # threads that make prompts of requests
 RETRY_SECONDS = 5
 MAX_CHOICES = 8
+
+Result = TypeVar("Result")
 
 
 @dataclass(frozen=True)
@@ -52,14 +55,21 @@ class Answer:
         generations: one for each choice.
     """
 
-    def __init__(self, loaded: Loaded, generations: Sequence[Generation]) -> None:
+    def __init__(self, loaded: Loaded, generations: Sequence[Generation], worker: Worker) -> None:
         self.model = loaded.served.name
         self.phi = loaded.phi
         self.generations = generations
+        self._worker = worker
 
     @property
     def requests(self) -> list[Request]:
         return [generation.request for generation in self.generations]
+
+    def cancel(self) -> None:
+        """End the replies here; nothing for those that have ended."""
+        for generation in self.generations:
+            if not generation.request.finished:
+                self._worker.cancel(generation)
 
     async def chunks(self) -> AsyncIterator[tuple[int, Chunk]]:
         """Hand over the chunks of all choices as they come, each with its choice's number.
@@ -124,27 +134,47 @@ class Service:
                 fit.
             PhimlxError: where there is no such model, or the prompt or an option is wrong.
         """
-        if not 1 <= ask.n <= MAX_CHOICES:
-            raise bad_request(f"n is {ask.n}; it must be from 1 to {MAX_CHOICES}.", "n")
-        self._admit(ask.n)
-        self.running += ask.n
+        async with self.hold(ask.model, ask.n) as loaded, self.begin(loaded, ask) as answer:
+            yield answer
+
+    @asynccontextmanager
+    async def hold(self, model: str, count: int = 1) -> AsyncIterator[Loaded]:
+        """Hold a model for so many replies at a time; errors as `answer` raises them."""
+        if not 1 <= count <= MAX_CHOICES:
+            raise bad_request(f"n is {count}; it must be from 1 to {MAX_CHOICES}.", "n")
+        self._admit(count)
+        self.running += count
         try:
-            async with self.models.use(ask.model) as loaded:
-                requests = await self._prepare(loaded, ask)
-                generations = [Generation(each, loaded.phi.engine) for each in requests]
-                seconds = self.settings.request_seconds
-                deadline = asyncio.get_running_loop().call_later(seconds, self._expire, generations)
-                try:
-                    await self.worker.add(generations)
-                    yield Answer(loaded, generations)
-                finally:
-                    deadline.cancel()
-                    for generation in generations:
-                        if not generation.request.finished:
-                            self.worker.cancel(generation)
-                        self.metrics.count_reply(generation.request)
+            async with self.models.use(model) as loaded:
+                yield loaded
         finally:
-            self.running -= ask.n
+            self.running -= count
+
+    @asynccontextmanager
+    async def begin(self, loaded: Loaded, ask: Ask) -> AsyncIterator[Answer]:
+        """Begin the replies of a model that is held; errors as `answer` raises them."""
+        requests = await self.run(lambda: self._requests(loaded.phi, ask))
+        generations = [Generation(each, loaded.phi.engine) for each in requests]
+        seconds = self.settings.request_seconds
+        deadline = asyncio.get_running_loop().call_later(seconds, self._expire, generations)
+        answer = Answer(loaded, generations, self.worker)
+        try:
+            await self.worker.add(generations)
+            yield answer
+        finally:
+            deadline.cancel()
+            answer.cancel()
+            for generation in generations:
+                self.metrics.count_reply(generation.request)
+
+    async def run(self, function: Callable[[], Result]) -> Result:
+        """Run what takes a while in another thread; it must compute nothing with MLX."""
+        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+
+    @property
+    def limits(self) -> Limits:
+        """What media of requests may be."""
+        return Limits(max_bytes=self.settings.max_body, allow_urls=self.settings.fetch_media)
 
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
@@ -160,21 +190,9 @@ class Service:
         if self.running + count > self.settings.batch_size + self.settings.queue:
             raise overloaded("Too many requests wait here; try again later.", RETRY_SECONDS)
 
-    async def _prepare(self, loaded: Loaded, ask: Ask) -> list[Request]:
-        """Make the requests in another thread, for pictures and long prompts take a while.
-
-        Nothing of it computes with MLX, whose streams belong to the worker.
-        """
-        options = dict(ask.options)
-        options["limits"] = Limits(max_bytes=64 * MIB, allow_urls=self.settings.fetch_media)
+    def _requests(self, phi: Phi, ask: Ask) -> list[Request]:
+        options = {"limits": self.limits, **ask.options}
         most = self.settings.max_tokens
         if most is not None:
             options["max_tokens"] = min(most, options.get("max_tokens") or most)
-
-        def make() -> list[Request]:
-            first = GenerationOptions(**options)
-            seed = first.chosen_seed()
-            choices = [replace(first, seed=(seed + choice) % 2**64) for choice in range(ask.n)]
-            return [loaded.phi.request(ask.prompt, choice) for choice in choices]
-
-        return await asyncio.get_running_loop().run_in_executor(self._threads, make)
+        return phi.requests(ask.prompt, GenerationOptions(**options), ask.n)
