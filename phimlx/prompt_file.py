@@ -26,6 +26,7 @@ FORMS = '"…", {"prompt": "…"} or {"messages": [{"role": "user", "content": "
 OPTIONS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "stop", "seed", "tools", "images", "audio"),
+    *("logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "continue_final_message"),
 )
 IDS = ("custom_id", "id")
 USED = {"prompt", "messages", "system", "body", *IDS, *OPTIONS}

@@ -55,6 +55,26 @@ def asked(phi: phimlx.Phi, monkeypatch: pytest.MonkeyPatch) -> list[list[int]]:
     return seen
 
 
+def test_lines_ask_for_log_probabilities_and_biases(phi: phimlx.Phi, tmp_path: Path) -> None:
+    """As OpenAI's batch files do: a bias for tokens whose numbers are keys, which are text."""
+    lines = (
+        {"prompt": "Hi", "logprobs": True, "top_logprobs": 2, "max_tokens": 3},
+        {"prompt": "Hi", "logit_bias": {"65": 100}, "max_tokens": 3},
+        {"prompt": "Hi", "prompt_logprobs": 0, "max_tokens": 0},
+        {"prompt": "Hi", "logit_bias": {"65": 1000}},
+        {"messages": [{"role": "assistant", "content": "So"}], "continue_final_message": True},
+    )
+    result = answer_file(phi, write(tmp_path / "in", lines), tmp_path / "out", SETTINGS)
+    assert not result.unused
+    told, biased, scored, refused, _ = rows(tmp_path / "out")
+    assert [len(found["top"]) for found in told["logprobs"]] == [2, 2, 2]
+    assert phi.tokenizer is not None
+    assert biased["text"] == phi.tokenizer.decode([65] * 3)
+    assert scored["prompt_logprobs"][0] is None
+    assert len(scored["prompt_logprobs"]) == len(phi.encode("Hi"))
+    assert refused["error"] == "logit_bias of token '65' is 1000; it must be from -100 to 100."
+
+
 @pytest.mark.parametrize("batch_size", [1, 3, 8])
 def test_each_reply_is_that_of_its_line_alone(
     phi: phimlx.Phi, tmp_path: Path, batch_size: int

@@ -77,6 +77,12 @@ NO_PROMPT = (
 )
 @private_option
 @sampling_options
+@click.option(
+    "--top-logprobs",
+    metavar="N",
+    type=click.IntRange(0, 20),
+    help="Add to the JSON each token's log-probability, and so many of the likeliest, up to 20.",
+)
 @prompt_lookup_option
 @cache_option
 @click.option(
@@ -123,6 +129,7 @@ def command(
     raw: bool,
     continued: bool,
     private: bool,
+    top_logprobs: int | None,
     prompts_file: Path | None,
     output_file: Path | None,
     batch_size: int,
@@ -164,6 +171,8 @@ def command(
     in_file = prompts_file is not None
     if in_file and (words or prompt or image or audio or video):
         raise click.UsageError("With --prompts the file says what is asked, and nothing else does.")
+    if top_logprobs is not None and not (as_json or in_file):
+        raise click.UsageError("--top-logprobs goes with --json or --prompts.")
     spoken = bool(audio) and prompt is None and words is None and not raw
     text = "" if spoken or in_file else read_prompt(prompt, words, raw)
     if continued and (raw or in_file):
@@ -199,13 +208,17 @@ def command(
     files = [(kind, path) for kind, paths in named.items() for path in paths]
     begin = Exchange.next if continued else Exchange.first
     exchange = begin(conversation, text, files, limits, frames, keeper)
+    # Those of this answer alone; the others stay with the conversation.
+    more: dict[str, Any] = {"kv_bits": kv_bits, "top_logprobs": top_logprobs}
+    if top_logprobs is not None:
+        more["logprobs"] = True
     phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
     if prompt_form is not None:
         phi.use_prompt_form(prompt_form)
     if prompts_file is not None and output_file is not None:
         from phimlx.terminal.prompt_file import answer_prompts
 
-        own = given({**conversation.settings, "kv_bits": kv_bits})
+        own = given({**conversation.settings, **more})
         options = {"raw": raw, "tools": tools, "limits": limits, **own}
         about = [
             str(phi.path.resolve()),
@@ -214,8 +227,8 @@ def command(
             str(prompt_form),
             str(rope_scaling),
         ]
-        more = {"system": system, "about": about, "batch_size": batch_size}
-        answer_prompts(phi, prompts_file, output_file, options, output, **more)
+        rest = {"system": system, "about": about, "batch_size": batch_size}
+        answer_prompts(phi, prompts_file, output_file, options, output, **rest)
         return
     prefixes = prefix_store(phi, keeps, output)
     cache = None if prefixes is None else phi.new_cache(kv_bits, prefixes)
@@ -226,7 +239,7 @@ def command(
             tools=tools,
             on_prefill=report,
             **exchange.media,
-            **given({**conversation.settings, "kv_bits": kv_bits, "cache": cache}),
+            **given({**conversation.settings, **more, "cache": cache}),
         )
         exchange.keep_question()
         answer = Interruptible(stream)

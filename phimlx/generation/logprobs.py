@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import mlx.core as mx
 
@@ -29,6 +30,11 @@ class TokenLogprob:
     token: int
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
+
+    def as_object(self) -> dict[str, Any]:
+        """Make an object of JSON."""
+        top = [{"token": token, "logprob": value} for token, value in self.top]
+        return {"token": self.token, "logprob": self.logprob, "top": top}
 
 
 class Logprobs:

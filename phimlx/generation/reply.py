@@ -139,6 +139,13 @@ class Reply:
     def as_object(self, model: str) -> dict[str, Any]:
         """Make an object of JSON, as `phimlx generate --json` prints it; `model` is its name."""
         stats = self.stats
+        told: dict[str, Any] = {}
+        if self.logprobs:
+            told["logprobs"] = [found.as_object() for found in self.logprobs]
+        if self.prompt_logprobs:
+            told["prompt_logprobs"] = [
+                found and found.as_object() for found in self.prompt_logprobs
+            ]
         return {
             "text": self.text,
             "reasoning": self.reasoning,
@@ -147,6 +154,7 @@ class Reply:
             "model": model,
             "seed": self.seed,
             "warnings": list(self.warnings),
+            **told,
             "stats": {
                 "prompt_tokens": stats.prompt_tokens,
                 "cached_tokens": stats.cached_tokens,

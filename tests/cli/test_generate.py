@@ -6,12 +6,14 @@ import json
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 
-from phimlx.cli.generate import NO_PROMPT
+from phimlx.cli.generate import NO_PROMPT, command
 from phimlx.cli.group import cli
 from phimlx.errors import GenerationError, ModelNotFoundError
+from phimlx.generation.logprobs import MAX_TOP
 from phimlx.prompt.tools import ToolCall
 from tests.terminal.fake_phi import INTERRUPT, FakePhi, Script
 
@@ -147,6 +149,19 @@ def test_options_reach_the_model(generate: Generate, tmp_path: Path) -> None:
             "stop": ("a", "b"),
             "prompt_lookup": False,
         }
+    ]
+
+
+def test_log_probabilities_go_with_json(generate: Generate) -> None:
+    flag = next(each for each in command.params if each.name == "top_logprobs")
+    assert isinstance(flag.type, click.IntRange)
+    assert (flag.type.min, flag.type.max) == (0, MAX_TOP)
+    result = generate("--top-logprobs", "2", "Hi")
+    assert result.exit_code == 2
+    assert result.stderr == USAGE.format("--top-logprobs goes with --json or --prompts.")
+    generate("--json", "--top-logprobs", "2", "Hi")
+    assert generate.phi.options == [
+        {"raw": False, "tools": None, "logprobs": True, "top_logprobs": 2}
     ]
 
 

@@ -245,7 +245,15 @@ def test_in_python(phi: phimlx.Phi) -> None:
     assert phi.tokenizer is not None
     said = b"".join(phi.tokenizer.token_bytes(found.token) for found in told)
     assert said.decode() == reply.text
-    assert phi.generate("Hi", max_tokens=3).logprobs == []
+    first = reply.as_object("nano")["logprobs"][0]
+    assert first == {
+        "token": reply.tokens[0],
+        "logprob": reply.logprobs[0].logprob,
+        "top": [{"token": t, "logprob": value} for t, value in reply.logprobs[0].top],
+    }
+    plain = phi.generate("Hi", max_tokens=3)
+    assert plain.logprobs == []
+    assert "logprobs" not in plain.as_object("nano")
 
 
 @pytest.mark.parametrize(
