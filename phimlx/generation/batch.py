@@ -291,9 +291,10 @@ class Batch:
         """
         rows, places, _ = hidden.shape
         unchanged = self._model.head(hidden).reshape(rows * places, -1)  # [rows · places, vocab]
-        logits = mx.array(unchanged)
+        logits = unchanged
         finite = mx.isfinite(logits.max(axis=-1))  # NaN and inf are never less than numbers
         if self._model.placeholders is not None:
+            logits = mx.array(unchanged)  # a copy, since those are scored
             logits[:, mx.array(self._model.placeholders.tokens)] = -mx.inf
         samplers = [request.sampler for request in self.requests]
         if rows == 1:
