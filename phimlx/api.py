@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,9 @@ from phimlx.errors import CacheError, ConfigError, GenerationError, shortened
 from phimlx.files import translate_read_errors
 from phimlx.generation.engine import Engine
 from phimlx.generation.generation_config import GenerationConfig
+from phimlx.generation.grammar.compiler import GrammarCompiler
+from phimlx.generation.grammar.reply_form import Reasoning, ReplyForm
+from phimlx.generation.grammar.schema import reader
 from phimlx.generation.options import SEEDS, GenerationOptions, PromptOptions
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.prompt_reader import Prompt, PromptReader
@@ -33,6 +37,7 @@ from phimlx.models.base import CausalLM
 
 if TYPE_CHECKING:
     from phimlx.adapters.tokenizer import TokenizerChoice
+    from phimlx.generation.grammar.constraint import Constraint
     from phimlx.generation.prefix_file import Source
     from phimlx.generation.prefix_store import PrefixStore
     from phimlx.prompt.chat_template import ChatTemplate
@@ -46,7 +51,8 @@ STOP_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|end|>", "<|im_end|>")
 GREEDY = Sampling()
 
 # Control tokens that carry a reply's structure; every other one is left out of its text.
-STRUCTURE = ("<think>", "</think>", "<|tool_call|>", "<|/tool_call|>")
+THINK = "<think>"
+STRUCTURE = (THINK, "</think>", "<|tool_call|>", "<|/tool_call|>")
 
 
 def load(
@@ -91,6 +97,7 @@ class Phi:
         sampling: the model's own sampling settings, used for what a call leaves out.
         eos: tokens that end a reply.
         is_base: whether the model was trained to complete text, not to answer.
+        reasons: whether the model was trained to think before it answers.
         chat_form: the prompt form in which such a model writes conversations; None for its usual.
         remarks: what of its generation_config.json could not be understood, and how an adapter
             was read.
@@ -132,6 +139,8 @@ class Phi:
         usual = known.sampling if known else {}
         self.sampling = Sampling.defaults(generation_config.values, usual)
         self.eos = self._stop_tokens(generation_config.values, stop)
+        thinks = self.tokenizer is not None and THINK in self.tokenizer.control_tokens
+        self.reasons = thinks or (known is not None and known.reasoning)
 
     def _adapt(self, folder: Path) -> TokenizerChoice:
         """Put an adapter beside the model; tell whose tokenizer goes with it, and remarks."""
@@ -185,7 +194,8 @@ class Phi:
             options: images, audio, video, frames, limits, tools, raw, continue_final_message,
                 max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
                 frequency_penalty, logit_bias, logprobs, top_logprobs, prompt_logprobs, stop, seed,
-                cache, kv_bits, on_prefill, prompt_lookup; see
+                cache, kv_bits, on_prefill, prompt_lookup, schema, regex, grammar,
+                tool_choice; see
                 `phimlx.generation.options.GenerationOptions`.
 
         Raises:
@@ -358,41 +368,76 @@ class Phi:
             self._reader.text_tokenizer()
         if options.cache is not None:
             options.cache.check(self.model, options.kv_bits)
+        form = ReplyForm.read(
+            options.schema, options.regex, options.grammar, options.tools, options.tool_choice
+        )
+        if form is not None:
+            self._reader.text_tokenizer()
+            if options.continue_final_message:
+                raise GenerationError(
+                    "A reply that continues a message cannot be held to a shape, nor call tools.",
+                    hint="Leave out one of them.",
+                )
         tokens, media = self._reader.read(prompt, options)
         stops = (*own, *self._reader.stop_strings(prompt, options))
         said = self._reader.said(prompt, options)
+        calls = bool(options.tools) and options.tool_choice != "none"
         room = self._room(len(tokens), options)
-        return [
+        requests = [
             Request(
                 tokens,
                 Sampler(sampling, seed, tokens),
                 room,
                 self.eos,
                 media,
-                self._reply_reader(tokens, StopStrings(stops), options.tools, said),
+                self._reply_reader(tokens, StopStrings(stops), calls, said),
                 options.cache,
                 options.on_prefill,
                 options.prompt_lookup,
                 options.kv_bits,
                 options.top_logprobs if options.logprobs else None,
                 options.prompt_logprobs,
+                None if form is None else self._constraint(form, tokens),
             )
             for seed in seeds
         ]
+        if options.schema is not None:
+            for request in requests:
+                request.reply.read_answer = reader(options.schema)
+        return requests
+
+    def _constraint(self, form: ReplyForm, prompt: list[int]) -> Constraint:
+        """Hold a reply to its form, after the reasoning that it may begin with."""
+        control = self._reader.text_tokenizer().control_tokens
+        reasoning: Reasoning = "none"
+        if self._opens_reasoning(prompt):
+            reasoning = "opened"
+        elif self.reasons:
+            reasoning = "optional"
+        return self._grammars.compile(form.source(reasoning, control))
+
+    @cached_property
+    def _grammars(self) -> GrammarCompiler:
+        tokenizer = self._reader.text_tokenizer()
+        return GrammarCompiler(tokenizer, self.model.config.vocab_size, self.eos)
+
+    def _opens_reasoning(self, prompt: list[int]) -> bool:
+        tokenizer = self._reader.text_tokenizer()
+        return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
 
     def _reply_reader(
         self,
         prompt: list[int],
         stops: StopStrings,
-        tools: Sequence[Mapping[str, Any]] | None,
+        calls: bool,
         said: str,
     ) -> ReplyReader | None:
         if self.tokenizer is None:
             return None
         from phimlx.prompt.reply_parser import ReplyParser
 
-        opened = self.tokenizer.decode(prompt[-4:]).rstrip().endswith("<think>")
-        parser = ReplyParser(tools=bool(tools), starts_in_reasoning=opened, said=said)
+        opened = self._opens_reasoning(prompt)
+        parser = ReplyParser(tools=calls, starts_in_reasoning=opened, said=said)
         control = self.tokenizer.control_tokens.items()
         hidden = frozenset(token for name, token in control if name not in STRUCTURE)
         return ReplyReader(self.tokenizer, parser, stops, hidden, at_start=not said)

@@ -49,6 +49,10 @@ class GenerationError(PhimlxError):
     """A request that the model cannot serve: too long, or with impossible settings."""
 
 
+class GrammarError(GenerationError):
+    """A schema, regular expression or grammar that no reply can be held to."""
+
+
 class DownloadError(PhimlxError):
     """A model that cannot come to this machine: network, permission or disk."""
 

@@ -64,6 +64,7 @@ HEAVY = {
     "httpx2",
     "huggingface_hub",
     "jinja2",
+    "llguidance",
     "mlx",
     "mlx_lm",
     "numpy",

@@ -32,8 +32,9 @@ class Batch:
     """A batch of requests that are prefilled and decoded together.
 
     A step is one forward pass at most: over a piece of the prompts, or over one token of every
-    row. While a token is read the next one is already being computed. A row leaves when its request
-    has finished.
+    row. While a token is read the next one is already being computed; where rows are held to
+    grammars only the pass is, and the token is chosen when it is known what may come. A row leaves
+    when its request has finished.
 
     The pass of a row that is alone may go over drafted tokens as well, where the text repeats
     itself; those that the sampler draws too are the tokens of the next steps. The next pass then
@@ -106,8 +107,10 @@ class Batch:
         for request, (token, logprob) in zip(self.requests, drawn, strict=True):
             if token == NOT_FINITE:
                 request.cancel(nonfinite_error(self._model, request.tokens))
-            else:
-                chunks += [(request, chunk) for chunk in request.take(token, logprob)]
+                continue
+            chunks += [(request, chunk) for chunk in request.take(token, logprob)]
+            if request.constraint is not None and request.constraint.error is not None:
+                request.cancel(request.constraint.error)
         self.drop_finished()
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
@@ -129,21 +132,32 @@ class Batch:
         logprobs = self._logprobs  # the pass that is fed below has others
         lookup = self._prepare_lookup()
         waits = bool(self._draft) or (lookup is not None and bool(lookup.draft()))
+        logits: mx.array | None = None
         if not waits and any(request.remaining > 1 for request in self.requests):
             self._recompute_crossing_rows()
-            self._feed(drawn)
+            logits = self._run_pass(drawn)
+            if not self._constrained:
+                self._draw(logits)
         # Indexing first would be one more operation, which waits behind the pass just begun.
         rows: list[list[int]] = drawn.tolist()  # type: ignore[assignment]
-        if len(self.requests) > 1:
+        known = [row[:1] for row in rows]
+        if len(rows) == 1:
+            known = [self._verify(rows[0])]
+        for request, found in zip(self.requests, known, strict=True):
+            if request.constraint is not None and NOT_FINITE not in found:
+                request.constraint.advance(found)
+        if logits is not None and self._constrained:
+            self._draw(logits)
+        if len(rows) > 1:
             return [(row[0], _told(own, 0)) for row, own in zip(rows, logprobs, strict=True)]
-        tokens = self._verify(rows[0])
+        (tokens,) = known
         if lookup is not None:
             lookup.extend(tokens)
         if waits:
             self._feed_draft(tokens, lookup)
-        found = [(token, _told(logprobs[0], place)) for place, token in enumerate(tokens)]
-        self._ready.extend(found[1:])
-        return found[:1]
+        told = [(token, _told(logprobs[0], place)) for place, token in enumerate(tokens)]
+        self._ready.extend(told[1:])
+        return told[:1]
 
     def _prepare_lookup(self) -> PromptLookup | None:
         """The lookup of a row that is alone and may draft, with all of its tokens."""
@@ -188,15 +202,29 @@ class Batch:
             return
         ends = not request.stop_tokens.isdisjoint(tokens)  # its keys and values are for later turns
         draft = [] if ends or lookup is None else lookup.draft(room - 1)
+        if request.constraint is not None:
+            draft = request.constraint.fitting(draft)
         while draft and self._kv.crossing(1 + len(draft)):
             draft.pop()
-        self._feed(mx.array([[tokens[-1], *draft]]), draft)
+        logits = self._run_pass(mx.array([[tokens[-1], *draft]]))
+        self._draft = draft
+        self._draw(logits)
 
-    def _feed(self, tokens: mx.array, draft: Sequence[int] = ()) -> None:
-        """Run the pass over tokens `[rows, length]`, the last of which are drafted."""
-        hidden = self._model.hidden_states(tokens, self._kv, features=TEXT)
-        self._draft = list(draft)
-        self._draw(hidden)
+    def _run_pass(self, tokens: mx.array) -> mx.array:
+        """Begin the pass over tokens `[rows, length]`; the logits, `[rows · length, vocab]`."""
+        logits = self._logits(self._model.hidden_states(tokens, self._kv, features=TEXT))
+        if self._constrained:
+            mx.async_eval(logits)  # masks are made meanwhile
+        return logits
+
+    def _logits(self, hidden: mx.array) -> mx.array:
+        """The logits `[rows · places, vocab]` for hidden states `[rows, places, hidden]`."""
+        return self._model.head(hidden).reshape(hidden.shape[0] * hidden.shape[1], -1)
+
+    @property
+    def _constrained(self) -> bool:
+        """Whether a row is held to a grammar."""
+        return any(request.constraint is not None for request in self.requests)
 
     def _feed_prompts(self) -> Iterator[None]:
         """Prefill, a piece between two yields; after the last one the first tokens are drawn."""
@@ -230,7 +258,7 @@ class Batch:
                     own = len(request.prompt) - prefix.computed
                     request.on_prefill(max(0, done - length + own), own)
             if done == length:
-                self._draw(hidden[:, -1:] if scored else hidden)
+                self._draw(self._logits(hidden[:, -1:] if scored else hidden))
                 for request in requests:
                     if request.max_tokens == 0:
                         request.end_prompt()
@@ -281,21 +309,22 @@ class Batch:
                 self.requests[row].reply.stats.forward_passes += 1
             kv.replace_row(row, alone)
 
-    def _draw(self, hidden: mx.array) -> None:
+    def _draw(self, logits: mx.array) -> None:
         """Choose the next token of each row, or the tokens after each place of one row.
 
-        A placeholder token has no chance, since a reply has nothing to fill it with.
+        A placeholder token has no chance, since a reply has nothing to fill it with; nor has one
+        that the row's grammar does not allow.
 
         Args:
-            hidden: `[rows, 1, hidden]`, or `[1, places, hidden]`.
+            logits: `[rows, vocab]`, or `[places, vocab]` of one row.
         """
-        rows, places, _ = hidden.shape
-        unchanged = self._model.head(hidden).reshape(rows * places, -1)  # [rows · places, vocab]
-        logits = unchanged
+        rows, unchanged = len(self.requests), logits
         finite = mx.isfinite(logits.max(axis=-1))  # NaN and inf are never less than numbers
         if self._model.placeholders is not None:
             logits = mx.array(unchanged)  # a copy, since those are scored
             logits[:, mx.array(self._model.placeholders.tokens)] = -mx.inf
+        if self._constrained:
+            logits = self._constrain(logits)
         samplers = [request.sampler for request in self.requests]
         if rows == 1:
             tokens = samplers[0].draw(logits)
@@ -304,12 +333,26 @@ class Batch:
         else:
             drawn = [sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)]
             tokens = mx.concatenate(drawn)
-        self._drawn = mx.where(finite, tokens.astype(mx.int32), NOT_FINITE).reshape(rows, places)
+        self._drawn = mx.where(finite, tokens.astype(mx.int32), NOT_FINITE).reshape(rows, -1)
         tops = [request.top_logprobs for request in self.requests]
         self._logprobs = score_rows(unchanged, tokens, tops)
         scored = [array for own in self._logprobs if own for array in own.found.arrays]
         mx.async_eval(self._drawn, *scored)
         self._note_pass()
+
+    def _constrain(self, logits: mx.array) -> mx.array:
+        """Set to -inf what the grammars of rows do not allow at their places."""
+        places = 1 + len(self._draft)
+        held: list[int] = []
+        masks = []
+        for row, request in enumerate(self.requests):
+            if request.constraint is not None:
+                held += range(row * places, (row + 1) * places)
+                masks.append(request.constraint.allowed(logits.shape[-1], self._draft))
+        here = mx.array(held)
+        logits = mx.array(logits)  # a copy, since the unchanged ones are scored
+        logits[here] = mx.where(mx.array(np.concatenate(masks)), logits[here], -mx.inf)
+        return logits
 
     def _note_pass(self) -> None:
         for request, computed in zip(self.requests, self._kv.row_lengths, strict=True):

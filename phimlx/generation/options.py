@@ -18,6 +18,9 @@ if TYPE_CHECKING:
 SEEDS = 2**64  # how many there are
 
 
+SHAPES = ("schema", "regex", "grammar")
+
+
 @dataclass(frozen=True, kw_only=True)
 class PromptOptions(MediaInputs):
     """Options for making a prompt into tokens.
@@ -55,9 +58,17 @@ class GenerationOptions(PromptOptions):
         top_logprobs: of each the likeliest tokens in its place, 20 at most; needs `logprobs`.
         prompt_logprobs: tell the same of the prompt's tokens, each with so many likeliest ones, 0
             to 20; `Reply.prompt_logprobs` has them. `max_tokens` may then be 0, for no reply.
+        schema: JSON Schema that the answer is valid under, or a pydantic model's class;
+            `Reply.parsed` has what it says.
+        regex: expression that the whole answer matches, in the syntax of Rust's regex.
+        grammar: in the form of Lark that llguidance takes; the answer is of its rule `start`.
+        tool_choice: "auto" for an answer or calls of the tools, "none", "required", or the name of
+            the one tool to be called; "auto" where None. Calls are of tools that are offered, their
+            arguments valid under `parameters`.
 
     Raises:
-        GenerationError: for a seed that is none, or log-probabilities that cannot be told.
+        GenerationError: for a seed that is none, log-probabilities that cannot be told, or more
+            than one of schema, regex and grammar.
     """
 
     max_tokens: int | None = None
@@ -78,8 +89,18 @@ class GenerationOptions(PromptOptions):
     logprobs: bool = False
     top_logprobs: int = 0
     prompt_logprobs: int | None = None
+    schema: Any = None
+    regex: str | None = None
+    grammar: str | None = None
+    tool_choice: str | None = None
 
     def __post_init__(self) -> None:
+        shapes = [name for name in SHAPES if getattr(self, name) is not None]
+        if len(shapes) > 1:
+            raise GenerationError(
+                f"{' and '.join(shapes)} are given together; an answer has one shape.",
+                hint=f"Give one of {', '.join(SHAPES)}.",
+            )
         if self.seed is not None and not _is_seed(self.seed):
             raise GenerationError(f"seed is {self.seed!r}; it must be a whole number, 0 or more.")
         if not isinstance(self.logprobs, bool):

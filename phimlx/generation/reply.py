@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Collection, Iterable
+from collections.abc import Callable, Collection, Iterable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -96,6 +96,8 @@ class Reply:
             a token that holds the end of the words and the beginning of a stop string is counted.
         finish_reason: "stop" (the model or a stop string ended it), "length", "tool_calls", or
             "cancelled" where the reader stopped early.
+        read_answer: makes a value of the answer's text, where a schema was asked for; ValueError
+            for a text that is not whole.
     """
 
     seed: int
@@ -106,6 +108,7 @@ class Reply:
     said: int = 0
     finish_reason: str = "cancelled"
     stats: Stats = field(default_factory=Stats)
+    read_answer: Callable[[str], Any] | None = field(default=None, repr=False)
 
     @property
     def text(self) -> str:
@@ -120,6 +123,19 @@ class Reply:
                 hint="Read reply.tokens, or add the tokenizer files to the folder.",
             )
         return self.content.text
+
+    @property
+    def parsed(self) -> Any:
+        """The answer as its schema has it: plain data, or an object of the pydantic class.
+
+        None where no schema was asked for, tools are called instead, or the reply is not whole.
+        """
+        if self.read_answer is None or self.finish_reason != "stop":
+            return None
+        try:
+            return self.read_answer(self.text)
+        except ValueError:  # a stop string cut it
+            return None
 
     @property
     def reasoning(self) -> str | None:
@@ -146,6 +162,8 @@ class Reply:
             told["prompt_logprobs"] = [
                 found and found.as_object() for found in self.prompt_logprobs
             ]
+        if self.read_answer is not None:
+            told["parsed"] = self.parsed
         return {
             "text": self.text,
             "reasoning": self.reasoning,

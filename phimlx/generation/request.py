@@ -12,6 +12,7 @@ from phimlx.generation.reply import Chunk, Reply, ReplyReader
 from phimlx.generation.sampler import Sampler
 
 if TYPE_CHECKING:
+    from phimlx.generation.grammar.constraint import Constraint
     from phimlx.generation.logprobs import TokenLogprob
     from phimlx.generation.placed_media import Media
     from phimlx.generation.prompt_cache import PromptCache
@@ -37,6 +38,7 @@ class Request:
             neither is wanted.
         prompt_logprobs: the same of the prompt's tokens, all of which are then computed; only for a
             request without a cache.
+        constraint: the grammar that the reply is held to.
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
@@ -55,6 +57,7 @@ class Request:
     kv_bits: int | None = None
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
+    constraint: Constraint | None = None
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     error: PhimlxError | None = field(default=None, init=False)
