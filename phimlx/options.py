@@ -199,6 +199,25 @@ def override(under: AnyOptions, given: AnyOptions) -> AnyOptions:
     return read(type(given), second | first)
 
 
+def to_flags(settings: Options) -> list[str]:
+    """Return the arguments of a command that give what was given of these settings."""
+    arguments: list[str] = []
+    for name in type(settings).model_fields:
+        if name not in settings.model_fields_set:
+            continue
+        value, flag = getattr(settings, name), flags_of(type(settings), name)[0]
+        schema = schemas(type(settings))[name]
+        if isinstance(value, bool):
+            arguments += [flag] if value else []
+        elif not isinstance(value, tuple):
+            arguments += [flag, str(value)]
+        elif is_one_flag(schema):
+            arguments += [flag, ",".join(map(str, value))]
+        else:
+            arguments += [word for each in value for word in (flag, str(each))]
+    return arguments
+
+
 def from_file(model: type[AnyOptions], path: Path) -> AnyOptions:
     """Check the settings that a YAML or TOML file gives.
 

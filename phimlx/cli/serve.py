@@ -3,42 +3,127 @@
 from __future__ import annotations
 
 import os
+from pathlib import Path
 from typing import Any
 
 import click
 
-from phimlx.options import click_options, from_flags
+from phimlx.options import click_options, from_flags, to_flags
 from phimlx.server.settings import ServerSettings
 from phimlx.terminal.output import Output
+
+KEY_VARIABLE = "PHIMLX_API_KEY"
+FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
+"""Settings that may name a file, of which a service needs the whole path."""
 
 
 @click.command()
 @click_options(ServerSettings)
-def command(**flags: Any) -> None:
+@click.option("--check", "action", flag_value="check", help="Say what would run, and run nothing.")
+@click.option(
+    "--install",
+    "action",
+    flag_value="install",
+    help="Serve with these settings while you are logged in, as a service of launchd or systemd.",
+)
+@click.option("--uninstall", "action", flag_value="uninstall", help="Stop that service for good.")
+@click.option("--status", "action", flag_value="status", help="Say whether it runs.")
+def command(action: str | None, **flags: Any) -> None:
     """Serve models to programs that speak OpenAI's API.
 
     \b
       phimlx serve                       every model on this machine, at 127.0.0.1:8080
       phimlx serve --model phi-4-mini    one model, loaded at once
+      phimlx serve --install             as a service, from now on
 
     Without a key only this machine is served. PHIMLX_API_KEY may hold the key.
     """
+    settings = from_flags(ServerSettings, flags)
+    ACTIONS[action](settings, Output())
+
+
+def run(settings: ServerSettings, output: Output) -> None:
+    """Serve until a signal says stop."""
     from phimlx.server.app import App
-    from phimlx.server.run import listen, read_key, serve
+    from phimlx.server.run import address, listen, read_key, serve
     from phimlx.terminal.log import show_log
 
-    settings = from_flags(ServerSettings, flags)
-    output = Output()
-    key = read_key(settings, os.environ.get("PHIMLX_API_KEY"))
-    app = App(settings, key)
+    app = App(settings, read_key(settings, os.environ.get(KEY_VARIABLE)))
     with listen(settings) as opened:
-        host, port = opened.getsockname()[:2]
-        scheme = "https" if settings.ssl_certfile else "http"
-        where = f"[{host}]" if ":" in host else host
         show_log(output, "phimlx", "uvicorn")
 
         def announce() -> None:
-            output.text(f"Serving at {scheme}://{where}:{port}/v1")
+            output.text(f"Serving at {address(settings, opened)}/v1")
             output.flush()
 
         serve(app, settings, opened, announce)
+
+
+def check(settings: ServerSettings, output: Output) -> None:
+    """Check the settings as far as that goes without loading a model, and say what they mean."""
+    from phimlx.server.models import list_served
+    from phimlx.server.run import address, listen, read_certificate, read_key
+    from phimlx.sizes import size_text
+
+    key = read_key(settings, os.environ.get(KEY_VARIABLE))
+    read_certificate(settings)
+    models = list_served(settings)
+    with listen(settings) as opened:
+        where = address(settings, opened)
+    output.text(f"Would serve at {where}/v1, {'with' if key else 'without'} a key:")
+    for model in models:
+        output.text(f"  {model.name}  {size_text(model.nbytes)}")
+
+
+def install(settings: ServerSettings, output: Output) -> None:
+    """Make the server a service, and start it."""
+    from phimlx.server.installed import kept_environment, serve_command, service_manager
+
+    if settings.api_key is not None:
+        raise click.UsageError(
+            "A service's key would lie in its description: give it with --api-key-file FILE."
+        )
+    manager = service_manager()
+    if not manager.is_running():
+        check(settings, output)
+    whole = {
+        name: str(Path(value).resolve())
+        for name in FILES
+        if (value := getattr(settings, name)) is not None and Path(value).exists()
+    }
+    command = serve_command(to_flags(settings.model_copy(update=whole)))
+    manager.install(command, kept_environment())
+    output.text(f"Installed as {manager.path}.")
+    output.note(f"{manager.logs[0].upper()}{manager.logs[1:]}.")
+
+
+def uninstall(settings: ServerSettings, output: Output) -> None:
+    """Stop the service, and forget it."""
+    from phimlx.server.installed import service_manager
+
+    removed = service_manager().uninstall()
+    output.text("The service is gone." if removed else "There is no service.")
+
+
+def status(settings: ServerSettings, output: Output) -> None:
+    """Say whether there is a service, and whether it runs."""
+    from phimlx.server.installed import service_manager
+
+    manager = service_manager()
+    if not manager.is_installed():
+        output.text("There is no service; phimlx serve --install makes one.")
+        raise click.exceptions.Exit(1)
+    running = manager.is_running()
+    output.text(f"The service {'runs' if running else 'does not run'}: {manager.path}")
+    output.note(f"{manager.logs[0].upper()}{manager.logs[1:]}.")
+    if not running:
+        raise click.exceptions.Exit(1)
+
+
+ACTIONS = {
+    None: run,
+    "check": check,
+    "install": install,
+    "uninstall": uninstall,
+    "status": status,
+}

@@ -65,6 +65,22 @@ class Served:
         return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
 
 
+def list_served(settings: ServerSettings) -> list[Served]:
+    """List the models that may be asked for: the one of the settings, or all on this machine.
+
+    Raises:
+        ModelNotFoundError, CheckpointError: where that one is none, as `phimlx.load`.
+    """
+    if settings.model is not None:
+        name = settings.model if catalog.find(settings.model) else None
+        return [Served.of(resolve(settings.model), name)]
+    found = [Served.of(NANO, "nano"), Served.of(NANO_MULTIMODAL, "nano-multimodal")]
+    for model in list_models():
+        if model.snapshot is not None and not model.is_adapter:
+            found.append(Served.of(model.snapshot, model.repository))
+    return list({model.name: model for model in found}.values())
+
+
 @dataclass(eq=False)
 class Loaded:
     """A model in memory.
@@ -91,11 +107,7 @@ class Models:
     def __init__(self, settings: ServerSettings, worker: Worker) -> None:
         self._settings = settings
         self._worker = worker
-        self._fixed = None
-        if settings.model is not None:
-            folder = resolve(settings.model)
-            name = settings.model if catalog.find(settings.model) else None
-            self._fixed = Served.of(folder, name)
+        self._fixed = None if settings.model is None else list_served(settings)
         self._loaded: dict[str, Loaded] = {}
         self._loading = asyncio.Lock()
 
@@ -105,13 +117,7 @@ class Models:
 
     def list(self) -> list[Served]:
         """List the models that may be asked for, by name."""
-        if self._fixed is not None:
-            return [self._fixed]
-        found = [Served.of(NANO, "nano"), Served.of(NANO_MULTIMODAL, "nano-multimodal")]
-        for model in list_models():
-            if model.snapshot is not None and not model.is_adapter:
-                found.append(Served.of(model.snapshot, model.repository))
-        return list({model.name: model for model in found}.values())
+        return list_served(self._settings) if self._fixed is None else self._fixed
 
     def find(self, name: str) -> Served:
         """Find the model that a request names; a path means none.

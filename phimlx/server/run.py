@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import socket
+import ssl
 from collections.abc import Callable
 from pathlib import Path
 
@@ -59,6 +60,31 @@ def listen(settings: ServerSettings) -> socket.socket:
             hint="Choose another with --port N; 0 takes a free one.",
         ) from error
     return opened
+
+
+def address(settings: ServerSettings, opened: socket.socket) -> str:
+    """Write where a server is reached, as a URL without a path."""
+    host, port = opened.getsockname()[:2]
+    where = f"[{host}]" if ":" in host else host
+    return f"{'https' if settings.ssl_certfile else 'http'}://{where}:{port}"
+
+
+def read_certificate(settings: ServerSettings) -> None:
+    """Read the certificate and its key, where there is one.
+
+    Raises:
+        SettingsError: where they cannot be used.
+    """
+    if settings.ssl_certfile is None:
+        return
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    try:
+        context.load_cert_chain(settings.ssl_certfile, settings.ssl_keyfile, password="")
+    except (OSError, ssl.SSLError) as error:
+        raise SettingsError(
+            f"{settings.ssl_certfile} is no certificate with its key: {reason(error)}.",
+            hint="Give PEM files: --ssl-certfile FILE and, where the key is apart, --ssl-keyfile.",
+        ) from error
 
 
 class Server(uvicorn.Server):
