@@ -3,27 +3,25 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
-from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import mlx.core as mx
 
 from phimlx import catalog
+from phimlx.adapters.variants import THINK, Variants
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import CacheError, ConfigError, GenerationError, shortened
 from phimlx.files import translate_read_errors
 from phimlx.generation.engine import Engine
 from phimlx.generation.generation_config import GenerationConfig
-from phimlx.generation.grammar.compiler import GrammarCompiler
-from phimlx.generation.grammar.reply_form import Reasoning, ReplyForm
+from phimlx.generation.grammar.reply_form import ReplyForm
 from phimlx.generation.grammar.schema import reader
 from phimlx.generation.options import SEEDS, GenerationOptions, PromptOptions
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.prompt_reader import Prompt, PromptReader
-from phimlx.generation.reply import Reply, ReplyReader
+from phimlx.generation.reply import Reply
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.generation.stop import StopStrings
@@ -34,25 +32,16 @@ from phimlx.hub.resolve import resolve, resolve_adapter
 from phimlx.machine.kv_bits import check_kv_bits
 from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
+from phimlx.models.lora import DEFAULT
 
 if TYPE_CHECKING:
-    from phimlx.adapters.tokenizer import TokenizerChoice
-    from phimlx.generation.grammar.constraint import Constraint
     from phimlx.generation.prefix_file import Source
     from phimlx.generation.prefix_store import PrefixStore
     from phimlx.prompt.chat_template import ChatTemplate
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
     from phimlx.transcription import TranscriptSegment
 
-# Tokens that end a reply in every model of the family that has them, whatever its config lists:
-# phi-4's first release named only <|endoftext|>, and its chats never ended.
-STOP_TOKENS: tuple[str, ...] = ("<|endoftext|>", "<|end|>", "<|im_end|>")
-
 GREEDY = Sampling()
-
-# Control tokens that carry a reply's structure; every other one is left out of its text.
-THINK = "<think>"
-STRUCTURE = (THINK, "</think>", "<|tool_call|>", "<|/tool_call|>")
 
 
 def load(
@@ -95,7 +84,6 @@ class Phi:
         config: the folder's config.json.
         context_length: tokens that prompt and reply may have together.
         sampling: the model's own sampling settings, used for what a call leaves out.
-        eos: tokens that end a reply.
         is_base: whether the model was trained to complete text, not to answer.
         reasons: whether the model was trained to think before it answers.
         chat_form: the prompt form in which such a model writes conversations; None for its usual.
@@ -114,14 +102,8 @@ class Phi:
         checkpoint = Checkpoint(folder, rope_scaling)
         self.path = checkpoint.folder
         self._contents = Contents(self.path, checkpoint.files)
-        self._adapter_contents: Contents | None = None
         self.model: CausalLM = load_model(checkpoint, dtype)
         self.config = checkpoint.config
-        prompt_folder, remarks, stop = self.path, tuple[str, ...](), STOP_TOKENS
-        if adapter is not None:
-            choice = self._adapt(resolve_adapter(adapter))
-            prompt_folder, remarks, stop = choice.folder, choice.remarks, stop + choice.stop
-        self.engine = Engine(self.model, load_curve(self.model).cost)
         known = catalog.by_config(self.config, model_name(self.path))
         self.name = known.alias if known else self.path.resolve().name
         self.is_base = known is not None and known.base
@@ -131,26 +113,63 @@ class Phi:
         self.placeholders = (
             None if tokens is None else {"image": tokens.image, "audio": tokens.audio}
         )
-        self._reader = PromptReader(
-            prompt_folder, self.name, self.model.config.vocab_size, self.placeholders
-        )
         generation_config = GenerationConfig.read(self.path)
+        configs = {
+            "config.json": self.config,
+            "generation_config.json": generation_config.values,
+        }
+        self._variants = Variants(self.model, self.path, self.name, configs, self.placeholders)
+        remarks = self._variants.begin(None if adapter is None else resolve_adapter(adapter))
+        self.engine = Engine(self.model, load_curve(self.model).cost)
         self.remarks = (*remarks, *generation_config.remarks)
         usual = known.sampling if known else {}
         self.sampling = Sampling.defaults(generation_config.values, usual)
-        self.eos = self._stop_tokens(generation_config.values, stop)
         thinks = self.tokenizer is not None and THINK in self.tokenizer.control_tokens
         self.reasons = thinks or (known is not None and known.reasoning)
 
-    def _adapt(self, folder: Path) -> TokenizerChoice:
-        """Put an adapter beside the model; tell whose tokenizer goes with it, and remarks."""
-        from phimlx.adapters.attach import load_adapter
-        from phimlx.adapters.tokenizer import choose_tokenizer
+    def load_adapter(self, source: str | Path, name: str) -> tuple[str, ...]:
+        """Load one more adapter, for requests that name it: `generate(…, adapter=name)`.
 
-        self._adapter_contents = Contents(folder)
-        adapter = load_adapter(self.model, folder, self.path, self.config)
-        choice = choose_tokenizer(folder, self.path, self.model.config.vocab_size)
-        return replace(choice, remarks=(*adapter.remarks, *choice.remarks))
+        The model is there once, and requests with any of its adapters share forward passes.
+
+        Args:
+            source: folder or Hub id of a LoRA or DoRA of the layers' projections.
+            name: letters, digits, dots, dashes and underscores.
+
+        Returns:
+            Sentences on how it was read, for a person.
+
+        Raises:
+            ConfigError, CheckpointError: for a name that cannot be or is taken, and as `load`.
+            ModelNotFoundError: where it is not on this machine.
+        """
+        return self._variants.load(resolve_adapter(source), name)
+
+    def delete_adapter(self, name: str) -> None:
+        """Let go of an adapter that `load_adapter` loaded, and of its memory.
+
+        Raises:
+            GenerationError: where there is none, or requests use it.
+        """
+        self._variants.delete(name, self.engine)
+
+    @property
+    def adapters(self) -> tuple[str, ...]:
+        """Names of the adapters that a request may use."""
+        return self._variants.names
+
+    @property
+    def eos(self) -> frozenset[int]:
+        """Tokens that end a reply."""
+        return self._variants.default.stop_tokens
+
+    @eos.setter
+    def eos(self, tokens: frozenset[int]) -> None:
+        self._variants.default.stop_tokens = tokens
+
+    @property
+    def _reader(self) -> PromptReader:
+        return self._variants.default.reader
 
     @property
     def tokenizer(self) -> Tokenizer | None:
@@ -176,7 +195,7 @@ class Phi:
         Raises:
             PromptError: where no form has that name.
         """
-        self._reader.use_form(name)
+        self._variants.use_form(name)
 
     def generate(self, prompt: Prompt = "", **options: Any) -> Reply:
         """Generate a whole reply; arguments as for `stream`."""
@@ -195,7 +214,7 @@ class Phi:
                 max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
                 frequency_penalty, logit_bias, logprobs, top_logprobs, prompt_logprobs, stop, seed,
                 cache, kv_bits, on_prefill, prompt_lookup, schema, regex, grammar,
-                tool_choice; see
+                tool_choice, adapter; see
                 `phimlx.generation.options.GenerationOptions`.
 
         Raises:
@@ -212,6 +231,7 @@ class Phi:
         max_tokens: int,
         batch_size: int = 8,
         kv_bits: int | None = None,
+        adapter: str | None = DEFAULT,
         advance: Callable[[int], object] = lambda count: None,
     ) -> list[Reply]:
         """Generate the greedy replies to many prompts, several at a time.
@@ -219,13 +239,13 @@ class Phi:
         Args:
             max_tokens: of each reply.
             batch_size: prompts that are answered together.
-            kv_bits: as for `stream`.
+            kv_bits, adapter: as for `stream`.
             advance: called with the number of prompts that have been answered.
 
         Raises:
             PromptError, TokenizerError, GenerationError: as `stream`.
         """
-        options = GenerationOptions(max_tokens=max_tokens, seed=0, kv_bits=kv_bits)
+        options = GenerationOptions(max_tokens=max_tokens, seed=0, kv_bits=kv_bits, adapter=adapter)
         requests = [self.request(prompt, options, GREEDY) for prompt in prompts]
         self.engine.run_all(requests, batch_size, advance)
         return [request.reply for request in requests]
@@ -265,17 +285,23 @@ class Phi:
         from phimlx.generation.prefix_file import write_prefix
 
         cache.check(self.model)
-        write_prefix(Path(path), cache, self._source())
+        adapter = cache.kv.loaded[0] if cache.kv.loaded else None
+        write_prefix(Path(path), cache, self._source(adapter))
 
-    def load_cache(self, path: str | Path) -> PromptCache:
+    def load_cache(self, path: str | Path, adapter: str | None = DEFAULT) -> PromptCache:
         """Read a cache that `save_cache` wrote with this model, adapter, dtype and version.
 
+        Args:
+            adapter: that it was made with, by its name here.
+
         Raises:
+            GenerationError: where there is no such adapter.
             CacheError: where the file is missing, damaged, or of anything else.
         """
         from phimlx.generation.prefix_file import read_prefix
 
-        return read_prefix(Path(path), self.model, self._source())
+        loaded = self._variants.find(adapter).adapter
+        return read_prefix(Path(path), self.model, self._source(loaded), loaded)
 
     def prefix_store(
         self, note: Callable[[str], object] = lambda text: None, **settings: Any
@@ -296,19 +322,23 @@ class Phi:
         store = PrefixStore(self.model, self._source, note, **settings)
         return store if store.limit else None
 
-    def _source(self) -> Source:
+    def _source(self, adapter: str | None) -> Source:
         """Tell the model from others; reads its files where nobody knows what they hold.
 
+        Args:
+            adapter: that a row uses, as the model knows it.
+
         Raises:
-            CacheError: where they have changed since the model was loaded, or cannot be read.
+            CacheError: where they have changed since the model was loaded, or cannot be read, or
+                the adapter has been deleted.
         """
         from phimlx.generation.prefix_file import Source
 
-        adapter = self._adapter_contents
+        files = self._variants.contents_of(adapter)
         with translate_read_errors(self.path, CacheError):
             return Source(
                 self._contents.digest,
-                None if adapter is None else adapter.digest,
+                None if files is None else files.digest,
                 self.name if catalog.find(self.name) else model_name(self.path),
                 str(self.path.resolve()),
             )
@@ -360,27 +390,29 @@ class Phi:
         seeds: Sequence[int],
     ) -> list[Request]:
         """Make a request for each seed, of a prompt that is read once."""
+        variant = self._variants.find(options.adapter)
+        prompts = variant.reader
         sampling = options.sampling(usual)
         self._check_bias(sampling)
         check_kv_bits(options.kv_bits, self.model.config.head_dim)
         own = StopStrings(options.stop).stops
         if own:
-            self._reader.text_tokenizer()
+            prompts.text_tokenizer()
         if options.cache is not None:
             options.cache.check(self.model, options.kv_bits)
         form = ReplyForm.read(
             options.schema, options.regex, options.grammar, options.tools, options.tool_choice
         )
         if form is not None:
-            self._reader.text_tokenizer()
+            prompts.text_tokenizer()
             if options.continue_final_message:
                 raise GenerationError(
                     "A reply that continues a message cannot be held to a shape, nor call tools.",
                     hint="Leave out one of them.",
                 )
-        tokens, media = self._reader.read(prompt, options)
-        stops = (*own, *self._reader.stop_strings(prompt, options))
-        said = self._reader.said(prompt, options)
+        tokens, media = prompts.read(prompt, options)
+        stops = (*own, *prompts.stop_strings(prompt, options))
+        said = prompts.said(prompt, options)
         calls = bool(options.tools) and options.tool_choice != "none"
         room = self._room(len(tokens), options)
         requests = [
@@ -388,16 +420,17 @@ class Phi:
                 tokens,
                 Sampler(sampling, seed, tokens),
                 room,
-                self.eos,
+                variant.stop_tokens,
                 media,
-                self._reply_reader(tokens, StopStrings(stops), calls, said),
+                variant.reply_reader(tokens, StopStrings(stops), calls, said),
                 options.cache,
                 options.on_prefill,
                 options.prompt_lookup,
                 options.kv_bits,
                 options.top_logprobs if options.logprobs else None,
                 options.prompt_logprobs,
-                None if form is None else self._constraint(form, tokens),
+                None if form is None else variant.constraint(form, tokens, self.reasons),
+                variant.adapter,
             )
             for seed in seeds
         ]
@@ -405,42 +438,6 @@ class Phi:
             for request in requests:
                 request.reply.read_answer = reader(options.schema)
         return requests
-
-    def _constraint(self, form: ReplyForm, prompt: list[int]) -> Constraint:
-        """Hold a reply to its form, after the reasoning that it may begin with."""
-        control = self._reader.text_tokenizer().control_tokens
-        reasoning: Reasoning = "none"
-        if self._opens_reasoning(prompt):
-            reasoning = "opened"
-        elif self.reasons:
-            reasoning = "optional"
-        return self._grammars.compile(form.source(reasoning, control))
-
-    @cached_property
-    def _grammars(self) -> GrammarCompiler:
-        tokenizer = self._reader.text_tokenizer()
-        return GrammarCompiler(tokenizer, self.model.config.vocab_size, self.eos)
-
-    def _opens_reasoning(self, prompt: list[int]) -> bool:
-        tokenizer = self._reader.text_tokenizer()
-        return tokenizer.decode(prompt[-8:]).rstrip().endswith("<think>")
-
-    def _reply_reader(
-        self,
-        prompt: list[int],
-        stops: StopStrings,
-        calls: bool,
-        said: str,
-    ) -> ReplyReader | None:
-        if self.tokenizer is None:
-            return None
-        from phimlx.prompt.reply_parser import ReplyParser
-
-        opened = self._opens_reasoning(prompt)
-        parser = ReplyParser(tools=calls, starts_in_reasoning=opened, said=said)
-        control = self.tokenizer.control_tokens.items()
-        hidden = frozenset(token for name, token in control if name not in STRUCTURE)
-        return ReplyReader(self.tokenizer, parser, stops, hidden, at_start=not said)
 
     def _check_bias(self, sampling: Sampling) -> None:
         vocabulary = self.model.config.vocab_size
@@ -472,22 +469,3 @@ class Phi:
                 hint="Shorten the prompt, or lower max_tokens.",
             )
         return max_tokens
-
-    def _stop_tokens(
-        self, generation_config: Mapping[str, Any], names: Sequence[str]
-    ) -> frozenset[int]:
-        found: set[int] = set()
-        for place, config in (
-            ("config.json", self.config),
-            ("generation_config.json", generation_config),
-        ):
-            value = config.get("eos_token_id")
-            listed = value if isinstance(value, list) else [] if value is None else [value]
-            if any(isinstance(token, bool) or not isinstance(token, int) for token in listed):
-                raise ConfigError(
-                    f"{place}: eos_token_id is {shortened(value)}, not a token or a list."
-                )
-            found.update(listed)
-        control = self.tokenizer.control_tokens if self.tokenizer else {}
-        found.update(control[name] for name in names if name in control)
-        return frozenset(found)

@@ -16,9 +16,10 @@ from phimlx.adapters.fit import check_fit
 from phimlx.adapters.read import read_adapter
 from phimlx.adapters.resolve import resolved
 from phimlx.adapters.split import fused
-from phimlx.checkpoint.head import EMBEDDING
+from phimlx.checkpoint.head import EMBEDDING, HEAD
+from phimlx.errors import CheckpointError, some
 from phimlx.models.base import CausalLM
-from phimlx.models.lora import EmbeddingLoRA, LoRA, LoRAEmbedding, LoRALinear
+from phimlx.models.lora import DEFAULT, EmbeddingLoRA, LoRA, LoRAEmbedding, LoRALinear
 from phimlx.models.token_rows import RowsEmbedding, RowsLinear
 
 
@@ -27,32 +28,69 @@ def load_adapter(
     adapter: Adapter | str | Path,
     folder: Path | None = None,
     config: Mapping[str, Any] | None = None,
+    name: str = DEFAULT,
 ) -> Adapter:
     """Put an adapter beside a model's layers; weights stay as they are but for those it replaces.
 
     Args:
         adapter: or the folder of one.
         folder, config: the model's, which tell its name.
+        name: by which rows choose it. Only the default one may change more than projections.
+
+    Returns:
+        The adapter, in terms of this model's projections.
 
     Raises:
-        ConfigError, CheckpointError: where it cannot be read, or was made for another model.
+        ConfigError, CheckpointError: where it cannot be read, was made for another model, or
+            changes what all rows share.
+        GenerationError: where the default one does.
     """
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
     adapter = fused(adapter, model)
     check_fit(adapter, model, folder, config)
+    shared = _shared_changes(adapter)
+    if name != DEFAULT:
+        model.check_adapter(None)
+        if shared:
+            raise CheckpointError(
+                f"The adapter changes {some(shared)}, which all requests share: only LoRA and DoRA "
+                "of the layers' projections can be chosen by request.",
+                hint="Load it alone, with the model: phimlx.load(…, adapter=…), or --adapter-path "
+                "FOLDER.",
+            )
     changes = resolved(adapter, model)
+    model.is_changed |= bool(shared)
     if changes.own_head:
         model.untie()
-    for name, values in changes.weights.items():
-        _replace(model, name, values)
+    for parameter, values in changes.weights.items():
+        _replace(model, parameter, values)
     mx.eval(model.parameters())
-    for path, layer in changes.layers.items():
-        _put(model, path, _adapted(_module(model, path), layer))
+    model.loaded_adapters |= {name}
+    try:
+        for path, layer in changes.layers.items():
+            _put(model, path, _adapted(model, path, layer, name))
+    except BaseException:
+        delete_adapter(model, name)
+        raise
     for path, rows in changes.rows.items():
         kind = RowsEmbedding if path == EMBEDDING else RowsLinear
         _put(model, path, kind(_module(model, path), rows))
     return adapter
+
+
+def delete_adapter(model: CausalLM, name: str) -> None:
+    """Take an adapter away that changes projections alone."""
+    model.loaded_adapters -= {name}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            _put(model, path, module.without(name))
+
+
+def _shared_changes(adapter: Adapter) -> list[str]:
+    """List what an adapter changes beside the layers' projections, which no row can do without."""
+    layers = [path for path in adapter.layers if path in (EMBEDDING, HEAD)]
+    return [*adapter.weights, *adapter.rows, *layers]
 
 
 def _replace(model: CausalLM, name: str, values: mx.array) -> None:
@@ -73,10 +111,11 @@ def _replace(model: CausalLM, name: str, values: mx.array) -> None:
         model.config = replace(model.config, vocab_size=values.shape[0])
 
 
-def _adapted(module: nn.Module, layer: LoRA) -> nn.Module:
+def _adapted(model: CausalLM, path: str, layer: LoRA, name: str) -> nn.Module:
+    module = _module(model, path)
     if isinstance(layer, EmbeddingLoRA):
         return LoRAEmbedding(module, layer)
-    return LoRALinear.adapted(module, layer)
+    return LoRALinear.adapted(module, layer, name, always=path == HEAD)
 
 
 def _module(model: CausalLM, path: str) -> nn.Module:

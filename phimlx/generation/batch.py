@@ -236,9 +236,10 @@ class Batch:
         if requests[0].cache is None:
             self._kv = model.make_cache(kv_bits=requests[0].kv_bits)
             lengths = [len(request.prompt) for request in requests]
-            self._kv.expect(lengths, tuple(placed.adapter for placed in media))
+            adapters = tuple(placed.adapter for placed in media)
+            self._kv.expect(lengths, adapters, [request.adapter for request in requests])
         else:
-            prefix = requests[0].cache.reuse(requests[0].prompt, media[0])
+            prefix = requests[0].cache.reuse(requests[0].prompt, media[0], requests[0].adapter)
             self._kv = requests[0].cache.kv
         features = [prefix.features.then(placed.encode(model, prefix.encoded)) for placed in media]
         ids, mask = _padded([request.prompt[prefix.computed :] for request in requests])
@@ -298,9 +299,9 @@ class Batch:
         kv = self._kv
         for row in kv.crossing(1):
             alone = self._model.make_cache(kv_bits=kv.kv_bits)
-            alone.expect([kv.row_lengths[row] + 1], kv.adapters[row : row + 1])
-            assert kv.tokens is not None
             here = slice(row, row + 1)
+            alone.expect([kv.row_lengths[row] + 1], kv.adapters[here], kv.loaded[here])
+            assert kv.tokens is not None
             ids = np.array(kv.tokens[here, : kv.length])
             mask = None if kv.valid is None else np.array(kv.valid[here, : kv.length])
             for _ in prefill(

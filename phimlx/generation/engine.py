@@ -41,6 +41,7 @@ class Engine:
         self.model = model
         self.pass_cost = pass_cost
         self._scheduler = Scheduler(model, pass_cost, self._begin, max_rows, memory)
+        self._schedulers = [self._scheduler]
         self._running: list[Batch] = []
         self._active: dict[Request, MemoryUse] = {}
 
@@ -48,7 +49,8 @@ class Engine:
         """Let requests wait for their turn in the continuous batch.
 
         Raises:
-            GenerationError: where keys and values of one would never fit.
+            GenerationError: where keys and values of one would never fit, or the adapter that it
+                names is not there.
             ValueError: for requests with prompt caches, which are to be `run`.
         """
         if any(request.cache is not None for request in requests):
@@ -75,6 +77,12 @@ class Engine:
         self._scheduler.settle()
         self._settle()
 
+    def users_of(self, adapter: str | None) -> int:
+        """Count the requests that have not ended and use an adapter."""
+        requests = {request for request in self._active if not request.finished}
+        requests.update(*(scheduler.requests for scheduler in self._schedulers))
+        return sum(request.adapter == adapter for request in requests)
+
     def run(self, request: Request) -> Generator[Chunk]:
         """Generate one reply, whatever else there is waits meanwhile.
 
@@ -83,9 +91,10 @@ class Engine:
 
         Raises:
             GenerationError: where the prompt cache belongs to another model, another request has
-                taken it, or logits are not finite.
+                taken it, the adapter is not there, or logits are not finite.
             PromptError: where media do not fit the prompt.
         """
+        self.model.check_adapter(request.adapter)
         if request.cache is not None:
             request.cache.check(self.model, request.kv_bits)
             request.cache.lease(request)
@@ -112,6 +121,7 @@ class Engine:
             batch_size: rows of the batch.
         """
         scheduler = Scheduler(self.model, self.pass_cost, self._begin, batch_size)
+        self._schedulers.append(scheduler)
         coming, going = iter(requests), list[Request]()
         try:
             while True:
@@ -129,6 +139,7 @@ class Engine:
                 going = [request for request in going if not request.finished]
         finally:
             scheduler.cancel_all()
+            self._schedulers.remove(scheduler)
             self._settle()
 
     def run_all(

@@ -11,6 +11,7 @@ from phimlx.errors import GenerationError, shortened
 from phimlx.generation.logprobs import MAX_TOP
 from phimlx.generation.media_inputs import MediaInputs
 from phimlx.generation.sampler import Sampling
+from phimlx.models.lora import DEFAULT
 
 if TYPE_CHECKING:
     from phimlx.generation.prompt_cache import PromptCache
@@ -65,6 +66,9 @@ class GenerationOptions(PromptOptions):
         tool_choice: "auto" for an answer or calls of the tools, "none", "required", or the name of
             the one tool to be called; "auto" where None. Calls are of tools that are offered, their
             arguments valid under `parameters`.
+        adapter: name of the one to use of those that were loaded beside the model; the one that
+            `phimlx.load` was given, where it was given one, unless another is named; None for the
+            model alone.
 
     Raises:
         GenerationError: for a seed that is none, log-probabilities that cannot be told, or more
@@ -93,6 +97,7 @@ class GenerationOptions(PromptOptions):
     regex: str | None = None
     grammar: str | None = None
     tool_choice: str | None = None
+    adapter: str | None = DEFAULT
 
     def __post_init__(self) -> None:
         shapes = [name for name in SHAPES if getattr(self, name) is not None]

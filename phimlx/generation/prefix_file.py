@@ -50,7 +50,7 @@ class Source:
 
     Attributes:
         digest: of its files.
-        adapter: digest of the files of an adapter beside it; None where there is none.
+        adapter: digest of the files of the adapter beside it that a row uses; None for none.
         name: for people.
         path: its folder, for people.
     """
@@ -109,13 +109,16 @@ def made_with() -> str:
 
 
 def key_of(cache: PromptCache, source: Source, layout: KVLayout) -> PrefixKey:
-    """Make the key of what a cache holds."""
+    """Make the key of what a cache holds, with the source of its own adapter."""
     adapter = cache.kv.adapters[0] if cache.kv.adapters else None
     return PrefixKey.of(cache.model, source, layout, cache.kv.long[0], adapter)
 
 
 def write_prefix(path: Path, cache: PromptCache, source: Source) -> None:
     """Write a cache to a file that its owner alone may read, as a whole or not at all.
+
+    Args:
+        source: of the adapter that the cache's row used.
 
     Raises:
         CacheError: for an empty cache, or where the file cannot be written.
@@ -187,8 +190,11 @@ class PrefixFile:
                     hint=AGAIN,
                 )
 
-    def load(self, model: CausalLM, layout: KVLayout) -> PromptCache:
+    def load(self, model: CausalLM, layout: KVLayout, adapter: str | None) -> PromptCache:
         """Read keys and values, given that the key has been checked.
+
+        Args:
+            adapter: name of the one that the key tells of, among those that were loaded.
 
         Raises:
             CacheError: where they are not what this model would hold, or damaged.
@@ -209,9 +215,8 @@ class PrefixFile:
         }
         if found != {name: tuple(form) for name, form in forms.items()}:
             raise CacheError(f"{damaged}its arrays are not those of the model.")
-        kv = restore(
-            model, self.key.kv_bits, dict(self._file.read()), self.key.table, self.key.row_adapter
-        )
+        key, arrays = self.key, dict(self._file.read())
+        kv = restore(model, key.kv_bits, arrays, key.table, key.row_adapter, adapter)
         return PromptCache.restored(model, kv, self.items)
 
     def _check_items(self, tokens: np.ndarray, placeholders: tuple[int, int] | None) -> None:
@@ -235,8 +240,13 @@ def open_prefix(path: Path) -> Iterator[PrefixFile]:
         yield PrefixFile(path, file)
 
 
-def read_prefix(path: Path, model: CausalLM, source: Source) -> PromptCache:
+def read_prefix(
+    path: Path, model: CausalLM, source: Source, adapter: str | None = None
+) -> PromptCache:
     """Read a cache from a file that was written with the same model, adapter and versions.
+
+    Args:
+        adapter: name of the source's, among those that were loaded.
 
     Raises:
         CacheError: where it is missing, damaged, or of anything else.
@@ -251,7 +261,7 @@ def read_prefix(path: Path, model: CausalLM, source: Source) -> PromptCache:
         if table not in (rope.table(1), rope.table(model.config.max_position_embeddings)):
             raise CacheError(DIFFERENT["rope"].format(path=path), hint=AGAIN)
         file.check(PrefixKey.of(model, source, layout, table, file.key.row_adapter))
-        return file.load(model, layout)
+        return file.load(model, layout, adapter)
 
 
 def _as_text(name: str) -> str:

@@ -123,8 +123,8 @@ class PrefixStore:
     Nothing that goes wrong with it is an error: it is said, and the prompt is computed.
 
     Args:
-        identify: tells which model it is, once that is needed; raises CacheError or OSError where
-            that cannot be told.
+        identify: tells which model it is with which of its loaded adapters, once that is needed;
+            raises CacheError or OSError where that cannot be told.
         note: called with a sentence where a file is of no use, or none can be written.
         folder: in the cache folder of phimlx where None.
         limit: bytes of all prefixes of all models; `prefixes_limit` where None.
@@ -137,7 +137,7 @@ class PrefixStore:
     def __init__(
         self,
         model: CausalLM,
-        identify: Callable[[], Source],
+        identify: Callable[[str | None], Source],
         note: Callable[[str], object] = lambda text: None,
         folder: Path | None = None,
         limit: int | None = None,
@@ -156,6 +156,7 @@ class PrefixStore:
         prompt: list[int],
         items: tuple[MediaItem, ...],
         adapter: str | None,
+        loaded: str | None,
         kv_bits: int | None,
         shared: int,
     ) -> PromptCache | None:
@@ -165,6 +166,7 @@ class PrefixStore:
             prompt: tokens.
             items: images and sounds in it.
             adapter: that it calls for, of those that the model's checkpoint holds.
+            loaded: that it uses, of those that were loaded beside the model.
             kv_bits: what keys and values are quantized to.
             shared: tokens that are at hand; None is returned unless there are enough more.
         """
@@ -177,7 +179,7 @@ class PrefixStore:
                 return None
             layout = KVLayout(self._model, kv_bits)
             table = self._model.config.rope.table(len(prompt))
-            source = self._identify()
+            source = self._identify(loaded)
             key = PrefixKey.of(self._model, source, layout, table, adapter)
         except (OSError, PhimlxError) as error:
             self._say("Kept prompts are not looked at", error)
@@ -188,7 +190,7 @@ class PrefixStore:
             try:
                 with open_prefix(entry.path) as file:
                     file.check(key)
-                    found = file.load(self._model, layout)
+                    found = file.load(self._model, layout, loaded)
             except (OSError, CacheError) as error:
                 self._drop(entry, error)
                 continue
@@ -208,7 +210,7 @@ class PrefixStore:
         try:
             self._folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             layout = KVLayout(self._model, cache.kv_bits)
-            source = self._identify()
+            source = self._identify(kv.loaded[0])
             key = key_of(cache, source, layout)
             tokens, items = cache.tokens, cache.items
             begin = _digest(tokens[:BLOCK], items)

@@ -12,6 +12,7 @@ from phimlx.generation.placed_media import MediaItem, PlacedMedia
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
 from phimlx.models.features import TEXT, Features
+from phimlx.models.lora import DEFAULT
 
 
 class Prefixes(Protocol):
@@ -22,6 +23,7 @@ class Prefixes(Protocol):
         prompt: list[int],
         items: tuple[MediaItem, ...],
         adapter: str | None,
+        loaded: str | None,
         kv_bits: int | None,
         shared: int,
     ) -> PromptCache | None:
@@ -143,17 +145,23 @@ class PromptCache:
         if self._holder is request:
             self._holder = None
 
-    def reuse(self, prompt: list[int], media: PlacedMedia) -> Prefix:
+    def reuse(self, prompt: list[int], media: PlacedMedia, loaded: str | None = DEFAULT) -> Prefix:
         """Keep what a prompt shares with the tokens here.
 
         The last token of a prompt is always computed, since its logits are wanted. Nothing is kept
         where the prompt needs other rope factors or another adapter.
+
+        Args:
+            loaded: the adapter that it uses of those that were loaded beside the model.
         """
-        shared = self._trim(prompt, media)
+        shared = self._trim(prompt, media, loaded)
         if self._prefixes is not None:
             usable = shared if self.kv.serves() else 0
-            found = self._prefixes.find(prompt, media.items, media.adapter, self.kv_bits, usable)
-            if found is not None and (kept := found._trim(prompt, media)) > usable:
+            own = self.kv.expected_loaded[0]
+            found = self._prefixes.find(
+                prompt, media.items, media.adapter, own, self.kv_bits, usable
+            )
+            if found is not None and (kept := found._trim(prompt, media, loaded)) > usable:
                 self.kv, self._items, shared = found.kv, found.items, kept
         self._items = media.items
         if self.kv.serves():
@@ -162,11 +170,11 @@ class PromptCache:
         self.kv.trim(0)
         return Prefix(0, shared, features)
 
-    def _trim(self, prompt: list[int], media: PlacedMedia) -> int:
+    def _trim(self, prompt: list[int], media: PlacedMedia, loaded: str | None) -> int:
         """Forget what a prompt does not share; the number of tokens that are left."""
         self.kv.trim(shared_tokens(self.tokens, self._items, prompt[:-1], media.items))
         self.kv.trim(self.kv.held)  # what is between is computed with the prompt, in its pieces
-        self.kv.expect([len(prompt)], (media.adapter,))
+        self.kv.expect([len(prompt)], (media.adapter,), (loaded,))
         return self.kv.length
 
 

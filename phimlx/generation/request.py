@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from phimlx.errors import PhimlxError
 from phimlx.generation.reply import Chunk, Reply, ReplyReader
 from phimlx.generation.sampler import Sampler
+from phimlx.models.lora import DEFAULT
 
 if TYPE_CHECKING:
     from phimlx.generation.grammar.constraint import Constraint
@@ -39,6 +40,7 @@ class Request:
         prompt_logprobs: the same of the prompt's tokens, all of which are then computed; only for a
             request without a cache.
         constraint: the grammar that the reply is held to.
+        adapter: name of the one that the model was given to use; None for the model alone.
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
@@ -58,6 +60,7 @@ class Request:
     top_logprobs: int | None = None
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
+    adapter: str | None = DEFAULT
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     error: PhimlxError | None = field(default=None, init=False)

@@ -56,6 +56,7 @@ class Scheduler:
         self._on_admit = on_admit
         self._max_rows = max_rows
         self._memory = memory
+        self._found: tuple[frozenset[str], int] | None = None  # with which adapters, how much
         self._waiting: deque[Request] = deque()
         self._prompts: Batch | None = None  # being prefilled, or about to join
         self._rows: Batch | None = None
@@ -64,7 +65,8 @@ class Scheduler:
         """Let requests wait for their turn.
 
         Raises:
-            GenerationError: for one whose keys and values would never fit.
+            GenerationError: for one whose keys and values would never fit, or whose adapter is not
+                there.
         """
         requests = list(requests)
         for request in requests:
@@ -95,11 +97,13 @@ class Scheduler:
 
     def cancel_all(self) -> None:
         """End every request."""
-        for request in self._requests():
+        for request in self.requests:
             request.cancel()
         self.settle()
 
-    def _requests(self) -> list[Request]:
+    @property
+    def requests(self) -> list[Request]:
+        """Those that have not ended."""
         batches = [batch for batch in (self._prompts, self._rows) if batch is not None]
         found = [*self._waiting, *(request for batch in batches for request in batch.requests)]
         return [request for request in found if not request.finished]
@@ -156,6 +160,7 @@ class Scheduler:
         return (1 + len(others)) * columns * self._bytes_per_token(request.kv_bits) <= self._left
 
     def _check(self, request: Request) -> None:
+        self._model.check_adapter(request.adapter)
         needed = _columns(request) * self._bytes_per_token(request.kv_bits)
         if needed > self._left:
             enough = [
@@ -189,12 +194,15 @@ class Scheduler:
     @property
     def _left(self) -> int:
         """Bytes that keys and values may take."""
-        if self._memory is None:
+        if self._memory is not None:
+            return self._memory
+        adapters = self._model.loaded_adapters
+        if self._found is None or self._found[0] != adapters:
             parameters: Any = tree_flatten(self._model.parameters())
             weights = sum(array.nbytes for _, array in parameters)
             held = footprint(self._model.config, weights, prefill_tokens(), self._itemsize)
-            self._memory = machine_memory() - held.weights - held.working
-        return self._memory
+            self._found = adapters, machine_memory() - held.weights - held.working
+        return self._found[1]
 
 
 def _columns(request: Request) -> int:

@@ -23,7 +23,7 @@ from phimlx.models.cache.quantized import make_store
 from phimlx.models.cache.store import Store, attention
 from phimlx.models.config import ModelConfig as ModelConfig
 from phimlx.models.features import TEXT, Features, Placeholders
-from phimlx.models.lora import Routing
+from phimlx.models.lora import DEFAULT, Routing
 from phimlx.models.registry import Architecture
 
 
@@ -36,7 +36,7 @@ class ForwardPass:
         mask: for `mx.fast.scaled_dot_product_attention`.
         rope: cos and sin, as a `Rope` makes them and `rotate` takes them.
         cache: which each layer's keys and values go to; None where nothing is kept.
-        routing: which rows use which of the checkpoint's own adapters; None where none does.
+        routing: which rows use which adapters; None where none does.
         shared: what a layer hands to later ones, by a name that they agree on.
         outputs: how many positions, counted from the end, a layer's output is wanted of; None for
             all. Less than all is wanted of the model's `tail` alone.
@@ -89,12 +89,17 @@ class CausalLM(nn.Module):
         placeholders: tokens that stand for media in a prompt; None where only text is taken.
         tail: how many of the last layers need be computed only where their output is wanted: the
             first of them keeps what others of its pass attend to.
+        loaded_adapters: names of those that were put beside the layers. All rows use `DEFAULT`,
+            where it is among them, unless their cache is told otherwise.
+        is_changed: whether the default one also changed what all rows share.
         model: embedding, decoder layers and final norm.
     """
 
     model_type: ClassVar[str]
     placeholders: Placeholders | None = None
     tail: int = 1
+    loaded_adapters: frozenset[str] = frozenset()
+    is_changed: bool = False
     config: ModelConfig
     model: nn.Module
 
@@ -133,6 +138,24 @@ class CausalLM(nn.Module):
         """The layer whose weight makes logits: a linear one, or the embedding where it is tied."""
         return self.model.embed_tokens if self.config.tie_word_embeddings else self.lm_head
 
+    @property
+    def default_adapter(self) -> str | None:
+        """Name of the adapter that a row uses of which nothing else is said."""
+        return DEFAULT if DEFAULT in self.loaded_adapters else None
+
+    def check_adapter(self, name: str | None) -> None:
+        """Raise GenerationError where rows cannot use a loaded adapter, or cannot do without."""
+        if self.is_changed and name != DEFAULT:
+            raise GenerationError(
+                "The model was loaded with an adapter that changes more than the layers' "
+                "projections, so every request uses it.",
+                hint="Load the model without it: phimlx.load(source).",
+            )
+        if name not in (None, DEFAULT, *self.loaded_adapters):
+            raise GenerationError(
+                "The request names an adapter that is not loaded, or has been deleted."
+            )
+
     def untie(self) -> None:
         """Give a tied model an output head of its own, which shares the embedding's numbers."""
         embedding = self.model.embed_tokens
@@ -170,7 +193,9 @@ class CausalLM(nn.Module):
         """
         config = self.config
         store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
-        return Cache(store, config.rope, expected_length, window=config.sliding_window)
+        return Cache(
+            store, config.rope, expected_length, config.sliding_window, self.default_adapter
+        )
 
     def forward_pass(
         self,
@@ -184,9 +209,9 @@ class CausalLM(nn.Module):
         """
         config = self.config
         # Without a cache, one without layers still says where the tokens stand.
-        kept = cache or Cache(Store(0), config.rope, window=config.sliding_window)
-        positions, long, mask = kept.extend(input_ids, attention_mask)
-        return ForwardPass(positions, mask, config.rope(positions, long), cache)
+        kept = cache or Cache(Store(0), config.rope, 0, config.sliding_window, self.default_adapter)
+        positions, long, mask, routing = kept.extend(input_ids, attention_mask)
+        return ForwardPass(positions, mask, config.rope(positions, long), cache, routing)
 
     def hidden_states(
         self,

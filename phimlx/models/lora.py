@@ -14,6 +14,7 @@ import mlx.core as mx
 import mlx.nn as nn
 
 MAX_RANK = 1 << 14  # a hostile config must not make us build more
+DEFAULT = "default"  # the adapter that a model was loaded with, by peft's name for it
 
 
 @dataclass(frozen=True)
@@ -86,14 +87,17 @@ class Routing:
     """Adapters of the rows of one forward pass.
 
     Args:
-        rows: for each row of the batch the name of its adapter, or None.
+        kinds: for each row of the batch the name of its adapter, or None; for every kind of adapter
+            of which a row may have one, in the order in which they are applied.
     """
 
-    def __init__(self, rows: Sequence[str | None]) -> None:
-        names = dict.fromkeys(name for name in rows if name is not None)
+    def __init__(self, *kinds: Sequence[str | None]) -> None:
         # The rows of each adapter; None where they are all.
         self.groups: tuple[tuple[str, mx.array | None], ...] = tuple(
-            (name, _rows_of(name, rows)) for name in names
+            (name, _rows_of(name, rows))
+            for rows in kinds
+            for name in dict.fromkeys(rows)
+            if name is not None
         )
 
 
@@ -107,7 +111,7 @@ class LoRALinear(nn.Module):
 
     Args:
         base_layer: plain or quantized.
-        always: the adapter that every row uses, whatever the routing; None for none.
+        always: the adapter that every row uses, where no call tells rows apart; None for none.
     """
 
     def __init__(self, base_layer: nn.Module, always: str | None = None) -> None:
@@ -132,21 +136,33 @@ class LoRALinear(nn.Module):
         return layer
 
     @classmethod
-    def adapted(cls, base_layer: nn.Module, lora: LoRA) -> LoRALinear:
-        """Put an adapter beside a layer, which every row uses; others that it has stay."""
+    def adapted(
+        cls, base_layer: nn.Module, lora: LoRA, name: str = DEFAULT, always: bool = False
+    ) -> LoRALinear:
+        """Put an adapter beside a layer; others that it has stay.
+
+        Args:
+            always: whether every row uses it, as of an output head, which knows no rows.
+        """
         layer = base_layer if isinstance(base_layer, cls) else cls(base_layer)
-        layer._always = "default"
+        layer._always = name if always else None
         for part, matrix in ((layer.lora_A, lora.lora_a), (layer.lora_B, lora.lora_b)):
-            part["default"] = nn.Linear(1, 1, bias=False)
-            part["default"].weight = mx.contiguous(matrix.T)
+            part[name] = nn.Linear(1, 1, bias=False)
+            part[name].weight = mx.contiguous(matrix.T)
         if lora.bias is not None:
-            layer.lora_B["default"].bias = lora.bias * lora.scale
-        layer._scales["default"] = lora.scale
+            layer.lora_B[name].bias = lora.bias * lora.scale
+        layer._scales[name] = lora.scale
         if lora.magnitude is not None:
             merged = dequantized_weight(layer.base_layer) + lora.delta()
-            layer._gains["default"] = lora.magnitude / mx.linalg.norm(merged, axis=1)
+            layer._gains[name] = lora.magnitude / mx.linalg.norm(merged, axis=1)
             mx.eval(layer._gains)  # now: a whole weight is unpacked for it
         return layer
+
+    def without(self, name: str) -> nn.Module:
+        """Take an adapter away, if it is here; the plain layer where no other is left."""
+        for part in (self.lora_A, self.lora_B, self._scales, self._gains):
+            part.pop(name, None)
+        return self if self._scales else self.base_layer
 
     def __call__(self, x: mx.array, routing: Routing | None = None) -> mx.array:
         """`[batch, length, input]` to `[batch, length, output]`."""

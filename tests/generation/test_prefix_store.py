@@ -209,7 +209,7 @@ def test_rope_scaling_is_part_of_the_key(tmp_path: Path) -> None:
 
 def tiny_store(model: CausalLM, folder: Path, notes: list[str]) -> PrefixStore:
     source = Source("digest", None, "tiny", "folder")
-    return PrefixStore(model, lambda: source, notes.append, folder, min_tokens=1)
+    return PrefixStore(model, lambda loaded: source, notes.append, folder, min_tokens=1)
 
 
 def test_media_count_by_their_contents(model: Phi4MMForCausalLM, tmp_path: Path) -> None:
@@ -224,7 +224,7 @@ def test_media_count_by_their_contents(model: Phi4MMForCausalLM, tmp_path: Path)
         follow = [*prompt, *words(4, 9)]
         assert greedy(model, follow, one, 3, again) == plain(model, follow, one, 3)
         assert again.items == cache.items
-        read = tiny_store(model, tmp_path, notes).find(follow, again.items, "vision", None, 0)
+        read = tiny_store(model, tmp_path, notes).find(follow, again.items, "vision", None, None, 0)
         assert read is not None
         assert read.kv.length == len(prompt) + 1
         mixed = PromptCache(model, None, tiny_store(model, tmp_path, notes))

@@ -75,12 +75,14 @@ def restore(
     arrays: Mapping[str, mx.array],
     table: int,
     adapter: str | None,
+    loaded: str | None,
 ) -> Cache:
     """Make a cache of one row from its arrays, whose forms have been checked.
 
     Args:
         table: of `Rope.table`'s frequencies, those that its keys were made with.
         adapter: that the row used, of a model whose checkpoint holds some.
+        loaded: and of those that were loaded beside the model.
 
     Raises:
         CacheError: where what they hold is no sense.
@@ -89,7 +91,7 @@ def restore(
     tokens = arrays[TOKENS]
     cache.length = tokens.shape[0]
     cache.tokens = tokens[None]
-    cache.row_lengths, cache.long = (cache.length,), (table,)
+    cache.row_lengths, cache.long, cache.loaded = (cache.length,), (table,), (loaded,)
     if model.placeholders is not None:
         cache.adapters = (adapter,)
         cache.features = (Features(arrays.get(IMAGES), arrays.get(AUDIO)),)

@@ -1,4 +1,4 @@
-"""Keys and values of the tokens seen so far, and the LongRoPE table and adapter behind them."""
+"""Keys and values of the tokens seen so far, and the LongRoPE table and adapters behind them."""
 
 from __future__ import annotations
 
@@ -9,9 +9,19 @@ import mlx.core as mx
 
 from phimlx.models.cache.store import Store
 from phimlx.models.features import Features
+from phimlx.models.lora import DEFAULT, Routing
 from phimlx.models.rope import Rope
 
 T = TypeVar("T")
+
+
+class _Rows(NamedTuple):
+    """What is known of each row."""
+
+    lengths: tuple[int, ...] = ()
+    long: tuple[int, ...] = ()
+    adapters: tuple[str | None, ...] = ()
+    loaded: tuple[str | None, ...] = ()
 
 
 class NewTokens(NamedTuple):
@@ -20,6 +30,7 @@ class NewTokens(NamedTuple):
     positions: mx.array  # [batch or 1, length]
     long: tuple[int, ...]  # for each row, which of `Rope.table`'s frequencies it uses
     mask: mx.array | str | None  # for mx.fast.scaled_dot_product_attention
+    routing: Routing | None  # which rows use which adapters; None where none does
 
 
 class Cache:
@@ -41,10 +52,16 @@ class Cache:
         expected_length: length that the rows are known to reach, so that a long prompt given in
             pieces starts with the rope factors that it will end with.
         window: how many tokens each attends to, itself and those before it; None for all.
+        default_adapter: the loaded adapter of rows of which nothing else is said.
     """
 
     def __init__(
-        self, store: Store, rope: Rope, expected_length: int = 0, window: int | None = None
+        self,
+        store: Store,
+        rope: Rope,
+        expected_length: int = 0,
+        window: int | None = None,
+        default_adapter: str | None = None,
     ) -> None:
         self.store = store
         self.rope = rope
@@ -58,13 +75,13 @@ class Cache:
         self.row_lengths: tuple[int, ...] = ()  # real tokens of each row
         self.long: tuple[int, ...] = ()  # with which of `Rope.table`'s frequencies
         self.adapters: tuple[str | None, ...] = ()  # and the adapter, where the model has some
+        self.loaded: tuple[str | None, ...] = ()  # and the one that was loaded beside the model
+        self.expected_loaded: tuple[str | None, ...] = ()  # that each row is to use
+        self.default_adapter = default_adapter
         self.features: tuple[Features, ...] = ()  # each row's, where the model takes media
-        # What `commit` will make true: row lengths, rope factors, adapters.
-        self._pending: tuple[tuple[int, ...], tuple[int, ...], tuple[str | None, ...]] = (
-            (),
-            (),
-            (),
-        )
+        self._pending = _Rows()  # what `commit` will make true
+        self._routing: Routing | None = None
+        self._routed: tuple[tuple[str | None, ...], ...] = ()  # the rows that it is for
 
     def tokens_to_recompute(
         self,
@@ -75,14 +92,14 @@ class Cache:
         """Tokens and mask to compute again before `shape` more tokens come, or None.
 
         Rows that cross `original_max_position_embeddings`, in either direction, or come to use
-        another of `adapters`, need every key and value anew; others, what is not `held`. The
-        cache is then as far as that, and the caller feeds what it is given first.
+        another of `adapters` or of the loaded ones, need every key and value anew; others, what is
+        not `held`. The cache is then as far as that, and the caller feeds what it is given first.
         """
         if self.length == 0 or self.tokens is None:
             return None
         long = self._long_rows(self._lengths_after(shape, attention_mask))
-        goes_on = adapters == self.adapters and self._go_on(long, shape[1])
-        begin = self.held if goes_on else 0
+        same = adapters == self.adapters and self._loaded_rows(shape[0]) == self.loaded
+        begin = self.held if same and self._go_on(long, shape[1]) else 0
         if begin == self.length:
             return None
         tokens = self.tokens[:, begin : self.length]
@@ -107,7 +124,8 @@ class Cache:
         before = self.row_lengths or (0,) * batch
         row_lengths = self._lengths_after((batch, length), attention_mask)
         long = self._long_rows(row_lengths)
-        self._pending = (row_lengths, long, adapters)
+        self._pending = _Rows(row_lengths, long, adapters, self._loaded_rows(batch))
+        routing = self._route(self._pending)
         # A prompt that comes in pieces has room for all of it from the first on.
         expected = (self.expected_length, *self.expected_lengths)
         self.store.reserve(max(self.length + length, *expected), self.length)
@@ -119,15 +137,15 @@ class Cache:
         if attention_mask is None and self.valid is None:
             positions = mx.arange(self.length, self.length + length)[None]  # [1, length]
             if self.window is not None and self.length + length > self.window:
-                return NewTokens(positions, long, self._mask(length))
-            return NewTokens(positions, long, "causal" if length > 1 else None)
+                return NewTokens(positions, long, self._mask(length), routing)
+            return NewTokens(positions, long, "causal" if length > 1 else None, routing)
         real = mx.ones((batch, length)) if attention_mask is None else attention_mask
         real = real.astype(mx.bool_)
         kept = mx.ones((batch, self.length), mx.bool_) if self.valid is None else self.valid
         self.valid = mx.concatenate([kept[:, : self.length], real], axis=1)
         counted = mx.cumsum(real.astype(mx.int32), axis=1) - 1
         positions = mx.maximum(mx.array(before)[:, None] + counted, 0)  # [batch, length]
-        return NewTokens(positions, long, self._mask(length))
+        return NewTokens(positions, long, self._mask(length), routing)
 
     def attend(
         self,
@@ -150,7 +168,7 @@ class Cache:
         """All layers have attended: the new columns count."""
         if self.tokens is not None:
             self.length = self.held = self.tokens.shape[1]
-            self.row_lengths, self.long, self.adapters = self._pending
+            self.row_lengths, self.long, self.adapters, self.loaded = self._pending
 
     def trim(self, length: int) -> None:
         """Forget every column from `length` on.
@@ -165,7 +183,7 @@ class Cache:
         if length == 0 or self.tokens is None:
             self.store.clear()
             self.tokens = self.valid = None
-            self.row_lengths = self.long = self.adapters = ()
+            self.row_lengths = self.long = self.adapters = self.loaded = ()
         elif self.valid is None:
             self.row_lengths = (length,) * len(self.row_lengths)
         else:
@@ -175,18 +193,28 @@ class Cache:
         """Note that a sequence may be cut about here later, as at the end of a prompt."""
         self.store.mark()
 
-    def expect(self, lengths: Sequence[int], adapters: tuple[str | None, ...] = ()) -> None:
+    def expect(
+        self,
+        lengths: Sequence[int],
+        adapters: tuple[str | None, ...] = (),
+        loaded: Sequence[str | None] = (),
+    ) -> None:
         """Note what each row is known to come to, before long prompts are given in pieces.
 
         Args:
             lengths: tokens of each row.
             adapters: each row's, for a model that has some.
+            loaded: each row's adapter of those that were loaded beside the model; the default one
+                of all rows where nothing is given.
         """
         self.expected_lengths = tuple(lengths)
+        self.expected_loaded = tuple(
+            self.default_adapter if name == DEFAULT else name for name in loaded
+        )
 
     def serves(self) -> bool:
         """Tell whether what is held was made with the rope factors and adapters expected now."""
-        if not self.length:
+        if not self.length or self.loaded != self._loaded_rows(len(self.loaded)):
             return False
         pairs = zip(self.long, self._long_rows(self.row_lengths), strict=True)
         return all(self.rope.serves(held, wanted) for held, wanted in pairs)
@@ -212,6 +240,8 @@ class Cache:
         self.expected_lengths = chosen(self.expected_lengths, rows)
         self.long = chosen(self.long, rows)
         self.adapters = chosen(self.adapters, rows)
+        self.loaded = chosen(self.loaded, rows)
+        self.expected_loaded = chosen(self.expected_loaded, rows)
         self._drop_padding()
 
     def _drop_padding(self) -> None:
@@ -250,9 +280,13 @@ class Cache:
             for expected in cache.expected_lengths
             or (cache.expected_length,) * len(cache.row_lengths)
         )
+        self.expected_loaded = tuple(
+            name for cache in caches for name in cache._loaded_rows(len(cache.row_lengths))
+        )
         self.row_lengths += other.row_lengths
         self.long += other.long
         self.adapters += other.adapters
+        self.loaded += other.loaded
         self.length = self.held = columns
         other.trim(0)
 
@@ -293,6 +327,17 @@ class Cache:
         expected = self.expected_lengths or (self.expected_length,) * len(row_lengths)
         pairs = zip(row_lengths, expected, strict=True)
         return tuple(self.rope.table(max(pair)) for pair in pairs)
+
+    def _loaded_rows(self, batch: int) -> tuple[str | None, ...]:
+        return self.expected_loaded or (self.default_adapter,) * batch
+
+    def _route(self, rows: _Rows) -> Routing | None:
+        """Make the routing of rows; the last one again where they use the same adapters."""
+        kinds = rows.loaded, rows.adapters
+        if kinds != self._routed:
+            self._routed = kinds
+            self._routing = Routing(*kinds) if any(map(any, kinds)) else None
+        return self._routing
 
     def _mask(self, length: int) -> mx.array:
         """Make a mask `[batch or 1, 1, length, columns]`: causal, in the window, padding hidden.

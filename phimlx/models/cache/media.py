@@ -29,14 +29,20 @@ class MediaCache(Cache):
         expected_length: int = 0,
         expected_adapters: tuple[str | None, ...] = (),
         window: int | None = None,
+        default_adapter: str | None = None,
     ) -> None:
-        super().__init__(store, rope, expected_length, window)
+        super().__init__(store, rope, expected_length, window, default_adapter)
         self.placeholders = placeholders
         self.expected_adapters = expected_adapters
         self._pending_features: tuple[Features, ...] = ()
 
-    def expect(self, lengths: Sequence[int], adapters: tuple[str | None, ...] = ()) -> None:
-        super().expect(lengths, adapters)
+    def expect(
+        self,
+        lengths: Sequence[int],
+        adapters: tuple[str | None, ...] = (),
+        loaded: Sequence[str | None] = (),
+    ) -> None:
+        super().expect(lengths, adapters, loaded)
         self.expected_adapters = adapters
 
     def serves(self) -> bool:

@@ -22,7 +22,7 @@ from phimlx.models.cache.media import MediaCache
 from phimlx.models.cache.quantized import make_store
 from phimlx.models.cache.store import Store
 from phimlx.models.features import ADAPTERS, Features, Placeholders
-from phimlx.models.lora import MAX_RANK, LoRALinear, Routing
+from phimlx.models.lora import MAX_RANK, LoRALinear
 from phimlx.models.phi3 import Phi3Config, Phi3Model
 from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding, audio_layouts
 from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig, image_layouts
@@ -194,10 +194,7 @@ class Phi4MMForCausalLM(CausalLM):
     ) -> tuple[mx.array, ForwardPass]:
         batch, length = input_ids.shape
         # Without a cache, one without layers still says where the tokens stand.
-        config = self.config
-        kept = self._media_cache(cache) or MediaCache(
-            Store(0), config.rope, self.placeholders, window=config.sliding_window
-        )
+        kept = self._media_cache(cache) or self._make_cache(Store(0))
         rows = self.placeholders.by_row(input_ids, features)
         held = kept.features_with(rows)
         adapters = kept.adapters_of(held)
@@ -205,8 +202,7 @@ class Phi4MMForCausalLM(CausalLM):
         if past is not None:
             input_ids, attention_mask = with_past(past, input_ids, attention_mask)
             rows = held
-        positions, long, mask = kept.extend(input_ids, attention_mask, adapters, held)
-        routing = Routing(adapters) if any(adapters) else None
+        positions, long, mask, routing = kept.extend(input_ids, attention_mask, adapters, held)
         rope = self.config.rope(positions, long)
         forward = ForwardPass(positions, mask, rope, cache, routing)
         return self._embed(input_ids, rows, adapters), forward
@@ -219,13 +215,23 @@ class Phi4MMForCausalLM(CausalLM):
     ) -> MediaCache:
         """Make an empty cache; arguments and errors as for every model."""
         config = self.config
+        store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
+        return self._make_cache(store, expected_length, expected_adapters)
+
+    def _make_cache(
+        self,
+        store: Store,
+        expected_length: int = 0,
+        expected_adapters: tuple[str | None, ...] = (),
+    ) -> MediaCache:
         return MediaCache(
-            make_store(config.num_hidden_layers, config.head_dim, kv_bits),
-            config.rope,
+            store,
+            self.config.rope,
             self.placeholders,
             expected_length,
             expected_adapters,
-            config.sliding_window,
+            self.config.sliding_window,
+            self.default_adapter,
         )
 
     @property

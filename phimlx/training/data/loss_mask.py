@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 
-from phimlx.api import STOP_TOKENS
+from phimlx.adapters.variants import STOP_TOKENS
 from phimlx.errors import PromptError, TokenizerError
 from phimlx.prompt.reply_parser import THINK
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
