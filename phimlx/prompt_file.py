@@ -27,6 +27,7 @@ OPTIONS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "stop", "seed", "tools", "images", "audio"),
     *("logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "continue_final_message"),
+    "adapter",
 )
 IDS = ("custom_id", "id")
 USED = {"prompt", "messages", "system", "body", *IDS, *OPTIONS}
@@ -89,7 +90,7 @@ def answer_file(
 
     Args:
         source: a prompt a line, in one of `FORMS`; a line may also have `system`, an `id` or
-            `custom_id`, and options of its own.
+            `custom_id`, and options of its own, such as the name of an `adapter`.
         settings: options of every reply that a line does not have itself.
         system: what the model is told first, where a line does not say it itself.
         about: what else a reply depends on, such as the model.

@@ -18,7 +18,7 @@ from phimlx.cli.conversations import (
 )
 from phimlx.cli.options import (
     MULTIMODAL,
-    adapter_option,
+    adapters_option,
     cache_option,
     check_files,
     dtype_option,
@@ -35,6 +35,7 @@ from phimlx.cli.options import (
     prompt_lookup_option,
     rope_scaling_option,
     sampling_options,
+    split_adapters,
     system_option,
     tools_option,
 )
@@ -52,7 +53,7 @@ NO_PROMPT = (
 @click.command()
 @click.argument("words", metavar="[PROMPT]", required=False)
 @model_option
-@adapter_option
+@adapters_option
 @dtype_option
 @rope_scaling_option
 @kv_bits_option
@@ -114,7 +115,7 @@ NO_PROMPT = (
 def command(
     words: str | None,
     model: str | None,
-    adapter: str | None,
+    adapters: tuple[str, ...],
     dtype: str | None,
     rope_scaling: dict[str, Any] | None,
     kv_bits: int | None,
@@ -156,8 +157,8 @@ def command(
     says; --json keeps them, escaped.
 
     With --prompts every line of a file is answered, several at a time: a text, or an object with
-    prompt or messages and options of its own, such as max_tokens. After an interruption the same
-    command goes on where it was.
+    prompt or messages and options of its own, such as max_tokens or the name of an adapter. After
+    an interruption the same command goes on where it was.
 
     \b
       phimlx generate --prompts questions.jsonl --output answers.jsonl
@@ -173,6 +174,11 @@ def command(
         raise click.UsageError("With --prompts the file says what is asked, and nothing else does.")
     if top_logprobs is not None and not (as_json or in_file):
         raise click.UsageError("--top-logprobs goes with --json or --prompts.")
+    adapter, by_name = split_adapters(adapters)
+    if by_name and not in_file:
+        raise click.UsageError(
+            "--adapter-path NAME=ADAPTER belongs to --prompts, whose lines give the name."
+        )
     spoken = bool(audio) and prompt is None and words is None and not raw
     text = "" if spoken or in_file else read_prompt(prompt, words, raw)
     if continued and (raw or in_file):
@@ -212,7 +218,7 @@ def command(
     more: dict[str, Any] = {"kv_bits": kv_bits, "top_logprobs": top_logprobs}
     if top_logprobs is not None:
         more["logprobs"] = True
-    phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
+    phi = load_or_download(model, output, adapter, by_name, dtype=dtype, rope_scaling=rope_scaling)
     if prompt_form is not None:
         phi.use_prompt_form(prompt_form)
     if prompts_file is not None and output_file is not None:
@@ -223,6 +229,7 @@ def command(
         about = [
             str(phi.path.resolve()),
             str(adapter),
+            str(by_name),
             str(dtype),
             str(prompt_form),
             str(rope_scaling),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -33,11 +33,14 @@ model_option = click.option(
     metavar="MODEL",
     help="An alias, a Hub id or a folder  [default: phi-4-mini at 4 bits]",
 )
-adapter_option = click.option(
+ADAPTER = "What was fine-tuned: a folder or a Hub id of an adapter of phimlx, mlx-lm or PEFT."
+adapter_option = click.option("--adapter-path", "adapter", metavar="ADAPTER", help=ADAPTER)
+adapters_option = click.option(
     "--adapter-path",
-    "adapter",
-    metavar="ADAPTER",
-    help="What was fine-tuned: a folder or a Hub id of an adapter of phimlx, mlx-lm or PEFT.",
+    "adapters",
+    metavar="[NAME=]ADAPTER",
+    multiple=True,
+    help=f"{ADAPTER} With a NAME, for the lines of --prompts that name it; may be given again.",
 )
 dtype_option = click.option(
     "--dtype",
@@ -204,10 +207,34 @@ def prefix_store(phi: Phi, keeps: bool | None, output: Output) -> PrefixStore | 
     return phi.prefix_store(output.note, **({"min_tokens": 1} if keeps else {}))
 
 
+def split_adapters(given: Iterable[str]) -> tuple[str | None, dict[str, str]]:
+    """Tell the adapter of all requests from those that requests name, of `--adapter-path`.
+
+    A folder that is there is a folder, whatever its name. Raises `click.UsageError` where two are
+    for the same requests.
+    """
+    usual: list[str] = []
+    named: dict[str, str] = {}
+    for text in given:
+        name, equals, source = text.partition("=")
+        if not equals or "/" in name or os.path.exists(text):
+            usual.append(text)
+        elif name in named:
+            raise click.UsageError(f"--adapter-path is given twice for {shortened(name)}.")
+        else:
+            named[name] = source
+    if len(usual) > 1:
+        raise click.UsageError(
+            "--adapter-path is given twice. With --prompts give each a name: NAME=ADAPTER."
+        )
+    return usual[0] if usual else None, named
+
+
 def load_or_download(
     model: str | None,
     output: Output,
     adapter: str | None = None,
+    adapters: Mapping[str, str] | None = None,
     *,
     dtype: str | None = None,
     rope_scaling: dict[str, Any] | None = None,
@@ -217,6 +244,7 @@ def load_or_download(
 
     Args:
         adapter: a folder or a Hub id, from --adapter-path.
+        adapters: more of them by name, which requests choose.
         dtype: to compute in; as stored where None.
         rope_scaling: from --rope-scaling; the config's own where None.
         always_ask: before any download, where a file rather than the user named the model.
@@ -228,13 +256,14 @@ def load_or_download(
     from phimlx.errors import ModelAbsentError
     from phimlx.hub.resolve import resolve_adapter
 
-    if adapter is not None:
+    adapters = adapters or {}
+    for source in (*([] if adapter is None else [adapter]), *adapters.values()):
         try:
-            resolve_adapter(adapter)
+            resolve_adapter(source)
         except ModelAbsentError as absent:
             from phimlx.cli.bars import download_missing
 
-            download_missing(adapter, output, absent, adapter=True)
+            download_missing(source, output, absent, adapter=True)
     scaled = {} if rope_scaling is None else {"rope_scaling": rope_scaling}
     loading = f"Loading {model or 'the model'}…"
     try:
@@ -248,4 +277,7 @@ def load_or_download(
             phi = api.load(model, adapter, dtype, **scaled)
     for remark in phi.remarks:
         output.warning(remark)
+    for name, source in adapters.items():
+        for remark in phi.load_adapter(source, name):
+            output.warning(f"{name}: {remark}")
     return phi

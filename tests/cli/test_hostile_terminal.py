@@ -254,6 +254,9 @@ ROWS: dict[str, dict[str, Row]] = {
         "flag": Row(lambda text, at: ["generate", "--temp", text, "hi"]),
         "tools": Row(lambda text, at: ["generate", "--tools", text, "hi"]),
         "debug": Row(lambda text, at: ["generate", "--debug", "--image", text, "hi"]),
+        "adapters": Row(
+            lambda text, at: ["generate", *(2 * ["--adapter-path", f"{text}=a"]), "hi"],
+        ),
         "error": Row(lambda text, at: ["generate", "fail"]),
         "unexpected": Row(lambda text, at: ["generate", "crash"]),
     },
