@@ -92,18 +92,31 @@ class Routing:
     """
 
     def __init__(self, *kinds: Sequence[str | None]) -> None:
-        # The rows of each adapter; None where they are all.
-        self.groups: tuple[tuple[str, mx.array | None], ...] = tuple(
-            (name, _rows_of(name, rows))
-            for rows in kinds
-            for name in dict.fromkeys(rows)
-            if name is not None
-        )
+        self.groups = tuple(_Groups.of(rows) for rows in kinds if any(rows))
 
 
-def _rows_of(name: str, rows: Sequence[str | None]) -> mx.array | None:
-    chosen = [index for index, row in enumerate(rows) if row == name]
-    return None if len(chosen) == len(rows) else mx.array(chosen)
+@dataclass(frozen=True)
+class _Groups:
+    """Rows that have an adapter of one kind, those of one together.
+
+    Attributes:
+        rows: their numbers; None where all rows have the same one.
+        spans: of each adapter, where its rows begin and end among them.
+    """
+
+    rows: mx.array | None
+    spans: tuple[tuple[str, int, int], ...]
+
+    @classmethod
+    def of(cls, names: Sequence[str | None]) -> _Groups:
+        found: list[int] = []
+        spans = []
+        for name in dict.fromkeys(name for name in names if name is not None):
+            begin = len(found)
+            found += [row for row, each in enumerate(names) if each == name]
+            spans.append((name, begin, len(found)))
+        alike = len(spans) == 1 and len(found) == len(names)
+        return cls(None if alike else mx.array(found), tuple(spans))
 
 
 class LoRALinear(nn.Module):
@@ -169,16 +182,21 @@ class LoRALinear(nn.Module):
         y = self.base_layer(x)
         if self._always is not None:
             y = self._with(self._always, x, y)
-        for name, rows in () if routing is None else routing.groups:
-            if name not in self._scales:
+        for groups in () if routing is None else routing.groups:
+            if not any(name in self._scales for name, _, _ in groups.spans):
                 continue
-            if rows is None:
-                y = self._with(name, x, y)
-            else:
-                y[rows] = self._with(name, x[rows], y[rows])
+            if groups.rows is None:
+                y = self._with(groups.spans[0][0], x, y)
+                continue
+            inputs, outputs = x[groups.rows], y[groups.rows]
+            y[groups.rows] = mx.concatenate(
+                [self._with(name, inputs[a:b], outputs[a:b]) for name, a, b in groups.spans]
+            )
         return y
 
     def _with(self, name: str, x: mx.array, y: mx.array) -> mx.array:
+        if name not in self._scales:
+            return y
         inner = self.lora_A[name](x) * self._scales[name]  # [rows, length, rank]
         y = y + self.lora_B[name](inner).astype(y.dtype)
         gain = self._gains.get(name)
