@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Callable, Collection, Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import TokenizerError
@@ -25,6 +25,7 @@ class Chunk:
         text: newly certain text, often empty while a character or a tag is incomplete.
         token: the token, or None for text that only became certain afterwards.
         kind: "text", or "reasoning" inside `<think>…</think>`.
+        tool_calls: that are complete with it, in place of text.
         logprobs: where they are asked for, of the tokens, this one or earlier ones, of which it has
             become certain that they belong to the reply and not to a stop string.
     """
@@ -33,6 +34,7 @@ class Chunk:
     token: int | None
     kind: str = "text"
     logprobs: tuple[TokenLogprob, ...] = ()
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 @dataclass
@@ -96,6 +98,7 @@ class Reply:
             a token that holds the end of the words and the beginning of a stop string is counted.
         finish_reason: "stop" (the model or a stop string ended it), "length", "tool_calls", or
             "cancelled" where the reader stopped early.
+        stop_string: the stop string that ended it; None where none did.
         read_answer: makes a value of the answer's text, where a schema was asked for; ValueError
             for a text that is not whole.
     """
@@ -107,6 +110,7 @@ class Reply:
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     said: int = 0
     finish_reason: str = "cancelled"
+    stop_string: str | None = None
     stats: Stats = field(default_factory=Stats)
     read_answer: Callable[[str], Any] | None = field(default=None, repr=False)
 
@@ -216,12 +220,17 @@ class ReplyReader:
         """Whether a stop string has appeared."""
         return self._stops.stopped
 
+    @property
+    def stop_string(self) -> str | None:
+        """The stop string that has appeared."""
+        return self._stops.found
+
     def read(self, token: int) -> list[Chunk]:
         """The chunks of a token: the first carries it, any further one has none."""
         self._begins.append(self._decoded)
         text = self._pass_on(self._detokenizer.add(token))
         first, *further = self._parse(text) or [Chunk("", None)]
-        return [Chunk(first.text, token, first.kind), *further]
+        return [replace(first, token=token), *further]
 
     def finish(self) -> list[Chunk]:
         """Text that was held back until it was clear that nothing follows."""
@@ -246,7 +255,7 @@ class ReplyReader:
 
 
 def _chunks(parts: Iterable[ReplyPart]) -> list[Chunk]:
-    return [Chunk(part.text, None, part.kind) for part in parts]
+    return [Chunk(part.text, None, part.kind, tool_calls=part.tool_calls) for part in parts]
 
 
 def _rate(tokens: int, seconds: float) -> float:

@@ -135,6 +135,7 @@ class Request:
         if self.reader is not None:
             chunks = self.reader.finish()
             self.reply.said = self.reader.said
+            self.reply.stop_string = self.reader.stop_string
         called = reason == "stop" and self.reply.tool_calls
         self.reply.finish_reason = "tool_calls" if called else reason
         return chunks

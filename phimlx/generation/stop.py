@@ -10,6 +10,9 @@ from phimlx.errors import GenerationError, shortened
 class StopStrings:
     """Passes text on until one of the strings appears, and holds back what may be its beginning.
 
+    Attributes:
+        found: the string that appeared; None while there is none.
+
     Raises:
         GenerationError: for a stop string that is empty or no string.
     """
@@ -23,18 +26,24 @@ class StopStrings:
                     f"stop is {shortened(stop)}; it must be a text of at least one letter."
                 )
         self.stops = tuple(stops)
-        self.stopped = False
+        self.found: str | None = None
         self._held = ""
+
+    @property
+    def stopped(self) -> bool:
+        """Whether one of the strings has appeared."""
+        return self.found is not None
 
     def feed(self, text: str) -> str:
         """The part of the text so far that is certain to belong to the reply."""
         if not self.stops or self.stopped:
             return "" if self.stopped else text
         text = self._held + text
-        starts = [start for stop in self.stops if (start := text.find(stop)) >= 0]
+        starts = [(start, stop) for stop in self.stops if (start := text.find(stop)) >= 0]
         if starts:
-            self.stopped, self._held = True, ""
-            return text[: min(starts)]
+            start, self.found = min(starts, key=lambda found: found[0])
+            self._held = ""
+            return text[:start]
         held = max(_overlap(text, stop) for stop in self.stops)
         self._held = text[len(text) - held :]
         return text[: len(text) - held]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import groupby
 from typing import Literal
@@ -19,10 +19,11 @@ MAX_SPACE = 64  # white space that may part what opens a call from its JSON
 
 @dataclass(frozen=True)
 class ReplyPart:
-    """A stretch of a reply, of one kind."""
+    """A stretch of a reply, of one kind, or the calls that stand there instead of text."""
 
     kind: ReplyKind
     text: str
+    tool_calls: tuple[ToolCall, ...] = ()
 
 
 def _partial(literal: str, then: str) -> str:
@@ -73,7 +74,7 @@ class ReplyParser:
         self.warnings: list[str] = []
         self._tools = tools
         self._decided: dict[ReplyKind, list[str]] = {"text": [], "reasoning": []}
-        self._new: list[tuple[ReplyKind, str]] = []
+        self._new: list[ReplyPart] = []
         # What is not decided on begins at `_at`; a character that is may stand before it.
         self._held = ""
         self._at = 0
@@ -116,14 +117,15 @@ class ReplyParser:
         self._held, self._at = self._held[seen:], self._at - seen
         new, self._new = self._new, []
         return [
-            ReplyPart(kind, "".join(text for _, text in parts))
-            for kind, parts in groupby(new, key=lambda part: part[0])
+            joined
+            for (kind, is_call), parts in groupby(new, lambda part: (part.kind, not part.text))
+            for joined in (list(parts) if is_call else [_joined(kind, parts)])
         ]
 
     def _emit(self, kind: ReplyKind, *texts: str) -> None:
         said = [text for text in texts if text]
         self._decided[kind] += said
-        self._new += [(kind, text) for text in said]
+        self._new += [ReplyPart(kind, text) for text in said]
 
     def _take(self, end: int) -> str:
         """Take what is held from `_at` to `end`: it is decided on."""
@@ -237,7 +239,9 @@ class ReplyParser:
         try:
             if not closed:
                 raise ValueError("the reply ended inside it")
-            self.tool_calls += read_calls(read_json_text(call))
+            calls = read_calls(read_json_text(call))
+            self.tool_calls += calls
+            self._new.append(ReplyPart("text", "", tuple(calls)))
             self._step = self._call_end
         except ValueError as error:
             self._warn(str(error))
@@ -285,3 +289,7 @@ class ReplyParser:
 
     def _warn(self, reason: str) -> None:
         self.warnings.append(f"A tool call could not be read and stays in the text: {reason}.")
+
+
+def _joined(kind: ReplyKind, parts: Iterable[ReplyPart]) -> ReplyPart:
+    return ReplyPart(kind, "".join(part.text for part in parts))

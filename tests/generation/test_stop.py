@@ -58,3 +58,20 @@ def test_a_stop_must_be_text(stop: object) -> None:
     with pytest.raises(GenerationError) as error:
         StopStrings([stop])  # type: ignore[list-item]
     assert str(error.value) == f"stop is {stop!r}; it must be a text of at least one letter."
+
+
+@pytest.mark.parametrize(
+    ("stops", "chunks", "found"),
+    [
+        (["c", "ab"], ["xa", "bc"], "ab"),
+        (["ab", "abc"], ["abc"], "ab"),
+        (["ab"], ["a"], None),
+    ],
+)
+def test_the_stop_that_ended_the_reply_is_known(
+    stops: list[str], chunks: list[str], found: str | None
+) -> None:
+    matcher = StopStrings(stops)
+    for chunk in chunks:
+        matcher.feed(chunk)
+    assert matcher.found == found

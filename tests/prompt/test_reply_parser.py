@@ -285,7 +285,8 @@ def test_the_outcome_does_not_depend_on_the_cuts(
         kind: "".join(part.text for part in parts if part.kind == kind)
         for kind in ("text", "reasoning")
     }
-    assert all(part.text for part in parts)
+    assert all(bool(part.text) != bool(part.tool_calls) for part in parts)
+    assert [call for part in parts for call in part.tool_calls] == whole.tool_calls
     assert joined == {"text": whole.text, "reasoning": whole.reasoning}
     assert (pieces.tool_calls, pieces.warnings) == (whole.tool_calls, whole.warnings)
 
