@@ -86,14 +86,22 @@ class Loaded:
     """A model in memory.
 
     Attributes:
+        keep_alive: seconds for which it stays when nobody uses it; infinite for ever.
         users: requests that are using it.
         last_used: by `time.monotonic`, when the last of them went.
     """
 
     served: Served
     phi: Phi
+    keep_alive: float
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def remaining(self) -> float:
+        """Seconds until it is unloaded, if nobody asks for it."""
+        used = time.monotonic() if self.users else self.last_used
+        return used + self.keep_alive - time.monotonic()
 
 
 class Models:
@@ -110,6 +118,7 @@ class Models:
         self._fixed = None if settings.model is None else list_served(settings)
         self._loaded: dict[str, Loaded] = {}
         self._loading = asyncio.Lock()
+        self._releasing: asyncio.Future[None] | None = None
 
     @property
     def loaded(self) -> list[Loaded]:
@@ -133,8 +142,12 @@ class Models:
         raise ModelNotFoundError(f"There is no model {name[:100]} here.", f"There are: {here}.")
 
     @asynccontextmanager
-    async def use(self, name: str) -> AsyncIterator[Loaded]:
+    async def use(self, name: str, keep_alive: float | None = None) -> AsyncIterator[Loaded]:
         """Hold a model in memory for the block; it is loaded where it is not there.
+
+        Args:
+            keep_alive: seconds for which it stays afterwards, 0 for not at all; as before where
+                None.
 
         Raises:
             ModelNotFoundError, ConfigError, CheckpointError: as `find` and `phimlx.load`.
@@ -146,18 +159,29 @@ class Models:
             if loaded is None:
                 loaded = await self._load(served)
             loaded.users += 1
+            if keep_alive is not None:
+                loaded.keep_alive = keep_alive
         try:
             yield loaded
         finally:
             loaded.users -= 1
             loaded.last_used = time.monotonic()
+            if loaded.keep_alive == 0:
+                # Later, for who used it still refers to it.
+                self._releasing = asyncio.ensure_future(self.unload_idle())
+
+    async def release(self, name: str) -> None:
+        """Unload a model now, or as soon as nobody uses it. Raises ModelNotFoundError as `find`."""
+        loaded = self._loaded.get(self.find(name).name)
+        if loaded is not None:
+            loaded.keep_alive = 0
+            await self.unload_idle()
 
     async def unload_idle(self) -> None:
-        """Unload models that nobody has used for `keep_alive` seconds."""
+        """Unload models that nobody has used for as long as they are kept."""
         async with self._loading:
             for loaded in self.loaded:
-                idle = time.monotonic() - loaded.last_used
-                if not loaded.users and idle >= self._settings.keep_alive:
+                if not loaded.users and loaded.remaining <= 0:
                     await self.unload(loaded)
 
     async def unload(self, loaded: Loaded) -> None:
@@ -183,7 +207,8 @@ class Models:
             return phi
 
         started = time.monotonic()
-        loaded = Loaded(served, await self._worker.call(load))
+        phi = await self._worker.call(load)
+        loaded = Loaded(served, phi, self._settings.keep_alive)
         self._loaded[served.name] = loaded
         log.info("loaded %s in %.1f s", served.name, time.monotonic() - started)
         return loaded

@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
 import mlx.core as mx
 
 from phimlx.api import Phi
-from phimlx.generation.options import GenerationOptions
+from phimlx.generation.options import GenerationOptions, PromptOptions
 from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.reply import Chunk, Reply
 from phimlx.generation.request import Request
@@ -39,12 +40,19 @@ class Ask:
         prompt: as `phimlx.Phi.stream` takes it, media as bytes or https addresses.
         options: of `GenerationOptions`, by name; None for the model's own.
         n: replies to the prompt, each with a seed of its own.
+        fit: whether a reply that may be longer than the context allows ends there; else it is
+            refused.
+        before: tokens that stand before the prompt, as an earlier reply told them.
+        keep_alive: seconds for which the model stays afterwards; as before where None.
     """
 
     model: str
     prompt: Prompt
     options: Mapping[str, Any] = field(default_factory=dict)
     n: int = 1
+    fit: bool = False
+    before: Sequence[int] = ()
+    keep_alive: float | None = None
 
 
 class Answer:
@@ -53,12 +61,14 @@ class Answer:
     Attributes:
         model: the name that the server has for it.
         generations: one for each choice.
+        load_seconds: until the model was there.
     """
 
     def __init__(self, loaded: Loaded, generations: Sequence[Generation], worker: Worker) -> None:
         self.model = loaded.served.name
         self.phi = loaded.phi
         self.generations = generations
+        self.load_seconds = 0.0
         self._worker = worker
 
     @property
@@ -134,18 +144,34 @@ class Service:
                 fit.
             PhimlxError: where there is no such model, or the prompt or an option is wrong.
         """
-        async with self.hold(ask.model, ask.n) as loaded, self.begin(loaded, ask) as answer:
-            yield answer
+        started = time.perf_counter()
+        async with self.hold(ask.model, ask.n, ask.keep_alive) as loaded:
+            load_seconds = time.perf_counter() - started
+            async with self.begin(loaded, ask) as answer:
+                answer.load_seconds = load_seconds
+                yield answer
+
+    async def count_tokens(self, ask: Ask) -> int:
+        """Count the tokens of a prompt, those of its media and tools among them.
+
+        Raises:
+            RequestError, PhimlxError: as `answer`.
+        """
+        async with self.hold(ask.model) as loaded:
+            options = PromptOptions(**{"limits": self.limits, **ask.options})
+            return len(await self.run(lambda: _tokens(loaded.phi, ask, options)))
 
     @asynccontextmanager
-    async def hold(self, model: str, count: int = 1) -> AsyncIterator[Loaded]:
+    async def hold(
+        self, model: str, count: int = 1, keep_alive: float | None = None
+    ) -> AsyncIterator[Loaded]:
         """Hold a model for so many replies at a time; errors as `answer` raises them."""
         if not 1 <= count <= MAX_CHOICES:
             raise bad_request(f"n is {count}; it must be from 1 to {MAX_CHOICES}.", "n")
         self._admit(count)
         self.running += count
         try:
-            async with self.models.use(model) as loaded:
+            async with self.models.use(model, keep_alive) as loaded:
                 yield loaded
         finally:
             self.running -= count
@@ -191,8 +217,20 @@ class Service:
             raise overloaded("Too many requests wait here; try again later.", RETRY_SECONDS)
 
     def _requests(self, phi: Phi, ask: Ask) -> list[Request]:
-        options = {"limits": self.limits, **ask.options}
-        most = self.settings.max_tokens
-        if most is not None:
-            options["max_tokens"] = min(most, options.get("max_tokens") or most)
-        return phi.requests(ask.prompt, GenerationOptions(**options), ask.n)
+        given = {"limits": self.limits, **ask.options}
+        wanted = given.pop("max_tokens", None)
+        most = [limit for limit in (wanted, self.settings.max_tokens) if limit is not None]
+        if wanted is not None and not ask.fit:
+            given["max_tokens"] = min(most)
+        options = GenerationOptions(**given)
+        prompt = _tokens(phi, ask, options) if ask.before else ask.prompt
+        requests = phi.requests(prompt, options, ask.n)
+        for request in requests:
+            request.max_tokens = min([request.max_tokens, *most])
+        return requests
+
+
+def _tokens(phi: Phi, ask: Ask, options: PromptOptions) -> list[int]:
+    """Make the whole prompt into tokens."""
+    given = {field.name: getattr(options, field.name) for field in fields(PromptOptions)}
+    return [*ask.before, *phi.encode(ask.prompt, **given)]
