@@ -121,6 +121,17 @@ class ChatTemplate:
             sources = {"default": known.text}
         return cls(sources, tokenizer, special, placeholders)
 
+    @property
+    def text(self) -> str:
+        """The template itself, for conversations without tools."""
+        return self._sources["default"]
+
+    @property
+    def takes_tools(self) -> bool:
+        """Whether it has a place for tools."""
+        template = self._template("tool_use")
+        return "tools" in template.variables or "tools" in template.keys
+
     def encode(
         self,
         messages: Sequence[Mapping[str, Any] | Message],

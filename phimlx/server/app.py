@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from phimlx.server import openai, transcriptions
+from phimlx.server import anthropic, ollama, openai, transcriptions
 from phimlx.server.errors import RequestError
 from phimlx.server.guard import Guard
 from phimlx.server.models import Models
@@ -25,6 +25,8 @@ SWEEP_SECONDS = 5.0  # between looks for models that nobody uses
 
 DIALECTS: Mapping[str, tuple[Sequence[Route], Callable[[RequestError], dict[str, Any]]]] = {
     "/": ((*openai.ROUTES, *transcriptions.ROUTES), openai.error_object),
+    "/v1/messages": (anthropic.ROUTES, anthropic.error_object),
+    "/api/": (ollama.ROUTES, ollama.error_object),
 }
 """Paths that begin so -> routes, and the shape of errors; the longest beginning that fits."""
 

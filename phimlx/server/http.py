@@ -16,6 +16,7 @@ from starlette.types import Receive, Scope, Send
 from phimlx.server.errors import bad_request, json_type_error
 
 PING_SECONDS = 10.0
+MAX_MESSAGES = 4096  # of a conversation: an agent adds one for each call and each result
 DEEPEST = 100  # levels of a body's JSON
 
 

@@ -10,6 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from typing import Any
 
 from phimlx import catalog
 from phimlx.api import Phi
@@ -55,9 +56,14 @@ class Served:
         return int((self.folder / "config.json").stat().st_mtime)
 
     @cached_property
+    def config(self) -> dict[str, Any]:
+        """Its config.json."""
+        return read_json(self.folder / "config.json")
+
+    @property
     def context_length(self) -> int:
         """Tokens that prompt and reply may have together."""
-        return int(read_json(self.folder / "config.json").get("max_position_embeddings", 0))
+        return int(self.config.get("max_position_embeddings", 0))
 
     @cached_property
     def nbytes(self) -> int:
