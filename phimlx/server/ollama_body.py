@@ -211,9 +211,7 @@ class ChatBody(ReplyBody):
         messages = [message.read() for message in self.messages]
         last = self.messages[-1]
         goes_on = last.role == "assistant" and not last.tool_calls
-        return self.asked(
-            messages, tools=self.tools or None, continue_final_message=goes_on
-        )
+        return self.asked(messages, tools=self.tools or None, continue_final_message=goes_on)
 
 
 class GenerateBody(ReplyBody):
