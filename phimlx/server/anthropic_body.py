@@ -26,6 +26,9 @@ REFUSED = {
 EDITS = ("clear_thinking_20251015",)
 
 
+CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # of tools, and in our words
+
+
 class CacheControl(Body):
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
@@ -227,9 +230,8 @@ class PromptBody(Body):
 
     def options(self) -> dict[str, Any]:
         """Choose the options of `GenerationOptions` that bear on the prompt."""
-        tools = [tool.function() for tool in self.tools]
         return {
-            "tools": None if self.tool_choice.type == "none" else tools or None,
+            "tools": [tool.function() for tool in self.tools] or None,
             "continue_final_message": self.messages[-1].role == "assistant",
         }
 
@@ -295,10 +297,6 @@ class PromptBody(Body):
             )
         if choice.type == "any" and not self.tools:
             raise bad_request("tool_choice: there are no tools.", "tool_choice")
-        if choice.type in ("any", "tool"):
-            raise bad_request("tool_choice: calls cannot be forced yet.", "tool_choice")
-        if self.output_config.format or self.output_format:
-            raise bad_request("output_config.format: replies are not held to a form yet.")
 
 
 class MessagesBody(PromptBody):
@@ -329,8 +327,12 @@ class MessagesBody(PromptBody):
 
     def options(self) -> dict[str, Any]:
         """Choose the options of `GenerationOptions`."""
+        choice, form = self.tool_choice, self.output_config.format or self.output_format
+        forced = choice.name if choice.type == "tool" else CHOICES[choice.type]
         return {
             **super().options(),
+            "tool_choice": forced if self.tools else None,
+            "schema": None if form is None else form.json_schema,
             "max_tokens": self.max_tokens,
             "temperature": self.temperature,
             "top_p": self.top_p,

@@ -190,9 +190,8 @@ class ReplyBody(OllamaBody):
                 raise bad_request(
                     f"{name}: the beginning of a conversation is not left out here.", name
                 )
-        if self.format:
-            raise bad_request("format: replies are not held to a form yet.", "format")
-        options = {**self.options.chosen(), **more}
+        schema = {"type": "object"} if self.format == "json" else self.format or None
+        options = {**self.options.chosen(), "schema": schema, **more}
         return Ask(own_name(self.model), prompt, options, 1, True, before, self.keep_alive)
 
 

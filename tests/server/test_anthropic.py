@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import anthropic
+import mlx.core as mx
 import pytest
 
 from phimlx.api import Phi, load
@@ -280,13 +281,28 @@ def test_why_a_message_ends(
     assert (ended["stop_reason"], ended["stop_sequence"]) == (reason, sequence)
 
 
-def test_a_reply_ends_with_the_context(server: Running, nano: Phi, say: Say) -> None:
-    say("on and on and on and on")
-    words = "a " * 400
-    words += "a " * (nano.context_length - 5 - len(nano.encode(words)))
-    found = server.post(PATH, ask(words, max_tokens=32_000)).json()
-    assert found["stop_reason"] == "model_context_window_exceeded"
-    assert found["usage"]["input_tokens"] + found["usage"]["output_tokens"] == nano.context_length
+def nano_of(folder: Path, context_length: int) -> Path:
+    """Make a copy of nano that holds so many tokens, and is quicker on a CPU."""
+    shutil.copytree(NANO, folder)
+    weights: Any = mx.load(str(folder / "model.safetensors"))
+    wider = {name: array.astype(mx.float32) for name, array in weights.items()}
+    mx.save_safetensors(str(folder / "model.safetensors"), wider, {"format": "mlx"})
+    config = json.loads((folder / "config.json").read_text())
+    config["max_position_embeddings"] = context_length
+    (folder / "config.json").write_text(json.dumps(config))
+    return folder
+
+
+def test_a_reply_ends_with_the_context(tmp_path: Path, say: Say) -> None:
+    say("on and on " * 40)
+    with running(model=str(nano_of(tmp_path / "small", 150))) as server:
+        for stream in (False, True):
+            body = ask("a " * 100, model="small", max_tokens=32_000, stream=stream)
+            answer = server.post(PATH, body)
+            found = events(answer.text)[-2][1] if stream else answer.json()
+            ended = found["delta"] if stream else found
+            assert ended["stop_reason"] == "model_context_window_exceeded"
+            assert found["usage"]["input_tokens"] + found["usage"]["output_tokens"] == 150
 
 
 @pytest.mark.parametrize(
@@ -329,12 +345,53 @@ def test_tools_are_called(
     assert all(each.startswith("toolu_") for each in ids)
 
 
-def test_calls_that_are_not_wanted_are_not_read(server: Running, say: Say) -> None:
-    say(CALLS)
-    body = ask(tools=[WEATHER], tool_choice={"type": "none"}, max_tokens=400)
+CHOICES: list[tuple[dict[str, Any], str]] = [
+    ({"type": "auto"}, "auto"),
+    ({"type": "none"}, "none"),
+    ({"type": "any"}, "required"),
+    ({"type": "tool", "name": "get_weather"}, "get_weather"),
+    ({"type": "tool", "name": "get_time", "disable_parallel_tool_use": True}, "get_time"),
+]
+
+
+@pytest.mark.parametrize(("choice", "own"), CHOICES)
+def test_calls_may_be_forced_or_forbidden(
+    server: Running, nano: Phi, choice: dict[str, Any], own: str
+) -> None:
+    zone = {"enum": ["CET", "UTC"]}
+    time_schema = {"type": "object", "properties": {"zone": zone}, "required": ["zone"]}
+    city_schema = {**WEATHER["input_schema"], "required": ["city"]}
+    city_schema["properties"] = {"city": {"enum": ["Paris", "Rome"]}}
+    tools = [
+        {"name": "get_weather", "input_schema": city_schema},
+        {"name": "get_time", "input_schema": time_schema, "strict": True},
+    ]
+    functions = [{"name": tool["name"], "parameters": tool["input_schema"]} for tool in tools]
+    body = ask(tools=tools, tool_choice=choice, max_tokens=64)
+    expected = nano.generate(
+        body["messages"], tools=functions, tool_choice=own, max_tokens=64, temperature=0
+    )
     found = server.post(PATH, body).json()
-    assert found["stop_reason"] == "end_turn"
-    assert [block["type"] for block in found["content"]] == ["text"]
+    calls = [block for block in found["content"] if block["type"] == "tool_use"]
+    assert [(call["name"], call["input"]) for call in calls] == [
+        (call.name, call.arguments) for call in expected.tool_calls
+    ]
+    assert text_of(found) == expected.text
+    if own not in ("auto", "none"):
+        assert calls
+    if own.startswith("get_"):
+        assert {call["name"] for call in calls} == {own}
+
+
+def test_a_reply_is_held_to_a_schema(server: Running) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"enum": [5, 6]}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
+    body = ask(output_config={"format": {"type": "json_schema", "schema": schema}})
+    assert json.loads(text_of(server.post(PATH, body).json()))["sum"] in (5, 6)
 
 
 THOUGHT = "<think>Two and three.</think>Five."
@@ -489,6 +546,8 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"thinking": {"type": "enabled"}}, "thinking.budget_tokens: Field required"),
     ({"thinking": {"type": "enabled", "budget_tokens": 5}}, "thinking.budget_tokens: "),
     ({"thinking": {"type": "enabled", "budget_tokens": 2000}}, "thinking.budget_tokens: "),
+    ({"output_config": {"format": {"type": "json_schema", "schema": {"type": 5}}}},
+     "A reply cannot be held to this"),
     ({"mcp_servers": [{"url": "https://x.example"}]}, "mcp_servers: "),
     ({"container": "c"}, "container: "),
     ({"context_management": {"edits": [{"type": "compact_20260112"}]}}, "context_management: "),
@@ -593,30 +652,18 @@ def test_a_client_that_waits_is_pinged(server: Running, monkeypatch: pytest.Monk
     assert json.loads(last.removeprefix("data: ")) == {"type": "message_stop"}
 
 
-@pytest.fixture(scope="module")
-def long_nano(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A model with room for an agent's prompt."""
-    folder = tmp_path_factory.mktemp("models") / "claude-local"
-    shutil.copytree(NANO, folder)
-    config = json.loads((folder / "config.json").read_text())
-    config["max_position_embeddings"] = 65_536
-    (folder / "config.json").write_text(json.dumps(config))
-    return folder
-
-
 def claude_code_body() -> dict[str, Any]:
     """A request as Claude Code makes it: tools, system in blocks, results of tools in blocks."""
     cached = {"cache_control": {"type": "ephemeral"}}
     tools = [
         {
             "name": f"Tool{number}",
-            "description": f"Does the work number {number}, and nothing else. " * 2,
+            "description": f"Does work {number}.",
             "input_schema": {
                 "$schema": "https://json-schema.org/draft/2020-12/schema",
                 "type": "object",
                 "properties": {
-                    "file_path": {"type": "string", "description": "Absolute path."},
-                    "edits": {"type": "array", "items": {"type": "object"}},
+                    "file_path": {"type": "string"},
                 },
                 "required": ["file_path"],
                 "additionalProperties": False,
@@ -676,7 +723,7 @@ def claude_code_body() -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_claude_code_works(long_nano: Path, say: Say) -> None:
+def test_claude_code_works(tmp_path: Path, say: Say) -> None:
     say(
         "<think>Another file.</think>I read on."
         '<|tool_call|>[{"name": "Tool3", "arguments": {"file_path": "/b"}}]<|/tool_call|>'
@@ -688,7 +735,7 @@ def test_claude_code_works(long_nano: Path, say: Say) -> None:
         "x-app": "cli",
         "user-agent": "claude-cli/2.0 (external, cli)",
     }
-    with running(model=str(long_nano)) as server:
+    with running(model=str(nano_of(tmp_path / "claude-local", 65_536))) as server:
         body = claude_code_body()
         counted = {key: body[key] for key in ("model", "messages", "system", "tools", "thinking")}
         tokens = server.post(f"{PATH}/count_tokens?beta=true", counted, headers=headers).json()

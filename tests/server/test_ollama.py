@@ -237,6 +237,31 @@ def test_reasoning_stands_apart(
     assert "".join(reply.message.content or "" for reply in replies) == "Five."
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_a_reply_is_held_to_a_format(client: ollama.Client, stream: bool) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"sum": {"enum": [5, 6]}},
+        "required": ["sum"],
+        "additionalProperties": False,
+    }
+    asked: dict[str, Any] = {"model": "nano", "prompt": QUESTION, "options": GREEDY}
+    asked["format"] = schema
+    replies = list(client.generate(**asked, stream=True)) if stream else [client.generate(**asked)]
+    said = "".join(reply.response or "" for reply in replies)
+    assert json.loads(said)["sum"] in (5, 6)
+
+
+def test_json_is_an_object(server: Running, nano: Phi) -> None:
+    body = chat(format="json", options={"temperature": 0, "num_predict": 8})
+    expected = nano.generate(
+        body["messages"], schema={"type": "object"}, max_tokens=8, temperature=0
+    )
+    found = server.post("/api/chat", body).json()
+    assert found["message"]["content"] == expected.text
+    assert expected.text.lstrip().startswith("{")
+
+
 def picture(name: str) -> bytes:
     return (NANO_MULTIMODAL / "pictures" / name).read_bytes()
 
@@ -433,6 +458,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"think": "high"}, "nano does not support thinking"),
     ("/api/chat", {"format": "xml"}, "format: "),
     ("/api/chat", {"format": 5}, "format: "),
+    ("/api/chat", {"format": {"type": 5}}, "A reply cannot be held to this"),
     ("/api/chat", {"keep_alive": "soon"}, "keep_alive: "),
     ("/api/chat", {"keep_alive": "5"}, "keep_alive: "),
     ("/api/chat", {"keep_alive": True}, "keep_alive: "),
