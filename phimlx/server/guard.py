@@ -82,6 +82,7 @@ class Guard:
                 status = message["status"]
                 out = MutableHeaders(scope=message)
                 out["x-request-id"] = request_id
+                out["request-id"] = request_id  # where Anthropic's client looks
                 out.update({"x-content-type-options": "nosniff", **cors})
             async with asyncio.timeout(BODY_SECONDS):  # a client that stops reading
                 await send(message)

@@ -19,10 +19,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
+from phimlx.generation.logprobs import TokenLogprob
 from phimlx.generation.reply import Chunk
 from phimlx.server import ollama_models
 from phimlx.server.errors import RequestError, bad_request, explain
 from phimlx.server.http import Streamed, dump, read_body
+from phimlx.server.logprobs import token_objects
 from phimlx.server.ollama_body import ChatBody, GenerateBody, ReplyBody, own_name
 from phimlx.server.service import Answer, Service
 
@@ -51,7 +53,7 @@ def answered(kind: type[ReplyBody]) -> Callable[[Request], Any]:
                 more["thinking"] = reply.reasoning
             if reply.tool_calls:
                 more["tool_calls"] = lines.calls(reply.tool_calls)
-            return JSONResponse(lines.last(reply.text, **more))
+            return JSONResponse(lines.last(reply.text, reply.logprobs[: reply.said], **more))
 
     return route
 
@@ -66,19 +68,21 @@ class Lines:
         self._calls = 0
         self.shows_thinking = body.think is not False
 
-    def line(self, text: str, **more: Any) -> dict[str, Any]:
+    def line(self, text: str, logprobs: Sequence[TokenLogprob] = (), **more: Any) -> dict[str, Any]:
         """Make a line with a piece of the reply."""
-        return {**_head(self._body), **self._body.piece(text, **more), "done": False}
+        told = {"logprobs": token_objects(self._answer.phi, logprobs)} if logprobs else {}
+        return {**_head(self._body), **self._body.piece(text, **more), **told, "done": False}
 
     def of(self, chunk: Chunk) -> dict[str, Any] | None:
         """Make the line of a chunk; None where it says nothing."""
         if chunk.tool_calls:
-            return self.line(chunk.text, tool_calls=self.calls(chunk.tool_calls))
-        if not chunk.text:
+            return self.line("", chunk.logprobs, tool_calls=self.calls(chunk.tool_calls))
+        if not chunk.text and not chunk.logprobs:
             return None
         if chunk.kind == "reasoning":
-            return self.line("", thinking=chunk.text) if self.shows_thinking else None
-        return self.line(chunk.text)
+            shown = {"thinking": chunk.text} if self.shows_thinking else {}
+            return self.line("", chunk.logprobs, **shown)
+        return self.line(chunk.text, chunk.logprobs)
 
     def calls(self, calls: Sequence[Any]) -> list[dict[str, Any]]:
         """Make the objects of tool calls."""
@@ -89,12 +93,14 @@ class Lines:
             self._calls += 1
         return made
 
-    def last(self, text: str = "", **more: Any) -> dict[str, Any]:
+    def last(
+        self, text: str = "", logprobs: Sequence[TokenLogprob] = (), **more: Any
+    ) -> dict[str, Any]:
         """Make the line that ends the response."""
         [request] = self._answer.requests
         reply, stats = request.reply, request.reply.stats
         return {
-            **self.line(text, **more),
+            **self.line(text, logprobs, **more),
             "done": True,
             "done_reason": "length" if reply.finish_reason == "length" else "stop",
             **self._body.context_of(request.tokens),

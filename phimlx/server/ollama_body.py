@@ -163,6 +163,8 @@ class ReplyBody(OllamaBody):
     keep_alive: Annotated[float | None, BeforeValidator(read_duration)] = None
     think: Annotated[Any, BeforeValidator(read_think)] = None
     format: Annotated[Any, BeforeValidator(read_format)] = ""
+    logprobs: bool = False
+    top_logprobs: int = Field(default=0, ge=0, le=20)
     truncate: bool = False
     shift: bool = False
 
@@ -191,7 +193,13 @@ class ReplyBody(OllamaBody):
                     f"{name}: the beginning of a conversation is not left out here.", name
                 )
         schema = {"type": "object"} if self.format == "json" else self.format or None
-        options = {**self.options.chosen(), "schema": schema, **more}
+        options = {
+            **self.options.chosen(),
+            "schema": schema,
+            "logprobs": self.logprobs,
+            "top_logprobs": self.top_logprobs if self.logprobs else 0,
+            **more,
+        }
         return Ask(own_name(self.model), prompt, options, 1, True, before, self.keep_alive)
 
 

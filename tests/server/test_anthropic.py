@@ -24,7 +24,7 @@ from tests.server.conftest import Say
 from tests.server.running import SECONDS, Running, running
 
 PATH = "/v1/messages"
-WEATHER = {
+WEATHER: dict[str, Any] = {
     "name": "get_weather",
     "description": "Tell the weather.",
     "input_schema": {"type": "object", "properties": {"city": {"type": "string"}}},
@@ -82,6 +82,7 @@ def test_a_message_is_what_the_model_says_alone(
     assert found.usage.input_tokens == expected.stats.prompt_tokens
     assert found.usage.output_tokens == len(expected.tokens)
     assert found.id.startswith("msg_")
+    assert (found._request_id or "").startswith("req_")
 
 
 def test_events_come_in_their_order_and_add_up(server: Running, nano: Phi) -> None:
@@ -238,7 +239,8 @@ def test_a_conversation_is_read_as_its_messages(
 
 def test_the_client_counts_tokens(client: anthropic.Anthropic, nano: Phi) -> None:
     messages = [{"role": "user", "content": "What is 2 plus 3?"}]
-    found = client.messages.count_tokens(model="nano", messages=messages, tools=[WEATHER])
+    tools: Any = [WEATHER]
+    found = client.messages.count_tokens(model="nano", messages=messages, tools=tools)
     assert found.input_tokens == len(nano.encode(messages, tools=[FUNCTION]))
 
 

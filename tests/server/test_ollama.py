@@ -262,6 +262,20 @@ def test_json_is_an_object(server: Running, nano: Phi) -> None:
     assert expected.text.lstrip().startswith("{")
 
 
+@pytest.mark.parametrize("stream", [False, True])
+def test_logprobs_are_told(client: ollama.Client, nano: Phi, stream: bool) -> None:
+    messages = [{"role": "user", "content": "Tell me a story."}]
+    expected = nano.generate(messages, max_tokens=24, temperature=0, logprobs=True, top_logprobs=2)
+    asked: dict[str, Any] = {"model": "nano", "messages": messages, "options": GREEDY}
+    asked |= {"logprobs": True, "top_logprobs": 2}
+    replies = list(client.chat(**asked, stream=True)) if stream else [client.chat(**asked)]
+    told = [each for reply in replies for each in reply.logprobs or ()]
+    said = expected.logprobs[: expected.said]
+    assert [each.logprob for each in told] == pytest.approx([own.logprob for own in said])
+    assert "".join(each.token for each in told) == expected.text
+    assert [len(each.top_logprobs or ()) for each in told] == [2] * len(said)
+
+
 def picture(name: str) -> bytes:
     return (NANO_MULTIMODAL / "pictures" / name).read_bytes()
 
