@@ -29,7 +29,7 @@ FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
 @click.option("--uninstall", "action", flag_value="uninstall", help="Stop that service for good.")
 @click.option("--status", "action", flag_value="status", help="Say whether it runs.")
 def command(action: str | None, **flags: Any) -> None:
-    """Serve models to programs that speak OpenAI's API.
+    """Serve models to programs that speak OpenAI's, Anthropic's or Ollama's API.
 
     \b
       phimlx serve                       every model on this machine, at 127.0.0.1:8080
