@@ -152,6 +152,7 @@ class Phi:
             GenerationError: where there is none, or requests use it.
         """
         self._variants.delete(name, self.engine)
+        self.engine.forget_prefixes()
 
     @property
     def adapters(self) -> tuple[str, ...]:

@@ -1,8 +1,7 @@
-"""Requests that share forward passes: each is a row of one cache."""
+"""Requests that are decoded together: each is a row of one cache."""
 
 from __future__ import annotations
 
-import math
 from collections import deque
 from collections.abc import Callable, Iterator, Sequence
 from itertools import takewhile
@@ -10,16 +9,14 @@ from itertools import takewhile
 import mlx.core as mx
 import numpy as np
 
-from phimlx.generation.logprobs import RowLogprobs, TokenLogprob, score_prompt, score_rows
+from phimlx.generation.logprobs import RowLogprobs, TokenLogprob, score_rows
 from phimlx.generation.nonfinite import nonfinite_error
-from phimlx.generation.placed_media import PlacedMedia
-from phimlx.generation.prefill import prefill
-from phimlx.generation.prompt_cache import Prefix
+from phimlx.generation.prefix_pool import Row
+from phimlx.generation.prompts import Prompts
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.generation.speculation import PromptLookup
 from phimlx.models.base import CausalLM
-from phimlx.models.cache.kv import Cache
 from phimlx.models.features import TEXT
 
 CLEAR_EVERY = 256  # steps between handing freed buffers back to the system
@@ -29,82 +26,82 @@ Drawn = tuple[int, TokenLogprob | None]
 
 
 class Batch:
-    """A batch of requests that are prefilled and decoded together.
+    """A batch of requests, a token of each in one forward pass.
 
-    A step is one forward pass at most: over a piece of the prompts, or over one token of every
-    row. While a token is read the next one is already being computed; where rows are held to
-    grammars only the pass is, and the token is chosen when it is known what may come. A row leaves
-    when its request has finished.
+    While a token is read the next one is already being computed; where rows are held to grammars
+    only the pass is, and the token is chosen when it is known what may come. A row leaves when its
+    request has finished; its keys and values go to the request's prompt cache, where it has one. A
+    row that comes to need other rope factors leaves, too: prompt and reply so far are to be
+    prefilled again.
 
     The pass of a row that is alone may go over drafted tokens as well, where the text repeats
     itself; those that the sampler draws too are the tokens of the next steps. The next pass then
     waits until it is known what to draft.
 
     Args:
-        requests: without prompt caches where they are several.
+        prompts: that have been prefilled.
+        hidden: of their last tokens, `[rows, 1, hidden]`.
         pass_cost: of a pass over so many tokens, relative to a pass over one.
+        on_leave: called with each request that has finished, once its row has left.
 
     Attributes:
         requests: those that have not left.
         may_draft: whether a row that is alone may draft tokens.
+        crossed: rows that left to be prefilled again; whoever steps the batch takes them out.
     """
 
     def __init__(
-        self, model: CausalLM, requests: Sequence[Request], pass_cost: Callable[[int], float]
+        self,
+        model: CausalLM,
+        prompts: Prompts,
+        hidden: mx.array,
+        pass_cost: Callable[[int], float],
+        on_leave: Callable[[Request], object],
     ) -> None:
-        self.requests = list(requests)
+        assert prompts.kv is not None
+        self.requests = prompts.requests
         self.may_draft = True
-        self._first = self.requests[0]
+        self.crossed: list[Prompts] = []
         self._model = model
         self._pass_cost = pass_cost
-        self._kv: Cache
-        self._drawn: mx.array | None = None  # [rows, 1], or of one row [1, 1 + drafted]
+        self._on_leave = on_leave
+        self._kv = prompts.kv
+        self._drawn: mx.array  # [rows, 1], or of one row [1, 1 + drafted]
         self._draft: list[int] = []  # what was fed to draw `_drawn`, behind the last known token
         self._logprobs: list[RowLogprobs | None] = []  # of `_drawn`, each row's
         self._ready: deque[Drawn] = deque()  # the row's next tokens
+        self._crosses = False  # whether a row that is alone leaves when those are taken
         self._lookup: PromptLookup | None = None
-        self._prompts = self._feed_prompts()
         self._steps = 0
-
-    @property
-    def done(self) -> bool:
-        """Whether every request has finished."""
-        return all(request.finished for request in self.requests)
-
-    @property
-    def prefilled(self) -> bool:
-        """Whether the prompts are computed."""
-        return self._drawn is not None
+        self._draw(self._logits(hidden))
 
     @property
     def can_be_joined(self) -> bool:
         """Whether no row has drafted tokens or such that are known and not taken."""
         return not self._draft and not self._ready
 
+    @property
+    def rows(self) -> Iterator[Row]:
+        """What the rows hold, of requests with prompt caches."""
+        for row, request in enumerate(self.requests):
+            if request.cache is not None:
+                yield Row.of(request, request.cache, self._kv, row)
+
     def join(self, other: Batch) -> None:
-        """Take the rows of another batch, which has been prefilled, below these."""
-        assert self._drawn is not None
-        assert other._drawn is not None
-        self.drop_finished()
-        other.drop_finished()
+        """Take the rows of another batch below these."""
         self._kv.join(other._kv)
         self._drawn = mx.concatenate([self._drawn, other._drawn])
-        self._logprobs += other._logprobs
-        self.requests += other.requests
+        self._logprobs = self._logprobs + other._logprobs
+        self.requests = self.requests + other.requests
         self._lookup = None
 
     def step(self) -> list[tuple[Request, Chunk]]:
         """Run one forward pass; the chunks that have come, in the order of the rows."""
-        if self._drawn is None:
-            if not self.done:
-                next(self._prompts)
-            return []
         self.drop_finished()
         if not self.requests:
             return []
-        chunks = []
-        drawn = self._next_tokens(self._drawn)
-        for request, (token, logprob) in zip(self.requests, drawn, strict=True):
+        requests, chunks = self.requests, []
+        for request, (token, logprob) in zip(requests, self._next_tokens(), strict=True):
             if token == NOT_FINITE:
                 request.cancel(nonfinite_error(self._model, request.tokens))
                 continue
@@ -112,29 +109,23 @@ class Batch:
             if request.constraint is not None and request.constraint.error is not None:
                 request.cancel(request.constraint.error)
         self.drop_finished()
+        if self._crosses and self.requests and not self._ready:
+            self._leave_to_prefill([0])
         self._steps += 1
         if self._steps % CLEAR_EVERY == 0:
             mx.clear_cache()
         return chunks
 
-    def close(self) -> None:
-        """Leave in the prompt cache, where there is one, the tokens of prompt and reply alone."""
-        request = self._first
-        if request.cache is not None and self._drawn is not None:
-            self._kv.trim(len(request.prompt) + len(request.reply.tokens))
-            self._kv.trim(self._kv.held)
-            request.computed = self._kv.length
-
-    def _next_tokens(self, drawn: mx.array) -> list[Drawn]:
+    def _next_tokens(self) -> list[Drawn]:
         """Give the next token of each row, and its log-probability where the row asks for it."""
         if self._ready:
             return [self._ready.popleft()]
-        logprobs = self._logprobs  # the pass that is fed below has others
+        drawn, logprobs = self._drawn, self._logprobs  # the pass that is fed below has others
         lookup = self._prepare_lookup()
-        waits = bool(self._draft) or (lookup is not None and bool(lookup.draft()))
+        crossing = self._kv.crossing(1)
+        waits = bool(crossing or self._draft) or (lookup is not None and bool(lookup.draft()))
         logits: mx.array | None = None
-        if not waits and any(request.remaining > 1 for request in self.requests):
-            self._recompute_crossing_rows()
+        if not waits and self._goes_on:
             logits = self._run_pass(drawn)
             if not self._constrained:
                 self._draw(logits)
@@ -149,6 +140,10 @@ class Batch:
         if logits is not None and self._constrained:
             self._draw(logits)
         if len(rows) > 1:
+            if crossing:
+                self._leave_to_prefill(crossing)
+                if self._goes_on:
+                    self._draw(self._run_pass(self._drawn))
             return [(row[0], _told(own, 0)) for row, own in zip(rows, logprobs, strict=True)]
         (tokens,) = known
         if lookup is not None:
@@ -158,6 +153,11 @@ class Batch:
         told = [(token, _told(logprobs[0], place)) for place, token in enumerate(tokens)]
         self._ready.extend(told[1:])
         return told[:1]
+
+    @property
+    def _goes_on(self) -> bool:
+        """Whether a row needs a token behind the one that is drawn."""
+        return any(request.remaining > 1 for request in self.requests)
 
     def _prepare_lookup(self) -> PromptLookup | None:
         """The lookup of a row that is alone and may draft, with all of its tokens."""
@@ -183,7 +183,7 @@ class Batch:
         accepted = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
         request = self.requests[0]
         self._kv.trim(self._kv.length - len(draft) + accepted)
-        request.computed = self._kv.length
+        request.computed = self._kv.row_lengths[0]
         request.sampler.keep(accepted + 1)
         request.reply.stats.drafted_tokens += len(draft)
         request.reply.stats.accepted_tokens += accepted
@@ -200,6 +200,9 @@ class Batch:
         room = request.remaining - len(tokens)
         if room < 1 or tokens[-1] == NOT_FINITE:
             return
+        if self._kv.crossing(1):
+            self._crosses = True
+            return
         ends = not request.stop_tokens.isdisjoint(tokens)  # its keys and values are for later turns
         draft = [] if ends or lookup is None else lookup.draft(room - 1)
         if request.constraint is not None:
@@ -213,6 +216,9 @@ class Batch:
     def _run_pass(self, tokens: mx.array) -> mx.array:
         """Begin the pass over tokens `[rows, length]`; the logits, `[rows · length, vocab]`."""
         logits = self._logits(self._model.hidden_states(tokens, self._kv, features=TEXT))
+        for request, computed in zip(self.requests, self._kv.row_lengths, strict=True):
+            request.computed = computed
+            request.reply.stats.forward_passes += 1
         if self._constrained:
             mx.async_eval(logits)  # masks are made meanwhile
         return logits
@@ -225,90 +231,6 @@ class Batch:
     def _constrained(self) -> bool:
         """Whether a row is held to a grammar."""
         return any(request.constraint is not None for request in self.requests)
-
-    def _feed_prompts(self) -> Iterator[None]:
-        """Prefill, a piece between two yields; after the last one the first tokens are drawn."""
-        model, requests = self._model, self.requests
-        for request in requests:
-            request.start()
-        media = [PlacedMedia.place(r.prompt, r.media, model.placeholders) for r in requests]
-        prefix = Prefix(0, 0, TEXT)
-        if requests[0].cache is None:
-            self._kv = model.make_cache(kv_bits=requests[0].kv_bits)
-            lengths = [len(request.prompt) for request in requests]
-            adapters = tuple(placed.adapter for placed in media)
-            self._kv.expect(lengths, adapters, [request.adapter for request in requests])
-        else:
-            prefix = requests[0].cache.reuse(requests[0].prompt, media[0], requests[0].adapter)
-            self._kv = requests[0].cache.kv
-        features = [prefix.features.then(placed.encode(model, prefix.encoded)) for placed in media]
-        ids, mask = _padded([request.prompt[prefix.computed :] for request in requests])
-        length = ids.shape[1]
-        scored = any(request.prompt_logprobs is not None for request in requests)
-        outputs = None if scored else 1
-        pieces = prefill(
-            model, ids, self._kv, attention_mask=mask, features=features, outputs=outputs
-        )
-        for hidden in pieces:
-            done = self._kv.length - prefix.computed
-            if scored:
-                self._score_prompts(hidden, ids, done)
-            for request in requests:
-                request.reply.stats.cached_tokens = prefix.computed
-                if request.on_prefill is not None:
-                    own = len(request.prompt) - prefix.computed
-                    request.on_prefill(max(0, done - length + own), own)
-            if done == length:
-                self._draw(self._logits(hidden[:, -1:] if scored else hidden))
-                for request in requests:
-                    if request.max_tokens == 0:
-                        request.end_prompt()
-            else:
-                self._note_pass()
-            yield
-
-    def _score_prompts(self, hidden: mx.array, ids: np.ndarray, done: int) -> None:
-        """Score the tokens of those prompts that ask for it, as far as a piece of them reaches.
-
-        Args:
-            hidden: `[rows, piece, hidden]`.
-            ids: `[rows, length]`, all prompts, padded on the left.
-            done: columns computed, this piece included.
-        """
-        length, begin = ids.shape[1], done - hidden.shape[1]
-        end = min(done, length - 1)  # what follows the last column is the reply's
-        for row, request in enumerate(self.requests):
-            first = max(begin, length - len(request.prompt))
-            if request.prompt_logprobs is None or request.finished or first >= end:
-                continue
-            states, tokens = hidden[row, first - begin : end - begin], ids[row, first + 1 : end + 1]
-            scores = score_prompt(
-                self._model.head, states, mx.array(tokens), request.prompt_logprobs
-            )
-            if not all(math.isfinite(score.logprob) for score in scores):
-                request.cancel(nonfinite_error(self._model, request.prompt))
-            request.reply.prompt_logprobs += scores
-
-    def _recompute_crossing_rows(self) -> None:
-        """Compute a row of several anew where it comes to need other rope factors.
-
-        Left to the model, all rows would be. One that is alone is.
-        """
-        if len(self.requests) == 1:
-            return
-        kv = self._kv
-        for row in kv.crossing(1):
-            alone = self._model.make_cache(kv_bits=kv.kv_bits)
-            here = slice(row, row + 1)
-            alone.expect([kv.row_lengths[row] + 1], kv.adapters[here], kv.loaded[here])
-            assert kv.tokens is not None
-            ids = np.array(kv.tokens[here, : kv.length])
-            mask = None if kv.valid is None else np.array(kv.valid[here, : kv.length])
-            for _ in prefill(
-                self._model, ids, alone, attention_mask=mask, features=kv.features[here]
-            ):
-                self.requests[row].reply.stats.forward_passes += 1
-            kv.replace_row(row, alone)
 
     def _draw(self, logits: mx.array) -> None:
         """Choose the next token of each row, or the tokens after each place of one row.
@@ -339,7 +261,6 @@ class Batch:
         self._logprobs = score_rows(unchanged, tokens, tops)
         scored = [array for own in self._logprobs if own for array in own.found.arrays]
         mx.async_eval(self._drawn, *scored)
-        self._note_pass()
 
     def _constrain(self, logits: mx.array) -> mx.array:
         """Set to -inf what the grammars of rows do not allow at their places."""
@@ -355,33 +276,47 @@ class Batch:
         logits[here] = mx.where(mx.array(np.concatenate(masks)), logits[here], -mx.inf)
         return logits
 
-    def _note_pass(self) -> None:
-        for request, computed in zip(self.requests, self._kv.row_lengths, strict=True):
-            request.computed = computed
-            request.reply.stats.forward_passes += 1
-
     def drop_finished(self) -> None:
         """Let the rows go whose requests have finished."""
         rows = [row for row, request in enumerate(self.requests) if not request.finished]
         if len(rows) == len(self.requests):
             return
+        gone = [(row, request) for row, request in enumerate(self.requests) if request.finished]
+        for row, request in gone:
+            self._hand_back(row, request)
+        self._keep(rows)
+        for _, request in gone:
+            self._on_leave(request)
+
+    def _hand_back(self, row: int, request: Request) -> None:
+        """Leave in a request's prompt cache the tokens of prompt and reply alone."""
+        if request.cache is None:
+            return
+        request.computed = min(self._kv.row_lengths[row], len(request.tokens))
+        if len(self.requests) == 1 and self._kv.valid is None:
+            self._kv.trim(request.computed)
+            request.cache.kv = self._kv
+        else:
+            request.cache.kv = self._kv.row(row, request.computed)
+            request.cache.kv.part()
+        request.cache.kv.trim(request.cache.kv.held)
+        request.computed = request.cache.kv.length
+
+    def _leave_to_prefill(self, rows: Sequence[int]) -> None:
+        """Let rows go that need other rope factors; the features of their media go along."""
+        for row in rows:
+            features = self._kv.features[row] if self._kv.features else TEXT
+            self.crossed.append(Prompts(self._model, [self.requests[row]], features))
+        self._keep([row for row in range(len(self.requests)) if row not in rows])
+
+    def _keep(self, rows: Sequence[int]) -> None:
+        """Keep these rows alone."""
         self.requests = [self.requests[row] for row in rows]
-        if rows and self._drawn is not None:
+        if rows:
             self._kv.select(rows)
-            self._drawn = self._drawn[mx.array(rows)]
+            self._drawn = self._drawn[mx.array(list(rows))]
             self._logprobs = [self._logprobs[row] for row in rows]
 
 
 def _told(logprobs: RowLogprobs | None, place: int) -> TokenLogprob | None:
     return None if logprobs is None else logprobs.at(place)
-
-
-def _padded(prompts: Sequence[Sequence[int]]) -> tuple[np.ndarray, np.ndarray | None]:
-    """Prompts as the rows of one array, padded on the left, and 0 where they are padded."""
-    longest = max(map(len, prompts))
-    ids = np.zeros((len(prompts), longest), np.int32)
-    mask = np.zeros_like(ids)
-    for row, prompt in enumerate(prompts):
-        ids[row, longest - len(prompt) :] = prompt
-        mask[row, longest - len(prompt) :] = 1
-    return ids, None if mask.all() else mask

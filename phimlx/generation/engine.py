@@ -6,14 +6,17 @@ stream that somebody abandons holds nothing but its request.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import closing
+from dataclasses import dataclass
 from itertools import islice
+from typing import Protocol
 
 import mlx.core as mx
 
 from phimlx.errors import GenerationError
-from phimlx.generation.batch import Batch
+from phimlx.generation.prompt_cache import Prefixes, PromptCache
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.generation.scheduler import MAX_ROWS, Scheduler
@@ -22,11 +25,45 @@ from phimlx.machine.pass_cost import PUBLISHED
 from phimlx.models.base import CausalLM
 
 
+class PrefixStore(Prefixes, Protocol):
+    """Where prefixes are kept beyond a process, as `generation.prefix_store` does."""
+
+    def save(self, cache: PromptCache) -> None:
+        """Keep what a cache holds."""
+
+
+@dataclass
+class Totals:
+    """What an engine has done since it was made, counted when requests end."""
+
+    requests: int = 0
+    prompt_tokens: int = 0
+    cached_tokens: int = 0  # of these, not computed again
+    cache_hits: int = 0  # requests with such
+    generated_tokens: int = 0
+
+    def count(self, request: Request) -> None:
+        """Add a request."""
+        stats = request.reply.stats
+        self.requests += 1
+        self.prompt_tokens += stats.prompt_tokens
+        self.cached_tokens += stats.cached_tokens
+        self.cache_hits += stats.cached_tokens > 0
+        self.generated_tokens += stats.generated_tokens
+
+
 class Engine:
     """Generates the replies to any number of requests with one model.
 
-    Requests that are added share a continuous batch, which `step` advances. One that is `run` has
-    a batch of its own, and may have a prompt cache: it is advanced as its chunks are asked for.
+    Requests that are added share a continuous batch, which `step` advances while the engine is
+    `busy`. A prompt goes on from what earlier ones, and those that are being answered, have in
+    common with it: `reply.stats.cached_tokens` tells how much. One that is `run` has a batch of its
+    own, and may have a prompt cache: it is advanced as its chunks are asked for.
+
+    One thread at a time: whoever has several calls all of it from one of them.
+
+    Attributes:
+        totals: of all requests that have been admitted and have ended.
     """
 
     def __init__(
@@ -35,15 +72,65 @@ class Engine:
         pass_cost: Callable[[int], float] = PUBLISHED.cost,
         max_rows: int = MAX_ROWS,
         memory: int | None = None,
+        prefix_memory: int | None = None,
+        prefixes: PrefixStore | None = None,
     ) -> None:
-        """`pass_cost`: of a pass over so many tokens, relative to one; it decides what to draft.
-        `max_rows`, `memory`: as `Scheduler` takes them."""
+        """Make an engine without requests.
+
+        Args:
+            pass_cost: of a pass over so many tokens, relative to one; it decides what to draft.
+            max_rows: of the batch.
+            memory: bytes that keys and values may take; what is left beside the weights where None.
+            prefix_memory: of these, bytes for what earlier requests leave to later ones, which
+                give way where requests need them; half where None, 0 for no such reuse.
+            prefixes: looked in for more of a prompt; `save_prefixes` adds to it.
+        """
         self.model = model
         self.pass_cost = pass_cost
-        self._scheduler = Scheduler(model, pass_cost, self._begin, max_rows, memory)
+        self.totals = Totals()
+        self._prefixes = prefixes
+        self._prefix_memory = prefix_memory
+        self._scheduler = self._schedule(max_rows, memory)
         self._schedulers = [self._scheduler]
-        self._running: list[Batch] = []
+        self._running: list[Scheduler] = []
         self._active: dict[Request, MemoryUse] = {}
+
+    def _schedule(self, max_rows: int, memory: int | None = None) -> Scheduler:
+        settings = (max_rows, memory, self._prefix_memory, self._prefixes)
+        return Scheduler(self.model, self.pass_cost, self._begin, *settings)
+
+    @property
+    def waiting(self) -> int:
+        """How many requests that were added have not been admitted."""
+        return self._scheduler.waiting
+
+    @property
+    def running(self) -> int:
+        """How many requests that were added are prefilled or decoded."""
+        return self._scheduler.running
+
+    @property
+    def busy(self) -> bool:
+        """Whether there is anything for `step` to do."""
+        return self.waiting + self.running > 0
+
+    @property
+    def prefix_bytes(self) -> int:
+        """Bytes that are held for requests to come."""
+        return self._scheduler.prefixes.nbytes
+
+    def forget_prefixes(self) -> None:
+        """Let go of what is held for requests to come, as where an adapter's name becomes free."""
+        self._scheduler.prefixes.shrink(0)
+
+    def save_prefixes(self) -> None:
+        """Write what is held for requests to come to the store, where there is one.
+
+        It takes as long as the disk takes: for when nobody waits.
+        """
+        if self._prefixes is not None:
+            for cache in self._scheduler.prefixes.caches:
+                self._prefixes.save(cache)
 
     def add(self, *requests: Request) -> None:
         """Let requests wait for their turn in the continuous batch.
@@ -63,16 +150,10 @@ class Engine:
         Returns:
             What has come, with whose it is. A request that could not go on has its `error`.
         """
-        try:
-            return self._scheduler.step()
-        except BaseException:
-            self._scheduler.cancel_all()
-            raise
-        finally:
-            self._settle()
+        return self._step(self._scheduler)
 
     def cancel(self, request: Request) -> None:
-        """End a request, whose memory is free at once; nothing where it has ended."""
+        """End a request, whose row is free at once; nothing where it has ended."""
         request.cancel()
         self._scheduler.settle()
         self._settle()
@@ -99,12 +180,13 @@ class Engine:
             request.cache.check(self.model, request.kv_bits)
             request.cache.lease(request)
         self._settle()
-        self._begin(request)
-        batch = Batch(self.model, [request], self.pass_cost)
-        self._running.append(batch)
+        # Whether it fits shows: nobody else is refused for it.
+        alone = Scheduler(self.model, self.pass_cost, self._begin, 1, sys.maxsize, 0)
+        alone.add([request])
+        self._running.append(alone)
         try:
             while not request.finished:
-                for _, chunk in self._step(batch):
+                for _, chunk in self._step(alone):
                     yield chunk
             if request.error is not None:
                 raise request.error
@@ -120,7 +202,7 @@ class Engine:
             requests: without prompt caches; taken as there is room for them.
             batch_size: rows of the batch.
         """
-        scheduler = Scheduler(self.model, self.pass_cost, self._begin, batch_size)
+        scheduler = self._schedule(batch_size)
         self._schedulers.append(scheduler)
         coming, going = iter(requests), list[Request]()
         try:
@@ -170,26 +252,25 @@ class Engine:
     def _begin(self, request: Request) -> None:
         self._active[request] = ACTIVE_MEMORY.begin()
 
-    def _step(self, batch: Batch) -> list[tuple[Request, Chunk]]:
+    def _step(self, scheduler: Scheduler) -> list[tuple[Request, Chunk]]:
         try:
-            return batch.step()
+            return scheduler.step()
         except BaseException:
-            for request in batch.requests:
-                request.cancel()
+            scheduler.cancel_all()
             raise
         finally:
             self._settle()
 
     def _settle(self) -> None:
-        """Let go of what has finished: its batch, its cache and its share of memory."""
-        for batch in self._running:
-            if batch.done:
-                batch.close()
-        self._running = [batch for batch in self._running if not batch.done]
+        """Let go of what has finished: its row, its cache and its share of memory."""
+        for scheduler in self._running:
+            scheduler.settle()
+        self._running = [each for each in self._running if each.waiting + each.running]
         for request in [request for request in self._active if request.finished]:
             use = self._active.pop(request, None)
             if use is not None:
                 ACTIVE_MEMORY.end(use)
                 request.reply.stats.peak_memory = use.peak
+                self.totals.count(request)
             if request.cache is not None:
                 request.cache.release(request)

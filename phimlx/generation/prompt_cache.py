@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 from typing import Protocol
+
+import numpy as np
 
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.generation.placed_media import MediaItem, PlacedMedia
@@ -60,6 +61,7 @@ class PromptCache:
 
     Attributes:
         kv: keys, values and tokens of one row.
+        prefixes: looked in for more of a prompt than is here; None where nothing is.
     """
 
     def __init__(
@@ -76,7 +78,7 @@ class PromptCache:
         """
         self.model = model
         self.kv = model.make_cache(kv_bits=kv_bits)
-        self._prefixes = prefixes
+        self.prefixes = prefixes
         self._items: tuple[MediaItem, ...] = ()  # those of the last prompt
         self._holder: Holder | None = None
 
@@ -90,7 +92,11 @@ class PromptCache:
     @property
     def items(self) -> tuple[MediaItem, ...]:
         """Images and sounds among the tokens."""
-        return tuple(item for item in self._items if item.begin < self.kv.length)
+        return self.items_within(self.kv.length)
+
+    def items_within(self, length: int) -> tuple[MediaItem, ...]:
+        """Images and sounds among so many tokens of the last prompt and its reply."""
+        return tuple(item for item in self._items if item.begin < length)
 
     @property
     def tokens(self) -> list[int]:
@@ -155,10 +161,10 @@ class PromptCache:
             loaded: the adapter that it uses of those that were loaded beside the model.
         """
         shared = self._trim(prompt, media, loaded)
-        if self._prefixes is not None:
+        if self.prefixes is not None:
             usable = shared if self.kv.serves() else 0
             own = self.kv.expected_loaded[0]
-            found = self._prefixes.find(
+            found = self.prefixes.find(
                 prompt, media.items, media.adapter, own, self.kv_bits, usable
             )
             if found is not None and (kept := found._trim(prompt, media, loaded)) > usable:
@@ -170,6 +176,11 @@ class PromptCache:
         self.kv.trim(0)
         return Prefix(0, shared, features)
 
+    def take(self) -> Cache:
+        """Hand over keys and values; the cache is empty then."""
+        kv, self.kv = self.kv, self.model.make_cache(kv_bits=self.kv_bits)
+        return kv
+
     def _trim(self, prompt: list[int], media: PlacedMedia, loaded: str | None) -> int:
         """Forget what a prompt does not share; the number of tokens that are left."""
         self.kv.trim(shared_tokens(self.tokens, self._items, prompt[:-1], media.items))
@@ -179,14 +190,15 @@ class PromptCache:
 
 
 def shared_tokens(
-    ours: Sequence[int],
+    ours: Sequence[int] | np.ndarray,
     our_items: Sequence[MediaItem],
-    theirs: Sequence[int],
+    theirs: Sequence[int] | np.ndarray,
     their_items: Sequence[MediaItem],
 ) -> int:
     """Count the first tokens that are the same and stand for the same media."""
-    pairs = zip(ours, theirs, strict=False)
-    shared = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
+    count = min(len(ours), len(theirs))
+    differs = np.asarray(ours[:count]) != np.asarray(theirs[:count])
+    shared = int(differs.argmax()) if differs.any() else count
     for one, other in zip(our_items, their_items, strict=False):
         if one != other:
             return min(shared, one.begin, other.begin)

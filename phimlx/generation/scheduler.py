@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from functools import cached_property
 from typing import Any
 
 import mlx.core as mx
@@ -11,6 +12,9 @@ from mlx.utils import tree_flatten
 
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.generation.batch import Batch
+from phimlx.generation.prefix_pool import PrefixPool, Row
+from phimlx.generation.prompt_cache import Prefixes, PromptCache
+from phimlx.generation.prompts import Prompts
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.machine.device import prefill_tokens
@@ -33,14 +37,22 @@ class Scheduler:
 
     A step is a piece of a prompt at most, and one token for every row: nobody waits for another's
     prompt longer than a piece takes. Requests are admitted in the order in which they came, as
-    there are rows and memory for them; short prompts that wait together are prefilled together.
-    Rows have the same `kv_bits`: a request that has others waits until they have ended.
+    there are rows and memory for them. Of the pieces every other one is for the prompt that came
+    first, and every other one for that of which least is left, so that a short prompt does not wait
+    for a long one, nor a long one for many short ones; short ones that wait together are prefilled
+    together. Rows have the same `kv_bits`: a request that has others waits until they have ended.
+
+    What a row held when it left stays in memory, for requests that begin as it did, until the
+    memory is needed for others that are admitted. They go on from rows that are still being
+    computed, too.
 
     Args:
         pass_cost: as `Batch` takes it.
         on_admit: called with each request whose turn has come.
         max_rows: of the batch.
         memory: bytes that keys and values may take; what is left beside the weights where None.
+        prefix_memory: of these, what rows that have left may take; half where None.
+        store: looked in for more of a prompt than is in memory.
     """
 
     def __init__(
@@ -50,6 +62,8 @@ class Scheduler:
         on_admit: Callable[[Request], object] = lambda request: None,
         max_rows: int = MAX_ROWS,
         memory: int | None = None,
+        prefix_memory: int | None = None,
+        store: Prefixes | None = None,
     ) -> None:
         self._model = model
         self._pass_cost = pass_cost
@@ -57,9 +71,31 @@ class Scheduler:
         self._max_rows = max_rows
         self._memory = memory
         self._found: tuple[frozenset[str], int] | None = None  # with which adapters, how much
+        self._prefix_memory = prefix_memory
+        self._store = store
         self._waiting: deque[Request] = deque()
-        self._prompts: Batch | None = None  # being prefilled, or about to join
+        self._prompts: list[Prompts] = []  # admitted, in the order in which they came
+        self._joining: list[Batch] = []  # prefilled
         self._rows: Batch | None = None
+        self._least_left = True  # whose piece the last one was
+
+    @property
+    def waiting(self) -> int:
+        """How many requests have not been admitted."""
+        return len(self._waiting)
+
+    @property
+    def running(self) -> int:
+        """How many requests are prefilled or decoded."""
+        return len(self._admitted)
+
+    @cached_property
+    def prefixes(self) -> PrefixPool:
+        """The rows that have left."""
+        limit = self._left // 2 if self._prefix_memory is None else self._prefix_memory
+        pool = PrefixPool(self._model, limit, self._store)
+        pool.live = self._computing
+        return pool
 
     def add(self, requests: Iterable[Request]) -> None:
         """Let requests wait for their turn.
@@ -80,84 +116,130 @@ class Scheduler:
         """
         self.settle()
         self._admit()
+        self._prefill()
         chunks = []
-        if self._prompts is not None and not self._prompts.prefilled:
-            self._prefill(self._prompts)
         if self._rows is not None:
-            self._rows.may_draft = self._prompts is None
+            self._rows.may_draft = not self._prompts and not self._joining
             chunks = self._rows.step()
+            self._prompts = self._rows.crossed + self._prompts
+            self._rows.crossed = []
         self.settle()
-        if self._prompts is not None and self._prompts.prefilled:
+        while self._joining and (self._rows is None or self._rows.can_be_joined):
+            batch = self._joining.pop(0)
             if self._rows is None:
-                self._rows, self._prompts = self._prompts, None
-            elif self._rows.can_be_joined:
-                self._rows.join(self._prompts)
-                self._prompts = None
+                self._rows = batch
+            else:
+                self._rows.join(batch)
         return chunks
 
     def cancel_all(self) -> None:
-        """End every request."""
-        for request in self.requests:
+        """End every request; nothing of them is kept."""
+        for request in (*self._waiting, *self._admitted):
             request.cancel()
-        self.settle()
+        self._waiting.clear()
+        self._prompts, self._joining, self._rows = [], [], None
 
     @property
     def requests(self) -> list[Request]:
         """Those that have not ended."""
-        batches = [batch for batch in (self._prompts, self._rows) if batch is not None]
-        found = [*self._waiting, *(request for batch in batches for request in batch.requests)]
-        return [request for request in found if not request.finished]
+        return [each for each in (*self._waiting, *self._admitted) if not each.finished]
 
     def settle(self) -> None:
-        """Let go of batches that have ended, and of those who stopped waiting."""
+        """Let go of rows that have ended, and of those who stopped waiting."""
         if any(request.finished for request in self._waiting):
             self._waiting = deque(request for request in self._waiting if not request.finished)
-        if self._prompts is not None and self._prompts.done:
-            self._prompts = None
-        if self._rows is not None:
-            self._rows.drop_finished()
-            if self._rows.done:
-                self._rows = None
+        for prompts in [prompts for prompts in self._prompts if prompts.done]:
+            self._prompts.remove(prompts)
+            for request in prompts.requests:
+                self._keep(request)
+        for batch in self._batches:
+            batch.drop_finished()
+        self._joining = [batch for batch in self._joining if batch.requests]
+        if self._rows is not None and not self._rows.requests:
+            self._rows = None
 
-    def _prefill(self, prompts: Batch) -> None:
+    @property
+    def _batches(self) -> list[Batch]:
+        return self._joining if self._rows is None else [self._rows, *self._joining]
+
+    @property
+    def _holders(self) -> list[Batch | Prompts]:
+        return [*self._batches, *self._prompts]
+
+    @property
+    def _admitted(self) -> list[Request]:
+        """Requests that have a row."""
+        return [request for holder in self._holders for request in holder.requests]
+
+    def _computing(self) -> Iterator[Row]:
+        """List what is known of the rows."""
+        for holder in self._holders:
+            yield from holder.rows
+
+    def _admit(self) -> None:
+        """Begin with those that are next, as there are rows and memory for them."""
+        admitted = self._admitted
+        while self._waiting and self._may_join(self._waiting[0], admitted):
+            request = self._waiting.popleft()
+            self._on_admit(request)
+            scored = request.prompt_logprobs is not None  # so that all of it is to be computed
+            if request.cache is None and not scored and self._prefix_memory != 0:
+                request.cache = PromptCache(self._model, request.kv_bits, self.prefixes)
+            self._prompts.append(Prompts(self._model, [request]))
+            admitted.append(request)
+
+    def _prefill(self) -> None:
+        """Compute a piece of a prompt, and of those that can be computed with it."""
+        if not self._prompts:
+            return
+        self._least_left = not self._least_left
+        prompts = self._prompts[0]
+        if self._least_left:
+            prompts = min(self._prompts, key=lambda prompts: prompts.left)
         try:
-            prompts.step()
+            prompts.begin()
+            others = [other for other in self._prompts if other is not prompts]
+            for other in prompts.gather(others):
+                self._prompts.remove(other)
+            self._make_room()
+            hidden = prompts.step()
         except PhimlxError as error:
             for request in prompts.requests:
                 request.cancel(error)
-
-    def _admit(self) -> None:
-        """Begin the prompts that are next, where none is being prefilled."""
-        if self._prompts is not None or not self._waiting:
             return
-        decoded = [] if self._rows is None else self._rows.requests
-        group: list[Request] = []
-        while self._waiting and self._may_join(self._waiting[0], group, decoded):
-            group.append(self._waiting.popleft())
-        for request in group:
-            self._on_admit(request)
-        if group:
-            self._prompts = Batch(self._model, group, self._pass_cost)
+        if hidden is not None:
+            self._prompts.remove(prompts)
+            self._joining.append(Batch(self._model, prompts, hidden, self._pass_cost, self._keep))
 
-    def _may_join(self, request: Request, group: list[Request], decoded: list[Request]) -> bool:
-        """Whether there is a row and memory for a request, and its prompt goes with the group's."""
-        others = [*decoded, *group]
+    def _keep(self, request: Request) -> None:
+        """Take what a request's row held, where it is not the request's own prompt cache."""
+        if request.cache is not None and request.cache.prefixes is self.prefixes:
+            self.prefixes.put(request.cache, request.tokens)
+            request.cache = None
+            self._make_room()
+
+    def _make_room(self) -> None:
+        """Let rows that have left give way to those that are computed."""
+        if self._prefix_memory == 0:
+            return
+        admitted = self._admitted
+        if admitted:
+            self.prefixes.shrink(self._left - self._forecast(admitted))
+
+    def _may_join(self, request: Request, others: list[Request]) -> bool:
+        """Whether there is a row and memory for a request beside others."""
+        if not others:
+            return True
         if len(others) >= self._max_rows:
             return False
         if any(each.kv_bits != request.kv_bits for each in others):
             return False
-        if group:
-            if request.media is not None or group[0].media is not None:
-                return False  # alone, so that what is wrong with them ends nobody else
-            if (request.prompt_logprobs is None) != (group[0].prompt_logprobs is None):
-                return False  # a prompt that is scored takes longer
-            longest = max(len(each.prompt) for each in (*group, request))
-            if longest * (1 + len(group)) > prefill_tokens():
-                return False
-        if not others:
-            return True
-        columns = max(_columns(each) for each in (*others, request))
-        return (1 + len(others)) * columns * self._bytes_per_token(request.kv_bits) <= self._left
+        return self._forecast([*others, request]) <= self._left
+
+    def _forecast(self, requests: list[Request]) -> int:
+        """Bytes that the keys and values of requests come to take together."""
+        columns = max(map(_columns, requests))
+        return len(requests) * columns * self._bytes_per_token(requests[0].kv_bits)
 
     def _check(self, request: Request) -> None:
         self._model.check_adapter(request.adapter)

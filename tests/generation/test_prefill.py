@@ -10,7 +10,7 @@ import pytest
 
 from phimlx.checkpoint.load import build_model
 from phimlx.generation import prefill as prefill_module
-from phimlx.generation import scheduler
+from phimlx.generation import prompts
 from phimlx.generation.engine import Engine
 from phimlx.generation.prefill import prefill
 from phimlx.generation.request import Request
@@ -23,7 +23,7 @@ PIECE = 4
 
 @pytest.fixture
 def model(monkeypatch: pytest.MonkeyPatch) -> CausalLM:
-    for module in (prefill_module, scheduler):
+    for module in (prefill_module, prompts):
         monkeypatch.setattr(module, "prefill_tokens", lambda: PIECE)
     mx.random.seed(0)
     return build_model({**SHAPES["phi-4"], "num_hidden_layers": 2})

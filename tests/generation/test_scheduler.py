@@ -11,8 +11,8 @@ import pytest
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import GenerationError
-from phimlx.generation import prefill, scheduler
-from phimlx.generation.engine import Engine
+from phimlx.generation import prefill, prompts
+from phimlx.generation.engine import Engine, Totals
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
@@ -35,7 +35,7 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
 
 @pytest.fixture(autouse=True)
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
-    for module in (prefill, scheduler):
+    for module in (prefill, prompts):
         monkeypatch.setattr(module, "prefill_tokens", lambda: 16)
 
 
@@ -88,20 +88,104 @@ def test_requests_join_and_leave_at_any_step(model: CausalLM, seed: int, max_row
 
 def test_memory_is_free_at_once_when_a_long_row_goes(model: CausalLM) -> None:
     engine = Engine(model)
-    long, short = (Request([9] * n, Sampler(Sampling(), 0), 40) for n in (700, 5))
+    long, short = (Request([9] * n, Sampler(Sampling(), 0), 90) for n in (700, 5))
     engine.add(long)
     engine.add(short)
     for _ in range(60):
         engine.step()
     rows = engine._scheduler._rows
     assert rows is not None
-    assert [rows._kv.row_lengths[0] > 700, len(rows.requests)] == [True, 2]
+    assert [rows._kv.row_lengths[1] > 700, len(rows.requests)] == [True, 2]
     engine.cancel(long)
     assert rows._kv.length < 64
     assert rows._kv.valid is None
     while not short.finished:
         engine.step()
     assert short.reply.tokens == alone(model, short)
+
+
+def pieces(request: Request, into: list[Request]) -> Request:
+    """Have each piece of a request's prompt noted."""
+    request.on_prefill = lambda done, total: into.append(request)
+    return request
+
+
+def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_ever(model: CausalLM) -> None:
+    """Pieces are of 16 tokens: every other one is for the prompt with least left."""
+    engine = Engine(model, prefix_memory=0)
+    order: list[Request] = []
+    long, second = (
+        pieces(Request([9 + n] * 160, Sampler(Sampling(), 0), 4), order) for n in range(2)
+    )
+    engine.add(long, second)
+    engine.step()
+    engine.step()
+    assert order == [long, long]
+    short: list[Request] = []
+    for number in range(8):  # one more comes whenever one has been read
+        short.append(pieces(Request([20 + number] * 12, Sampler(Sampling(), 0), 4), order))
+        engine.add(short[-1])
+        engine.step()
+        engine.step()
+        assert short[-1] in order[-2:]
+    assert order.count(long) == 10
+    assert order.count(second) == 0
+    while engine.busy:
+        engine.step()
+    for request in (long, second, *short):
+        assert request.reply.tokens == alone(model, request)
+
+
+def test_rows_are_decoded_at_every_step_while_others_are_read_or_read_again() -> None:
+    """A row that crosses the LongRoPE step is computed again in pieces, as a prompt is."""
+    model = load_model(Checkpoint(MODELS / "mini-step-32"), mx.float32)
+    engine = Engine(model)
+    crossing, steady = (Request([9 + n] * n, Sampler(Sampling(), 0), 40) for n in (30, 4))
+    engine.add(crossing, steady)
+    came: list[tuple[int, ...]] = []
+    while not crossing.finished:
+        chunks = engine.step()
+        came.append(tuple(sum(who is each for who, _ in chunks) for each in (crossing, steady)))
+    # Three tokens, then three pieces of 33 tokens, the last of which begins to be decoded.
+    first = came.index((1, 1))
+    assert came[first : first + 8] == [(1, 1)] * 3 + [(0, 1)] * 3 + [(1, 1)] * 2
+    while engine.busy:
+        engine.step()
+    assert crossing.reply.stats.cached_tokens == 0
+    for request in (crossing, steady):
+        assert request.reply.tokens == alone(model, request)
+
+
+def test_a_row_that_crosses_alone_is_computed_again_in_pieces(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    model = load_model(Checkpoint(MODELS / "mini-step-32"), mx.float32)
+    lengths: list[int] = []
+    hidden_states = CausalLM.hidden_states
+
+    def spy(self: CausalLM, input_ids: mx.array, *rest: object, **options: object) -> mx.array:
+        lengths.append(input_ids.shape[1])
+        return hidden_states(self, input_ids, *rest, **options)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(CausalLM, "hidden_states", spy)
+    request = Request([9] * 30, Sampler(Sampling(), 0), 8, prompt_lookup=False)
+    list(Engine(model).run(request))
+    assert lengths == [16, 14, 1, 1, 16, 16, 1, 1, 1, 1, 1]
+
+
+def test_an_engine_tells_what_it_has_to_do(model: CausalLM) -> None:
+    engine = Engine(model, max_rows=2)
+    assert (engine.busy, engine.waiting, engine.running) == (False, 0, 0)
+    requests = [Request([5 + n] * 7, Sampler(Sampling(), 0), 4) for n in range(3)]
+    engine.add(*requests)
+    assert (engine.busy, engine.waiting, engine.running) == (True, 3, 0)
+    engine.step()
+    assert (engine.waiting, engine.running) == (1, 2)
+    engine.cancel(requests[2])
+    assert (engine.waiting, engine.running) == (0, 2)
+    while engine.busy:
+        engine.step()
+    assert engine.totals == Totals(2, 14, 0, 0, 8)
 
 
 def test_what_does_not_fit_waits_and_what_never_fits_is_refused(model: CausalLM) -> None:

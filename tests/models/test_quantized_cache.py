@@ -160,19 +160,27 @@ def test_rows_of_a_batch(model: CausalLM, bits: int, lengths: tuple[int, ...], s
 
 
 @BITS
-def test_a_row_is_replaced(mini: CausalLM, bits: int) -> None:
-    rows = [tokens(mini, 32, seed) for seed in (0, 1)]
+@pytest.mark.parametrize("pads", [((0, 0), (0, 0)), ((7, 0), (0, 2)), ((0, 4), (3, 0))])
+def test_a_row_is_copied(mini: CausalLM, bits: int, pads: tuple[tuple[int, int], ...]) -> None:
+    rows = [tokens(mini, 30 - sum(pad), seed) for seed, pad in enumerate(pads)]
+    both = list(zip(rows, pads, strict=True))
+    padded = [[0] * before + row + [0] * after for row, (before, after) in both]
+    mask = [[0] * before + [1] * len(row) + [0] * after for row, (before, after) in both]
     cache = mini.make_cache(kv_bits=bits)
-    mini(mx.array(rows), cache)
-    alone = mini.make_cache(33, kv_bits=bits)
-    mini(mx.array([rows[1]]), alone)
-    cache.replace_row(1, alone)
-    assert cache.long == (False, True)
-    assert all(
-        mx.array_equal(mine[1, :, :32], new[0, :, :32])
-        for mine, new in zip(cache.store.arrays, alone.store.arrays, strict=True)
-    )
-    expected(mini, rows[0], cache, 0)  # the other is what it was
+    mini(mx.array(padded), cache, mx.array(mask) if any(map(any, pads)) else None)
+    for row, (given, (before, _)) in enumerate(both):
+        found = cache.row(row, 20)
+        found.part()
+        assert found.tokens is not None
+        assert (found.tokens.tolist(), found.row_lengths) == ([given[:20]], (20,))
+        assert found.store.columns == 20
+        for mine, whole in zip(found.store.arrays, cache.store.arrays, strict=True):
+            assert mx.array_equal(mine[0], whole[row, :, before : before + 20])
+        mini(mx.array([given[20:]]), found)  # which leaves the others alone
+        for mine, whole in zip(found.store.arrays, cache.store.arrays, strict=True):
+            assert mine.shape[0] == 1
+            assert whole.shape[0] == 2
+        expected(mini, given[:20], cache.row(row, 20), 0)
 
 
 @BITS

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from copy import copy
 from typing import NamedTuple, TypeVar
 
 import mlx.core as mx
+import numpy as np
 
 from phimlx.models.cache.store import Store
 from phimlx.models.features import Features
@@ -225,10 +227,36 @@ class Cache:
         pairs = zip(self.long, long, strict=True)
         return [row for row, pair in enumerate(pairs) if not self.rope.goes_on(*pair, added)]
 
-    def replace_row(self, row: int, other: Cache) -> None:
-        """Take keys and values of a row from a cache that holds the same tokens in its only row."""
-        self.store.replace_row(row, other.store, self.length)
-        self.long = (*self.long[:row], *other.long, *self.long[row + 1 :])
+    def row(self, row: int, length: int) -> Cache:
+        """View the first tokens of a row as a cache of its own.
+
+        Keys and values are those of this cache until either is written to; `part` copies them.
+        """
+        assert self.tokens is not None
+        columns = np.arange(self.length)
+        if self.valid is not None:
+            columns = np.flatnonzero(np.array(self.valid[row, : self.length]))
+        columns = columns[:length]
+        found = copy(self)
+        found.store = self.store.row(row, columns)
+        found.length = len(columns)
+        found.tokens = self.tokens[row : row + 1][:, mx.array(columns)]
+        found.held = found.store.trim(found.length)
+        found.valid = None
+        found.row_lengths = (found.length,)
+        found.expected_length, found.expected_lengths = 0, ()
+        found.long = chosen(self.long, [row])
+        found.adapters = chosen(self.adapters, [row])
+        found.loaded, found.expected_loaded = chosen(self.loaded, [row]), ()
+        found.features = chosen(self.features, [row])
+        return found
+
+    def part(self) -> None:
+        """Copy what is held into memory of its own, without room for more."""
+        self.store.copy_columns(self.length)
+        if self.tokens is not None:
+            self.tokens = self.tokens[:, : self.length] + 0
+            mx.eval(self.tokens)
 
     def select(self, rows: Sequence[int]) -> None:
         """Keep these rows alone, in this order; the memory of the others is freed."""
@@ -347,11 +375,13 @@ class Cache:
         """
         columns = mx.arange(self.length + length)
         queries = columns[self.length :, None]
-        seen = columns <= queries  # [length, columns]
+        seen = (columns <= queries)[None]  # [1, length, columns]
         if self.window is not None:
-            seen = seen & (columns > queries - self.window)
+            # Padding between a row's tokens is no part of its window.
+            counted = columns[None] if self.valid is None else mx.cumsum(self.valid, axis=1)
+            seen = seen & (counted[:, None] > counted[:, self.length :, None] - self.window)
         if self.valid is None:
-            return seen[None, None]
+            return seen[:, None]
         return ((seen & self.valid[:, None, :]) | (columns == queries))[:, None]
 
 

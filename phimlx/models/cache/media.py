@@ -60,6 +60,13 @@ class MediaCache(Cache):
         super().join(other)
         self.features += features
 
+    def row(self, row: int, length: int) -> Cache:
+        found = super().row(row, length)
+        assert isinstance(found, MediaCache)
+        found.expected_adapters = ()
+        found._forget_features()
+        return found
+
     def features_with(self, new: tuple[Features, ...]) -> tuple[Features, ...]:
         """Each row's features, those of new tokens included."""
         if not self.features:
@@ -96,7 +103,11 @@ class MediaCache(Cache):
         super().trim(length)
         if self.tokens is None:
             self.features = ()
-        elif any(any(row.counts) for row in self.features):
+        self._forget_features()
+
+    def _forget_features(self) -> None:
+        """Keep the features of the tokens that are left."""
+        if self.tokens is not None and any(any(row.counts) for row in self.features):
             left = self.placeholders.count(np.array(self.tokens[:, : self.length]))
             self.features = tuple(
                 row.between((0, 0), count) for row, count in zip(self.features, left, strict=True)

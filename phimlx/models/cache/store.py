@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from copy import copy
 from typing import NamedTuple, Protocol
 
 import mlx.core as mx
+import numpy as np
 
 
 class Form(NamedTuple):
@@ -102,10 +104,12 @@ class Store:
         """Make room for so many columns, and keep the first `kept`.
 
         One layer is copied after the other, each evaluated before the next, so that there are
-        never two copies of all.
+        never two copies of all. Buffers grow by an eighth at least, so that a long row is not
+        copied again after every `step` tokens.
         """
         if columns <= self._columns:
             return
+        columns = max(columns, kept + kept // 8)
         self._columns = -(-columns // self.step) * self.step
         for buffers in self.layers:
             for index, buffer in enumerate(buffers):
@@ -163,6 +167,29 @@ class Store:
                 buffers[index] = buffer[chosen]
                 mx.eval(buffers[index])
 
+    def row(self, row: int, columns: np.ndarray) -> Store:
+        """View these columns of a row as a store of its own; `copy_columns` parts it from this.
+
+        Args:
+            columns: their indices, rising.
+        """
+        found = copy(self)
+        consecutive = len(columns) and columns[-1] - columns[0] + 1 == len(columns)
+        chosen = slice(int(columns[0]), int(columns[-1]) + 1) if consecutive else mx.array(columns)
+        found.layers = [
+            [buffer[row : row + 1][:, :, chosen] for buffer in buffers] for buffers in self.layers
+        ]
+        found._columns = len(columns)
+        return found
+
+    def copy_columns(self, columns: int) -> None:
+        """Hold the first columns alone, in memory of their own; layer by layer."""
+        for buffers in self.layers:
+            for index, buffer in enumerate(buffers):
+                buffers[index] = _moved(buffer, columns, columns, columns)
+                mx.eval(buffers[index])
+        self._columns = columns
+
     def drop_columns(self, first: int) -> None:
         """Forget the first columns; layer by layer."""
         self._columns -= first
@@ -191,12 +218,10 @@ class Store:
             others.clear()
         other.clear()
 
-    def replace_row(self, row: int, other: Store, columns: int) -> None:
-        """Take the first columns of a row from the only row of a store of the same kind."""
-        for mine, theirs in zip(self.layers, other.layers, strict=True):
-            for buffer, new in zip(mine, theirs, strict=True):
-                buffer[row, ..., :columns, :] = new[0, ..., :columns, :]
-            mx.eval(mine)
+    @property
+    def columns(self) -> int:
+        """How many the buffers have room for."""
+        return self._columns
 
     @property
     def arrays(self) -> list[mx.array]:
