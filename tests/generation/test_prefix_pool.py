@@ -305,6 +305,7 @@ def test_media_are_told_by_what_they_are(
     assert seen == [(1, 0), (1, 0), (0, 1)]  # the second question's picture is not seen again
 
 
+@pytest.mark.slow
 def test_features_are_kept_where_keys_and_values_are_not(
     model: Phi4MMForCausalLM, seen: list[tuple[int, int]]
 ) -> None:
