@@ -325,8 +325,10 @@ def test_features_are_kept_where_keys_and_values_are_not(
 
 @pytest.fixture
 def store(phi_4: CausalLM, tmp_path: Path) -> PrefixStore:
-    source = Source("0" * 64, None, "tiny", "tiny")
-    return PrefixStore(phi_4, lambda loaded: source, folder=tmp_path, min_tokens=1)
+    def identify(loaded: str | None) -> Source:
+        return Source("0" * 64, None, "tiny", "tiny")
+
+    return PrefixStore(phi_4, identify, folder=tmp_path, min_tokens=1)
 
 
 def test_prefixes_on_disk(phi_4: CausalLM, store: PrefixStore, tmp_path: Path) -> None:
