@@ -17,7 +17,7 @@ from phimlx.files import translate_read_errors
 from phimlx.generation.engine import Engine
 from phimlx.generation.generation_config import GenerationConfig
 from phimlx.generation.grammar.reply_form import ReplyForm
-from phimlx.generation.grammar.schema import reader
+from phimlx.generation.grammar.schema import answer_reader
 from phimlx.generation.options import SEEDS, GenerationOptions, PromptOptions
 from phimlx.generation.prompt_cache import PromptCache
 from phimlx.generation.prompt_reader import Prompt, PromptReader
@@ -214,8 +214,8 @@ class Phi:
             options: images, audio, video, frames, limits, tools, raw, continue_final_message,
                 max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
                 frequency_penalty, logit_bias, logprobs, top_logprobs, prompt_logprobs, stop, seed,
-                cache, kv_bits, on_prefill, prompt_lookup, schema, regex, grammar,
-                tool_choice, adapter; see
+                cache, kv_bits, on_prefill, prompt_lookup, schema, regex, grammar, tool_choice,
+                adapter; see
                 `phimlx.generation.options.GenerationOptions`.
 
         Raises:
@@ -401,22 +401,16 @@ class Phi:
             prompts.text_tokenizer()
         if options.cache is not None:
             options.cache.check(self.model, options.kv_bits)
-        form = ReplyForm.read(
-            options.schema, options.regex, options.grammar, options.tools, options.tool_choice
-        )
+        form = ReplyForm.read(options)
         if form is not None:
             prompts.text_tokenizer()
-            if options.continue_final_message:
-                raise GenerationError(
-                    "A reply that continues a message cannot be held to a shape, nor call tools.",
-                    hint="Leave out one of them.",
-                )
         tokens, media = prompts.read(prompt, options)
         stops = (*own, *prompts.stop_strings(prompt, options))
         said = prompts.said(prompt, options)
-        calls = bool(options.tools) and options.tool_choice != "none"
         room = self._room(len(tokens), options)
-        requests = [
+        calls = form is not None and form.may_call
+        read_answer = None if options.schema is None else answer_reader(options.schema, said)
+        return [
             Request(
                 tokens,
                 Sampler(sampling, seed, tokens),
@@ -430,15 +424,12 @@ class Phi:
                 options.kv_bits,
                 options.top_logprobs if options.logprobs else None,
                 options.prompt_logprobs,
-                None if form is None else variant.constraint(form, tokens, self.reasons),
+                None if form is None else variant.constraint(form, tokens, self.reasons, said),
                 variant.adapter,
+                read_answer,
             )
             for seed in seeds
         ]
-        if options.schema is not None:
-            for request in requests:
-                request.reply.read_answer = reader(options.schema)
-        return requests
 
     def _check_bias(self, sampling: Sampling) -> None:
         vocabulary = self.model.config.vocab_size

@@ -75,34 +75,33 @@ class Variant:
             return None
         from phimlx.prompt.reply_parser import ReplyParser
 
-        opened = self._opens_reasoning(prompt)
+        opened = self.reader.opens_reasoning(prompt)
         parser = ReplyParser(tools=calls, starts_in_reasoning=opened, said=said)
         control = tokenizer.control_tokens.items()
         hidden = frozenset(token for name, token in control if name not in STRUCTURE)
         return ReplyReader(tokenizer, parser, stops, hidden, at_start=not said)
 
-    def constraint(self, form: ReplyForm, prompt: list[int], reasons: bool) -> Constraint:
+    def constraint(
+        self, form: ReplyForm, prompt: list[int], reasons: bool, said: str
+    ) -> Constraint:
         """Hold a reply to its form, after the reasoning that it may begin with.
 
         Args:
             reasons: whether the model was trained to think before it answers.
+            said: as `reply_reader` takes it.
+
+        Raises:
+            GrammarError: where no reply can be held to it, or one that begins so.
         """
-        control = self.reader.text_tokenizer().control_tokens
-        reasoning: Reasoning = "none"
-        if self._opens_reasoning(prompt):
+        reasoning: Reasoning = "optional" if reasons else "none"
+        if self.reader.opens_reasoning(prompt):
             reasoning = "opened"
-        elif reasons:
-            reasoning = "optional"
-        return self._grammars.compile(form.source(reasoning, control))
+        return self._grammars.hold(form, reasoning, said)
 
     @cached_property
     def _grammars(self) -> GrammarCompiler:
         tokenizer = self.reader.text_tokenizer()
         return GrammarCompiler(tokenizer, self.vocab_size, self.stop_tokens)
-
-    def _opens_reasoning(self, prompt: list[int]) -> bool:
-        tokenizer = self.reader.text_tokenizer()
-        return tokenizer.decode(prompt[-8:]).rstrip().endswith(THINK)
 
 
 class Variants:

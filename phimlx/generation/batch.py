@@ -271,8 +271,7 @@ class Batch:
             if request.constraint is not None:
                 held += range(row * places, (row + 1) * places)
                 masks.append(request.constraint.allowed(logits.shape[-1], self._draft))
-        here = mx.array(held)
-        logits = mx.array(logits)  # a copy, since the unchanged ones are scored
+        here, logits = mx.array(held), mx.array(logits)  # a copy, since those are scored
         logits[here] = mx.where(mx.array(np.concatenate(masks)), logits[here], -mx.inf)
         return logits
 

@@ -87,6 +87,10 @@ class PromptReader:
 
         return read_messages(cast("Sequence[Mapping[str, Any]]", prompt))[-1].content
 
+    def opens_reasoning(self, ids: Sequence[int]) -> bool:
+        """Whether a prompt has begun the reply's reasoning, with a token or in letters."""
+        return self.text_tokenizer().decode(ids[-8:]).rstrip().endswith("<think>")
+
     def text_tokenizer(self) -> Tokenizer:
         """The tokenizer; raises TokenizerError where there is none."""
         if self.tokenizer is None:

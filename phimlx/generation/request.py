@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PhimlxError
 from phimlx.generation.reply import Chunk, Reply, ReplyReader
@@ -41,6 +41,7 @@ class Request:
             request without a cache.
         constraint: the grammar that the reply is held to.
         adapter: name of the one that the model was given to use; None for the model alone.
+        read_answer: as the `Reply` has it.
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
@@ -61,6 +62,7 @@ class Request:
     prompt_logprobs: int | None = None
     constraint: Constraint | None = None
     adapter: str | None = DEFAULT
+    read_answer: Callable[[str], Any] | None = None
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
     error: PhimlxError | None = field(default=None, init=False)
@@ -68,6 +70,7 @@ class Request:
 
     def __post_init__(self) -> None:
         self.reply = Reply(self.sampler.seed, None if self.reader is None else self.reader.parser)
+        self.reply.read_answer = self.read_answer
         self.reply.stats.prompt_tokens = len(self.prompt)
         if self.prompt_logprobs is not None:
             self.reply.prompt_logprobs.append(None)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,6 +15,7 @@ from phimlx.errors import GenerationError, GrammarError, PromptError
 from phimlx.generation import speculation
 from phimlx.generation.batch import Batch
 from phimlx.generation.engine import Engine
+from phimlx.generation.grammar import compiler
 from phimlx.generation.options import GenerationOptions
 from phimlx.generation.request import Request
 
@@ -90,9 +93,9 @@ def test_a_model_class_gives_objects_of_it(phi: phimlx.Phi) -> None:
 
 def test_an_answer_matches_an_expression_or_a_grammar(phi: phimlx.Phi) -> None:
     for seed in range(3):
-        reply = phi.generate(QUESTION, regex=r"[a-f]{3}/[0-9]\n?", max_tokens=20, seed=seed, **WILD)
-        assert len(reply.text.rstrip("\n")) == 5
-        assert reply.text[3] == "/"
+        regex = "[a-f]{3}/\\/?\n\\\n[0-9]"
+        reply = phi.generate(QUESTION, regex=regex, max_tokens=20, seed=seed, **WILD)
+        assert re.fullmatch("[a-f]{3}//?\n\n[0-9]", reply.text)
         grammar = 'start: "yes" | "no" NUMBER\nNUMBER: /[1-9]/'
         reply = phi.generate(QUESTION, grammar=grammar, max_tokens=20, seed=seed, **WILD)
         assert reply.text in ("yes", *(f"no{digit}" for digit in range(1, 10)))
@@ -251,6 +254,11 @@ def test_no_call_where_none_is_wanted(phi: phimlx.Phi) -> None:
         ({"grammar": "start: start"}, "A reply cannot be held to this: no text satisfies it."),
         ({"regex": "("}, "A reply cannot be held to this"),
         ({"regex": ""}, "regex is ''; it must be a text."),
+        ({"regex": "a" * 20000}, "The regex has more than 16 kB."),
+        ({"regex": "(ab){5000}"}, "The regex counts to more than 4,096 repetitions."),
+        ({"grammar": "a" * 70000}, "The grammar has more than 64 kB."),
+        ({"schema": {"pattern": "a{9999}"}}, "The pattern counts to more than 4,096 repetitions."),
+        ({"schema": {"multipleOf": 99991}}, "multipleOf is 99991; a reply is held to 10,000"),
         ({"regex": "(" * 65 + ")" * 65}, "The regex is nested deeper than 64 brackets."),
         ({"grammar": "begin: 'x'"}, "A reply cannot be held to this"),
         ({"grammar": 7}, "grammar is 7; it must be a text."),
@@ -276,3 +284,46 @@ def test_a_deep_schema_is_refused(phi: phimlx.Phi) -> None:
         phi.stream(QUESTION, schema=schema)
     with pytest.raises(PromptError):
         phi.stream(QUESTION, tools=[{"no": "name"}], tool_choice="auto")
+
+
+@pytest.mark.parametrize("kind", ["$ref", "object", "items", "allOf"])
+def test_references_overflow_no_stack(phi: phimlx.Phi, kind: str) -> None:
+    """A chain of them, as long as the limit lets it be, and one that is longer."""
+    forms: dict[str, Callable[[str], dict[str, Any]]] = {
+        "$ref": lambda next: {"$ref": next},
+        "object": lambda next: {"properties": {"x": {"$ref": next}}, "required": ["x"]},
+        "items": lambda next: {"items": {"$ref": next}},
+        "allOf": lambda next: {"allOf": [{"$ref": next}, {"type": "object"}]},
+    }
+
+    def chain(count: int) -> dict[str, Any]:
+        places = [f"#/$defs/{place}" for place in range(count + 1)]
+        defs = {str(place): forms[kind](places[place + 1]) for place in range(count)}
+        return {"$ref": places[0], "$defs": {**defs, str(count): {"type": "object"}}}
+
+    depth = {"$ref": 2, "object": 4, "items": 3, "allOf": 4}[kind]
+    phi.stream(QUESTION, schema=chain(4000 // depth))
+    with pytest.raises(GrammarError, match="references reach deeper than 4096 levels"):
+        phi.stream(QUESTION, schema=chain(4200 // (depth - 1)))
+
+
+def test_what_takes_long_to_compile_is_given_up(
+    phi: phimlx.Phi, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(compiler, "COMPILE_SECONDS", 0.05)
+    # Whether twenty expressions have a text in common takes llguidance seconds to see.
+    parts = " & ".join(f"/.*[a-{chr(98 + place)}].{{{10 + place}}}/" for place in range(20))
+    with pytest.raises(GrammarError, match=r"takes more than 0\.05 seconds to compile"):
+        phi.stream(QUESTION, grammar=f"start: X\nX: {parts}")
+
+
+def test_a_reply_is_continued_as_its_grammar_goes_on(phi: phimlx.Phi) -> None:
+    def messages(said: str) -> list[dict[str, str]]:
+        return [{"role": "user", "content": QUESTION}, {"role": "assistant", "content": said}]
+
+    more = {"schema": CITY, "continue_final_message": True, "max_tokens": 60}
+    reply = phi.generate(messages('{"city": "Par'), **more)
+    assert reply.parsed["city"].startswith("Par")
+    assert isinstance(reply.parsed["big"], bool)
+    with pytest.raises(GrammarError, match="does not begin as its grammar has it"):
+        phi.stream(messages("The city"), **more)

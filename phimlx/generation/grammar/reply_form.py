@@ -7,13 +7,19 @@ https://github.com/guidance-ai/llguidance/blob/main/docs/syntax.md
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from phimlx.errors import GrammarError, shortened
-from phimlx.generation.grammar.limits import MAX_BYTES, MAX_DEPTH
+from phimlx.generation.grammar.limits import (
+    MAX_EXPRESSION_BYTES,
+    MAX_RULES_BYTES,
+    check_expression,
+)
 from phimlx.generation.grammar.schema import read_schema, schema_source
+from phimlx.generation.options import GenerationOptions
 from phimlx.prompt.reply_parser import CALL, END_CALL, END_THINK, THINK
 from phimlx.prompt.tools import read_tools
 
@@ -24,13 +30,15 @@ Reasoning = Literal["none", "optional", "opened"]
 
 NO_PARAMETERS: dict[str, Any] = {"type": "object", "properties": {}, "additionalProperties": False}
 
-# Text that opens no call, as `ReplyParser` reads it, and text up to the call that it opens.
+# Text that opens no call, as `ReplyParser` reads it, and text up to the call that it opens: before
+# the word stands nothing, or what is surely no part of one.
 FREE_TEXT = r"""
-FREE: /(?s:.+)/ & ~/((?s:.*)[^\w.])?functools\s*[\[{](?s:.*)/ & ~/(?s:.*)<\|tool_call\|>(?s:.*)/
+FREE: /(?s:.+)/ & ~WORD_CALLS & ~/(?s:.*)<\|tool_call\|>(?s:.*)/
+WORD_CALLS: /((?s:.*)[^0-9A-Za-z_.])?functools\s*[\[{](?s:.*)/
 """
 WORD_CALL = r"""
 word_call: word call_list "]"
-word[lazy]: /((?s:.*)[^\w.])?functools\[/
+word[lazy]: /((?s:.*)[\x00-\x2d\x2f\x3a-\x40\x5b-\x5e\x60\x7b-\x7f])?functools\[/
 """
 THOUGHT = r"""
 THOUGHT: /(?s:.+)/ & ~/(?s:.*)<\/think>(?s:.*)/
@@ -54,30 +62,24 @@ class ReplyForm:
     choice: str = "auto"
 
     @classmethod
-    def read(
-        cls,
-        schema: Any = None,
-        regex: str | None = None,
-        grammar: str | None = None,
-        tools: Sequence[Mapping[str, Any]] | None = None,
-        tool_choice: str | None = None,
-    ) -> ReplyForm | None:
+    def read(cls, options: GenerationOptions) -> ReplyForm | None:
         """Read what is asked of a reply; None where it may be anything.
 
         Raises:
             GrammarError: for a shape that is none, or a choice of no tool.
             PromptError: for tools that are none.
         """
-        functions = tuple(read_tools(tools)) if tools else ()
-        choice = _choice(tool_choice, [function["name"] for function in functions])
+        functions = tuple(read_tools(options.tools)) if options.tools else ()
+        choice = _choice(options.tool_choice, [function["name"] for function in functions])
         answer: dict[str, Any] | None = None
-        if schema is not None:
-            answer = schema_source("answer", read_schema(schema))
-        elif regex is not None:
-            body = _checked("regex", regex).replace("/", r"\/").replace("\n", r"\n")
-            answer = {"name": "answer", "lark_grammar": f"start: /{body}/"}
-        elif grammar is not None:
-            answer = {"name": "answer", "lark_grammar": _checked("grammar", grammar)}
+        if options.schema is not None:
+            answer = schema_source("answer", read_schema(options.schema))
+        elif options.regex is not None:
+            regex = _checked("regex", options.regex, MAX_EXPRESSION_BYTES)
+            answer = {"name": "answer", "lark_grammar": f"start: /{_inside_slashes(regex)}/"}
+        elif options.grammar is not None:
+            rules = _checked("grammar", options.grammar, MAX_RULES_BYTES)
+            answer = {"name": "answer", "lark_grammar": rules}
         if answer is None and not functions:
             return None
         return cls(answer, functions, choice)
@@ -115,6 +117,11 @@ class ReplyForm:
         rules.append("reply: " + " | ".join(answers))
         whole = {"name": "reply", "lark_grammar": "\n".join(rules)}
         return json.dumps({"grammars": [whole, *parts]})
+
+    @property
+    def may_call(self) -> bool:
+        """Whether the reply may hold calls."""
+        return bool(self._called)
 
     @property
     def _names(self) -> list[str]:
@@ -167,16 +174,15 @@ def _choice(given: str | None, names: Sequence[str]) -> str:
     return choice
 
 
-def _checked(name: str, text: Any) -> str:
+def _checked(name: str, text: Any, most: int) -> str:
     """An expression or grammar within the limits."""
     if not isinstance(text, str) or not text:
         raise GrammarError(f"{name} is {shortened(text)}; it must be a text.")
-    if len(text.encode(errors="replace")) > MAX_BYTES:
-        raise GrammarError(f"The {name} has more than {MAX_BYTES >> 10} kB.")
-    depth = deepest = 0
-    for character in text:
-        depth += (character in "([{") - (character in ")]}")
-        deepest = max(deepest, depth)
-    if deepest > MAX_DEPTH:
-        raise GrammarError(f"The {name} is nested deeper than {MAX_DEPTH} brackets.")
+    check_expression(name, text, most)
     return text
+
+
+def _inside_slashes(regex: str) -> str:
+    """An expression as it is written between slashes on one line."""
+    known = {"/": r"\/", "\n": r"\n", "\\\n": r"\n"}
+    return re.sub(r"(?s)\\.|/|\n", lambda found: known.get(found[0], found[0]), regex)

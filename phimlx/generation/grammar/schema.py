@@ -3,11 +3,19 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from decimal import Decimal
 from typing import Any
+from urllib.parse import unquote
 
 from phimlx.errors import GrammarError, shortened
-from phimlx.generation.grammar.limits import MAX_BYTES, MAX_DEPTH
+from phimlx.generation.grammar.limits import (
+    MAX_BYTES,
+    MAX_DEPTH,
+    MAX_MULTIPLE,
+    MAX_REACH,
+    check_expression,
+)
 
 # JSON on one line as Python and the models write it. White space that the model may choose could
 # go on without end.
@@ -43,8 +51,21 @@ def read_schema(schema: Any) -> dict[str, Any]:
     if len(text) > MAX_BYTES:
         raise GrammarError(f"The schema has more than {MAX_BYTES >> 10} kB.")
     plain: dict[str, Any] = json.loads(text)
-    if _depth(plain) > MAX_DEPTH:
+    depth = _depth(plain)
+    if depth > MAX_DEPTH:
         raise GrammarError(f"The schema is nested deeper than {MAX_DEPTH} levels.")
+    targets = {str(each) for each in _values(plain, "$ref")}
+    if depth + sum(_depth_at(plain, target) for target in targets) > MAX_REACH:
+        raise GrammarError(f"The schema's references reach deeper than {MAX_REACH} levels.")
+    for pattern in _values(plain, "pattern"):
+        if isinstance(pattern, str):
+            check_expression("pattern", pattern)
+    for factor in _values(plain, "multipleOf"):
+        if isinstance(factor, int | float) and _coefficient(factor) > MAX_MULTIPLE:
+            raise GrammarError(
+                f"multipleOf is {shortened(factor)}; a reply is held to {MAX_MULTIPLE:,} at most.",
+                hint="Leave it out, and check the reply for it.",
+            )
     return plain
 
 
@@ -53,12 +74,16 @@ def is_model(schema: Any) -> bool:
     return isinstance(schema, type) and hasattr(schema, "model_json_schema")
 
 
-def reader(schema: Any) -> Callable[[str], Any]:
+def answer_reader(schema: Any, said: str = "") -> Callable[[str], Any]:
     """What makes a value of an answer's text: an object of the class, or plain data.
 
     It raises ValueError for a text that is not a whole answer.
+
+    Args:
+        said: what of the answer stands in the prompt.
     """
-    return schema.model_validate_json if is_model(schema) else json.loads
+    read = schema.model_validate_json if is_model(schema) else json.loads
+    return lambda text: read(said + text)
 
 
 def schema_source(name: str, schema: Mapping[str, Any], lenient: bool = False) -> dict[str, Any]:
@@ -83,14 +108,42 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _depth(value: Any) -> int:
-    """Levels of objects and lists within each other; no recursion, for a value of any depth."""
-    level, depth = [value], 0
+def _levels(value: Any) -> Iterator[list[Any]]:
+    """The values of each level of objects and lists within each other, but the outermost."""
+    level = [value]
     while level := [
         child
         for each in level
         if isinstance(each, dict | list)
         for child in (each.values() if isinstance(each, dict) else each)
     ]:
-        depth += 1
-    return depth
+        yield level
+
+
+def _depth(value: Any) -> int:
+    return sum(1 for _ in _levels(value))
+
+
+def _values(schema: Any, keyword: str) -> Iterator[Any]:
+    """What stands behind a keyword, wherever in a schema."""
+    for level in ([schema], *_levels(schema)):
+        yield from (each[keyword] for each in level if isinstance(each, dict) and keyword in each)
+
+
+def _depth_at(schema: Any, target: str) -> int:
+    """The depth of what a reference points at; the most there is where it is no pointer."""
+    found = schema
+    for name in unquote(target).split("/")[1:] if target.startswith("#/") else [None]:
+        key = "" if name is None else name.replace("~1", "/").replace("~0", "~")
+        if isinstance(found, list) and key.isdecimal() and int(key) < len(found):
+            found = found[int(key)]
+        elif isinstance(found, dict) and key in found:
+            found = found[key]
+        else:
+            return MAX_DEPTH
+    return 1 + _depth(found)
+
+
+def _coefficient(factor: float) -> int:
+    """The digits of a number, read as a whole one."""
+    return abs(int("".join(map(str, Decimal(repr(factor)).as_tuple().digits)) or 0))
