@@ -15,7 +15,7 @@ from typing import Any, Protocol
 from phimlx.errors import GenerationError, PhimlxError, PromptError, shortened
 from phimlx.files import parse_json, replacing, translate_read_errors, translate_write_errors
 from phimlx.generation.engine import Engine
-from phimlx.generation.options import GenerationOptions
+from phimlx.generation.options import SHAPES, GenerationOptions
 from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.request import Request
 
@@ -27,7 +27,7 @@ OPTIONS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "stop", "seed", "tools", "images", "audio"),
     *("logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "continue_final_message"),
-    "adapter",
+    *("schema", "regex", "grammar", "tool_choice", "adapter"),
 )
 IDS = ("custom_id", "id")
 USED = {"prompt", "messages", "system", "body", *IDS, *OPTIONS}
@@ -283,7 +283,9 @@ def _requests(
         try:
             prompt, own, identifier, unused = parse_line(line, system)
             result.unused.update(unused)
-            request = phi.request(prompt, GenerationOptions(**{**settings, **own}))
+            shaped = not own.keys().isdisjoint(SHAPES)  # in its own way alone
+            usual = {key: settings[key] for key in settings if not (shaped and key in SHAPES)}
+            request = phi.request(prompt, GenerationOptions(**{**usual, **own}))
         except PhimlxError as error:
             result.failed[line.number] = str(error)
             yield line, None, None

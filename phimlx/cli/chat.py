@@ -36,6 +36,7 @@ from phimlx.cli.options import (
     system_option,
     tools_option,
 )
+from phimlx.cli.shapes import pop_shape, shape_options
 from phimlx.terminal.output import Output
 from phimlx.terminal.sampling_settings import given
 
@@ -48,6 +49,7 @@ from phimlx.terminal.sampling_settings import given
 @kv_bits_option
 @system_option
 @tools_option
+@shape_options
 @prompt_form_option
 @click.option(
     "--load",
@@ -105,7 +107,7 @@ def command(
     if session_file is not None and continued is not None:
         raise click.UsageError("--load and --continue exclude each other.")
     output = Output(debug=is_debugging())
-    limits = pop_limits(settings)
+    limits, shape = pop_limits(settings), pop_shape(settings)
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and output.is_terminal
     screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
@@ -135,7 +137,7 @@ def command(
         phi.use_prompt_form(form)
     chat = Chat(phi, conversation, output, screen, run_command, limits, frames, kv_bits, keeper)
     chat.keep_in(prefix_store(phi, keeps, output))
-    chat.reply_options = given({"prompt_lookup": prompt_lookup})
+    chat.reply_options = given({"prompt_lookup": prompt_lookup, **shape})
     chat.check(conversation)
     chat.saved_as = session_file
     if interactive:

@@ -39,6 +39,7 @@ from phimlx.cli.options import (
     system_option,
     tools_option,
 )
+from phimlx.cli.shapes import pop_shape, shape_options, tool_choice_option
 from phimlx.errors import PromptError
 from phimlx.terminal.output import Output
 from phimlx.terminal.sampling_settings import given
@@ -62,6 +63,8 @@ NO_PROMPT = (
 @frames_option
 @system_option
 @tools_option
+@tool_choice_option
+@shape_options
 @prompt_form_option
 @click.option(
     "--raw",
@@ -126,6 +129,7 @@ def command(
     frames: int,
     system: str | None,
     tools_file: Path | None,
+    tool_choice: str | None,
     prompt_form: str | None,
     raw: bool,
     continued: bool,
@@ -156,6 +160,11 @@ def command(
     go to stderr, where it is a terminal. Control characters are removed from what the model
     says; --json keeps them, escaped.
 
+    With --schema the answer is JSON that is valid under it, and --json prints it as "parsed" too.
+
+    \b
+      phimlx generate --image receipt.jpg --schema "shop, total float, items [str]"
+
     With --prompts every line of a file is answered, several at a time: a text, or an object with
     prompt or messages and options of its own, such as max_tokens or the name of an adapter. After
     an interruption the same command goes on where it was.
@@ -170,6 +179,9 @@ def command(
             "--raw uses no chat template, so it takes no --system, --tools or --prompt-form."
         )
     in_file = prompts_file is not None
+    if tool_choice is not None and tools_file is None and not (in_file or continued):
+        raise click.UsageError("--tool-choice needs --tools.")
+    shape = pop_shape(settings)
     if in_file and (words or prompt or image or audio or video):
         raise click.UsageError("With --prompts the file says what is asked, and nothing else does.")
     if top_logprobs is not None and not (as_json or in_file):
@@ -216,6 +228,7 @@ def command(
     exchange = begin(conversation, text, files, limits, frames, keeper)
     # Those of this answer alone; the others stay with the conversation.
     more: dict[str, Any] = {"kv_bits": kv_bits, "top_logprobs": top_logprobs}
+    more |= {**shape, "tool_choice": tool_choice}
     if top_logprobs is not None:
         more["logprobs"] = True
     phi = load_or_download(model, output, adapter, by_name, dtype=dtype, rope_scaling=rope_scaling)
