@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 from pydantic import BaseModel
 
@@ -327,3 +328,47 @@ def test_a_reply_is_continued_as_its_grammar_goes_on(phi: phimlx.Phi) -> None:
     assert isinstance(reply.parsed["big"], bool)
     with pytest.raises(GrammarError, match="does not begin as its grammar has it"):
         phi.stream(messages("The city"), **more)
+
+
+def test_a_picture_is_told_in_a_shape(phi: phimlx.Phi) -> None:
+    sees = phimlx.load("nano-multimodal", dtype="float32")
+    pixels = np.full((64, 64, 3), 200, np.uint8)
+    for prompt_lookup in (True, False):
+        given = {"images": [pixels], "max_tokens": 60, "prompt_lookup": prompt_lookup}
+        reply = sees.generate("What does it show?", schema=CITY, **given)
+        assert reply.parsed.keys() == {"city", "big"}
+
+
+def test_replies_to_one_prompt_are_held_each_by_itself(phi: phimlx.Phi) -> None:
+    options = GenerationOptions(schema=ROWS, max_tokens=200, seed=5, **WILD)
+    requests = phi.requests(QUESTION, options, 3)
+    phi.engine.run_all(requests)
+    alone = [
+        phi.generate(QUESTION, schema=ROWS, max_tokens=200, seed=5 + place, **WILD)
+        for place in range(3)
+    ]
+    assert [each.reply.tokens for each in requests] == [each.tokens for each in alone]
+    assert len({each.reply.text for each in requests}) > 1
+
+
+def test_logits_that_are_no_numbers_are_told_as_ever() -> None:
+    broken = phimlx.load("nano", dtype="float32")
+    weight = broken.model.model.layers[1].mlp.down_proj.weight
+    broken.model.model.layers[1].mlp.down_proj.weight = weight.at[3, 4].add(float("nan"))
+    with pytest.raises(GenerationError, match="not finite"):
+        broken.generate(QUESTION, schema=CITY)
+
+
+def test_a_grammar_that_leads_nowhere_ends_its_own_row_alone(phi: phimlx.Phi) -> None:
+    """After `{"a": ` nothing can come."""
+    nowhere = {"properties": {"a": {"$ref": "#/properties/a"}}, "required": ["a"], "type": "object"}
+    lost, other = request_of(phi, schema=nowhere), request_of(phi, schema=CITY)
+    phi.engine.add(lost, other)
+    for _ in range(300):
+        phi.engine.step()
+        if lost.finished and other.finished:
+            break
+    assert isinstance(lost.error, GrammarError)
+    assert str(lost.error).startswith("The reply cannot be held to its grammar any further")
+    assert other.error is None
+    assert other.reply.parsed.keys() == {"city", "big"}
