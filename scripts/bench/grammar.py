@@ -77,7 +77,7 @@ def replay(compiler: GrammarCompiler, source: str, ids: list[int], vocabulary: i
 def replays(tokenizer: Tokenizer, step: float) -> None:
     vocabulary = tokenizer.vocab_size
     ends = set(tokenizer.control_tokens.values()) or {0}
-    compiler = GrammarCompiler(tokenizer, vocabulary, {min(ends)}, reasons=False)
+    compiler = GrammarCompiler(tokenizer, vocabulary, {min(ends)})
     began = time.perf_counter()
     compiler.compile(json.dumps({"grammars": [{"lark_grammar": 'start: "a"'}]}))
     print(
