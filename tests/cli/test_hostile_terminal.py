@@ -253,7 +253,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "image": Row(lambda text, at: ["generate", "--image", text, "hi"]),
         "flag": Row(lambda text, at: ["generate", "--temp", text, "hi"]),
         "tools": Row(lambda text, at: ["generate", "--tools", text, "hi"]),
-        "schema": Row(lambda text, at: ["generate", "--schema", text, "hi"]),
+        "schema": Row(lambda text, at: ["generate", "--schema", f"{text} odd", "hi"]),
         "schema file": Row(lambda text, at: ["generate", "--schema", f"{text}.json", "hi"]),
         "grammar": Row(lambda text, at: ["generate", "--grammar", text, "hi"]),
         "debug": Row(lambda text, at: ["generate", "--debug", "--image", text, "hi"]),
