@@ -20,7 +20,7 @@ RANKS = (
     ("__main__",),
     ("cli",),
     ("terminal", "server"),
-    ("evaluation",),
+    ("evaluation", "preferences"),
     ("training", "convert"),
     ("api",),
     ("adapters", "transcription", "prompt_file"),
@@ -78,6 +78,8 @@ HEAVY = {
     "soxr",
     "starlette",
     "tokenizers",
+    "tomlkit",
+    "tomllib",
     "torch",
     "tqdm",
     "transformers",
@@ -312,4 +314,5 @@ def test_help_of_everything_loads_no_command() -> None:
         "phimlx.cli.group",
         "phimlx.cli.main",
         "phimlx.cli.options",
+        "phimlx.cli.preferences",
     }

@@ -11,12 +11,11 @@ import click
 from phimlx.cli.conversations import (
     LAST,
     ConversationId,
-    lasting_name,
-    model_name,
     open_keeper,
     private_option,
     read_kept,
 )
+from phimlx.cli.furnish import Flags, furnish, persona_option
 from phimlx.cli.options import (
     adapter_option,
     cache_option,
@@ -36,9 +35,10 @@ from phimlx.cli.options import (
     system_option,
     tools_option,
 )
+from phimlx.cli.preferences import preferences
 from phimlx.cli.shapes import pop_shape, shape_options
+from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
-from phimlx.terminal.sampling_settings import given
 
 
 @click.command()
@@ -47,6 +47,7 @@ from phimlx.terminal.sampling_settings import given
 @dtype_option
 @rope_scaling_option
 @kv_bits_option
+@persona_option
 @system_option
 @tools_option
 @shape_options
@@ -79,6 +80,7 @@ def command(
     dtype: str | None,
     rope_scaling: dict[str, Any] | None,
     kv_bits: int | None,
+    persona: str | None,
     system: str | None,
     tools_file: Path | None,
     prompt_form: str | None,
@@ -98,7 +100,6 @@ def command(
     A model that sees and hears takes files too: /image, /audio and /video, a file dropped on the
     terminal, or /paste for a screenshot in the clipboard. They go with what is said next.
     """
-    from phimlx.prompt.tools import load_tools
     from phimlx.terminal.chat import Chat
     from phimlx.terminal.chat_commands import candidates, run_command
     from phimlx.terminal.conversation import Conversation
@@ -110,32 +111,32 @@ def command(
     limits, shape = pop_limits(settings), pop_shape(settings)
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and output.is_terminal
-    screen = TerminalScreen(output, candidates) if interactive else PipedScreen(output)
+    theme = preferences().get("theme") or "auto"
+    screen = TerminalScreen(output, candidates, theme) if interactive else PipedScreen(output)
     keeper = open_keeper(private, output)
-    conversation = Conversation(model=model_name(model))
-    named_by_file = session_file is not None and model is None
+    saved: Conversation | None = None
     if session_file is not None:
-        conversation = Conversation.load(session_file, limits, screen.agree)
+        saved = Conversation.load(session_file, limits, screen.agree)
     elif continued is not None:
-        kept = read_kept(continued, keeper)
-        conversation = Conversation.from_history(kept, limits, screen.agree)
-    if session_file is not None or continued is not None:
-        adapter = adapter or (conversation.adapter if model is None else None)
-        model = model or conversation.model
-        conversation.model = model_name(model)
-    conversation.adapter = None if adapter is None else lasting_name(adapter)
-    conversation.settings.update(given(settings))
-    if system is not None:
-        conversation.system = system
-    if tools_file is not None:
-        conversation.tools = load_tools(tools_file)
+        saved = Conversation.from_history(read_kept(continued, keeper), limits, screen.agree)
+    named_by_file = session_file is not None and model is None
+    flags = Flags(model, persona, adapter, system, tools_file, kv_bits)
+    begun = furnish(flags, settings, saved)
+    conversation = begun.conversation
     phi = load_or_download(
-        model, output, adapter, dtype=dtype, rope_scaling=rope_scaling, always_ask=named_by_file
+        begun.model,
+        output,
+        begun.adapter,
+        dtype=dtype,
+        rope_scaling=rope_scaling,
+        always_ask=named_by_file,
     )
     form = prompt_form or phi.chat_form
     if form is not None:
         phi.use_prompt_form(form)
-    chat = Chat(phi, conversation, output, screen, run_command, limits, frames, kv_bits, keeper)
+    chat = Chat(
+        phi, conversation, output, screen, run_command, limits, frames, begun.kv_bits, keeper
+    )
     chat.keep_in(prefix_store(phi, keeps, output))
     chat.reply_options = given({"prompt_lookup": prompt_lookup, **shape})
     chat.check(conversation)

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import click
 
-from phimlx.errors import SettingsError, shortened
+from phimlx.cli.preferences import preferences
+from phimlx.errors import shortened
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -17,7 +17,6 @@ if TYPE_CHECKING:
     from phimlx.terminal.keeper import Keeper
 
 LAST = "last"
-SWITCH = "PHIMLX_HISTORY"
 
 private_option = click.option(
     "--private", is_flag=True, help="Keep nothing of this conversation in the history."
@@ -61,9 +60,9 @@ def read_kept(id: int | str, keeper: Keeper | None) -> Kept:
 def open_keeper(private: bool, output: Output) -> Keeper | None:
     """Open what keeps a conversation; None where nothing is to be kept, or can be.
 
-    Raises `SettingsError` where PHIMLX_HISTORY is neither yes nor no.
+    Raises `SettingsError` for settings that do not hold.
     """
-    if private or not is_kept():
+    if private or preferences().get("history") is False:
         return None
     from phimlx.errors import HistoryError
     from phimlx.history.store import History
@@ -76,18 +75,9 @@ def open_keeper(private: bool, output: Output) -> Keeper | None:
         return None
 
 
-def is_kept() -> bool:
-    """Whether conversations are kept; raises `SettingsError` as `open_keeper`."""
-    text = os.environ.get(SWITCH, "true").lower()
-    if text not in ("true", "1", "yes", "on", "false", "0", "no", "off"):
-        raise SettingsError(
-            f"{SWITCH} is {shortened(text)}, which is neither true nor false.", hint="Unset it."
-        )
-    return text in ("true", "1", "yes", "on")
-
-
 def model_name(model: str | None) -> str:
     """Name a model for a conversation that is kept so that it is found from another folder."""
+    model = model or preferences().get("model")
     if model is None:
         from phimlx import catalog
 

@@ -5,10 +5,18 @@ Shows findings; `phimlx.machine.doctor` and `phimlx.evaluation.parity` make them
 
 from __future__ import annotations
 
+import contextlib
+from typing import TYPE_CHECKING
+
 import click
 
 from phimlx.cli.options import json_option
+from phimlx.cli.preferences import apply, preferences
+from phimlx.errors import SettingsError
 from phimlx.terminal.output import Output
+
+if TYPE_CHECKING:
+    from phimlx.machine.doctor import Finding
 
 MARKS = {"ok": "✓", "warning": "!", "problem": "✗"}
 
@@ -38,8 +46,11 @@ def examine_machine(output: Output) -> bool:
     from phimlx.hub.layout import cache_folder
     from phimlx.machine import doctor
 
+    with contextlib.suppress(SettingsError):  # which the last finding tells
+        apply(preferences())
+
     with output.status("Looking…"):
-        findings = list(doctor.run_checks(cache_folder()))
+        findings = [*doctor.run_checks(cache_folder()), examine_settings()]
     rows = [(MARKS[finding.state], finding.subject, finding.found) for finding in findings]
     output.table(["", "what", "found"], rows)
     hints = [finding for finding in findings if finding.hint]
@@ -50,6 +61,19 @@ def examine_machine(output: Output) -> bool:
     problems = [finding for finding in findings if finding.state == "problem"]
     output.json({"healthy": not problems, "findings": [vars(finding) for finding in findings]})
     return not problems
+
+
+def examine_settings() -> Finding:
+    """Say which of the user's settings come from where, or what is wrong with them."""
+    from phimlx.cli.config import listed, literal
+    from phimlx.machine.doctor import Finding
+
+    try:
+        rows = listed(preferences())
+    except SettingsError as error:
+        return Finding("settings", str(error), "problem", error.hint)
+    found = [f"{name} = {literal(value)} from {source}" for name, value, source in rows]
+    return Finding("settings", "; ".join(found) or "none of the user's own")
 
 
 def test_numbers(output: Output) -> bool:

@@ -10,12 +10,11 @@ import click
 
 from phimlx.cli.conversations import (
     LAST,
-    lasting_name,
-    model_name,
     open_keeper,
     private_option,
     read_kept,
 )
+from phimlx.cli.furnish import Flags, furnish, persona_option
 from phimlx.cli.options import (
     MULTIMODAL,
     adapters_option,
@@ -41,8 +40,8 @@ from phimlx.cli.options import (
 )
 from phimlx.cli.shapes import pop_shape, shape_options, tool_choice_option
 from phimlx.errors import PromptError
+from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
-from phimlx.terminal.sampling_settings import given
 
 STDIN = "-"
 NO_PROMPT = (
@@ -61,6 +60,7 @@ NO_PROMPT = (
 @click.option("--prompt", "-p", metavar="TEXT", help="The prompt; - reads it from stdin.")
 @media_options
 @frames_option
+@persona_option
 @system_option
 @tools_option
 @tool_choice_option
@@ -127,6 +127,7 @@ def command(
     audio: tuple[str, ...],
     video: tuple[str, ...],
     frames: int,
+    persona: str | None,
     system: str | None,
     tools_file: Path | None,
     tool_choice: str | None,
@@ -174,9 +175,10 @@ def command(
     """
     if (prompts_file is None) != (output_file is None):
         raise click.UsageError("--prompts and --output belong together.")
-    if raw and (system is not None or tools_file is not None or prompt_form is not None):
+    if raw and any(each is not None for each in (system, tools_file, prompt_form, persona)):
         raise click.UsageError(
-            "--raw uses no chat template, so it takes no --system, --tools or --prompt-form."
+            "--raw uses no chat template, so it takes no --system, --tools, --prompt-form or "
+            "--persona."
         )
     in_file = prompts_file is not None
     if tool_choice is not None and tools_file is None and not (in_file or continued):
@@ -196,7 +198,6 @@ def command(
     if continued and (raw or in_file):
         raise click.UsageError("--continue goes with neither --raw nor --prompts.")
 
-    from phimlx.prompt.tools import load_tools
     from phimlx.terminal.conversation import Conversation
     from phimlx.terminal.exchange import Exchange
     from phimlx.terminal.interrupt import Interruptible
@@ -204,24 +205,19 @@ def command(
 
     output = Output(json=as_json)
     keeper = None if raw or in_file else open_keeper(private, output)
-    conversation = Conversation(model_name(model))
     limits = pop_limits(settings)
+    saved: Conversation | None = None
     if continued:
-        kept = read_kept(LAST, keeper)
-        conversation = Conversation.from_history(
-            kept, limits, lambda question: output.can_ask and output.confirm(question)
+        saved = Conversation.from_history(
+            read_kept(LAST, keeper),
+            limits,
+            lambda question: output.can_ask and output.confirm(question),
         )
-        adapter = adapter or (conversation.adapter if model is None else None)
-        model = model or conversation.model
-    if image or audio or video:
-        model = model or MULTIMODAL
-        check_files([*image, *audio, *video])
-    tools = conversation.tools if tools_file is None else load_tools(tools_file)
-    conversation.model, conversation.tools = model_name(model), tools
-    conversation.adapter = None if adapter is None else lasting_name(adapter)
-    conversation.settings |= given(settings)
-    if system is not None:
-        conversation.system = system
+    check_files([*image, *audio, *video])
+    usual = MULTIMODAL if image or audio or video else None
+    flags = Flags(model, persona, adapter, system, tools_file, kv_bits, usual)
+    begun = furnish(flags, settings, saved)
+    conversation, kv_bits = begun.conversation, begun.kv_bits
     named = {"image": image, "video": video, "audio": audio}
     files = [(kind, path) for kind, paths in named.items() for path in paths]
     begin = Exchange.next if continued else Exchange.first
@@ -231,23 +227,29 @@ def command(
     more |= {**shape, "tool_choice": tool_choice}
     if top_logprobs is not None:
         more["logprobs"] = True
-    phi = load_or_download(model, output, adapter, by_name, dtype=dtype, rope_scaling=rope_scaling)
+    phi = load_or_download(
+        begun.model, output, begun.adapter, by_name, dtype=dtype, rope_scaling=rope_scaling
+    )
     if prompt_form is not None:
         phi.use_prompt_form(prompt_form)
     if prompts_file is not None and output_file is not None:
         from phimlx.terminal.prompt_file import answer_prompts
 
         own = given({**conversation.settings, **more})
-        options = {"raw": raw, "tools": tools, "limits": limits, **own}
+        options = {"raw": raw, "tools": conversation.tools, "limits": limits, **own}
         about = [
             str(phi.path.resolve()),
-            str(adapter),
+            str(begun.adapter),
             str(by_name),
             str(dtype),
             str(prompt_form),
             str(rope_scaling),
         ]
-        rest = {"system": system, "about": about, "batch_size": batch_size}
+        rest = {
+            "system": None if raw else conversation.system,
+            "about": about,
+            "batch_size": batch_size,
+        }
         answer_prompts(phi, prompts_file, output_file, options, output, **rest)
         return
     prefixes = prefix_store(phi, keeps, output)
@@ -256,7 +258,7 @@ def command(
         stream = phi.stream(
             text if raw else exchange.messages,
             raw=raw,
-            tools=tools,
+            tools=conversation.tools,
             on_prefill=report,
             **exchange.media,
             **given({**conversation.settings, **more, "cache": cache}),

@@ -13,6 +13,7 @@ import click
 import phimlx
 from phimlx.cli import EXIT_INTERRUPTED
 from phimlx.cli.options import DEBUG
+from phimlx.cli.preferences import prepared
 from phimlx.errors import PhimlxError
 from phimlx.terminal.output import Output
 from phimlx.terminal.sink import StreamError, indented
@@ -33,10 +34,15 @@ COMMANDS = {
     "evaluate": ("phimlx.cli.evaluate", "Measure how well a model does on data."),
     "bench": ("phimlx.cli.bench", "Measure how fast a model is on this machine."),
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),
+    "config": ("phimlx.cli.config", "Show or change your settings."),
+    "persona": ("phimlx.cli.persona", "List, show or edit personas."),
     "doctor": ("phimlx.cli.doctor", "Check this machine and installation."),
     "demo": ("phimlx.cli.demo", "See everything at work on the small models that come along."),
 }
 """Name -> (module that holds it as `command`, one line of help)."""
+
+WITHOUT_SETTINGS = ("config", "persona", "doctor")
+"""Commands that also run where the user's settings do not hold."""
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 
@@ -98,6 +104,8 @@ class CommandTable(click.Group):
         for each in (command, *inner):
             if not any(parameter.name == "debug" for parameter in each.params):
                 each.params.append(_debug_option())
+                if each.callback is not None and cmd_name not in WITHOUT_SETTINGS:
+                    each.callback = prepared(each.callback)
         command.context_settings = {**CONTEXT_SETTINGS, **command.context_settings}
         return command
 

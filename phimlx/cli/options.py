@@ -9,12 +9,13 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
+from phimlx.cli.preferences import preferences
 from phimlx.errors import shortened
 from phimlx.machine.kv_bits import KV_BITS
 from phimlx.media.limits import Limits
+from phimlx.preferences.sampling import SETTINGS, FiniteRange, Setting
 from phimlx.prompt.media_parts import FRAMES
 from phimlx.terminal.output import Output
-from phimlx.terminal.sampling_settings import SETTINGS, FiniteRange, Setting
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
@@ -185,10 +186,10 @@ def _option(setting: Setting) -> Callable[[AnyCallable], AnyCallable]:
 
 
 def sampling_options(command: AnyCallable) -> AnyCallable:
-    """Add the flags of `phimlx.terminal.sampling_settings`; the command takes them as keywords.
+    """Add the flags of `phimlx.preferences.sampling`; the command takes them as keywords.
 
     A setting that was not given arrives as None, or () where it may be given again:
-    `phimlx.terminal.sampling_settings.given` leaves those out.
+    `phimlx.preferences.sampling.given` leaves those out.
     """
     for setting in reversed(SETTINGS):
         command = _option(setting)(command)
@@ -240,7 +241,9 @@ def load_or_download(
     rope_scaling: dict[str, Any] | None = None,
     always_ask: bool = False,
 ) -> Phi:
-    """Load the model that `--model` names; the catalogue's default where it was not given.
+    """Load the model that `--model` names, or an alias of the user's own.
+
+    Where it was not given: the user's default, else the catalogue's.
 
     Args:
         adapter: a folder or a Hub id, from --adapter-path.
@@ -256,6 +259,7 @@ def load_or_download(
     from phimlx.errors import ModelAbsentError
     from phimlx.hub.resolve import resolve_adapter
 
+    model = preferences().choose(model).model
     adapters = adapters or {}
     for source in (*([] if adapter is None else [adapter]), *adapters.values()):
         try:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phimlx.cli.options import json_option, kv_bits_option
+from phimlx.cli.preferences import preferences
 from phimlx.machine.kv_bits import KV_BITS, check_kv_bits, kv_group_size
 from phimlx.terminal.output import Output
 
@@ -48,6 +49,7 @@ def command(model: str | None, context: int | None, kv_bits: int | None, as_json
 
     shape: Shape
     output = Output(json=as_json)
+    model = preferences().choose(model).model
     try:
         file = None if model is None else find_local_gguf(model)
         about, shape = describe_folder(resolve(model)) if file is None else describe_gguf(file)

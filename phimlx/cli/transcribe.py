@@ -27,8 +27,8 @@ from phimlx.cli.options import (
 from phimlx.errors import PhimlxError
 from phimlx.files import translate_write_errors, write_file
 from phimlx.media.subtitles import FORMATS, Cue, TranscriptFormat
+from phimlx.preferences.sampling import FiniteRange
 from phimlx.terminal.output import Output, printable
-from phimlx.terminal.sampling_settings import FiniteRange
 
 if TYPE_CHECKING:
     from phimlx.transcription import TranscriptSegment

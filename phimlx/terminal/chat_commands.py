@@ -11,11 +11,11 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.errors import PhimlxError
+from phimlx.preferences.sampling import SETTINGS, Setting, find_setting, parse_setting
 from phimlx.prompt.tools import load_tools
 from phimlx.terminal.attachments import split_name
 from phimlx.terminal.chat import Chat
 from phimlx.terminal.reply import reply_summary
-from phimlx.terminal.sampling_settings import SETTINGS, Setting, find_setting, parse_setting
 from phimlx.terminal.sink import one_line
 
 LISTED = 10  # conversations at once

@@ -18,10 +18,10 @@ from phimlx.history.messages import (
     files_of,
     text_of,
 )
+from phimlx.preferences.sampling import check_settings
 from phimlx.prompt.tools import read_tools
 from phimlx.terminal.attachments import Attachment, digest, in_order
 from phimlx.terminal.output import encode_json
-from phimlx.terminal.sampling_settings import check_settings
 
 if TYPE_CHECKING:
     from phimlx.generation.reply import Reply

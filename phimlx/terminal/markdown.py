@@ -106,6 +106,13 @@ class _Paragraph(Paragraph):
         yield from self.text.split(allow_blank=True)
 
 
+CODE_THEMES = {
+    **dict.fromkeys(("auto", "dark", "plain"), "ansi_dark"),
+    "light": "ansi_light",
+}
+"""Colours of code by the user's theme."""
+
+
 class _Markdown(Markdown):
     """Markdown as a model means it.
 
@@ -119,21 +126,21 @@ class _Markdown(Markdown):
         "paragraph_open": _Paragraph,
     }
 
-    def __init__(self, text: str) -> None:
-        super().__init__("", hyperlinks=False, code_theme="ansi_dark")
+    def __init__(self, text: str, theme: str) -> None:
+        super().__init__("", hyperlinks=False, code_theme=CODE_THEMES[theme])
         self.parsed = _PARSER.parse(text)
         for token in self.parsed:
             for child in token.children or ():
                 _keep_line_break(child)
 
 
-def render_lines(text: str, console: Console) -> list[list[Segment]]:
+def render_lines(text: str, console: Console, theme: str = "auto") -> list[list[Segment]]:
     """Render the lines of one block as the console shows them, without blank ones at either end.
 
     They are printable whatever the text says: addresses and entities are decoded on the way.
     """
     text = printable(text)
-    markdown = _Markdown(text)
+    markdown = _Markdown(text, theme)
     deepest = min(_NESTING - 1, console.width // 5)  # a level takes up to four columns
     too_deep = any(
         token.level >= deepest and token.type in ("blockquote_open", "list_item_open")
@@ -205,8 +212,9 @@ class MarkdownStream:
     A finished block is printed for good, above the one that still grows.
     """
 
-    def __init__(self, console: Console) -> None:
+    def __init__(self, console: Console, theme: str = "auto") -> None:
         self._console = console
+        self._theme = theme
         self._splitter = BlockSplitter()
         self._live = Live(
             console=console,
@@ -255,7 +263,7 @@ class MarkdownStream:
             self._live.refresh()
 
     def _render(self, block: str, keep_place: bool = False) -> list[list[Segment]]:
-        lines = render_lines(block, self._console)
+        lines = render_lines(block, self._console, self._theme)
         if lines and self._printed:
             lines.insert(0, [])
         self._printed = self._printed or (bool(lines) and not keep_place)

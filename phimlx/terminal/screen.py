@@ -70,10 +70,11 @@ class TerminalScreen:
 
     interactive = True
 
-    def __init__(self, output: Output, candidates: Candidates) -> None:
+    def __init__(self, output: Output, candidates: Candidates, theme: str = "auto") -> None:
         from phimlx.terminal.line import LineEditor
 
         self._output = output
+        self._theme = theme
         self._line = LineEditor(candidates, output)
 
     def read(self) -> str | None:
@@ -127,7 +128,7 @@ class TerminalScreen:
                     self._output.write("\n\n")
                     thinking = False
                 if markdown is None:
-                    markdown = opened.enter_context(MarkdownStream(console))
+                    markdown = opened.enter_context(MarkdownStream(console, self._theme))
                 markdown.write(piece.text)
         if shown:
             self._output.text("\n" if thinking else "")

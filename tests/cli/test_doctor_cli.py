@@ -20,6 +20,7 @@ FINDINGS = [
     Finding("backend", "CPU, which is slow", "warning", "Get a Mac."),
 ]
 PROBLEM = Finding("memory", "none", "problem", "Add some.")
+NONE = Finding("settings", "none of the user's own")
 RESULTS = [Result("64 tokens", 2e-6, 1e-4, 1.0), Result("batch", 0.5, 1e-4, 0.25)]
 
 
@@ -36,9 +37,10 @@ def test_findings_as_a_table(monkeypatch: pytest.MonkeyPatch) -> None:
     result = run()
     assert result.exit_code == 0
     lines = result.stdout.splitlines()
-    assert [line.split() for line in lines[2:4]] == [
+    assert [line.split() for line in lines[2:5]] == [
         ["✓", "versions", "phimlx", "0.1.0"],
         ["!", "backend", "CPU,", "which", "is", "slow"],
+        ["✓", "settings", "none", "of", "the", "user's", "own"],
     ]
     assert lines[-1] == "! backend: Get a Mac."
 
@@ -49,7 +51,7 @@ def test_a_problem_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert result.exit_code == 1
     assert json.loads(result.stdout) == {
         "healthy": False,
-        "findings": [vars(finding) for finding in (*FINDINGS, PROBLEM)],
+        "findings": [vars(finding) for finding in (*FINDINGS, PROBLEM, NONE)],
     }
 
 

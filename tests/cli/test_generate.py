@@ -78,7 +78,8 @@ def test_where_a_prompt_comes_from(
         (
             ["--raw", "--system", "x", "y"],
             None,
-            "--raw uses no chat template, so it takes no --system, --tools or --prompt-form.",
+            "--raw uses no chat template, so it takes no --system, --tools, --prompt-form or "
+            "--persona.",
         ),
         (
             ["--temp", "-1", "y"],

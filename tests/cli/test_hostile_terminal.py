@@ -15,6 +15,7 @@ from typing import Any
 
 import mlx.core as mx
 import pytest
+import tomlkit
 from huggingface_hub import constants
 
 from phimlx import api
@@ -134,6 +135,26 @@ def kept(text: str, folder: Path) -> str:
     return ""
 
 
+def preferred(text: str, folder: Path, **values: Any) -> str:
+    """A file of settings with hostile values."""
+    (folder / "config").mkdir()
+    write(folder / "config" / "config.toml", tomlkit.dumps(values))
+    return ""
+
+
+def persona(text: str, folder: Path) -> str:
+    """A persona that is hostile."""
+    (folder / "config" / "personas").mkdir(parents=True)
+    values = tomlkit.dumps({"system": text, "stop": [text]})
+    return write(folder / "config" / "personas" / "p.toml", values)
+
+
+def broken(text: str, folder: Path) -> str:
+    """A file of settings that is no TOML."""
+    (folder / "config").mkdir()
+    return write(folder / "config" / "config.toml", f"{text} = {text}")
+
+
 def said_before(text: str) -> str:
     """A conversation in the history in which everything is hostile."""
     call = {"name": text, "arguments": {text: text}}
@@ -214,6 +235,7 @@ ROWS: dict[str, dict[str, Row]] = {
             keys=a_chat(),
         ),
         "number": Row(lambda text, at: ["chat", "--continue", text]),
+        "persona": Row(lambda text, at: ["chat", "--persona", text]),
         "kept": Row(
             lambda text, at: [said_before(text), "chat"][1:],
             kind="json",
@@ -405,7 +427,36 @@ ROWS: dict[str, dict[str, Row]] = {
         "host": Row(lambda text, at: ["serve", "--host", text], kind="text"),
         "key": Row(lambda text, at: ["serve", "--api-key-file", str(at / text)], kind="text"),
     },
-    "doctor": {"found": Row(lambda text, at: ["doctor"], shown=False)},
+    "config": {
+        "set": Row(lambda text, at: ["config", "set", "system", text], kind="text"),
+        "name": Row(lambda text, at: ["config", "set", text, "x"]),
+        "alias": Row(lambda text, at: ["config", "set", f"alias.{text}", "x"], ends_alike=False),
+        "unset": Row(lambda text, at: ["config", "unset", text]),
+        "values": Row(
+            lambda text, at: [preferred(text, at, alias={text: {"model": text}}), "config"][1:],
+            kind="text",
+        ),
+        "json": Row(
+            lambda text, at: [preferred(text, at, system=text), "config", "--json"][1:], kind="text"
+        ),
+        "key": Row(lambda text, at: [preferred(text, at, **{text: 1}), "config"][1:], kind="text"),
+        "broken": Row(lambda text, at: [broken(text, at), "chat"][1:], kind="text", shown=False),
+    },
+    "persona": {
+        "list": Row(lambda text, at: [persona(text, at), "persona", "list"][1:], kind="text"),
+        "show": Row(lambda text, at: [persona(text, at), "persona", "show", "p"][1:], kind="text"),
+        "json": Row(
+            lambda text, at: [persona(text, at), "persona", "show", "p", "--json"][1:], kind="text"
+        ),
+        "name": Row(lambda text, at: ["persona", "show", text]),
+        "edit": Row(lambda text, at: ["persona", "edit", f"/{text}"]),
+    },
+    "doctor": {
+        "found": Row(lambda text, at: ["doctor"], shown=False),
+        "settings": Row(
+            lambda text, at: [preferred(text, at, system=text), "doctor"][1:], kind="text"
+        ),
+    },
     "demo": {"argument": Row(lambda text, at: ["demo", text])},
 }
 
@@ -481,6 +532,7 @@ def shows(
                 patch.chdir(folder)
                 patch.setattr(constants, "HF_HUB_CACHE", str(folder / "hub"))
                 patch.setenv("PHIMLX_DATA_DIR", str(folder / "data"))
+                patch.setenv("PHIMLX_CONFIG_DIR", str(folder / "config"))
                 patch.setattr(
                     "phimlx.generation.prefix_store.prefixes_folder",
                     lambda: folder / "cache" / "prefixes",

@@ -200,7 +200,7 @@ def test_what_is_drawn_in_all_grows_as_the_text(
 ) -> None:
     lengths: list[int] = []
 
-    def counted(text: str, console: Console) -> list[Any]:
+    def counted(text: str, console: Console, theme: str) -> list[Any]:
         lengths.append(len(text))
         return []
 

@@ -1,4 +1,4 @@
-"""Settings of sampling and their bounds, in one table behind flags and `/set`."""
+"""Settings of sampling and their bounds: one table behind flags, `/set` and files of settings."""
 
 from __future__ import annotations
 
@@ -127,7 +127,7 @@ def parse_setting(setting: Setting, text: str) -> Any:
 
     Raises `PhimlxError` that says what the setting accepts.
     """
-    value = _convert(setting, text)
+    value = convert(setting, text)
     return (value,) if setting.multiple else value
 
 
@@ -140,14 +140,15 @@ def check_settings(values: Mapping[str, Any]) -> dict[str, Any]:
     for keyword, value in values.items():
         setting = find_setting(keyword)
         items = value if setting.multiple and isinstance(value, list) else [value]
-        parsed = [_convert(setting, item) for item in items]
+        parsed = [convert(setting, item) for item in items]
         if parsed != items or any(isinstance(item, bool) for item in items):
             raise PhimlxError(f"{setting.name}: {shortened(value)} is not a valid value.")
         checked[setting.keyword] = tuple(parsed) if setting.multiple else parsed[0]
     return checked
 
 
-def _convert(setting: Setting, value: Any) -> Any:
+def convert(setting: Setting, value: Any) -> Any:
+    """Convert one value as the setting's flag does; raises `PhimlxError`."""
     try:
         return setting.type.convert(value, None, None)
     except click.BadParameter as error:

@@ -11,7 +11,7 @@ from click.testing import CliRunner
 from phimlx.cli.options import sampling_options
 from phimlx.errors import GenerationError, PhimlxError
 from phimlx.generation.sampler import Sampling
-from phimlx.terminal.sampling_settings import (
+from phimlx.preferences.sampling import (
     SETTINGS,
     check_settings,
     find_setting,

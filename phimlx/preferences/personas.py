@@ -1,0 +1,94 @@
+"""Personas: a system prompt with settings, tools, a model and an adapter, under a name."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from phimlx.errors import SettingsError, clipped, shortened
+from phimlx.files import parse_toml, read_text
+from phimlx.folders import config_folder
+from phimlx.preferences.file import MAX_BYTES, check_values
+from phimlx.preferences.keys import ALIAS
+from phimlx.preferences.sampling import NonEmpty, Setting
+
+FOLDER = "personas"
+SUFFIX = ".toml"
+KEYS = {**ALIAS, "tools": Setting("tools", "--tools", NonEmpty(), "Functions to call.")}
+
+TEMPLATE = """\
+# A persona: phimlx chat --persona {name}
+
+system = "You are …"
+
+# temperature = 0.7
+# model = "phi-4-mini"
+# adapter = "~/adapters/letters"
+# tools = "tools.json"  # beside this file, or a whole path
+"""
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+
+
+@dataclass(frozen=True)
+class Persona:
+    """A persona as its file has it; `values` by keyword."""
+
+    name: str
+    path: Path
+    values: Mapping[str, Any]
+
+    def get(self, keyword: str) -> Any:
+        """Return a value, or None."""
+        return self.values.get(keyword)
+
+    @property
+    def tools(self) -> Path | None:
+        """The file of its tools."""
+        named = self.values.get("tools")
+        return None if named is None else self.path.parent / Path(named).expanduser()
+
+
+def persona_path(name: str) -> Path:
+    """Return the path of a persona's file; raises `SettingsError` for what is no name."""
+    if not _NAME.fullmatch(name):
+        raise SettingsError(
+            f"{shortened(name)} is not a persona's name.",
+            hint="Letters, digits, dots and dashes make one.",
+        )
+    return config_folder() / FOLDER / f"{name}{SUFFIX}"
+
+
+def list_personas() -> list[str]:
+    """List the names of the personas that there are."""
+    folder = config_folder() / FOLDER
+    names = (path.stem for path in folder.glob(f"*{SUFFIX}"))
+    return sorted(name for name in names if _NAME.fullmatch(name))
+
+
+def read_persona(name: str) -> Persona:
+    """Read a persona.
+
+    Raises:
+        SettingsError: where there is none of that name, which suggests the nearest, or where its
+            file does not hold.
+    """
+    path = persona_path(name)
+    if not path.exists():
+        close = difflib.get_close_matches(name, list_personas(), 1)
+        make = f"Make it: phimlx persona edit {name}"
+        hint = f"Did you mean {close[0]}?" if close else make
+        raise SettingsError(f"There is no persona {clipped(name)}.", hint)
+    mend = f"Mend it: phimlx persona edit {name}"
+    text = read_text(path, SettingsError, hint=mend, limit=MAX_BYTES)
+    try:
+        return Persona(name, path, check_values(parse_toml(text), KEYS))
+    except SettingsError as error:
+        hint = mend if error.hint is None else f"{error.hint} {mend}"
+        raise SettingsError(f"{path}: {error}", hint=hint) from None
+    except ValueError as error:
+        raise SettingsError(f"{path} is not TOML ({error}).", hint=mend) from None
