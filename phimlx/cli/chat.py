@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import contextlib
 import sys
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from phimlx.cli.conversations import (
     LAST,
     ConversationId,
+    lasting_name,
+    model_name,
     open_keeper,
     private_option,
     read_kept,
@@ -39,6 +43,10 @@ from phimlx.cli.preferences import preferences
 from phimlx.cli.shapes import pop_shape, shape_options
 from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
+
+if TYPE_CHECKING:
+    from phimlx.api import Phi
+    from phimlx.generation.prefix_store import PrefixStore
 
 
 @click.command()
@@ -123,21 +131,22 @@ def command(
     flags = Flags(model, persona, adapter, system, tools_file, kv_bits)
     begun = furnish(flags, settings, saved)
     conversation = begun.conversation
-    phi = load_or_download(
-        begun.model,
-        output,
-        begun.adapter,
-        dtype=dtype,
-        rope_scaling=rope_scaling,
-        always_ask=named_by_file,
-    )
-    form = prompt_form or phi.chat_form
-    if form is not None:
-        phi.use_prompt_form(form)
+    loader = ChatLoader(output, dtype, rope_scaling, prompt_form, keeps, named_by_file)
+    phi = loader.load(begun.model, begun.adapter)
+    loader.always_ask = False
     chat = Chat(
-        phi, conversation, output, screen, run_command, limits, frames, begun.kv_bits, keeper
+        phi,
+        conversation,
+        output,
+        screen,
+        run_command,
+        limits,
+        frames,
+        begun.kv_bits,
+        keeper,
+        loader,
     )
-    chat.keep_in(prefix_store(phi, keeps, output))
+    chat.keep_in(loader.prefix_store(phi))
     chat.reply_options = given({"prompt_lookup": prompt_lookup, **shape})
     chat.check(conversation)
     chat.saved_as = session_file
@@ -151,4 +160,51 @@ def command(
         output.note("Each line is a turn; Ctrl-D ends the chat.")
     if typed and phi.is_base:
         output.note(f"{phi.name} is a base model: it completes text, and was not trained to chat.")
+    del phi  # the chat may give it up for another
     chat.run()
+
+
+@dataclass
+class ChatLoader:
+    """Loads models as the command's flags say: `phimlx.terminal.chat.Loader`.
+
+    Attributes:
+        always_ask: before any download, where a file rather than the user named the model.
+    """
+
+    output: Output
+    dtype: str | None
+    rope_scaling: dict[str, Any] | None
+    prompt_form: str | None
+    keeps: bool | None
+    always_ask: bool
+
+    def find(self, name: str, adapter: str | None) -> tuple[str, str | None]:
+        """Return the model and adapter that a name means; raises where the name means nothing."""
+        from phimlx.errors import ModelAbsentError
+        from phimlx.hub.resolve import resolve
+
+        choice = preferences().choose(name)
+        with contextlib.suppress(ModelAbsentError):  # which may be downloaded
+            resolve(choice.model)
+        adapter = adapter or choice.get("adapter")
+        return model_name(choice.model), None if adapter is None else lasting_name(adapter)
+
+    def load(self, model: str | None, adapter: str | None) -> Phi:
+        """Load a model, downloaded where it is not here and somebody agrees."""
+        phi = load_or_download(
+            model,
+            self.output,
+            adapter,
+            dtype=self.dtype,
+            rope_scaling=self.rope_scaling,
+            always_ask=self.always_ask,
+        )
+        form = self.prompt_form or phi.chat_form
+        if form is not None:
+            phi.use_prompt_form(form)
+        return phi
+
+    def prefix_store(self, phi: Phi) -> PrefixStore | None:
+        """Open the store of its long prompts, as --cache says."""
+        return prefix_store(phi, self.keeps, self.output)

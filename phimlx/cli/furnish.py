@@ -74,7 +74,7 @@ def furnish(flags: Flags, settings: dict[str, Any], saved: Conversation | None) 
     unchanged = saved is not None and named is None
     model = conversation.model if unchanged else choice.model
     adapter = conversation.adapter if unchanged else choice.get("adapter")
-    wear(conversation, persona)
+    conversation.wear(persona)
     conversation.settings |= given(settings)
     if flags.system is not None:
         conversation.system = flags.system
@@ -92,17 +92,6 @@ def read(name: str | None) -> Persona:
     from phimlx.preferences.personas import Persona, read_persona
 
     return Persona("", Path(), {}) if name is None else read_persona(name)
-
-
-def wear(conversation: Conversation, persona: Persona) -> None:
-    """Give a conversation a persona's system prompt, settings and tools."""
-    from phimlx.prompt.tools import load_tools
-
-    conversation.settings |= _sampling(persona.get)
-    if persona.get("system") is not None:
-        conversation.system = persona.get("system")
-    if persona.tools is not None:
-        conversation.tools = load_tools(persona.tools)
 
 
 def _sampling(get: Any) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import GenerationError, HistoryError, PhimlxError
 from phimlx.prompt.media_parts import no_media
@@ -26,9 +26,28 @@ if TYPE_CHECKING:
     from phimlx.media.limits import Limits
     from phimlx.terminal.keeper import Keeper
 
+FULL = 0.8  # of the context, from where on it is told
 LAST_TURNS = 2  # that are shown of a conversation that goes on
 
 _COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
+
+
+class Loader(Protocol):
+    """Finds and loads models for a chat."""
+
+    def find(self, name: str, adapter: str | None) -> tuple[str, str | None]:
+        """Return the model and adapter that a name means; raises `PhimlxError` for none."""
+
+    def load(self, model: str, adapter: str | None) -> Phi:
+        """Load a model."""
+
+    def prefix_store(self, phi: Phi) -> PrefixStore | None:
+        """Open the store of its long prompts."""
+
+
+def tokens_of(reply: Reply) -> int:
+    """Return the tokens of a conversation up to the end of a reply."""
+    return reply.stats.prompt_tokens + reply.stats.generated_tokens
 
 
 class Chat:
@@ -49,6 +68,7 @@ class Chat:
         frames: int | None = None,
         kv_bits: int | None = None,
         keeper: Keeper | None = None,
+        loader: Loader | None = None,
     ) -> None:
         """Begin a chat.
 
@@ -58,12 +78,14 @@ class Chat:
             frames: pictures that a video becomes.
             kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
             keeper: writes the chat down; None where nothing of it is kept.
+            loader: finds and loads other models.
         """
         self.phi = phi
         self.conversation = conversation
         self.output = output
         self.screen = screen
         self.last_reply: Reply | None = None
+        self._replied: list[Message] = []  # the messages that it ends
         self.saved_as: Path | None = None
         self.left = False
         self.reply_options: dict[str, Any] = {}  # beside those that a saved chat keeps
@@ -73,8 +95,9 @@ class Chat:
         self._frames = frames
         self._kv_bits = kv_bits
         self._keeper = keeper
+        self._loader = loader
         self._prefixes: PrefixStore | None = None
-        self._forget()
+        self.forget()
 
     def run(self) -> None:
         """Take turns until the user leaves."""
@@ -85,7 +108,7 @@ class Chat:
                 if not self.screen.interactive:
                     raise
                 if not isinstance(error, PhimlxError):
-                    self._forget()
+                    self.forget()
                 if isinstance(error, KeyboardInterrupt):
                     self.output.note("Stopped.")
                     continue
@@ -196,14 +219,14 @@ class Chat:
 
     def _reply(self, turn: Turn) -> Reply | None:
         conversation = self.conversation
-        if turn.new:
+        if turn.new and turn.kept == len(conversation.messages):
             self._keep(turn.new)
         try:
             with self.output.prompt_progress() as report:
                 stream = self.phi.stream(
                     conversation.prompt(turn),
                     tools=conversation.tools,
-                    cache=self._cache,
+                    cache=self.cache,
                     on_prefill=report,
                     **self.reply_options,
                     **conversation.settings,
@@ -214,7 +237,7 @@ class Chat:
             conversation.abandon(turn)
             raise
         if answer.cut:
-            self._forget()
+            self.forget()
         if answer.interrupted and not self.screen.interactive:
             raise KeyboardInterrupt
         if answer.interrupted and not reply.text:
@@ -223,7 +246,7 @@ class Chat:
             return None
         conversation.record(turn, reply)
         self._keep(stats=reply_stats(reply))
-        self.last_reply = reply
+        self.last_reply, self._replied = reply, conversation.messages
         for warning in reply.warnings:
             self.output.warning(warning)
         if answer.interrupted:
@@ -231,8 +254,54 @@ class Chat:
         elif reply.finish_reason == "length":
             self.output.note(f"Cut after {reply.stats.generated_tokens} tokens.")
         if self._prefixes is not None and not answer.cut:
-            self._prefixes.save(self._cache)
+            self._prefixes.save(self.cache)
+        self._note_fill(reply)
         return reply
+
+    def _note_fill(self, reply: Reply) -> None:
+        """Tell when the context fills, and what helps."""
+        used, room = tokens_of(reply), self.phi.context_length
+        if used >= FULL * room and not reply.tool_calls:
+            self.output.note(
+                f"The context is {used / room:.0%} full: /compact lets the model sum up the oldest "
+                "turns, /drop N forgets N of them, /clear all."
+            )
+
+    def is_last(self, reply: Reply) -> bool:
+        """Whether a reply is what the conversation ends with."""
+        return reply is self.last_reply and self._replied is self.conversation.messages
+
+    def context_used(self) -> int:
+        """Return the tokens of the conversation: as the last reply had them, else counted."""
+        conversation = self.conversation
+        if self.last_reply is not None and self.is_last(self.last_reply):
+            return tokens_of(self.last_reply)
+        if not conversation.messages:
+            return 0
+        whole = conversation.prompt(Turn(len(conversation.messages), ()))
+        return len(self.phi.encode(whole, tools=conversation.tools))
+
+    def use_model(self, name: str, adapter: str | None = None) -> None:
+        """Go on with another model; the one before is given up first, for both may not fit.
+
+        Raises `PhimlxError` where it cannot be loaded; the one before is loaded again then.
+        """
+        if self._loader is None:
+            raise PhimlxError("This chat cannot change its model.")
+        conversation, loader = self.conversation, self._loader
+        before = (conversation.model, conversation.adapter)
+        wanted = loader.find(name, adapter)
+        del self.phi, self.cache
+        self._prefixes = None
+        try:
+            self.phi = loader.load(*wanted)
+            conversation.model, conversation.adapter = wanted
+        except BaseException:
+            self.phi = loader.load(*before)
+            raise
+        finally:
+            self.keep_in(loader.prefix_store(self.phi))
+            self.last_reply = None
 
     def _keep(self, asked: Sequence[Message] = (), stats: Mapping[str, Any] | None = None) -> None:
         if self._keeper is not None:
@@ -241,11 +310,12 @@ class Chat:
     def keep_in(self, prefixes: PrefixStore | None) -> None:
         """Keep what has been said in a store, and find there what was said before."""
         self._prefixes = prefixes
-        self._forget()
+        self.forget()
 
-    def _forget(self) -> None:
+    def forget(self) -> None:
+        """Begin with an empty cache."""
         more = {} if self._prefixes is None else {"prefixes": self._prefixes}
-        self._cache = self.phi.new_cache(self._kv_bits, **more)
+        self.cache = self.phi.new_cache(self._kv_bits, **more)
 
     def _ask_for_results(self, reply: Reply) -> Turn | None:
         results: list[str] = []

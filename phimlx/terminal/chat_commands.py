@@ -10,15 +10,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from phimlx import catalog
 from phimlx.errors import PhimlxError
+from phimlx.preferences.personas import list_personas, read_persona
 from phimlx.preferences.sampling import SETTINGS, Setting, find_setting, parse_setting
 from phimlx.prompt.tools import load_tools
+from phimlx.terminal.answer_commands import copy, last_answer, last_code, save_code
 from phimlx.terminal.attachments import split_name
 from phimlx.terminal.chat import Chat
+from phimlx.terminal.compact import compact
 from phimlx.terminal.reply import reply_summary
 from phimlx.terminal.sink import one_line
+from phimlx.terminal.turns import show_turns
 
 LISTED = 10  # conversations at once
+CODE = "code"
 OFF = "off"
 DEFAULT = "default"
 
@@ -30,7 +36,7 @@ class ChatCommand:
     action: Callable[[Chat, str], None]
     argument: str
     help: str
-    completes: str = ""  # "files" or "settings"
+    completes: str = ""  # "files", "settings" or one of `NAMES`
 
     def run(self, chat: Chat, argument: str) -> None:
         """Run it; raises `PhimlxError` for an argument that it does not take."""
@@ -69,6 +75,8 @@ def candidates(line: str) -> list[str]:
         return []
     if command.completes == "settings":
         return [setting.name for setting in SETTINGS if setting.name.startswith(rest)]
+    if command.completes in NAMES:
+        return [name for name in NAMES[command.completes]() if name.startswith(rest)]
     if command.completes == "files":
         start = os.path.expanduser(rest)
         return [
@@ -76,6 +84,23 @@ def candidates(line: str) -> list[str]:
             for path in sorted(glob.glob(glob.escape(start) + "*"))
         ]
     return []
+
+
+def _aliases() -> list[str]:
+    from phimlx.preferences.file import read_preferences
+
+    try:
+        own = list(read_preferences().alias)
+    except PhimlxError:  # which commands tell, and keys do not
+        own = []
+    return [*own, *(model.alias for model in catalog.FAMILY)]
+
+
+NAMES: dict[str, Callable[[], list[str]]] = {
+    "models": _aliases,
+    "personas": lambda: list_personas(),
+}
+"""What completes a word besides files and settings."""
 
 
 def _help(chat: Chat, argument: str) -> None:
@@ -175,12 +200,73 @@ def _value(chat: Chat, setting: Setting) -> str:
 
 def _stats(chat: Chat, argument: str) -> None:
     reply = chat.last_reply
-    if reply is None:
+    if reply is None and not chat.conversation.messages:
         _say(chat, "There was no reply yet.")
         return
-    used = reply.stats.prompt_tokens + reply.stats.generated_tokens
-    room = chat.phi.context_length
-    _say(chat, f"{reply_summary(reply)}\n{used:,} of {room:,} tokens of context, {used / room:.1%}")
+    used, room = chat.context_used(), chat.phi.context_length
+    lines = [reply_summary(reply)] if reply is not None and chat.is_last(reply) else []
+    _say(chat, "\n".join([*lines, f"{used:,} of {room:,} tokens of context, {used / room:.1%}"]))
+
+
+def _compact(chat: Chat, argument: str) -> None:
+    count = compact(chat)
+    _done(
+        chat,
+        f"That stands for the {count} oldest messages now." if count else "All stays as it was.",
+    )
+
+
+def _model(chat: Chat, argument: str) -> None:
+    if argument:
+        chat.use_model(argument)
+    adapter = chat.conversation.adapter
+    _say(chat, chat.conversation.model + (f" with {adapter}" if adapter else ""))
+
+
+def _persona(chat: Chat, argument: str) -> None:
+    names = list_personas()
+    if not argument:
+        _say(chat, f"Personas: {', '.join(names)}." if names else "There is no persona yet.")
+        return
+    persona = read_persona(argument)
+    conversation = chat.conversation
+    model, adapter = persona.get("model"), persona.get("adapter")
+    if (model or adapter) and (model, adapter) != (conversation.model, conversation.adapter):
+        chat.use_model(model or conversation.model, adapter)
+    conversation.wear(persona)
+    _done(chat, f"{persona.name} goes on.")
+
+
+def _copy(chat: Chat, argument: str) -> None:
+    if argument not in ("", CODE):
+        raise PhimlxError("What is to be copied?", "Say /copy, or /copy code.")
+    text = last_code(chat.conversation) if argument else last_answer(chat.conversation)
+    copy(text, chat.output)
+    _done(chat, f"Copied {len(text):,} characters.")
+
+
+def _code(chat: Chat, argument: str) -> None:
+    if not argument:
+        raise PhimlxError("Where to?", "Say /code FILE.")
+    save_code(chat.conversation, _path(argument))
+    _done(chat, f"Saved to {_path(argument)}.")
+
+
+def _edit(chat: Chat, argument: str) -> None:
+    text = argument or chat.screen.edit(chat.conversation.last_said())
+    if text is None:
+        raise PhimlxError("Nothing is changed.", "Say /edit TEXT, or change the line and send it.")
+    chat.answer(chat.conversation.edit(text))
+
+
+def _show(chat: Chat, argument: str) -> None:
+    conversation = chat.conversation
+    messages = [*conversation.messages, *conversation.unanswered]
+    if not messages:
+        _say(chat, "Nothing has been said yet.")
+        return
+    show_turns(messages, chat.output)
+    _done(chat, f"{len(messages)} messages.")
 
 
 def _tools(chat: Chat, argument: str) -> None:
@@ -210,6 +296,12 @@ def _paste(chat: Chat, argument: str) -> None:
 
 
 def _drop(chat: Chat, argument: str) -> None:
+    if argument:
+        if not (argument.isascii() and argument.isdigit() and len(argument) < 10):
+            raise PhimlxError("How many turns?", "Say /drop N, with a whole number.")
+        chat.conversation.drop_oldest(int(argument))
+        _done(chat, f"Forgot the oldest {'turn' if argument == '1' else f'{argument} turns'}.")
+        return
     if not chat.pending:
         raise PhimlxError("There is nothing to drop.")
     chat.pending = []
@@ -230,12 +322,19 @@ COMMANDS = {
     "audio": ChatCommand(_attach("audio"), "FILE [TEXT]", "play a sound", "files"),
     "video": ChatCommand(_attach("video"), "FILE [TEXT]", "show pictures of a video", "files"),
     "paste": ChatCommand(_paste, "[TEXT]", "show a screenshot, or files, from the clipboard"),
-    "drop": ChatCommand(_drop, "", "send no file with the next message after all"),
+    "drop": ChatCommand(_drop, "[N]", "send no file after all, or forget the N oldest turns"),
+    "compact": ChatCommand(_compact, "", "let the model sum up the oldest turns"),
+    "edit": ChatCommand(_edit, "[TEXT]", "change your last message and ask again"),
+    "show": ChatCommand(_show, "", "show the whole conversation"),
+    "copy": ChatCommand(_copy, "[code]", "copy the last answer, or its last block of code"),
+    "code": ChatCommand(_code, "FILE", "save the last block of code", "files"),
     "save": ChatCommand(_save, "[FILE]", "save the conversation", "files"),
     "load": ChatCommand(_load, "FILE|ID", "go on with a saved or kept conversation", "files"),
     "history": ChatCommand(_history, "[WORDS]", "list conversations, or find words in them"),
     "set": ChatCommand(_set, "[NAME [VALUE|default]]", "show or change settings", "settings"),
     "stats": ChatCommand(_stats, "", "tokens and speed of the last reply, context used"),
+    "model": ChatCommand(_model, "[NAME]", "show the model, or go on with another", "models"),
+    "persona": ChatCommand(_persona, "[NAME]", "list personas, or go on as one", "personas"),
     "tools": ChatCommand(_tools, "[FILE|off]", "show, load or drop tools to call", "files"),
     "exit": ChatCommand(_exit, "", "leave"),
 }

@@ -18,8 +18,8 @@ from phimlx.history.messages import (
     files_of,
     text_of,
 )
-from phimlx.preferences.sampling import check_settings
-from phimlx.prompt.tools import read_tools
+from phimlx.preferences.sampling import SETTINGS, check_settings
+from phimlx.prompt.tools import load_tools, read_tools
 from phimlx.terminal.attachments import Attachment, digest, in_order
 from phimlx.terminal.output import encode_json
 
@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from phimlx.generation.reply import Reply
     from phimlx.history.records import Head, Kept, Place
     from phimlx.media.limits import Limits
+    from phimlx.preferences.personas import Persona
 
 
 @dataclass(frozen=True)
@@ -148,10 +149,70 @@ class Conversation:
         for index in range(len(self.messages) - 1, -1, -1):
             if self.messages[index]["role"] == "user":
                 text = text_of(self.messages[index]["content"])
-                del self.messages[index:]
+                self.messages = self.messages[:index]
                 self.unanswered = ()
                 return text
         raise SessionError("There is nothing to undo.")
+
+    def turn_begins(self) -> list[int]:
+        """Return where in the messages each turn begins: at what the user said."""
+        return [index for index, each in enumerate(self.messages) if each["role"] == "user"]
+
+    def replace_oldest(self, cut: int, messages: Sequence[Message] = ()) -> None:
+        """Put others in the place of the messages before `cut`, a system prompt apart.
+
+        The history keeps what there was; what follows is another conversation.
+        """
+        first = 0 if self.system is None else 1
+        self.messages = [*self.messages[:first], *messages, *self.messages[cut:]]
+        self.place = None
+        self._drop_attachments()
+
+    def drop_oldest(self, turns: int) -> None:
+        """Forget the oldest turns; raises `SessionError` where there are not so many."""
+        begins = self.turn_begins()
+        if not 0 < turns <= len(begins):
+            there = "1 turn" if len(begins) == 1 else f"{len(begins)} turns"
+            raise SessionError(f"There are {there} to drop from.".replace("are 1", "is 1"))
+        self.replace_oldest([*begins, len(self.messages)][turns])
+
+    def edit(self, text: str) -> Turn:
+        """Begin the last thing the user said again, in other words, with the files it had.
+
+        Raises `SessionError` where the user has said nothing.
+        """
+        said = next((each for each in reversed(self.unanswered) if each["role"] == "user"), None)
+        begins = self.turn_begins()
+        if said is None and begins:
+            said = self.messages[begins[-1]]
+        self.undo()
+        assert said is not None
+        files = files_of(said)
+        content: Any = [*files, *([{"type": "text", "text": text}] if text else [])]
+        return Turn(len(self.messages), ({"role": "user", "content": content if files else text},))
+
+    def last_said(self) -> str:
+        """Return the text of the last thing the user said; raises `SessionError` without one."""
+        for message in reversed([*self.messages, *self.unanswered]):
+            if message["role"] == "user":
+                content = message["content"]
+                parts = (
+                    content if isinstance(content, list) else [{"type": "text", "text": content}]
+                )
+                return "\n".join(part["text"] for part in parts if part["type"] == "text")
+        raise SessionError("You have said nothing yet.")
+
+    def wear(self, persona: Persona) -> None:
+        """Take a persona's system prompt, settings and tools; raises `PromptError` for the last."""
+        self.settings |= {
+            setting.keyword: persona.get(setting.keyword)
+            for setting in SETTINGS
+            if persona.get(setting.keyword) is not None
+        }
+        if persona.get("system") is not None:
+            self.system = persona.get("system")
+        if persona.tools is not None:
+            self.tools = load_tools(persona.tools)
 
     def clear(self) -> None:
         """Forget what was answered; the system prompt, settings and tools stay.
@@ -162,8 +223,13 @@ class Conversation:
         self.place = None
         self.messages = self.messages[: 0 if self.system is None else 1]
         self.unanswered = tuple(new for new in self.unanswered if new["role"] == "user")
-        kept = {_key(part) for message in self.unanswered for part in files_of(message)}
-        self.attachments = {key: self.attachments[key] for key in kept}
+        self._drop_attachments()
+
+    def _drop_attachments(self) -> None:
+        """Forget what the model was given for files that no message has any more."""
+        held = (*self.messages, *self.unanswered)
+        kept = {_key(part) for message in held for part in files_of(message)}
+        self.attachments = {key: each for key, each in self.attachments.items() if key in kept}
 
     def save(self, path: Path, replace: bool = False) -> None:
         """Write the conversation to `path`, as a whole, for its owner alone.

@@ -78,6 +78,10 @@ class LineEditor:
         """Read the next line; raises KeyboardInterrupt for Ctrl-C, EOFError for Ctrl-D."""
         return self._main.prompt()
 
+    def edit(self, text: str) -> str:
+        """Read a line that begins as `text`; raises as `read`."""
+        return self._main.prompt(default=text)
+
     def ask(self, label: str) -> str:
         """Read the answer to a question of the program's own; it is not kept in the history."""
         return self._plain.prompt([("ansicyan", f"{one_line(label)} ")])

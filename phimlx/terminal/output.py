@@ -5,6 +5,7 @@ Terminal control characters never pass it.
 
 from __future__ import annotations
 
+import base64
 import json
 import os
 import sys
@@ -89,6 +90,15 @@ class Output:
         """Put the command's result on stdout as one JSON object."""
         if self.as_json:
             _put(sys.stdout, encode_json(value, indent=2), end="\n")
+
+    def to_clipboard(self, text: str) -> bool:
+        """Ask the terminal to put text on the clipboard (OSC 52); False where there is none."""
+        if not self.is_terminal or os.environ.get("TERM") == "dumb":
+            return False
+        data = base64.b64encode(text.encode("utf-8", "replace")).decode()
+        drawing(sys.stdout).write(f"\x1b]52;c;{data}\x07")
+        self.flush()
+        return True
 
     def table(self, columns: Sequence[str], rows: Sequence[Sequence[object]]) -> None:
         """Put a table on stdout; columns of numbers are aligned to the right.

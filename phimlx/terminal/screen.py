@@ -32,6 +32,9 @@ class Screen(Protocol):
     def agree(self, question: str) -> bool:
         """Ask a question to be answered by yes or no; False where nobody can be asked."""
 
+    def edit(self, text: str) -> str | None:
+        """Let the user change a text; None where nobody can, or nothing is left of it."""
+
     def show(self, answer: Interruptible) -> Reply:
         """Show a reply as it comes and return it."""
 
@@ -60,6 +63,9 @@ class PipedScreen:
 
     def agree(self, question: str) -> bool:
         return False
+
+    def edit(self, text: str) -> str | None:
+        return None
 
     def show(self, answer: Interruptible) -> Reply:
         return print_reply(answer, self._output)
@@ -94,6 +100,12 @@ class TerminalScreen:
 
     def agree(self, question: str) -> bool:
         return self._ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+
+    def edit(self, text: str) -> str | None:
+        try:
+            return self._line.edit(text).strip() or None
+        except (KeyboardInterrupt, EOFError):
+            return None
 
     def _ask(self, label: str) -> str:
         """Read the answer to a question; empty where the user leaves it."""

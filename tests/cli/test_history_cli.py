@@ -222,7 +222,7 @@ def test_a_switch_that_is_neither_on_nor_off(
 ) -> None:
     monkeypatch.setenv("PHIMLX_HISTORY", "perhaps")
     assert loaded(["One."], "chat", input="a\n").stderr == (
-        "Error: PHIMLX_HISTORY is 'perhaps', which is neither true nor false.\nHint: Unset it.\n"
+        "Error: PHIMLX_HISTORY: history: 'perhaps' is neither true nor false.\nHint: Unset it.\n"
     )
 
 

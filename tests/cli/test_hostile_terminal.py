@@ -49,6 +49,9 @@ OURS = {f"\x1b[{code}" for code in ("A", "J", "2K", *(f"{n}m" for n in (0, 1, 2,
     *("\r", "\t", "\x1b[0;36m")
 }
 
+OUR_COPY = re.compile(r"\x1b\]52;c;(?!QUJD\x07)[\w+/=]+\x07")
+"""What /copy says to a terminal: what is copied depends on the text."""
+
 
 @dataclass
 class Row:
@@ -216,12 +219,24 @@ ROWS: dict[str, dict[str, Row]] = {
                         "save /nowhere/": "Error: ",
                         "help ": "Error: ",
                         "nope ": "Error: ",
+                        "model ": "Error: ",
+                        "persona ": "Error: ",
+                        "drop ": "Error: ",
+                        "copy ": "Error: ",
+                        "code ": "Error: ",
+                        "compact ": "Error: ",
+                        "show ": "Error: ",
                         "system ": "System prompt set.",
                     }.items()
                 ),
                 (f"/system{ENTER}", SHOWN),
                 unsent=(UP + UP, SHOWN),
             ),
+        ),
+        "worn": Row(
+            lambda text, at: [persona(text, at), "chat"][1:],
+            kind="text",
+            keys=a_chat((f"/persona p{ENTER}", "p goes on."), (f"/system{ENTER}", SHOWN)),
         ),
         "completion": Row(drop, keys=a_chat(unsent=(f"/load Zq{TAB}", SHOWN))),
         "session": Row(
@@ -551,6 +566,7 @@ def shows(
 
 def sequences(raw: str) -> set[str]:
     """Escape sequences and control characters, without how far a cursor moves."""
+    raw = OUR_COPY.sub("\x1b]52;c;…\x07", raw)
     found = set(SEQUENCE.findall(raw)) | set(CONTROL.findall(SEQUENCE.sub("", raw)))
     return {re.sub(r"(?<=\[)\d+(?=[ABCD]$)", "", each) for each in found}
 

@@ -32,6 +32,7 @@ class ScriptedScreen:
     """Says its lines and gives its results; shows replies plainly."""
 
     agrees = False
+    edited: str | None = None
 
     def __init__(self, lines: list[str], results: list[str | None], interactive: bool) -> None:
         self.interactive = interactive
@@ -46,6 +47,9 @@ class ScriptedScreen:
 
     def agree(self, question: str) -> bool:
         return self.agrees
+
+    def edit(self, text: str) -> str | None:
+        return None if self.edited is None else text + self.edited
 
     def show(self, answer: Interruptible) -> Reply:
         return print_reply(answer, Output())
@@ -385,7 +389,16 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "chats").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert candidates("/s") == ["/system", "/save", "/set", "/stats"]
+    assert candidates("/s") == ["/system", "/show", "/save", "/set", "/stats"]
+    monkeypatch.setenv("PHIMLX_CONFIG_DIR", str(tmp_path))
+    (tmp_path / "config.toml").write_text("alias.phi-work = 'x'")
+    (tmp_path / "personas").mkdir()
+    (tmp_path / "personas" / "letters.toml").touch()
+    assert candidates("/model phi-w") == ["phi-work"]
+    assert "nano" in candidates("/model n")
+    assert candidates("/persona l") == ["letters"]
+    (tmp_path / "config.toml").write_text("broken")
+    assert candidates("/model phi-w") == []
     assert candidates("/set t") == ["temp", "top-p", "top-k"]
     assert candidates("/load ch") == ["chat.json", "chats/"]
     assert candidates("/save ~/chat.") == ["~/chat.json"]
