@@ -286,7 +286,6 @@ def test_another_model_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
         "/stats",
         "/model nowhere",
         "/model broken",
-        "so?",
     )
     assert [content for _, content in said(held)] == ["hi", "a", "and?", "b"]
     assert loader.loaded == [("two", None), ("broken", None), ("two", None)]
