@@ -233,6 +233,14 @@ ROWS: dict[str, dict[str, Row]] = {
                 unsent=(UP + UP, SHOWN),
             ),
         ),
+        "copied": Row(
+            lambda text, at: ["chat"],
+            kind="json",
+            keys=lambda text, at: [
+                *(("> ", f"hi{ENTER}"), (SKIP, ENTER)),
+                *a_chat((f"/copy{ENTER}", "Copied "))(text, at),
+            ],
+        ),
         "worn": Row(
             lambda text, at: [persona(text, at), "chat"][1:],
             kind="text",

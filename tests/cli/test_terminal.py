@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 from PIL import Image
 
+from phimlx.history.records import Head
+from phimlx.history.store import History
 from phimlx.terminal.conversation import Conversation
 from tests.cli.terminal import (
     ALT_ENTER,
@@ -229,6 +231,39 @@ def test_a_dropped_picture_goes_with_what_is_said_next(tmp_path: Path) -> None:
         "image",
         "text",
     ]
+
+
+@pytest.mark.slow
+def test_a_chat_goes_on_is_edited_and_summed_up(tmp_path: Path) -> None:
+    data = tmp_path / "data"
+    with History(data / "history.db") as history:
+        said = [{"role": "user", "content": "one"}, {"role": "assistant", "content": "First."}]
+        history.put(None, Head("fake"), said)
+    replies = ["Second.", "Changed.", "All was said."]
+    with open_chat(tmp_path, replies, "--continue", PHIMLX_DATA_DIR=str(data)) as terminal:
+        terminal.expect("First.")
+        terminal.expect("> ")
+        ask(terminal, "two", "Second.")
+        terminal.type("/edit", ENTER)
+        terminal.expect("> ")
+        terminal.expect("two")
+        terminal.type(" and a half", ENTER)
+        terminal.expect("Changed.")
+        terminal.expect("> ")
+        terminal.type("/compact", ENTER)
+        terminal.expect("All was said.")
+        terminal.expect("Let this stand for the 2 oldest messages? [y/N] ")
+        terminal.type("y", ENTER)
+        terminal.expect("That stands for the 2 oldest messages now.")
+        terminal.expect("> ")
+        terminal.type("/copy", ENTER)
+        terminal.expect("Copied 8 characters.")
+        leave(terminal)
+        assert "\x1b]52;c;Q2hhbmdlZC4=\x07" in terminal.raw
+    with History(data / "history.db") as history:
+        assert [each["content"] for each in history.read(1).messages] == [
+            *("one", "First.", "two and a half", "Changed.")
+        ]
 
 
 def test_a_saved_chat_asks_before_it_fetches(tmp_path: Path) -> None:

@@ -157,7 +157,7 @@ class Terminal:
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.setattr(Output, "is_terminal", True)
         monkeypatch.setenv("TERM", "xterm")
-        monkeypatch.setattr(answer_commands.sys, "platform", "linux")
+        monkeypatch.setattr("sys.platform", "linux")
 
 
 def copied(out: str) -> str:
@@ -191,7 +191,7 @@ def test_copy_on_a_mac(
         if ends:
             raise subprocess.CalledProcessError(ends, command)
 
-    monkeypatch.setattr(answer_commands.sys, "platform", "darwin")
+    monkeypatch.setattr("sys.platform", "darwin")
     monkeypatch.setattr(answer_commands, "which", lambda name: f"/usr/bin/{name}")
     monkeypatch.setattr(subprocess, "run", run)
     monkeypatch.delenv("SSH_CONNECTION", raising=False)
