@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from phimlx.preferences.file import Preferences
 
+PREPARED = "_begins_with_preferences"
 READ = "phimlx.preferences"
 """Where the context's `meta` holds what was read for this run."""
 
@@ -36,14 +37,17 @@ def prepared(callback: Callable[..., Any]) -> Callable[..., Any]:
     """Let a command begin with what the user prefers of this machine.
 
     The folder of models and the room for prompts are told to the libraries that read them from
-    the environment, unless that says otherwise.
+    the environment, unless that says otherwise. A command that is looked up again stays as it is.
     """
+    if hasattr(callback, PREPARED):
+        return callback
 
     @wraps(callback)
     def begin(*arguments: Any, **keywords: Any) -> Any:
         apply(preferences())
         return callback(*arguments, **keywords)
 
+    setattr(begin, PREPARED, True)
     return begin
 
 

@@ -8,6 +8,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import click
 import pytest
 from click.testing import CliRunner, Result
 from huggingface_hub import constants
@@ -215,6 +216,17 @@ def test_folders_are_told_to_who_reads_them_from_the_environment(
         monkeypatch.setenv(name, "3")
     assert json.loads(run("cache", "list", "--json").stdout)["limit"] == 3_000_000_000
     assert os.environ["HF_HUB_CACHE"] == "3"
+
+
+def test_a_command_that_is_looked_up_again_is_prepared_once(run: Run) -> None:
+    context = click.Context(cli)
+    for name in ("list", "history"):
+        before = cli.get_command(context, name)
+        assert before is not None
+        inner = before.commands["list"] if isinstance(before, click.Group) else before
+        callback = inner.callback
+        assert cli.get_command(context, name) is before
+        assert inner.callback is callback
 
 
 PERSONA = 'system = "You write letters."\ntemperature = 0.9\ntools = "tools.json"\n'
