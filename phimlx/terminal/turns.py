@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from phimlx.history.messages import Message, text_of
 from phimlx.terminal.output import Output, encode_json
 
-LABELS = {"user": "> ", "tool": "= "}
+LABELS = {"user": "» ", "tool": "= "}  # apart from the prompt, which is >
 
 
 def show_turns(messages: Sequence[Message], output: Output, last: int | None = None) -> None:

@@ -79,7 +79,7 @@ def test_list_show_search(run: Run) -> None:
     )
     assert run("history", "show", "1").stdout == (
         "1  What is MLX?\nnano · 2 messages · 2030-01-02 03:04\n"
-        "\nSystem prompt: Be brief.\n\n> What is MLX?\n\nAn array framework.\n"
+        "\nSystem prompt: Be brief.\n\n» What is MLX?\n\nAn array framework.\n"
     )
     assert run("history", "show").stdout.startswith("2  Hello\n")
     assert run("history", "search", "frame", "array").stdout.splitlines()[2] == (
@@ -194,7 +194,7 @@ def test_load_and_history_inside_a_chat(loaded: Loaded) -> None:
         "1  assistant: An array framework.\n1  assistant: An array framework.\n"
         "Go on with one: /load ID\n"
         "Nothing was found.\n"
-        "… 2 messages before\n> What is MLX?\nAn array framework.\n> So?\n"
+        "… 2 messages before\n» What is MLX?\nAn array framework.\n» So?\n"
         "That has no answer yet; /retry asks again.\n"
         "Loaded 4 messages from conversation 1.\n"
     )

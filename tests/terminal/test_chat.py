@@ -358,7 +358,7 @@ def test_a_chat_is_saved_loaded_and_saved_again(
         "seed  3\n"
         f"Saved to {path}.\n"
         "That chat was with fake; other goes on with it.\n"
-        "> hi\n"
+        "» hi\n"
         "Hello.\n"
         f"Loaded 2 messages from {path}.\n"
         f"Saved to {path}.\n"

@@ -147,7 +147,7 @@ def test_show(capsys: pytest.CaptureFixture[str]) -> None:
     chat(FakePhi("a", "b"), "/show", "/system x", "one", "two", "/show")
     assert capsys.readouterr().err.splitlines() == [
         *("Nothing has been said yet.", "System prompt set."),
-        *("System prompt: x", "> one", "a", "> two", "b", "5 messages."),
+        *("System prompt: x", "» one", "a", "» two", "b", "5 messages."),
     ]
 
 
