@@ -17,6 +17,9 @@ class Model:
         quantized_repo: the same weights at 4 bits in groups of 64.
         parameters: as published, those included that the model does without.
         whole_parameters: those of them that a quantized model keeps at 16 bits too.
+        full_layers: layers that keep keys and values of every token; all where None.
+        constant_cache: numbers that a cache holds however long a sequence is, in the type of the
+            computation and in float32.
         longrope_step: the length beyond which the long rope factors apply; None where there are
             none.
         base: whether it was trained to complete text, not to answer.
@@ -40,6 +43,8 @@ class Model:
     vocab_size: int
     tied: bool
     whole_parameters: int = 0
+    full_layers: int | None = None
+    constant_cache: tuple[int, int] = (0, 0)
     longrope_step: int | None = None
     reasoning: bool = False
     base: bool = False
@@ -54,6 +59,16 @@ class Model:
         """Every name that means this model."""
         repos = tuple(repo for repo in (self.repo, self.quantized_repo) if repo is not None)
         return (self.alias, *self.other_names, *repos)
+
+    @property
+    def kv_layers(self) -> int:
+        """How many layers keep keys and values of every token."""
+        return self.num_hidden_layers if self.full_layers is None else self.full_layers
+
+    def constant_cache_bytes(self, itemsize: int) -> int:
+        """Count the bytes that a cache takes however long a sequence is."""
+        computed, float32 = self.constant_cache
+        return itemsize * computed + 4 * float32
 
     @property
     def nbytes(self) -> int:
@@ -99,7 +114,6 @@ PHI_4_MINI: dict[str, Any] = {
     "tied": True,
     "longrope_step": 4096,
 }
-
 PHI_3_MINI: dict[str, Any] = {
     "parameters": 3_821_079_552,
     "num_hidden_layers": 32,

@@ -229,9 +229,14 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
     checkpoint = Checkpoint(request.source)
     architecture = registry.of_config(checkpoint.config)
     if architecture.gguf is None:
+        what = (
+            "sees and hears, with an adapter for each"
+            if architecture.takes_media
+            else f"is a {architecture.model_type} model"
+        )
         raise ConversionError(
-            f"{checkpoint.folder} sees and hears, with an adapter for each, which llama.cpp does "
-            "not run: there is no GGUF file of such a model.",
+            f"{checkpoint.folder} {what}, which llama.cpp does not run: there is no GGUF file of "
+            "such a model.",
             hint="Write another layout: --export hf, or MLX's without --export.",
         )
     config = architecture.read_config(checkpoint.config)

@@ -28,7 +28,7 @@ from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.machine.active_memory import ACTIVE_MEMORY
 from phimlx.machine.bandwidth import Bandwidth
 from phimlx.machine.device import backend, device_name, prefill_tokens
-from phimlx.machine.memory import cache_bytes_per_token, longest_context, machine_memory
+from phimlx.machine.memory import cache_bytes, longest_context, machine_memory
 from phimlx.machine.pass_cost import PassCost
 from phimlx.models.base import CausalLM
 from phimlx.models.features import TEXT
@@ -248,7 +248,7 @@ def bytes_per_token(model: CausalLM, context: int) -> int:
     if model.output_layer is not model.model.embed_tokens:
         rows = _parameters(model.model.embed_tokens)
         nbytes -= sum(array.nbytes - array.nbytes // array.shape[0] for _, array in rows)
-    return nbytes + context * cache_bytes_per_token(model.config, _itemsize(model))
+    return nbytes + cache_bytes(model.config, context, _itemsize(model))
 
 
 def measure_rows(phi: Phi, rows: int, context: int, settings: BenchSettings) -> float | None:

@@ -20,7 +20,7 @@ from phimlx.generation.request import Request
 from phimlx.machine.device import prefill_tokens
 from phimlx.machine.kv_bits import KV_BITS, kv_group_size
 from phimlx.machine.memory import (
-    cache_bytes_per_token,
+    cache_bytes,
     dequantized_bytes_per_token,
     footprint,
     machine_memory,
@@ -239,18 +239,18 @@ class Scheduler:
     def _forecast(self, requests: list[Request]) -> int:
         """Bytes that the keys and values of requests come to take together."""
         columns = max(map(_columns, requests))
-        return len(requests) * columns * self._bytes_per_token(requests[0].kv_bits)
+        return len(requests) * self._bytes(columns, requests[0].kv_bits)
 
     def _check(self, request: Request) -> None:
         self._model.check_adapter(request.adapter)
-        needed = _columns(request) * self._bytes_per_token(request.kv_bits)
+        needed = self._bytes(_columns(request), request.kv_bits)
         if needed > self._left:
             enough = [
                 bits
                 for bits in KV_BITS
                 if request.kv_bits is None
                 and kv_group_size(self._model.config.head_dim) is not None
-                and _columns(request) * self._bytes_per_token(bits) <= self._left
+                and self._bytes(_columns(request), bits) <= self._left
             ]
             smaller = (
                 f" It fits with kv_bits={enough[0]} (--kv-bits {enough[0]})." if enough else ""
@@ -262,11 +262,11 @@ class Scheduler:
                 hint=f"Shorten the prompt.{smaller}",
             )
 
-    def _bytes_per_token(self, kv_bits: int | None) -> int:
-        """Bytes of a token's keys and values, and of what is dequantized of them at a time."""
+    def _bytes(self, columns: int, kv_bits: int | None) -> int:
+        """Bytes of a row of so many tokens, and of what is dequantized of it at a time."""
         shape, itemsize = self._model.config, self._itemsize
-        held = cache_bytes_per_token(shape, itemsize, kv_bits)
-        return held + dequantized_bytes_per_token(shape, itemsize, kv_bits)
+        held = cache_bytes(shape, columns, itemsize, kv_bits)
+        return held + columns * dequantized_bytes_per_token(shape, itemsize, kv_bits)
 
     @property
     def _itemsize(self) -> int:

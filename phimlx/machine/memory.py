@@ -13,7 +13,7 @@ class Shape(Protocol):
     """Dimensions that decide about memory; the catalogue's models have them too."""
 
     @property
-    def num_hidden_layers(self) -> int: ...
+    def kv_layers(self) -> int: ...
     @property
     def num_key_value_heads(self) -> int: ...
     @property
@@ -22,6 +22,7 @@ class Shape(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+    def constant_cache_bytes(self, itemsize: int) -> int: ...
 
 
 class ImageEncoderShape(Protocol):
@@ -45,7 +46,7 @@ class Footprint:
 
     Attributes:
         weights: read once, and held.
-        cache: keys and values of every token in every layer.
+        cache: keys and values of every token in every layer that keeps them, and what others keep.
         working: activations of one piece of the prompt, and the part of a quantized cache that is
             dequantized meanwhile; an estimate.
     """
@@ -73,7 +74,7 @@ def footprint(
     return Footprint(
         context=context,
         weights=weights,
-        cache=context * cache_bytes_per_token(shape, itemsize, kv_bits),
+        cache=cache_bytes(shape, context, itemsize, kv_bits),
         working=min(context, prefill_tokens()) * _activations(shape) * itemsize
         + context * dequantized_bytes_per_token(shape, itemsize, kv_bits),
     )
@@ -84,19 +85,26 @@ def longest_context(
 ) -> int:
     """Count the tokens that fit into `memory` bytes beside the weights; 0 where none do."""
     left = memory - weights - prefill_tokens() * _activations(shape) * itemsize
+    left -= shape.constant_cache_bytes(itemsize)
     each = cache_bytes_per_token(shape, itemsize, kv_bits) + dequantized_bytes_per_token(
         shape, itemsize, kv_bits
     )
     return max(0, left // each)
 
 
+def cache_bytes(shape: Shape, tokens: int, itemsize: int = 2, kv_bits: int | None = None) -> int:
+    """Count what a cache of so many tokens takes."""
+    constant = shape.constant_cache_bytes(itemsize)
+    return constant + tokens * cache_bytes_per_token(shape, itemsize, kv_bits)
+
+
 def cache_bytes_per_token(shape: Shape, itemsize: int = 2, kv_bits: int | None = None) -> int:
-    """Count what keys and values of one token take in all layers.
+    """Count what keys and values of one token take in all layers that keep every token's.
 
     Args:
         kv_bits: what they are quantized to; not at all where None, or where no groups divide heads.
     """
-    values = 2 * shape.num_hidden_layers * shape.num_key_value_heads * shape.head_dim
+    values = 2 * shape.kv_layers * shape.num_key_value_heads * shape.head_dim
     return int(values * kv_bytes_per_value(shape.head_dim, itemsize, kv_bits))
 
 

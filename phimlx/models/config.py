@@ -102,6 +102,31 @@ class ModelConfig(ABC):
         """Input and output width of each of a layer's projections, by path, in calling order."""
 
     @property
+    def layer_shapes(self) -> list[dict[str, tuple[int, int]]]:
+        """The same of each layer, of the projections that it has."""
+        return [self.projection_shapes] * self.num_hidden_layers
+
+    def mixer_numbers(self, length: int) -> int:
+        """Estimate the numbers of a token that what mixes tokens keeps for the backward pass."""
+        attention = self.num_attention_heads * self.head_dim
+        keys = self.num_key_value_heads * self.head_dim
+        return (
+            (attention + 2 * keys)  # queries, keys and values
+            + (attention + keys)  # rotated
+            + self.num_attention_heads * length  # scores
+            + 2 * attention  # what comes of them, and with heads side by side
+        )
+
+    @property
+    def kv_layers(self) -> int:
+        """How many layers keep keys and values of every token."""
+        return self.num_hidden_layers
+
+    def constant_cache_bytes(self, itemsize: int) -> int:
+        """Count the bytes that a cache takes however long a sequence is; 0 for most."""
+        return 0
+
+    @property
     def fused_rows(self) -> dict[str, tuple[int, ...]]:
         """Rows of the pieces that each fused projection holds, by its path, one below the other."""
         return {}

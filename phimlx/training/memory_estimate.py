@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
 from phimlx.models.config import ModelConfig
@@ -104,8 +104,8 @@ def estimate_memory(
         itemsize: bytes of one number in the model's computation.
     """
     tokens = batch.rows * batch.length
-    layer = _kept(config, settings, batch, itemsize) * tokens
     trained_layers = _trained_layers(config, settings)
+    layer = _kept(config, settings, batch, itemsize) * tokens
     full = settings.trains_whole_layers
     trained = _trained(config, settings, trained_layers) * (itemsize if full else FLOAT32)
     widest = largest = max(width * height for width, height in config.projection_shapes.values())
@@ -183,29 +183,32 @@ def remedies(
 def _kept(config: ModelConfig, settings: TrainSettings, batch: LargestBatch, itemsize: int) -> int:
     """Count the bytes that a layer keeps of each token for the backward pass."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
-    attention = config.num_attention_heads * config.head_dim
-    keys = config.num_key_value_heads * config.head_dim
     numbers = (
         4 * hidden  # what comes in, normed; what comes to the MLP, normed
-        + (attention + 2 * keys)  # queries, keys and values
-        + (attention + keys)  # rotated
-        + config.num_attention_heads * batch.length  # scores
-        + 2 * attention  # what comes of them, and with heads side by side
+        + config.mixer_numbers(batch.length)
         + 5 * intermediate  # gate, up, sigmoid, their products
     )
     kept = numbers * itemsize
-    adapted = _adapted(config, settings) if not settings.trains_whole_layers else []
+    layers = [] if settings.trains_whole_layers else config.layer_shapes
+    adapted = max((_adapted(shapes, settings) for shapes in layers), key=_inputs, default=[])
     kept += len(adapted) * settings.rank * FLOAT32
     if itemsize < FLOAT32:
-        kept += sum(width for width, _ in adapted) * FLOAT32  # the adapters' input in their type
+        kept += _inputs(adapted) * FLOAT32  # the adapters' input in their type
     if settings.fine_tune_type == "dora":
         kept += sum(height for _, height in adapted) * FLOAT32  # outputs before they are scaled
     return kept
 
 
-def _adapted(config: ModelConfig, settings: TrainSettings) -> list[tuple[int, int]]:
-    """Return the shapes of the projections of a layer that get an adapter."""
-    return [size for path, size in config.projection_shapes.items() if settings.adapts(path)]
+def _inputs(adapted: Sequence[tuple[int, int]]) -> int:
+    """Sum the widths of what projections of these shapes take."""
+    return sum(width for width, _ in adapted)
+
+
+def _adapted(
+    shapes: Mapping[str, tuple[int, int]], settings: TrainSettings
+) -> list[tuple[int, int]]:
+    """Select the shapes of those of a layer's projections that get an adapter."""
+    return [size for path, size in shapes.items() if settings.adapts(path)]
 
 
 def _trained_layers(config: ModelConfig, settings: TrainSettings) -> int:
@@ -216,17 +219,18 @@ def _trained_layers(config: ModelConfig, settings: TrainSettings) -> int:
 
 
 def _trained(config: ModelConfig, settings: TrainSettings, layers: int) -> int:
-    """Count the numbers that are trained."""
-    if settings.layers is not None:
-        layers = settings.layers[1] - settings.layers[0] + 1
+    """Count the numbers that are trained, given how many layers from the first of them on."""
+    first = config.num_hidden_layers - layers
+    last = config.num_hidden_layers if settings.layers is None else settings.layers[1] + 1
+    chosen = config.layer_shapes[first:last]
     if not settings.trains_whole_layers:
-        sizes = [
+        return sum(
             settings.rank * (width + height) + (height if settings.fine_tune_type == "dora" else 0)
-            for width, height in _adapted(config, settings)
-        ]
-        return layers * sum(sizes)
-    inside = sum(width * height for width, height in config.projection_shapes.values())
-    count = layers * (inside + 2 * config.hidden_size)
+            for shapes in chosen
+            for width, height in _adapted(shapes, settings)
+        )
+    count = sum(width * height for shapes in chosen for width, height in shapes.values())
+    count += len(chosen) * 2 * config.hidden_size
     if settings.trains_every_layer:
         heads = 1 if config.tie_word_embeddings else 2
         count += heads * config.vocab_size * config.hidden_size + config.hidden_size

@@ -115,6 +115,10 @@ class QuantizedKeysValues:
     keys: Parts
     values: Parts
 
+    @property
+    def columns(self) -> int:
+        return self.keys[0].shape[2]
+
     def heads(self, keys: slice, values: slice) -> QuantizedKeysValues:
         """As in `Held`."""
         return QuantizedKeysValues(self.store, _heads(self.keys, keys), _heads(self.values, values))

@@ -20,6 +20,10 @@ class Form(NamedTuple):
 class Held(Protocol):
     """Keys and values of one layer, as far as they have been written, for queries to attend to."""
 
+    @property
+    def columns(self) -> int:
+        """How many tokens' they are."""
+
     def heads(self, keys: slice, values: slice) -> Held:
         """Take the keys of some heads, with values of as many."""
 
@@ -32,6 +36,10 @@ class KeysValues(NamedTuple):
 
     keys: mx.array
     values: mx.array
+
+    @property
+    def columns(self) -> int:
+        return self.keys.shape[2]
 
     def heads(self, keys: slice, values: slice) -> KeysValues:
         """As in `Held`."""
