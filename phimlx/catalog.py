@@ -114,6 +114,21 @@ PHI_4_MINI: dict[str, Any] = {
     "tied": True,
     "longrope_step": 4096,
 }
+# 9 Mamba layers of 5120 channels, 8 of attention in a window of 512 tokens, one of full attention.
+PHI_4_MINI_FLASH: dict[str, Any] = {
+    "parameters": 3_852_562_944,
+    "context_length": 262_144,
+    "num_hidden_layers": 32,
+    "hidden_size": 2560,
+    "intermediate_size": 10_240,
+    "num_key_value_heads": 20,
+    "head_dim": 64,
+    "vocab_size": 200_064,
+    "tied": True,
+    "full_layers": 1,
+    "constant_cache": (8 * 512 * 2 * 20 * 64 + 9 * 3 * 5120, 9 * 5120 * 16),
+}
+
 PHI_3_MINI: dict[str, Any] = {
     "parameters": 3_821_079_552,
     "num_hidden_layers": 32,
@@ -175,6 +190,16 @@ FAMILY: tuple[Model, ...] = (
         reasoning=True,
         sampling={"temperature": 0.8, "top_p": 0.95},
         **PHI_4_MINI,
+    ),
+    Model(
+        alias="phi-4-mini-flash-reasoning",
+        repo="microsoft/Phi-4-mini-flash-reasoning",
+        quantized_repo=None,  # nobody else's software for MLX runs it
+        other_names=("phi-4-mini-flash", "phi4-mini-flash-reasoning", "phi4-mini-flash"),
+        architecture="phi4flash",
+        reasoning=True,
+        sampling={"temperature": 0.6, "top_p": 0.95},
+        **PHI_4_MINI_FLASH,
     ),
     Model(
         alias="phi-4",

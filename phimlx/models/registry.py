@@ -310,6 +310,28 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         ),
     ),
     Architecture(
+        model_type="phi4flash",
+        model="phimlx.models.phi4flash.model:Phi4FlashForCausalLM",
+        config="phimlx.models.phi4flash.config:Phi4FlashConfig",
+        projections=(
+            "attn.Wqkv",
+            "attn.in_proj",
+            "attn.x_proj",
+            "attn.dt_proj",
+            "attn.out_proj",
+            "mlp.fc1",
+            "mlp.fc2",
+        ),
+        sensitive_layers=(
+            SensitiveLayers("model.embed_tokens"),
+            SensitiveLayers("*.Wqkv"),
+            SensitiveLayers("*.in_proj"),
+            SensitiveLayers("model.layers.0.*"),
+            SensitiveLayers("*.fc2", ends=0.125),
+            SensitiveLayers("*.out_proj", ends=0.125),
+        ),
+    ),
+    Architecture(
         model_type="phi4mm",
         model="phimlx.models.phi4mm.model:Phi4MMForCausalLM",
         config="phimlx.models.phi4mm.model:Phi4MMConfig",

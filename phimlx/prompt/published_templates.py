@@ -68,7 +68,7 @@ MINI = (
     "{% if add_generation_prompt %}{{ '<|assistant|>' }}{% else %}{{ eos_token }}{% endif %}"
 )
 
-# microsoft/Phi-4-mini-reasoning, chat_template.jinja; serves Phi-4-mini-flash-reasoning as well.
+# microsoft/Phi-4-mini-reasoning, chat_template.jinja.
 MINI_REASONING = (
     "{{ '<|system|>Your name is Phi, an AI math expert developed by Microsoft.' }}"
     "{% for message in messages %}{% if message['role'] == 'system' %}"
@@ -193,7 +193,7 @@ PUBLISHED = (
         "chat_template.jinja of microsoft/Phi-4-mini-reasoning",
         MINI_REASONING,
         _TAGS,
-        "reasoning",
+        "(?<!flash.)reasoning",  # the card of Phi-4-mini-flash-reasoning has phi-4-mini's form
     ),
     PublishedTemplate(
         "phi-4-mini",

@@ -26,6 +26,7 @@ CONTENTS = {
         *(f"tiny/tiny-{name}" for name in ("phi2", "phi2-msft", "phi15", "phi15-mixformer")),
         "tiny/tiny-phi-qknorm",
     ],
+    "phi4flash": ["tiny/tiny-phi4flash"],
     "phi4": ["tiny/tiny-phi4", "tiny/tiny-phi4-mini"],
     "multimodal": ["tiny/tiny-phi4mm-remote"],
     "media": [
