@@ -89,7 +89,8 @@ class Phi:
         chat_form: the prompt form in which such a model writes conversations; None for its usual.
         remarks: what of its generation_config.json could not be understood, and how an adapter
             was read.
-        placeholders: the tokens that stand for images and sounds; None where text alone is read.
+        placeholders: the tokens that stand for images and sounds, of the kinds that the model
+            takes; None where text alone is read.
     """
 
     def __init__(
@@ -110,9 +111,7 @@ class Phi:
         self.chat_form = known.chat_form if known else None
         self.context_length = self.model.config.max_position_embeddings
         tokens = self.model.placeholders
-        self.placeholders = (
-            None if tokens is None else {"image": tokens.image, "audio": tokens.audio}
-        )
+        self.placeholders = None if tokens is None else tokens.by_kind
         generation_config = GenerationConfig.read(self.path)
         configs = {
             "config.json": self.config,
@@ -187,8 +186,13 @@ class Phi:
 
     @property
     def takes_media(self) -> bool:
-        """Whether the model sees images and hears sounds."""
+        """Whether the model takes more than text."""
         return self.placeholders is not None
+
+    @property
+    def hears(self) -> bool:
+        """Whether the model takes sounds."""
+        return "audio" in (self.placeholders or {})
 
     def use_prompt_form(self, name: str) -> None:
         """Write conversations in a published prompt form, such as "phi-2-chat".

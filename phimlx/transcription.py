@@ -58,6 +58,8 @@ class SpeechModel(Protocol):
     @property
     def takes_media(self) -> bool: ...
     @property
+    def hears(self) -> bool: ...
+    @property
     def tokenizer(self) -> Tokenizer | None: ...
     def encode(self, prompt: str) -> list[int]: ...
     def new_cache(self, kv_bits: int | None = None) -> Any: ...
@@ -114,8 +116,8 @@ def transcribe(
         GenerationError: where keys and values cannot be quantized so.
     """
     asked = question(prompt, translate_to)
-    if not phi.takes_media:
-        raise no_media(phi.name)
+    if not phi.hears:
+        raise no_media(phi.name, phi.takes_media)
     limits = limits or Limits(max_seconds=math.inf)
     cache = phi.new_cache(kv_bits)
     return _segments(phi, split_audio(source, limits, max_seconds, on_open), asked, cache)

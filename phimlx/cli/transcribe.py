@@ -174,8 +174,8 @@ def command(
     if found:
         phi = load_or_download(model, screen, dtype=dtype)
         model = phi.name
-        if not phi.takes_media:
-            raise no_media(model)
+        if not phi.hears:
+            raise no_media(model, phi.takes_media)
     try:
         for transcript in found:
             if len(files) > 1 and transcript.target is None:

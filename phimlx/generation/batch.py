@@ -243,9 +243,10 @@ class Batch:
         """
         rows, unchanged = len(self.requests), logits
         finite = mx.isfinite(logits.max(axis=-1))  # NaN and inf are never less than numbers
-        if self._model.placeholders is not None:
+        media = self._model.placeholders
+        if media is not None and media.in_vocabulary:
             logits = mx.array(unchanged)  # a copy, since those are scored
-            logits[:, mx.array(self._model.placeholders.tokens)] = -mx.inf
+            logits[:, mx.array(media.in_vocabulary)] = -mx.inf
         if self._constrained:
             logits = self._constrain(logits)
         samplers = [request.sampler for request in self.requests]

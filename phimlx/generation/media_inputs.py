@@ -78,7 +78,8 @@ def sources_in(messages: Iterable[Message]) -> dict[str, list[Any]]:
 def name_placeholders(text: str, placeholders: PlaceholderTokens, names: Mapping[str, int]) -> str:
     """A text without template, `<|image_1|>` and `<|audio_1|>` written as placeholder tokens."""
     spelled = {token: name for name, token in names.items()}
-    return MEDIA_TAG.sub(lambda match: spelled.get(placeholders[match[1]], match[0]), text)
+    tags = {kind: spelled.get(token) for kind, token in placeholders.items()}
+    return MEDIA_TAG.sub(lambda match: tags.get(match[1]) or match[0], text)
 
 
 def fill(

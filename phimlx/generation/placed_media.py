@@ -10,14 +10,9 @@ import numpy as np
 
 from phimlx.errors import GenerationError, PromptError
 from phimlx.models.base import CausalLM
-from phimlx.models.features import ADAPTERS, TEXT, Features, Placeholders
+from phimlx.models.features import TEXT, Features, Placeholders
 from phimlx.models.phi4mm.conformer import MAX_TOKENS, audio_tokens
 
-# The arrays of each kind of media, under the names of the checkpoint's processor: a row an item.
-ARRAYS = (
-    ("input_image_embeds", "image_sizes", "image_attention_mask"),
-    ("input_audio_embeds", "audio_embed_sizes", "audio_attention_mask"),
-)
 IMAGE, AUDIO = 0, 1
 FRAMES = 8  # that a sound's token is made of
 
@@ -27,7 +22,8 @@ class Media:
     """Images and sounds of one prompt, prepared for the encoders.
 
     Attributes:
-        arrays: arguments of `encode_media`, under their names, all of the prompt's items.
+        arrays: arguments of `encode_media`, under their names, all of the prompt's items: a row an
+            item, of a sound where the name says audio.
         digests: each item's digest and how many placeholder tokens it fills, in the order of the
             prompt.
     """
@@ -56,10 +52,15 @@ class MediaItem:
 
 @dataclass(frozen=True)
 class PlacedMedia:
-    """Items in the order of the prompt, and the arrays that they are encoded from."""
+    """Items in the order of the prompt, and the arrays that they are encoded from.
+
+    Attributes:
+        adapter: the one of the checkpoint's own that the whole of the prompt calls for.
+    """
 
     items: tuple[MediaItem, ...] = ()
     arrays: Mapping[str, mx.array] = field(default_factory=dict)
+    adapter: str | None = None
 
     @classmethod
     def place(
@@ -99,24 +100,21 @@ class PlacedMedia:
             heard = next(beyond) if kind == AUDIO else (0, False)
             items.append(MediaItem(kind, digest, begin, end, heard))
             used += count
-        return cls(tuple(items), media.arrays)
-
-    @property
-    def adapter(self) -> str | None:
-        """The adapter that the whole of the prompt calls for."""
-        return ADAPTERS[min(item.kind for item in self.items)] if self.items else None
+        held = [any(item.kind == kind for item in items) for kind in (IMAGE, AUDIO)]
+        return cls(tuple(items), media.arrays, placeholders.adapter_for(held))
 
     def encode(self, model: CausalLM, start: int) -> Features:
         """Features for the placeholder tokens from `start` on; items that end before it are not
         looked at."""
         arrays: dict[str, mx.array] = {}
         skipped, filled = [], []
-        for kind, names in enumerate(ARRAYS):
+        for kind in (IMAGE, AUDIO):
             items = [item for item in self.items if item.kind == kind]
             rest = [item for item in items if item.end > start]
             done = len(items) - len(rest)
             if rest:
-                arrays |= {n: self.arrays[n][done:] for n in names if n in self.arrays}
+                own = {n: rows for n, rows in self.arrays.items() if ("audio" in n) == kind}
+                arrays |= {name: rows[done:] for name, rows in own.items()}
             skipped.append(max(0, start - rest[0].begin) if rest else 0)
             filled.append(sum(item.end - item.begin for item in rest))
         if not arrays:

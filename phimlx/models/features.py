@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import mlx.core as mx
@@ -9,6 +10,7 @@ import numpy as np
 
 from phimlx.errors import PromptError
 
+KINDS = ("image", "audio")
 ADAPTERS = ("vision", "speech")  # the first whose pictures or sounds a row holds is its adapter
 
 
@@ -51,22 +53,48 @@ TEXT = Features()
 """Given with tokens without placeholders: they are not looked at, which would wait for them."""
 
 
-def adapter_of(*features: Features) -> str | None:
-    """The adapter of a row that holds all these."""
-    held = [any(part) for part in zip(*(f.counts for f in features), strict=True)]
-    return next((name for name, holds in zip(ADAPTERS, held, strict=True) if holds), None)
+NONE = -1
+"""In place of a placeholder token, for media that a model does not take."""
 
 
 @dataclass(frozen=True)
 class Placeholders:
-    """Tokens that stand for pictures and sounds and are never embedded themselves."""
+    """Tokens that stand for pictures and sounds and are never embedded themselves.
+
+    Attributes:
+        image, audio: a negative number is no token of the vocabulary; NONE where the model takes
+            none of the kind.
+        adapters: names of the checkpoint's own adapters for what holds pictures and what holds
+            sounds; empty where it has none.
+    """
 
     image: int
-    audio: int
+    audio: int = NONE
+    adapters: tuple[str, ...] = ()
 
     @property
     def tokens(self) -> tuple[int, int]:
         return self.image, self.audio
+
+    @property
+    def by_kind(self) -> dict[str, int]:
+        """Tokens of the kinds of media that the model takes."""
+        return {
+            kind: token for kind, token in zip(KINDS, self.tokens, strict=True) if token != NONE
+        }
+
+    @property
+    def in_vocabulary(self) -> list[int]:
+        """Those of them that logits are computed of, and that no reply may hold."""
+        return [token for token in self.tokens if token >= 0]
+
+    def adapter_of(self, *features: Features) -> str | None:
+        """The adapter of a row that holds all these."""
+        return self.adapter_for([any(f.counts[kind] for f in features) for kind in range(2)])
+
+    def adapter_for(self, held: Sequence[bool]) -> str | None:
+        """The adapter of a row, by whether it holds pictures and whether it holds sounds."""
+        return next((name for name, holds in zip(self.adapters, held, strict=False) if holds), None)
 
     def places(self, ids: np.ndarray) -> list[np.ndarray]:
         """Find the image and the audio placeholders of `ids`, counted row after row."""

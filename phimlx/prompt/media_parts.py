@@ -24,7 +24,7 @@ EXAMPLE = (
 MEDIA_TAG = re.compile(r"<\|(image|audio)_\d+\|>")
 
 PlaceholderTokens = Mapping[str, int]
-"""The token that stands for a piece of a picture, and of a sound, by kind."""
+"""The token that stands for a piece of a picture, and of a sound, by the kinds that a model takes."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +35,12 @@ class ContentPart:
     value: Any
 
 
-def no_media(name: str) -> PromptError:
-    """Error of a model that reads text alone."""
+def no_media(name: str, sees: bool = False) -> PromptError:
+    """Error of a model that reads text alone, or that takes pictures alone beside it."""
     return PromptError(
-        f"{name} reads text alone: it takes no pictures or sounds.",
+        f"{name} sees, but does not hear: it takes no sounds."
+        if sees
+        else f"{name} reads text alone: it takes no pictures or sounds.",
         hint="Use phi-4-multimodal, which sees and hears.",
     )
 
@@ -171,7 +173,7 @@ def expand_placeholders(
     Raises:
         PromptError: where there are not as many placeholders as items.
     """
-    for kind in KINDS:
+    for kind in placeholders:
         places, items = sum(token == placeholders[kind] for token in ids), len(tokens.get(kind, ()))
         if places != items:
             name = NAMES[kind]
@@ -180,8 +182,8 @@ def expand_placeholders(
                 f"{items} came with it.",
                 hint=f"Each needs its place, written <|{kind}_1|>, <|{kind}_2|>, … in raw text.",
             )
-    kinds = {placeholders[kind]: kind for kind in KINDS}
-    counts = {kind: iter(tokens.get(kind, ())) for kind in KINDS}
+    kinds = {token: kind for kind, token in placeholders.items()}
+    counts = {kind: iter(tokens.get(kind, ())) for kind in placeholders}
     expanded: list[int] = []
     order: list[str] = []
     for token in ids:

@@ -142,6 +142,8 @@ class Chat:
         """
         if not self.phi.takes_media:
             raise no_media(self.phi.name)
+        if not self.phi.hears and any(kind == "audio" for kind, _ in files):
+            raise no_media(self.phi.name, sees=True)
         read = [Attachment.read(kind, path, self._limits, self._frames) for kind, path in files]
         self.pending = [*self.pending, *read]
         self.output.note(f"With your next message: {', '.join(map(str, self.pending))}. Or /drop.")

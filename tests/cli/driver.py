@@ -40,7 +40,7 @@ if __name__ == "__main__":
     if sys.stdin.isatty():
         fcntl.ioctl(0, termios.TIOCSCTTY, 0)
     phi = FakePhi(*map(as_script, json.loads(sys.argv[1])))
-    phi.takes_media = True
+    phi.takes_media = phi.hears = True
     api.load = lambda *arguments: phi  # type: ignore[assignment,return-value]
     sys.argv = ["phimlx", *sys.argv[2:]]
     main()

@@ -497,7 +497,7 @@ def test_every_command_has_rows() -> None:
 class HostilePhi(FakePhi):
     """A model that says, hears and is called what it was given."""
 
-    takes_media = True
+    takes_media = hears = True
 
     def __init__(self, text: str) -> None:
         super().__init__()

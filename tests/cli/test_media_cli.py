@@ -36,7 +36,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 @pytest.fixture
 def phi(monkeypatch: pytest.MonkeyPatch) -> FakePhi:
     phi = FakePhi(Script(["Hel", "lo."]))
-    phi.takes_media = True
+    phi.takes_media = phi.hears = True
 
     def load(source: Any = None, adapter: Any = None, dtype: Any = None) -> FakePhi:
         phi.sources.append(source)

@@ -26,7 +26,7 @@ HELLO = [
 class HearingPhi(FakePhi):
     """Hears what is scripted for a file's name; an exception among the pieces is raised there."""
 
-    takes_media = True
+    takes_media = hears = True
 
     def __init__(self, scripts: dict[str, list[Any]]) -> None:
         super().__init__()

@@ -21,10 +21,9 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.cli.group import cli
 from phimlx.evaluation import bundled as demo
 from phimlx.evaluation.bundled import Scene
-from phimlx.generation import placed_media
 from phimlx.generation.options import GenerationOptions
 from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
-from phimlx.models.cache import media
+from phimlx.models import features
 from phimlx.models.phi4mm.audio import AudioEmbedding
 from phimlx.transcription import TRANSCRIBE
 
@@ -136,8 +135,7 @@ def choose(monkeypatch: pytest.MonkeyPatch) -> Callable[[str | None], None]:
     """Force an adapter upon every row, whatever it holds."""
 
     def force(adapter: str | None) -> None:
-        monkeypatch.setattr(media, "adapter_of", lambda *held: adapter)
-        monkeypatch.setattr(placed_media.PlacedMedia, "adapter", property(lambda self: adapter))
+        monkeypatch.setattr(features.Placeholders, "adapter_for", lambda self, held: adapter)
 
     project = AudioEmbedding.project
     monkeypatch.setattr(

@@ -69,7 +69,7 @@ def prepared(folder: Path) -> Iterator[Inputs]:
 class Hearing(FakePhi):
     """Hears the same in everything."""
 
-    takes_media = True
+    takes_media = hears = True
 
     def transcribe(self, source: Any, on_open: Any, **options: Any) -> Iterator[TranscriptSegment]:
         on_open(1.0)

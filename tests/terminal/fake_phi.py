@@ -104,7 +104,7 @@ class FakePhi:
 
     name = "fake"
     context_length = 100
-    takes_media = False
+    takes_media = hears = False
     is_base = False
     chat_form = None
     sampling = Sampling(temperature=0.8)

@@ -32,7 +32,7 @@ def files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 
 def seeing(*scripts: Any) -> FakePhi:
     phi = FakePhi(*scripts)
-    phi.takes_media = True
+    phi.takes_media = phi.hears = True
     return phi
 
 

@@ -58,7 +58,7 @@ def holds(monkeypatch: pytest.MonkeyPatch) -> Holds:
 
 def seeing(*scripts: str) -> FakePhi:
     phi = FakePhi(*scripts)
-    phi.takes_media = True
+    phi.takes_media = phi.hears = True
     return phi
 
 

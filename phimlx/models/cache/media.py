@@ -9,7 +9,7 @@ import numpy as np
 
 from phimlx.models.cache.kv import Cache, NewTokens, chosen
 from phimlx.models.cache.store import Store
-from phimlx.models.features import ADAPTERS, Features, Placeholders, adapter_of
+from phimlx.models.features import Features, Placeholders
 from phimlx.models.rope import Rope
 
 
@@ -75,10 +75,10 @@ class MediaCache(Cache):
 
     def adapters_of(self, features: tuple[Features, ...]) -> tuple[str | None, ...]:
         """The adapter that each row needs, now or as far as is known later."""
-        now = tuple(map(adapter_of, features))
+        now = tuple(map(self.placeholders.adapter_of, features))
         if not self.expected_adapters:
             return now
-        order = (*ADAPTERS, None)
+        order = (*self.placeholders.adapters, None)
         pairs = zip(now, self.expected_adapters, strict=True)
         return tuple(min(pair, key=order.index) for pair in pairs)
 

@@ -15,14 +15,10 @@ import mlx.core as mx
 import mlx.nn as nn
 import numpy as np
 
-from phimlx.errors import ConfigError, PromptError, shortened
-from phimlx.models.base import CausalLM, ForwardPass
-from phimlx.models.cache.kv import Cache, with_past
-from phimlx.models.cache.media import MediaCache
-from phimlx.models.cache.quantized import make_store
-from phimlx.models.cache.store import Store
+from phimlx.errors import ConfigError, shortened
 from phimlx.models.features import ADAPTERS, Features, Placeholders
 from phimlx.models.lora import MAX_RANK, LoRALinear
+from phimlx.models.multimodal import MultimodalLM, given, needed
 from phimlx.models.phi3 import Phi3Config, Phi3Model
 from phimlx.models.phi4mm.audio import AudioConfig, AudioEmbedding, audio_layouts
 from phimlx.models.phi4mm.vision import ImageEmbedding, VisionConfig, image_layouts
@@ -62,7 +58,7 @@ class Phi4MMConfig(Phi3Config):
     @property
     def placeholders(self) -> Placeholders:
         """The tokens that pictures and sounds stand at."""
-        return Placeholders(self.image_token_id, self.audio_token_id)
+        return Placeholders(self.image_token_id, self.audio_token_id, ADAPTERS)
 
 
 def _read_adapter(key: str, config: Mapping[str, Any]) -> tuple[int, float]:
@@ -93,7 +89,7 @@ def _read_placeholders(config: Mapping[str, Any], vocabulary: int) -> Placeholde
                 f"{vocabulary}."
             )
         tokens.append(value)
-    placeholders = Placeholders(*tokens)
+    placeholders = Placeholders(*tokens, ADAPTERS)
     if placeholders.image == placeholders.audio:
         raise ConfigError(f"config.json: image_token_id and audio_token_id are both {value}.")
     return placeholders
@@ -119,17 +115,15 @@ class Phi4MMModel(Phi3Model):
         self.embed_tokens_extend = ImageAudioEmbedding(config)
 
 
-class Phi4MMForCausalLM(CausalLM):
+class Phi4MMForCausalLM(MultimodalLM):
     """A multimodal model. Parameters carry the names and shapes of the published checkpoint.
 
-    Each row's adapter follows from the whole of that row, cached part included: `vision` where it
-    holds a picture, else `speech` where it holds sound, else none. Nothing of a call is left
-    behind but what its cache holds.
+    A row's adapter is `vision` where it holds a picture, else `speech` where it holds sound, else
+    none.
     """
 
     model_type = "phi4mm"
     config: Phi4MMConfig
-    placeholders: Placeholders
 
     def __init__(self, config: Phi4MMConfig) -> None:
         super().__init__()
@@ -165,19 +159,19 @@ class Phi4MMForCausalLM(CausalLM):
         """
         extend = self.model.embed_tokens_extend
         images = audio = None
-        pixels = _given(input_image_embeds)
+        pixels = given(input_image_embeds)
         if pixels is not None:
-            sizes = _needed(image_sizes, "image_sizes", "input_image_embeds")
-            mask = _given(image_attention_mask)
+            sizes = needed(image_sizes, "image_sizes", "input_image_embeds")
+            mask = given(image_attention_mask)
             if mask is None:
                 side = self.config.vision.side
                 mask = mx.ones((*pixels.shape[:2], side, side))
             places = image_layouts(np.array(mask), np.array(sizes), self.config.vision)
             images = mx.concatenate(extend.image_embed(pixels, places))  # [tokens, hidden]
-        frames = _given(input_audio_embeds)
+        frames = given(input_audio_embeds)
         if frames is not None:
-            sizes = _needed(audio_embed_sizes, "audio_embed_sizes", "input_audio_embeds")
-            mask = _given(audio_attention_mask)
+            sizes = needed(audio_embed_sizes, "audio_embed_sizes", "input_audio_embeds")
+            mask = given(audio_attention_mask)
             lengths = audio_layouts(
                 frames.shape, np.array(sizes), None if mask is None else np.array(mask)
             )
@@ -185,54 +179,8 @@ class Phi4MMForCausalLM(CausalLM):
             audio = mx.concatenate(clips)  # [tokens, attention_dim]
         return Features(images, audio)
 
-    def _begin(
-        self,
-        input_ids: mx.array,
-        cache: Cache | None,
-        attention_mask: mx.array | None,
-        features: Features | None,
-    ) -> tuple[mx.array, ForwardPass]:
-        batch, length = input_ids.shape
-        # Without a cache, one without layers still says where the tokens stand.
-        kept = self._media_cache(cache) or self._make_cache(Store(0))
-        rows = self.placeholders.by_row(input_ids, features)
-        held = kept.features_with(rows)
-        adapters = kept.adapters_of(held)
-        past = kept.tokens_to_recompute((batch, length), attention_mask, adapters)
-        if past is not None:
-            input_ids, attention_mask = with_past(past, input_ids, attention_mask)
-            rows = held
-        positions, long, mask, routing = kept.extend(input_ids, attention_mask, adapters, held)
-        rope = self.config.rope(positions, long)
-        forward = ForwardPass(positions, mask, rope, cache, routing)
-        return self._embed(input_ids, rows, adapters), forward
-
-    def make_cache(
-        self,
-        expected_length: int = 0,
-        expected_adapters: tuple[str | None, ...] = (),
-        kv_bits: int | None = None,
-    ) -> MediaCache:
-        """Make an empty cache; arguments and errors as for every model."""
-        config = self.config
-        store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
-        return self._make_cache(store, expected_length, expected_adapters)
-
-    def _make_cache(
-        self,
-        store: Store,
-        expected_length: int = 0,
-        expected_adapters: tuple[str | None, ...] = (),
-    ) -> MediaCache:
-        return MediaCache(
-            store,
-            self.config.rope,
-            self.placeholders,
-            expected_length,
-            expected_adapters,
-            self.config.sliding_window,
-            self.default_adapter,
-        )
+    def project_audio(self, rows: mx.array, adapter: str | None) -> mx.array:
+        return self.model.embed_tokens_extend.audio_embed.project(rows, adapter)
 
     @property
     def unused(self) -> tuple[str, ...]:
@@ -240,44 +188,3 @@ class Phi4MMForCausalLM(CausalLM):
         last = f"encoder.layers.{self.config.vision.num_hidden_layers - 1}."
         parts = (last, "post_layernorm.", "head.")
         return (*super().unused, *(f"{tower}{part}*" for part in parts))
-
-    @staticmethod
-    def _media_cache(cache: Cache | None) -> MediaCache | None:
-        if cache is not None and not isinstance(cache, MediaCache):
-            raise TypeError("a multimodal model's cache comes from its own make_cache")
-        return cache
-
-    def _embed(
-        self, input_ids: mx.array, rows: tuple[Features, ...], adapters: tuple[str | None, ...]
-    ) -> mx.array:
-        """Embeddings `[batch, length, hidden]`, with each row's features at its placeholders."""
-        x = self.model.embed_tokens(input_ids)
-        if not any(any(row.counts) for row in rows):
-            return x
-        project = self.model.embed_tokens_extend.audio_embed.project
-        values = (
-            [row.images for row in rows if row.images is not None],
-            [
-                project(row.audio, adapter)
-                for row, adapter in zip(rows, adapters, strict=True)
-                if row.audio is not None
-            ],
-        )
-        flat = x.reshape(-1, x.shape[-1])
-        places = self.placeholders.places(np.array(input_ids))
-        for indices, given in zip(places, values, strict=True):
-            if given:
-                flat[mx.array(indices)] = mx.concatenate(given).astype(x.dtype)
-        return flat.reshape(x.shape)
-
-
-def _given(array: Any) -> mx.array | None:
-    """An array; None for one without numbers, as the reference's processor makes for no media."""
-    return None if array is None or array.size == 0 else mx.array(array)
-
-
-def _needed(array: Any, name: str, beside: str) -> mx.array:
-    given = _given(array)
-    if given is None:
-        raise PromptError(f"{beside} comes without {name}.")
-    return given
