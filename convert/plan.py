@@ -365,11 +365,15 @@ def check_purpose(checkpoint: Checkpoint, recipe: Recipe | None, dequantize: boo
         )
 
 
+def _without_parts(architecture: Architecture) -> str:
+    return "has no" if architecture.takes_media else "takes text only, so it has no"
+
+
 def check_parts(checkpoint: Checkpoint, architecture: Architecture, parts: Collection[str]) -> None:
     """Refuse to quantize what a model does not have."""
     missing = [part for part in parts if part not in architecture.parts]
     if missing:
         raise ConversionError(
-            f"{checkpoint.folder} takes text only, so it has no {' and no '.join(missing)}.",
+            f"{checkpoint.folder} {_without_parts(architecture)} {' and no '.join(missing)}.",
             hint=f"Leave {' and '.join(f'--q-{part}' for part in missing)} out.",
         )

@@ -117,7 +117,7 @@ class Phi:
             "config.json": self.config,
             "generation_config.json": generation_config.values,
         }
-        self._variants = Variants(self.model, self.path, self.name, configs, self.placeholders)
+        self._variants = Variants(self.model, self.path, self.name, configs)
         remarks = self._variants.begin(None if adapter is None else resolve_adapter(adapter))
         self.engine = Engine(self.model, load_curve(self.model).cost)
         self.remarks = (*remarks, *generation_config.remarks)
@@ -216,10 +216,10 @@ class Phi:
                 (`{"role": "user", "content": "…"}`), or token ids, taken as they are. May be left
                 out where there is audio: a spoken question.
             options: images, audio, video, frames, limits, tools, raw, continue_final_message,
-                max_tokens, temperature, top_p, top_k, min_p, repetition_penalty, presence_penalty,
-                frequency_penalty, logit_bias, logprobs, top_logprobs, prompt_logprobs, stop, seed,
-                cache, kv_bits, on_prefill, prompt_lookup, schema, regex, grammar, tool_choice,
-                adapter; see
+                reasoning, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
+                presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs,
+                prompt_logprobs, stop, seed, cache, kv_bits, on_prefill, prompt_lookup, schema,
+                regex, grammar, tool_choice, adapter; see
                 `phimlx.generation.options.GenerationOptions`.
 
         Raises:
@@ -353,7 +353,8 @@ class Phi:
 
         Args:
             prompt: as for `stream`.
-            options: images, audio, video, frames, limits, tools, raw, continue_final_message.
+            options: images, audio, video, frames, limits, tools, raw, continue_final_message,
+                reasoning.
         """
         return self._reader.read(prompt, PromptOptions(**options))[0]
 

@@ -27,7 +27,7 @@ OPTIONS = (
     *("max_tokens", "temperature", "top_p", "top_k", "min_p", "repetition_penalty"),
     *("presence_penalty", "frequency_penalty", "stop", "seed", "tools", "images", "audio"),
     *("logit_bias", "logprobs", "top_logprobs", "prompt_logprobs", "continue_final_message"),
-    *("schema", "regex", "grammar", "tool_choice", "adapter"),
+    *("schema", "regex", "grammar", "tool_choice", "adapter", "reasoning"),
 )
 IDS = ("custom_id", "id")
 USED = {"prompt", "messages", "system", "body", *IDS, *OPTIONS}

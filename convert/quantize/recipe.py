@@ -137,7 +137,8 @@ class Recipe:
         """Make the same with these of `PARTS` at 8 bits, whatever its own rules say of them."""
         groups = max(32, min(64, self.default.group_size))  # which divide the adapters' ranks
         more = Quantization(groups, PART_BITS)
-        rules = tuple(Rule(f"*{architecture.parts[part]}*", more) for part in parts)
+        marks = (mark for part in parts for mark in architecture.parts[part])
+        rules = tuple(Rule(f"*{mark}*", more) for mark in marks)
         return replace(self, rules=rules + self.rules)
 
     def in_groups_of(self, group_size: int) -> Recipe:

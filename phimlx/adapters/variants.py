@@ -22,7 +22,6 @@ from phimlx.generation.stop import StopStrings
 from phimlx.hub.content_hash import Contents
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import DEFAULT
-from phimlx.prompt.media_parts import PlaceholderTokens
 
 if TYPE_CHECKING:
     from phimlx.generation.grammar.constraint import Constraint
@@ -114,7 +113,6 @@ class Variants:
         folder: the model's.
         name: the model's, for people.
         configs: contents of its files that list tokens which end a reply, by name.
-        placeholders: tokens that stand for images and sounds; None where text alone is read.
     """
 
     def __init__(
@@ -123,12 +121,10 @@ class Variants:
         folder: Path,
         name: str,
         configs: Mapping[str, Mapping[str, Any]],
-        placeholders: PlaceholderTokens | None,
     ) -> None:
         self._model = model
         self._folder, self._name = folder, name
         self._configs = configs
-        self._placeholders = placeholders
         self._found: dict[str | None, Variant] = {}
         self._numbers = count(1)  # a name may come again, and caches must tell whose they are
         self._prompt_form: str | None = None
@@ -261,7 +257,7 @@ class Variants:
         reader = next((reader for reader in readers if reader.folder == folder), None)
         vocabulary = self._model.config.vocab_size
         if reader is None:
-            reader = PromptReader(folder, self._name, vocabulary, self._placeholders)
+            reader = PromptReader(folder, self._name, self._model, self._folder)
             if self._prompt_form is not None:
                 reader.use_form(self._prompt_form)
         stops = _read_stop_tokens(self._configs, reader.tokenizer, STOP_TOKENS + stop)

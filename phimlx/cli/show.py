@@ -285,19 +285,12 @@ def memory(
 
 def image_memory(shape: Shape, about: dict[str, Any]) -> dict[str, Any]:
     """Count what the largest picture takes of a model that sees, as entries of the description."""
-    from phimlx.machine.memory import picture_bytes
-    from phimlx.media.image import DYNAMIC_HD
     from phimlx.models import registry
-    from phimlx.models.phi4mm.config import VisionConfig
 
     architecture = registry.find(about["architecture"])
-    if architecture is None or "image" not in architecture.takes:
-        return {}
-    # The catalogue holds published models, which have the published tower.
-    vision = getattr(shape, "vision", None) or VisionConfig.from_dict({})
     itemsize = 4 if "F32" in about["dtype"] else 2
-    working = picture_bytes(vision, DYNAMIC_HD, itemsize)
-    return {"picture": {"crops": DYNAMIC_HD, "working": working}}
+    picture = architecture and architecture.largest_image(shape, itemsize)
+    return {"picture": picture} if picture else {}
 
 
 def print_description(about: dict[str, Any], output: Output) -> None:
@@ -361,10 +354,10 @@ def print_description(about: dict[str, Any], output: Output) -> None:
     if about["float16_pays"]:
         output.text("This chip emulates bfloat16: with --dtype float16 it reads prompts quicker.")
     if "picture" in about:
-        picture = about["picture"]
+        (unit, count), (_, working) = about["picture"].items()
         output.text(
-            f"A picture of {picture['crops']} crops, the largest, takes about "
-            f"{size_text(picture['working'])} more while it is seen."
+            f"A picture of {count:,} {unit}, the largest, takes about {size_text(working)} more "
+            "while it is seen."
         )
     if about.get("quantizations"):
         output.text()

@@ -89,10 +89,14 @@ def _pass(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) ->
 
 
 def _media(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
-    """Repeat a prompt with media in one pass."""
+    """Repeat a prompt with media, or several, in one pass; all positions or those named."""
     media: dict[str, Any] = {name: arrays[stored] for name, stored in case["media"].items()}
-    logits = model(arrays[case["input_ids"]].astype(mx.int32), **media)[0]
-    return _compare(case, logits, arrays[case["logits"]])
+    mask = arrays[case["mask"]] if case.get("mask") else None
+    logits = model(arrays[case["input_ids"]].astype(mx.int32), attention_mask=mask, **media)
+    if case.get("positions"):
+        logits = logits[:, arrays[case["positions"]]]
+    expected = arrays[case["logits"]]
+    return _compare(case, logits.reshape(expected.shape), expected)
 
 
 def _batch(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]) -> Result:
@@ -115,7 +119,8 @@ def _generate(model: CausalLM, case: dict[str, Any], arrays: dict[str, mx.array]
     """Greedy decoding, through the engine that every command uses."""
     prompt = [int(token) for token in arrays[case["prompt"]]]
     expected = [int(token) for token in arrays[case["tokens"]]]
-    request = Request(prompt, Sampler(Sampling(), seed=0), len(expected))
+    media = case.get("prepared")  # as the engine takes it, its places in the prompt
+    request = Request(prompt, Sampler(Sampling(), seed=0), len(expected), media=media)
     Engine(model).run_all([request])
     tokens = request.reply.tokens
     same = sum(a == b for a, b in zip(tokens, expected, strict=True)) / len(expected)

@@ -108,8 +108,10 @@ def score_rows(
 
 def score_prompt(
     head: Callable[[mx.array], mx.array], hidden: mx.array, tokens: mx.array, top: int
-) -> list[TokenLogprob]:
+) -> list[TokenLogprob | None]:
     """Score tokens of a prompt, each from the hidden state of the one before it.
+
+    What stands for media and is no token of the vocabulary, below 0, has no probability: None.
 
     Args:
         head: turns hidden states into logits.
@@ -117,9 +119,11 @@ def score_prompt(
         tokens: `[places]`.
         top: how many alternatives.
     """
-    scores: list[TokenLogprob] = []
+    scores: list[TokenLogprob | None] = []
     for begin in range(0, tokens.size, CHUNK):
         here = slice(begin, begin + CHUNK)
-        found = Logprobs(head(hidden[here]), tokens[here], top)
-        scores += [found.read(place, top) for place in range(tokens[here].size)]
+        found = Logprobs(head(hidden[here]), mx.maximum(tokens[here], 0), top)
+        numbers: list[int] = tokens[here].tolist()  # type: ignore[assignment]
+        places = enumerate(numbers)
+        scores += [found.read(place, top) if token >= 0 else None for place, token in places]
     return scores

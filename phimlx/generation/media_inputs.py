@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Protocol
 
 import mlx.core as mx
 
@@ -19,13 +19,26 @@ from phimlx.prompt.media_parts import (
 )
 
 if TYPE_CHECKING:
-    from phimlx.media.audio import Audio
-    from phimlx.media.image import Images
     from phimlx.media.limits import Limits
     from phimlx.prompt.messages import Message
 
 Sources = Mapping[str, Sequence[Any]]
 """Where images and sounds come from, by kind, in the order of the prompt."""
+
+
+class Prepared(Protocol):
+    """Images or sounds, prepared for an encoder.
+
+    Attributes:
+        tokens: placeholder tokens that each fills.
+        digests: that tell each from others.
+    """
+
+    @property
+    def tokens(self) -> list[int]: ...
+    @property
+    def digests(self) -> list[bytes]: ...
+    def arrays(self) -> Mapping[str, Any]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,23 +100,24 @@ def fill(
     placeholders: PlaceholderTokens,
     sources: Sources,
     limits: Limits | None,
-    settings: Mapping[str, Any],
+    prepare_images: Callable[..., Prepared],
+    longest: int | None = None,
 ) -> tuple[list[int], Media | None]:
     """Ids with as many placeholder tokens as each item has features, and the encoders' arrays.
 
     Args:
         ids: with one placeholder token for each item.
-        settings: the model's own way to prepare images; arguments of `prepare_images`.
+        prepare_images: the model's own, called with sources and limits.
+        longest: tokens that the model reads of a prompt with media; the rest is cut off. All of
+            them where None.
 
     Raises:
         MediaError: for an image or a sound that cannot be read, or that the limits refuse.
         PromptError: where there are not as many placeholders as items.
     """
-    prepared: dict[str, Images | Audio] = {}
+    prepared: dict[str, Prepared] = {}
     if sources["image"]:
-        from phimlx.media.image import prepare_images
-
-        prepared["image"] = prepare_images(sources["image"], limits, **settings)
+        prepared["image"] = prepare_images(sources["image"], limits)
     if sources["audio"]:
         from phimlx.media.audio import prepare_audio
 
@@ -118,4 +132,8 @@ def fill(
     arrays = {
         name: mx.array(array) for item in prepared.values() for name, array in item.arrays().items()
     }
-    return wide, Media(arrays, tuple(next(items[kind]) for kind in order))
+    media = Media(arrays, tuple(next(items[kind]) for kind in order))
+    if longest is None or len(wide) <= longest:
+        return wide, media
+    left = sum(token in placeholders.values() for token in wide[:longest])
+    return wide[:longest], replace(media.beginning(left), cut=len(wide) - longest)

@@ -12,6 +12,7 @@ from phimlx.generation.logprobs import MAX_TOP
 from phimlx.generation.media_inputs import MediaInputs
 from phimlx.generation.sampler import Sampling
 from phimlx.models.lora import DEFAULT
+from phimlx.prompt.reasoning import AUTO, MODES
 
 if TYPE_CHECKING:
     from phimlx.generation.prompt_cache import PromptCache
@@ -31,11 +32,20 @@ class PromptOptions(MediaInputs):
         raw: take a text as it is, without template, its control tokens recognised.
         continue_final_message: the last message, which is the assistant's, is the beginning of the
             reply: its turn stays open, and the reply's text is what follows.
+        reasoning: "on" or "off", whether the reply is to begin with thought, for models that leave
+            it open; "auto" leaves it to the model.
     """
 
     tools: Sequence[Mapping[str, Any]] | None = None
     raw: bool = False
     continue_final_message: bool = False
+    reasoning: str = AUTO
+
+    def __post_init__(self) -> None:
+        if self.reasoning not in MODES:
+            raise GenerationError(
+                f"reasoning is {shortened(self.reasoning)}; it must be one of {', '.join(MODES)}."
+            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,8 +81,8 @@ class GenerationOptions(PromptOptions):
             model alone.
 
     Raises:
-        GenerationError: for a seed that is none, log-probabilities that cannot be told, or more
-            than one of schema, regex and grammar.
+        GenerationError: for a seed or a mode of reasoning that is none, log-probabilities that
+            cannot be told, or more than one of schema, regex and grammar.
     """
 
     max_tokens: int | None = None
@@ -100,6 +110,7 @@ class GenerationOptions(PromptOptions):
     adapter: str | None = DEFAULT
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         shapes = [name for name in SHAPES if getattr(self, name) is not None]
         if len(shapes) > 1:
             raise GenerationError(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import numpy as np
@@ -25,11 +25,23 @@ class Media:
         arrays: arguments of `encode_media`, under their names, all of the prompt's items: a row an
             item, of a sound where the name says audio.
         digests: each item's digest and how many placeholder tokens it fills, in the order of the
-            prompt.
+            prompt; an item that was cut off with the end of the prompt fills fewer than it has
+            features.
+        cut: tokens of the prompt that were left out, behind the last that the model reads.
     """
 
     arrays: Mapping[str, mx.array]
     digests: tuple[tuple[bytes, int], ...]
+    cut: int = 0
+
+    def beginning(self, tokens: int) -> Media:
+        """What of it fills the first of the prompt's placeholder tokens. Arrays stay whole."""
+        kept = []
+        for digest, count in self.digests:
+            if tokens > 0:
+                kept.append((digest, min(count, tokens)))
+            tokens -= count
+        return replace(self, digests=tuple(kept))
 
 
 @dataclass(frozen=True)
@@ -114,7 +126,7 @@ class PlacedMedia:
             done = len(items) - len(rest)
             if rest:
                 own = {n: rows for n, rows in self.arrays.items() if ("audio" in n) == kind}
-                arrays |= {name: rows[done:] for name, rows in own.items()}
+                arrays |= {name: rows[done : len(items)] for name, rows in own.items()}
             skipped.append(max(0, start - rest[0].begin) if rest else 0)
             filled.append(sum(item.end - item.begin for item in rest))
         if not arrays:

@@ -203,9 +203,10 @@ class PrefixFile:
         if not 1 <= self.tokens <= model.config.max_position_embeddings:
             raise CacheError(f"{damaged}the model does not hold {self.tokens} tokens.")
         tokens = np.array(self.read_tokens())
-        if tokens.min() < 0 or tokens.max() >= model.config.vocab_size:
-            raise CacheError(f"{damaged}it has tokens that the model does not have.")
         places = model.placeholders
+        text = tokens if places is None else tokens[~np.isin(tokens, places.tokens)]
+        if text.size and (text.min() < 0 or text.max() >= model.config.vocab_size):
+            raise CacheError(f"{damaged}it has tokens that the model does not have.")
         counts = (0, 0) if places is None else places.count(tokens[None])[0]
         self._check_items(tokens, None if places is None else places.tokens)
         forms = layout.forms(self.tokens, counts)

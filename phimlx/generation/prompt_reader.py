@@ -7,22 +7,22 @@ from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
-from phimlx.errors import ConfigError, PromptError, TokenizerError, shortened
+from phimlx.errors import PromptError, TokenizerError, shortened
 from phimlx.files import read_json
-from phimlx.generation.media_inputs import fill, name_placeholders, sources_in
+from phimlx.generation.media_inputs import Prepared, fill, name_placeholders, sources_in
 from phimlx.generation.options import PromptOptions
 from phimlx.generation.placed_media import Media
-from phimlx.prompt.media_parts import PlaceholderTokens
+from phimlx.models.base import CausalLM
+from phimlx.prompt.media_parts import PlaceholderTokens, no_media
 
 if TYPE_CHECKING:
+    from phimlx.media.limits import Limits
     from phimlx.prompt.chat_template import ChatTemplate
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
 Prompt = str | Sequence[int] | Sequence[Mapping[str, Any]]
 """A text (one user message), token ids taken as they are, or a list of messages; the content of a
 message may be a list of parts, see `phimlx.prompt.media_parts`."""
-
-MAX_CROPS = 100  # of one image; the published model has 36
 
 
 class PromptReader:
@@ -32,18 +32,21 @@ class PromptReader:
         tokenizer: None where the folder holds none; then only token ids go in and out.
     """
 
-    def __init__(
-        self, folder: Path, name: str, vocab_size: int, placeholders: PlaceholderTokens | None
-    ) -> None:
-        """`placeholders`: tokens that stand for images and sounds; None where text alone is read.
+    def __init__(self, folder: Path, name: str, model: CausalLM, model_folder: Path) -> None:
+        """`folder` has the tokenizer and template for `model`, which people call `name`, and
+        `model_folder` what it says of pictures.
 
         Raises:
             TokenizerError: where there is a tokenizer that cannot be used.
         """
         self.folder = folder
         self.name = name
-        self.placeholders = placeholders
-        self._vocab_size = vocab_size
+        self._model_folder = model_folder
+        places = model.placeholders
+        self.placeholders: PlaceholderTokens | None = None if places is None else places.by_kind
+        self._vocab_size = model.config.vocab_size
+        self._longest_with_media = model.longest_with_media
+        self._architecture = model.architecture
         self._form: str | None = None
         from phimlx.prompt.tokenizer.tokenizer import Tokenizer, has_tokenizer
 
@@ -59,7 +62,12 @@ class PromptReader:
         from phimlx.prompt.chat_template import ChatTemplate
 
         return ChatTemplate.load(
-            self.folder, self.text_tokenizer(), self.name, self.placeholders, self._form
+            self.folder,
+            self._media_tokenizer,
+            self.name,
+            self.placeholders,
+            self._form,
+            self._architecture.after_media,
         )
 
     def use_form(self, name: str) -> None:
@@ -100,6 +108,12 @@ class PromptReader:
             )
         return self.tokenizer
 
+    @cached_property
+    def _media_tokenizer(self) -> Tokenizer:
+        """The tokenizer, to which the texts that stand for media are control tokens."""
+        texts, tokens = self._architecture.placeholder_texts, self.placeholders or {}
+        return self.text_tokenizer().extended({text: tokens[kind] for kind, text in texts.items()})
+
     def read(self, prompt: Prompt, options: PromptOptions) -> tuple[list[int], Media | None]:
         """The tokens of a prompt, and what stands at the placeholders among them.
 
@@ -107,8 +121,9 @@ class PromptReader:
             PromptError, TokenizerError: where the prompt cannot be made into tokens.
             MediaError: where an image, sound or video cannot be read.
         """
-        from phimlx.prompt.media_parts import attach, no_media
+        from phimlx.prompt.media_parts import attach
         from phimlx.prompt.messages import read_messages
+        from phimlx.prompt.reasoning import AUTO, opening
 
         if options.has_media and self.placeholders is None:
             raise no_media(self.name)
@@ -120,10 +135,17 @@ class PromptReader:
         if len(prompt) == 0:
             raise PromptError("The prompt is empty.")
         messages_given = all(isinstance(item, Mapping) for item in prompt)
-        if options.continue_final_message and not messages_given:
+        continues = options.continue_final_message
+        if continues and not messages_given:
             raise PromptError(
                 "continue_final_message needs messages, of which the last is the assistant's.",
                 hint="Give a raw text as far as it is to go: it is continued in any case.",
+            )
+        if options.reasoning != AUTO and (continues or not messages_given):
+            raise PromptError(
+                "The prompt says itself how the reply begins, so reasoning cannot be "
+                f"{options.reasoning}.",
+                hint="Give messages, and leave all of the reply to the model.",
             )
         if isinstance(prompt, str):
             ids = self._encode_raw(prompt, options)
@@ -131,42 +153,46 @@ class PromptReader:
             said = cast("Sequence[Mapping[str, Any]]", prompt)
             messages = read_messages(attach(said, sources["image"], sources["audio"]))
             sources = sources_in(messages)
-            if self.placeholders is None and any(sources.values()):
-                raise no_media(self.name)
-            continues = options.continue_final_message
-            ids = self.template.encode(messages, options.tools, True, continues)
+            self._check_kinds(sources)
+            begun = opening(options.reasoning, self.template, self.name)
+            ids = self.template.encode(messages, options.tools, True, continues, begun)
         else:
             ids = self._checked(prompt)
+        self._check_kinds(sources)
         if self.placeholders is None or not any(sources.values()):
             return ids, None
-        return fill(ids, self.placeholders, sources, options.limits, self._image_settings)
+        longest = self._longest_with_media
+        prepare = self._prepare_images
+        return fill(ids, self.placeholders, sources, options.limits, prepare, longest)
+
+    def _check_kinds(self, sources: Mapping[str, Sequence[Any]]) -> None:
+        """Raise PromptError for media of a kind that the model does not take."""
+        taken = self.placeholders or {}
+        if any(found and kind not in taken for kind, found in sources.items()):
+            raise no_media(self.name, sees=bool(taken))
 
     def _encode_raw(self, text: str, options: PromptOptions) -> list[int]:
-        tokenizer = self.text_tokenizer()
-        if options.has_media and self.placeholders is not None:
-            text = name_placeholders(text, self.placeholders, tokenizer.control_tokens)
+        if not options.has_media or self.placeholders is None:
+            return self.text_tokenizer().encode(text, control=True)
+        tokenizer = self._media_tokenizer
+        text = name_placeholders(text, self.placeholders, tokenizer.control_tokens)
         return tokenizer.encode(text, control=True)
 
     def _checked(self, items: Sequence[Any]) -> list[int]:
         """Token ids that were given as the prompt."""
+        stand_for_media = (self.placeholders or {}).values()
         for token in items:
             is_token = isinstance(token, int) and not isinstance(token, bool)
-            if not is_token or not 0 <= token < self._vocab_size:
+            known = is_token and (0 <= token < self._vocab_size or token in stand_for_media)
+            if not known:
                 raise PromptError(
                     f"The prompt holds {shortened(token)}, which is no token of a vocabulary of "
                     f"{self._vocab_size}."
                 )
         return list(items)
 
-    @cached_property
-    def _image_settings(self) -> dict[str, int]:
-        """Settings for cutting up images, from preprocessor_config.json."""
-        path = self.folder / "preprocessor_config.json"
-        crops = read_json(path, missing_ok=True).get("dynamic_hd")
-        if crops is None:
-            return {}
-        if type(crops) is not int or not 1 <= crops <= MAX_CROPS:
-            raise ConfigError(
-                f"{path.name}: dynamic_hd is {shortened(crops)}; it must be from 1 to {MAX_CROPS}."
-            )
-        return {"dynamic_hd": crops}
+    def _prepare_images(self, sources: Sequence[Any], limits: Limits | None) -> Prepared:
+        """Prepare images as preprocessor_config.json says."""
+        settings = read_json(self._model_folder / "preprocessor_config.json", missing_ok=True)
+        prepared: Prepared = self._architecture.prepare_images(settings)(sources, limits)
+        return prepared

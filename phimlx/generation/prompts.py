@@ -190,7 +190,7 @@ class Prompts:
             scores = score_prompt(
                 self._model.head, states, mx.array(tokens), request.prompt_logprobs or 0
             )
-            if not all(math.isfinite(score.logprob) for score in scores):
+            if not all(score is None or math.isfinite(score.logprob) for score in scores):
                 request.cancel(nonfinite_error(self._model, request.prompt))
             request.reply.prompt_logprobs += scores
 

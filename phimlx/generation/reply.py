@@ -92,10 +92,12 @@ class Reply:
         content: text and calls; None where the model has no tokenizer.
         tokens: every token generated, the end-of-sequence token included.
         logprobs: one for each of `tokens`; none where they are not asked for.
-        prompt_logprobs: one for each token of the prompt, of which the first has none; likewise.
+        prompt_logprobs: one for each token of the prompt, of which the first has none, nor has what
+            stands for media and is no token; likewise.
         said: how many of `tokens`, from the first, the reply's words are made of. Behind them come
             those of a stop string and the token that ended it, of which OpenAI's API tells nothing;
             a token that holds the end of the words and the beginning of a stop string is counted.
+        remarks: what the user should know of how the prompt was read.
         finish_reason: "stop" (the model or a stop string ended it), "length", "tool_calls", or
             "cancelled" where the reader stopped early.
         stop_string: the stop string that ended it; None where none did.
@@ -109,6 +111,7 @@ class Reply:
     logprobs: list[TokenLogprob] = field(default_factory=list)
     prompt_logprobs: list[TokenLogprob | None] = field(default_factory=list)
     said: int = 0
+    remarks: list[str] = field(default_factory=list)
     finish_reason: str = "cancelled"
     stop_string: str | None = None
     stats: Stats = field(default_factory=Stats)
@@ -153,8 +156,8 @@ class Reply:
 
     @property
     def warnings(self) -> list[str]:
-        """Remarks on what looked like a tool call and was none; its text is in `text`."""
-        return self.content.warnings if self.content else []
+        """Remarks, and what looked like a tool call and was none; its text is in `text`."""
+        return [*self.remarks, *(self.content.warnings if self.content else [])]
 
     def as_object(self, model: str) -> dict[str, Any]:
         """Make an object of JSON, as `phimlx generate --json` prints it; `model` is its name."""

@@ -74,6 +74,12 @@ class Request:
         self.reply.stats.prompt_tokens = len(self.prompt)
         if self.prompt_logprobs is not None:
             self.reply.prompt_logprobs.append(None)
+        if self.media is not None and self.media.cut:
+            self.reply.remarks.append(
+                f"With pictures the model reads the first {len(self.prompt):,} tokens of a prompt: "
+                f"the last {self.media.cut:,} of this one were left out. Show fewer or smaller "
+                "pictures."
+            )
         self._started = self._first = 0.0
 
     @property

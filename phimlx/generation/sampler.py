@@ -194,7 +194,9 @@ class Sampler:
         if self.counts is None or self.in_prompt is None:
             zeros = mx.zeros(logits.shape[-1])
             self.counts = zeros
-            self.in_prompt = zeros.at[mx.array(list(self.prompt), dtype=mx.int32)].add(1) > 0
+            # What stands for media may be no token of the vocabulary.
+            tokens = [token for token in self.prompt if token >= 0]
+            self.in_prompt = zeros.at[mx.array(tokens, dtype=mx.int32)].add(1) > 0
         settings, held = self.sampling, self.counts > 0
         if settings.repetition_penalty != 1:
             penalty = float(settings.repetition_penalty)  # MLX takes no whole number beyond int64

@@ -51,3 +51,11 @@ def crops_at_once() -> int:
     filling a GPU any better, and two already leave a CPU's cache.
     """
     return suited(gpu=4, cpu=1)
+
+
+def queries_at_once() -> int:
+    """Patches of an image whose attention to all others is computed at once.
+
+    A GPU's fused attention keeps no scores. A CPU keeps all of them: heads · 3600² numbers.
+    """
+    return suited(gpu=1 << 16, cpu=512)

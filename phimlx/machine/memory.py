@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from phimlx.machine.device import crops_at_once, prefill_tokens
+from phimlx.machine.device import crops_at_once, prefill_tokens, queries_at_once
 from phimlx.machine.kv_bits import kv_bytes_per_value, kv_group_size
 
 
@@ -32,6 +32,19 @@ class ImageEncoderShape(Protocol):
     def side(self) -> int: ...
     @property
     def image_size(self) -> int: ...
+    @property
+    def num_attention_heads(self) -> int: ...
+    @property
+    def hidden_size(self) -> int: ...
+    @property
+    def intermediate_size(self) -> int: ...
+
+
+class PatchEncoderShape(Protocol):
+    """Dimensions of an encoder of whole images that decide about memory."""
+
+    @property
+    def patch_size(self) -> int: ...
     @property
     def num_attention_heads(self) -> int: ...
     @property
@@ -130,6 +143,14 @@ def picture_bytes(vision: ImageEncoderShape, crops: int, itemsize: int = 2) -> i
     scores = 2 * vision.num_attention_heads * patches**2 * 4
     rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
     return pixels + min(1 + crops, crops_at_once()) * (scores + rows)
+
+
+def patches_bytes(vision: PatchEncoderShape, patches: int, itemsize: int = 2) -> int:
+    """Estimate what encoding an image of so many patches, all of them at once, takes."""
+    pixels = patches * 3 * vision.patch_size**2 * 4
+    scores = 2 * vision.num_attention_heads * min(patches, queries_at_once()) * patches * 4
+    rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
+    return pixels + scores + rows
 
 
 def machine_memory() -> int:

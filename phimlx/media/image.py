@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from phimlx.errors import MediaError
+from phimlx.errors import ConfigError, MediaError, shortened
 from phimlx.media.image_file import ImageSource, load_image
 from phimlx.media.limits import Limits
+from phimlx.models.phi4mm.config import DYNAMIC_HD as DYNAMIC_HD
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -26,7 +27,7 @@ CROP = 448  # pixels, the tower's input
 PATCH = 14  # pixels of one patch
 PATCHES_PER_SIDE = CROP // PATCH  # patches along a crop, 32
 POOL = 2  # patches along a token
-DYNAMIC_HD = 36  # most crops of one picture
+MAX_CROPS = 100  # that a config may ask for
 MIN_SIDE = 10  # pixels left of the shorter side
 
 
@@ -59,6 +60,18 @@ class Images:
         }
 
 
+def image_processor(settings: Mapping[str, Any]) -> Callable[..., Images]:
+    """Make what prepares images for a checkpoint; see `Architecture.prepare_images`."""
+    crops = settings.get("dynamic_hd")
+    crops = DYNAMIC_HD if crops is None else crops
+    if type(crops) is not int or not 1 <= crops <= MAX_CROPS:
+        raise ConfigError(
+            f"preprocessor_config.json: dynamic_hd is {shortened(crops)}; it must be from 1 to "
+            f"{MAX_CROPS}."
+        )
+    return partial(prepare_images, dynamic_hd=crops)
+
+
 def prepare_images(
     sources: Sequence[ImageSource], limits: Limits | None = None, dynamic_hd: int = DYNAMIC_HD
 ) -> Images:
@@ -83,7 +96,7 @@ def prepare_images(
         layout = CropLayout.of(*image.size, dynamic_hd)
         layouts.append(layout)
         canvases.append(_padded(image, layout))
-        digests.append(_digest(image))
+        digests.append(image_digest(image))
     crops = 1 + max(layout.crops for layout in layouts)
     embeds = np.zeros((len(layouts), crops, 3, CROP, CROP), np.float32)
     masks = np.ones((len(layouts), crops, PATCHES_PER_SIDE, PATCHES_PER_SIDE), np.float32)
@@ -192,7 +205,8 @@ def _closest_grid(width: int, height: int, most: int) -> tuple[int, int]:
     return best
 
 
-def _digest(image: Image) -> bytes:
+def image_digest(image: Image) -> bytes:
+    """SHA-256 of an image's size and RGB pixels."""
     digest = hashlib.sha256(b"%d %d " % image.size)
     digest.update(np.asarray(image).data)
     return digest.digest()

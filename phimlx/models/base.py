@@ -92,6 +92,8 @@ class CausalLM(nn.Module):
         loaded_adapters: names of those that were put beside the layers. All rows use `DEFAULT`,
             where it is among them, unless their cache is told otherwise.
         is_changed: whether the default one also changed what all rows share.
+        longest_with_media: tokens that the model was made to read of a prompt with media; None for
+            all of its context.
         model: embedding, decoder layers and final norm.
     """
 
@@ -100,6 +102,7 @@ class CausalLM(nn.Module):
     tail: int = 1
     loaded_adapters: frozenset[str] = frozenset()
     is_changed: bool = False
+    longest_with_media: int | None = None
     config: ModelConfig
     model: nn.Module
 

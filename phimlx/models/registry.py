@@ -109,7 +109,14 @@ class Architecture:
         takes: what goes in: "text", "image", "audio".
         adapters: whether the checkpoint itself holds adapters that its inputs call for.
         parts: what stands beside the language model, "adapters" and "encoders" -> what the paths
-            of its tensors hold.
+            of its tensors hold, one of these each.
+        placeholder_texts: what stands for media in a rendered prompt, by kind, where it is no token
+            of the tokenizer.
+        after_media: text between media and what follows them in a message.
+        image_processor: "module:function" that makes, given the preprocessor_config.json, what
+            prepares images for the model; None where it takes none.
+        image_memory: "module:function" that estimates what its largest image takes; see
+            `largest_image`.
         sensitive_layers: what mixed recipes give more bits; empty for no such recipes.
         task: of a model card.
         gguf: how it is written for llama.cpp, and read; None where llama.cpp does not run it.
@@ -126,7 +133,11 @@ class Architecture:
     unused: tuple[str, ...] = BUFFERS
     takes: tuple[str, ...] = ("text",)
     adapters: bool = False
-    parts: Mapping[str, str] = field(default_factory=dict)
+    parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    placeholder_texts: Mapping[str, str] = field(default_factory=dict)
+    after_media: str = ""
+    image_processor: str | None = None
+    image_memory: str | None = None
     sensitive_layers: tuple[SensitiveLayers, ...] = ()
     task: str = "text-generation"
     gguf: GGUF | None = None
@@ -176,6 +187,34 @@ class Architecture:
             ConfigError: naming the key, where a value is missing, unknown or contradicts another.
         """
         return _load(self.config).from_dict(config)
+
+    def prepare_images(self, settings: Config) -> Callable[..., Any]:
+        """Make what prepares images, called with their sources and limits.
+
+        Args:
+            settings: from preprocessor_config.json, empty where there is none.
+
+        Raises:
+            ConfigError: naming the key, where a value cannot be.
+        """
+        assert self.image_processor is not None
+        made: Callable[..., Any] = _load(self.image_processor)(settings)
+        return made
+
+    def largest_image(self, shape: Any, itemsize: int) -> dict[str, int] | None:
+        """Estimate what encoding the largest image takes; None for a model that takes none.
+
+        Args:
+            shape: the model's config, or what the catalogue knows of it.
+            itemsize: bytes of a number in the computation.
+
+        Returns:
+            How many "crops" or "patches" it has, and "working", the bytes.
+        """
+        if self.image_memory is None:
+            return None
+        estimate: Callable[..., dict[str, int]] = _load(self.image_memory)
+        return estimate(shape, itemsize)
 
     def model_class(self) -> Any:
         """Import the model's class, which makes an empty model from what `read_config` gives."""
@@ -339,7 +378,9 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         fused_projections=_PHI3_FUSED,
         takes=("text", "image", "audio"),
         adapters=True,
-        parts={"adapters": ".lora_", "encoders": "model.embed_tokens_extend."},
+        parts={"adapters": (".lora_",), "encoders": ("model.embed_tokens_extend.",)},
+        image_processor="phimlx.media.image:image_processor",
+        image_memory="phimlx.models.phi4mm.config:image_memory",
         sensitive_layers=_PHI3_SENSITIVE,
         task="image-text-to-text",
         dialects=(
@@ -404,7 +445,7 @@ def dialect_of(config: Config) -> Dialect | None:
 def part_of(path: str) -> str | None:
     """Find the part beside a language model that a tensor or layer is in; None for its own."""
     marks = (item for architecture in ARCHITECTURES for item in architecture.parts.items())
-    return next((part for part, mark in marks if mark in path), None)
+    return next((part for part, own in marks if any(mark in path for mark in own)), None)
 
 
 def adapter_folders() -> Iterator[str]:

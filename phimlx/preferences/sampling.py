@@ -1,4 +1,4 @@
-"""Settings of sampling and their bounds: one table behind flags, `/set` and files of settings."""
+"""Settings of a reply and their bounds: one table behind flags, `/set` and files of settings."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any
 import click
 
 from phimlx.errors import PhimlxError, shortened
+from phimlx.prompt.reasoning import MODES
 
 
 class FiniteRange(click.FloatRange):
@@ -35,7 +36,7 @@ class NonEmpty(click.types.StringParamType):
 
 @dataclass(frozen=True)
 class Setting:
-    """One sampling setting: its keyword in `Phi.generate`, its flag, what it accepts."""
+    """One setting of a reply: its keyword in `Phi.generate`, its flag, what it accepts."""
 
     keyword: str
     flag: str
@@ -47,6 +48,8 @@ class Setting:
     @property
     def metavar(self) -> str:
         """Return what stands for the value in help."""
+        if isinstance(self.type, click.Choice):
+            return "|".join(map(str, self.type.choices))
         return {"integer range": "N", "float range": "X"}.get(self.type.name, "TEXT")
 
     @property
@@ -98,6 +101,12 @@ SETTINGS = (
         "Lower the score of tokens already said, each time.",
     ),
     Setting("seed", "--seed", click.IntRange(0, 2**64 - 1), "Make sampling repeatable."),
+    Setting(
+        "reasoning",
+        "--reasoning",
+        click.Choice(MODES),
+        "Whether a reply begins with thought, of models that leave it open.",
+    ),
     Setting("stop", "--stop", NonEmpty(), "Stop before this text; may be given again.", None, True),
 )
 

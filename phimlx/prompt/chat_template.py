@@ -14,11 +14,13 @@ from phimlx.prompt.media_parts import NAMES, ContentPart, PlaceholderTokens, no_
 from phimlx.prompt.messages import Message, read_messages
 from phimlx.prompt.published_templates import (
     BY_TEXT,
+    THINK,
     folder_templates,
     is_known,
     named_template,
     published_template,
     read_settings,
+    reasoning_modes,
 )
 from phimlx.prompt.rendering import EncodedConversation, Rendering
 from phimlx.prompt.sandbox.escape import ControlTokenEscaper
@@ -32,7 +34,7 @@ if TYPE_CHECKING:
     AnyTemplate = Template | IsolatedTemplate
 
 CALL, END_CALL = "<|tool_call|>", "<|/tool_call|>"
-THINK, END_THINK = "<think>", "</think>"
+END_THINK = "</think>"
 SPECIAL = ("bos_token", "eos_token", "pad_token", "unk_token")
 
 
@@ -56,11 +58,13 @@ class ChatTemplate:
     `<|tool|>{content}<|end|>`. A message that the template leaves out is a PromptError.
 
     A picture or a sound is its placeholder token where it stands among the parts of a message, with
-    nothing between it and what follows: `<|user|><|image_1|><|audio_1|>{text}<|end|>`, as the card
-    of Phi-4-multimodal has it.
+    nothing between it and what follows but `after_media`: `<|user|><|image_1|><|audio_1|>{text}
+    <|end|>`, as the card of Phi-4-multimodal has it.
 
     Attributes:
         stop: strings that end a reply, beside the tokens that do; none but for base models.
+        modes: texts that begin a reply that reasons ("on") and one that does not ("off"), where the
+            template tells the model of both; else empty.
     """
 
     def __init__(
@@ -69,21 +73,25 @@ class ChatTemplate:
         tokenizer: Tokenizer,
         special: Mapping[str, str],
         placeholders: PlaceholderTokens | None = None,
+        after_media: str = "",
     ) -> None:
         """`sources`: templates by name, of which "default" renders all but conversations with
         tools where there is a "tool_use"; `special`: bos_token and the like, by name;
-        `placeholders`: those of a model that takes more than text."""
+        `placeholders`: those of a model that takes more than text; `after_media`: what parts a
+        picture or a sound from what follows it, unless that begins so itself."""
         self._sources = dict(sources)
         self._templates: dict[str, AnyTemplate] = {}
         self._tokenizer = tokenizer
         self._special = dict(special)
         self._placeholders = placeholders
+        self._after_media = after_media
+        self.modes = reasoning_modes(sources["default"])
         known = BY_TEXT.get(sources["default"])
         self.stop: tuple[str, ...] = known.stop if known else ()
         tokens = tokenizer.control_tokens
         self._escaper = ControlTokenEscaper(tokens)
         self._reply_escaper = ControlTokenEscaper(
-            [token for token in tokens if token not in (THINK, END_THINK)]
+            [token for token in tokens if token not in (THINK, END_THINK, *self.modes.values())]
         )
 
     @classmethod
@@ -94,6 +102,7 @@ class ChatTemplate:
         model_name: str | None = None,
         placeholders: PlaceholderTokens | None = None,
         form: str | None = None,
+        after_media: str = "",
     ) -> ChatTemplate:
         """Load the folder's own template, or else the published one for its tokenizer and name.
 
@@ -119,7 +128,12 @@ class ChatTemplate:
                     hint="Give the prompt as raw text, without a template.",
                 )
             sources = {"default": known.text}
-        return cls(sources, tokenizer, special, placeholders)
+        return cls(sources, tokenizer, special, placeholders, after_media)
+
+    @property
+    def reasons(self) -> bool:
+        """Whether the model was trained to reason, as its template or its tokenizer tells."""
+        return THINK in self._sources["default"] or THINK in self._tokenizer.control_tokens
 
     @property
     def text(self) -> str:
@@ -138,11 +152,13 @@ class ChatTemplate:
         tools: Sequence[Mapping[str, Any]] | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
+        opening: str = "",
     ) -> list[int]:
         """Token ids of the conversation.
 
-        With `add_generation_prompt` they end where the assistant's reply begins; with
-        `continue_final_message` where the words of the last message end, which is the assistant's.
+        With `add_generation_prompt` they end where the assistant's reply begins, or behind
+        `opening`, the text that it is to begin with; with `continue_final_message` where the words
+        of the last message end, which is the assistant's.
         A picture or a sound is one placeholder token, of which `media_parts.expand_placeholders`
         makes as many as it needs.
         Raises PromptError where a message, a tool or the template is at fault.
@@ -154,7 +170,7 @@ class ChatTemplate:
         if continue_final_message:
             text = rendering.open_text()
         else:
-            text = rendering.complete_text(add_generation_prompt)
+            text = rendering.complete_text(add_generation_prompt) + opening
         pieces = rendering.encode(text)
         return [token for ids, _, _ in pieces for token in ids]
 
@@ -264,13 +280,21 @@ class ChatTemplate:
             )
         return self._placeholder_names[part.kind]
 
+    def _joined(self, parts: Sequence[ContentPart], escaper: ControlTokenEscaper, mark: str) -> str:
+        """The parts of a message as the template sees them together."""
+        placed = [self._place(part, escaper, mark) for part in parts]
+        for index, part in enumerate(parts[:-1]):
+            if part.kind != "text" and not placed[index + 1].startswith(self._after_media):
+                placed[index] += self._after_media
+        return "".join(placed)
+
     def _turn(self, message: Message, template: AnyTemplate, mark: str) -> dict[str, Any]:
         """A message as the template sees it, its strings marked."""
         escaper = self._reply_escaper if message.role == "assistant" else self._escaper
         parts = message.parts or (ContentPart("text", message.content),)
         turn: dict[str, Any] = {
             "role": message.role,
-            "content": "".join(self._place(part, escaper, mark) for part in parts),
+            "content": self._joined(parts, escaper, mark),
         }
         for key in ("tools", "name", "tool_call_id"):
             if getattr(message, key) is not None:

@@ -24,7 +24,7 @@ EXAMPLE = (
 MEDIA_TAG = re.compile(r"<\|(image|audio)_\d+\|>")
 
 PlaceholderTokens = Mapping[str, int]
-"""The token that stands for a piece of a picture, and of a sound, by the kinds that a model takes."""
+"""The token that stands for a piece of a picture, or of a sound, by the kinds a model takes."""
 
 
 @dataclass(frozen=True)

@@ -231,11 +231,20 @@ PUBLISHED = (
 BY_NAME = {form.name: form for form in PUBLISHED}
 BY_TEXT = {form.text: form for form in PUBLISHED}
 
+THINK, NO_THINK = "<think>", "<|dummy_84|>"
+"""What a reply begins with that reasons, and one that does not."""
+
 # SHA-256 of published templates that are not needed here: their models' folders have them.
 KNOWN = {
     # chat_template.jinja of microsoft/Phi-4-reasoning-vision-15B
     "b763247b7f52d0c734cf30d623ee4a4a694bc3619eb89385a154ac50082416f0",
 }
+
+
+def reasoning_modes(text: str) -> dict[str, str]:
+    """What a reply begins with, by mode, of a template that tells its model of both; else empty."""
+    modes = {"on": THINK, "off": NO_THINK}
+    return modes if all(token in text for token in modes.values()) else {}
 
 
 def is_known(text: str) -> bool:

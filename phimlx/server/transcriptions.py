@@ -159,8 +159,8 @@ def _endpoint(translates: bool) -> Callable[[Request], Any]:
         form, data = await _read_form(request)
         async with AsyncExitStack() as stack:
             loaded = await stack.enter_async_context(service.hold(form.model))
-            if not loaded.phi.takes_media:
-                raise no_media(loaded.phi.name)
+            if not loaded.phi.hears:
+                raise no_media(loaded.phi.name, loaded.phi.takes_media)
             asked = question(translate_to="English" if translates else None)
             transcript = Transcript(service, loaded, data, form, asked)
             if form.stream:

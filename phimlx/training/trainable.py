@@ -36,10 +36,10 @@ def attach(model: CausalLM, settings: TrainSettings) -> Counts:
     Raises:
         TrainingError: where a target or layer does not exist, or the model cannot be trained so.
     """
-    if model.placeholders is not None:
+    if model.architecture.adapters:
         raise TrainingError(
-            "A model that sees and hears cannot be fine-tuned yet.",
-            hint="Fine-tune one that takes text only, such as phi-4-mini.",
+            "A model whose checkpoint holds adapters of its own cannot be fine-tuned yet.",
+            hint="Fine-tune one without, such as phi-4-mini.",
         )
     chosen = _chosen(settings, len(model.layers))
     paths = [path for path, _ in _targets(model, settings, chosen)]

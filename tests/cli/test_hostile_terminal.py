@@ -297,6 +297,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "json": Row(lambda text, at: ["generate", "--json", "hi"]),
         "image": Row(lambda text, at: ["generate", "--image", text, "hi"]),
         "flag": Row(lambda text, at: ["generate", "--temp", text, "hi"]),
+        "mode": Row(lambda text, at: ["generate", "--reasoning", text, "hi"]),
         "tools": Row(lambda text, at: ["generate", "--tools", text, "hi"]),
         "schema": Row(lambda text, at: ["generate", "--schema", f"{text} odd", "hi"]),
         "schema file": Row(lambda text, at: ["generate", "--schema", f"{text}.json", "hi"]),

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from phimlx.errors import PhimlxError, PromptError, TokenizerError
 from phimlx.generation.media_inputs import fill
+from phimlx.media.image import prepare_images
 from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.media_parts import ContentPart, attach, expand_placeholders, source_list
 from phimlx.prompt.messages import read_messages
@@ -70,7 +71,8 @@ def test_ids_are_those_that_the_real_weights_were_given(
     given = [part for kind, part in (("image", PICTURE), ("audio", SOUND)) for _ in sources[kind]]
     parts = [each for part in given for each in (part, text("\n"))]
     messages = [user(*parts, text(question))]
-    expanded, media = fill(multimodal.encode(messages), PLACEHOLDERS, sources, None, {})
+    ids_before = multimodal.encode(messages)
+    expanded, media = fill(ids_before, PLACEHOLDERS, sources, None, prepare_images)
     assert expanded == ids
     assert media is not None
     order = [*sources["image"], *sources["audio"]]

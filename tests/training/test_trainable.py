@@ -11,7 +11,7 @@ from mlx.utils import tree_flatten
 
 from phimlx.adapters.adapter import Base
 from phimlx.errors import TrainingError
-from phimlx.models.features import Placeholders
+from phimlx.models import registry
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.forward import Dropout
@@ -214,9 +214,14 @@ def test_what_this_model_cannot_do(settings: TrainSettings, message: str, hint: 
     assert (str(caught.value), caught.value.hint) == (message, hint)
 
 
-def test_a_model_that_sees_is_not_trained_yet() -> None:
+def test_a_model_with_adapters_of_its_own_is_not_trained_yet(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     model = tiny()
-    model.placeholders = Placeholders(5, 6)
+    monkeypatch.setattr(type(model), "architecture", registry.find("phi4mm"))
     with pytest.raises(TrainingError) as caught:
         attach(model, TrainSettings())
-    assert str(caught.value) == "A model that sees and hears cannot be fine-tuned yet."
+    assert (
+        str(caught.value)
+        == "A model whose checkpoint holds adapters of its own cannot be fine-tuned yet."
+    )

@@ -21,7 +21,7 @@ from phimlx.errors import MediaError
 from phimlx.machine.order import after
 from phimlx.models.phi4mm.config import AudioConfig as AudioConfig
 from phimlx.models.phi4mm.conformer import Encoder, audio_tokens
-from phimlx.models.phi4mm.vision import gelu
+from phimlx.models.siglip import gelu
 
 
 @dataclass(frozen=True)

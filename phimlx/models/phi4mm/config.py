@@ -6,9 +6,11 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phimlx.errors import ConfigError, shortened
+from phimlx.machine.memory import picture_bytes
+from phimlx.models.config_table import ConfigTable
 
-LARGEST = 1 << 16  # a hostile config must not make us build a network without end
+MODEL = "Phi-4-multimodal"
+DYNAMIC_HD = 36  # most crops of one image
 
 # What the published code hard-codes of the tower.
 VISION = {
@@ -62,7 +64,7 @@ class VisionConfig:
         Raises:
             ConfigError: naming the key, where a value cannot be.
         """
-        given = _Table(config, "").table("vision_config", optional=True)
+        given = ConfigTable(config, MODEL).table("vision_config", optional=True)
         given.check(FIXED_VISION)
         made = cls(**{key: given.count(key, default) for key, default in VISION.items()})
         given.check({"crop_size": made.image_size})
@@ -96,7 +98,7 @@ class AudioConfig:
         Raises:
             ConfigError: naming the key, where a value is missing or cannot be.
         """
-        given = _Table(config, "").table("audio_processor").table("config")
+        given = ConfigTable(config, MODEL).table("audio_processor").table("config")
         given.check(FIXED_AUDIO)
         bias = given.table("relative_attention_bias_args")
         bias.check(FIXED_BIAS)
@@ -115,44 +117,8 @@ class AudioConfig:
         return made
 
 
-@dataclass(frozen=True)
-class _Table:
-    """One table of a config, with the place where it stands."""
-
-    values: Mapping[str, Any]
-    place: str
-
-    def table(self, key: str, optional: bool = False) -> _Table:
-        values = self.values.get(key)
-        if values is None and optional:
-            values = {}
-        if not isinstance(values, Mapping):
-            found = "missing" if values is None else f"{shortened(values)}, not a table of values"
-            raise ConfigError(f"config.json: {self.place}{key} is {found}.")
-        return _Table(values, f"{self.place}{key}.")
-
-    def count(self, key: str, default: int | None = None) -> int:
-        value = self.values.get(key)
-        value = default if value is None else value
-        if value is None:
-            raise ConfigError(f"config.json: {self.place}{key} is missing.")
-        if not isinstance(value, int) or isinstance(value, bool) or not 0 < value <= LARGEST:
-            raise ConfigError(
-                f"config.json: {self.place}{key} is {shortened(value)}, not a whole number from 1 "
-                f"to {LARGEST}."
-            )
-        return value
-
-    def check(self, expected: Mapping[str, Any]) -> None:
-        for key, only in expected.items():
-            if self.values.get(key) not in (None, only):
-                raise ConfigError(
-                    f"config.json: {self.place}{key} is {shortened(self.values[key])}, but "
-                    f"Phi-4-multimodal has {shortened(only)} here."
-                )
-
-    def check_multiple(self, key: str, value: int, divisor: int) -> None:
-        if value % divisor:
-            raise ConfigError(
-                f"config.json: {self.place}{key} ({value}) is not a multiple of {divisor}."
-            )
+def image_memory(shape: Any, itemsize: int) -> dict[str, int]:
+    """Estimate what the largest image takes; arguments as in `Architecture.largest_image`."""
+    # The catalogue holds published models, which have the published tower.
+    vision = getattr(shape, "vision", None) or VisionConfig.from_dict({})
+    return {"crops": DYNAMIC_HD, "working": picture_bytes(vision, DYNAMIC_HD, itemsize)}

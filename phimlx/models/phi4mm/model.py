@@ -89,10 +89,10 @@ def _read_placeholders(config: Mapping[str, Any], vocabulary: int) -> Placeholde
                 f"{vocabulary}."
             )
         tokens.append(value)
-    placeholders = Placeholders(*tokens, ADAPTERS)
-    if placeholders.image == placeholders.audio:
+    image, audio = tokens
+    if image == audio:
         raise ConfigError(f"config.json: image_token_id and audio_token_id are both {value}.")
-    return placeholders
+    return Placeholders(image, audio, ADAPTERS)
 
 
 class ImageAudioEmbedding(nn.Module):

@@ -72,6 +72,7 @@ class Tokenizer:
 
     def __init__(self, vocabulary: Vocabulary, added: Iterable[AddedToken]) -> None:
         by_id = {token.id: token for token in added}
+        self._added = tuple(by_id.values())
         control = [token for token in by_id.values() if not token.is_blank]
         self._vocabulary = vocabulary
         self._control = AddedTokens(control)
@@ -111,6 +112,11 @@ class Tokenizer:
         found = cls(vocabulary, [*added, *overrides])
         check_ids(folder, found.vocab_size - 1)
         return found
+
+    def extended(self, tokens: Mapping[str, int]) -> Tokenizer:
+        """The same one with control tokens more, by name, which may be none of the vocabulary."""
+        more = (AddedToken(token, name) for name, token in tokens.items())
+        return Tokenizer(self._vocabulary, (*self._added, *more))
 
     def encode(self, text: str, control: bool = False, at_start: bool = True) -> list[int]:
         """Token ids of `text`; `at_start` where nothing stands before it.
