@@ -242,6 +242,21 @@ FAMILY: tuple[Model, ...] = (
         },
     ),
     Model(
+        alias="phi-4-reasoning-vision",
+        repo="microsoft/Phi-4-reasoning-vision-15B",
+        quantized_repo=None,
+        other_names=("phi-4-reasoning-vision-15b", "phi4-reasoning-vision"),
+        architecture="phi4-siglip",
+        context_length=32_768,
+        reasoning=True,
+        sampling={"temperature": 0.8, "top_p": 0.95},
+        **{
+            **PHI_4,
+            "parameters": 15_119_518_144,
+            "whole_parameters": 15_119_518_144 - PHI_4["parameters"],  # tower, projector
+        },
+    ),
+    Model(
         alias="phi-3.5-mini",
         repo="microsoft/Phi-3.5-mini-instruct",
         quantized_repo="mlx-community/Phi-3.5-mini-instruct-4bit",

@@ -14,6 +14,7 @@ from safetensors.numpy import load_file, save_file
 ARCHIVES = Path(__file__).parent / "assets" / "data"
 MULTIMODAL = Path("tiny", "tiny-phi4mm-remote")
 LOGITS, ORACLE = MULTIMODAL / "oracle.logits.safetensors", MULTIMODAL / "oracle.safetensors"
+VISION = Path("tiny", "tiny-phi4-siglip", "oracle.safetensors")
 INPUTS_SHA256 = "5ba5f35f7328291da22f12897046641460a55cc2f6219b24b5d9f67c399bb17d"
 
 

@@ -23,13 +23,18 @@ PUBLISHED = {
     "phi-4-reasoning-plus": "Phi-4-reasoning-plus",
     "phi-4-mini": "Phi-4-mini-instruct",
     "phi-4-mini-reasoning": "Phi-4-mini-reasoning",
+    "phi-4-reasoning-vision": "Phi-4-reasoning-vision-15B",
 }
+
+# Of a tower of 1152 by 4304 its last layer, the norm after it, and a pooling head with a probe.
+ATTENTION, MLP, NORM = 4 * (1152**2 + 1152), 2 * 1152 * 4304 + 4304 + 1152, 2 * 1152
+UNUSED = {"phi-4-reasoning-vision": 2 * (ATTENTION + MLP) + 4 * NORM + 1152}
 
 
 @pytest.mark.parametrize(("alias", "folder"), PUBLISHED.items())
 def test_shapes_are_those_of_the_published_configs(data: Path, alias: str, folder: str) -> None:
     published = json.loads((data / "hf" / folder / "config.json").read_text())
-    check_shape(alias, published)
+    check_shape(alias, published, UNUSED.get(alias, 0))
 
 
 @pytest.mark.parametrize(("alias", "folder"), PUBLISHED.items())
@@ -101,7 +106,8 @@ def test_earlier_models_have_the_published_shapes(alias: str, published: dict[st
     check_shape(alias, published)
 
 
-def check_shape(alias: str, published: dict[str, object]) -> None:
+def check_shape(alias: str, published: dict[str, object], without: int = 0) -> None:
+    """Compare the catalogue with a config; `without`: parameters that the model does without."""
     model = catalog.find(alias)
     assert model is not None
     config = build_model(published).config
@@ -120,7 +126,8 @@ def check_shape(alias: str, published: dict[str, object]) -> None:
     assert config.sliding_window != 2047 or model.context_length == 4096
     assert model.has_shape_of(published)
     parameters = dict(tree_flatten(build_model(published).parameters()))
-    assert model.parameters == sum(array.size for array in parameters.values())
+    built = sum(array.size for array in parameters.values())
+    assert model.parameters == built + without
 
 
 def test_multimodal_has_minis_shape_and_the_published_sizes(data: Path) -> None:

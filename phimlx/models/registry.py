@@ -392,6 +392,21 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             ),
         ),
     ),
+    Architecture(
+        model_type="phi4-siglip",
+        model="phimlx.models.phi4siglip.model:Phi4SiglipForCausalLM",
+        config="phimlx.models.phi4siglip.config:Phi4SiglipConfig",
+        projections=_PHI3_PROJECTIONS,
+        fused_projections=_PHI3_FUSED,
+        takes=("text", "image"),
+        parts={"encoders": ("model.vision_tower.", "model.mm_projector.")},
+        placeholder_texts={"image": "<image>"},
+        after_media="\n",
+        image_processor="phimlx.media.naflex:image_processor",
+        image_memory="phimlx.models.phi4siglip.config:image_memory",
+        sensitive_layers=_PHI3_SENSITIVE,
+        task="image-text-to-text",
+    ),
 )
 
 _BY_TYPE = {
