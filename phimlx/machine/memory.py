@@ -148,7 +148,9 @@ def picture_bytes(vision: ImageEncoderShape, crops: int, itemsize: int = 2) -> i
 def patches_bytes(vision: PatchEncoderShape, patches: int, itemsize: int = 2) -> int:
     """Estimate what encoding an image of so many patches, all of them at once, takes."""
     pixels = patches * 3 * vision.patch_size**2 * 4
-    scores = 2 * vision.num_attention_heads * min(patches, queries_at_once()) * patches * 4
+    # Scores of the piece that is computed and of those that MLX works ahead by.
+    queries = min(patches, 4 * queries_at_once())
+    scores = 3 * vision.num_attention_heads * queries * patches * 4
     rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
     return pixels + scores + rows
 
