@@ -101,7 +101,7 @@ def test_an_unknown_setting_names_those_there_are() -> None:
     assert str(caught.value) == "There is no setting 'heat'."
     assert caught.value.hint == (
         "The settings are max-tokens, temp, top-p, top-k, min-p, repetition-penalty, "
-        "presence-penalty, frequency-penalty, seed, stop."
+        "presence-penalty, frequency-penalty, seed, reasoning, stop."
     )
 
 
