@@ -12,7 +12,13 @@ from phimlx import catalog
 from phimlx.adapters.variants import THINK, Variants
 from phimlx.checkpoint.folder import DTYPES, Checkpoint
 from phimlx.checkpoint.load import load_model
-from phimlx.errors import CacheError, ConfigError, GenerationError, shortened
+from phimlx.errors import (
+    CacheError,
+    ConfigError,
+    ContextLengthError,
+    GenerationError,
+    shortened,
+)
 from phimlx.files import translate_read_errors
 from phimlx.generation.engine import Engine
 from phimlx.generation.generation_config import GenerationConfig
@@ -450,7 +456,7 @@ class Phi:
         room = self.context_length - prompt_tokens
         if max_tokens is None:
             if room < 1:
-                raise GenerationError(
+                raise ContextLengthError(
                     f"The prompt has {prompt_tokens:,} tokens, but {self.name} holds "
                     f"{self.context_length:,} for prompt and reply together.",
                     hint="Shorten the prompt.",
@@ -459,7 +465,7 @@ class Phi:
         if isinstance(max_tokens, bool) or not isinstance(max_tokens, int) or max_tokens < least:
             raise GenerationError(f"max_tokens is {max_tokens!r}; it must be {least} or more.")
         if max_tokens > room:
-            raise GenerationError(
+            raise ContextLengthError(
                 f"The prompt has {prompt_tokens:,} tokens and the reply may have {max_tokens:,}: "
                 f"{prompt_tokens + max_tokens:,} together, but {self.name} holds "
                 f"{self.context_length:,}.",

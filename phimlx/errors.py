@@ -53,6 +53,10 @@ class GrammarError(GenerationError):
     """A schema, regular expression or grammar that no reply can be held to."""
 
 
+class ContextLengthError(GenerationError):
+    """A prompt that does not fit the context, alone or with the reply that is asked for."""
+
+
 class DownloadError(PhimlxError):
     """A model that cannot come to this machine: network, permission or disk."""
 

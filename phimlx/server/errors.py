@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import secrets
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -12,6 +13,7 @@ from phimlx.errors import (
     CacheError,
     CheckpointError,
     ConfigError,
+    ContextLengthError,
     DownloadError,
     GenerationError,
     MediaError,
@@ -21,8 +23,12 @@ from phimlx.errors import (
     ResourceError,
     SettingsError,
     TokenizerError,
+    clipped,
     shortage,
 )
+
+CLOSE = {"connection": "close"}  # for what is left of a body is nobody's
+LONGEST = 200  # characters of a place in a body, which a client names
 
 
 @dataclass(eq=False)
@@ -61,6 +67,7 @@ def overloaded(message: str, seconds: int) -> RequestError:
 
 STATUSES: tuple[tuple[type[PhimlxError], int, str | None], ...] = (
     (ModelNotFoundError, 404, "model_not_found"),
+    (ContextLengthError, 400, "context_length_exceeded"),
     (PromptError, 400, None),
     (GenerationError, 400, None),
     (MediaError, 400, None),
@@ -93,14 +100,32 @@ def explain(error: BaseException) -> RequestError:
     )
 
 
-def json_type_error(errors: list[dict[str, Any]]) -> RequestError:
-    """Say in a sentence what the first error of a pydantic model is about."""
+def json_type_error(errors: Sequence[Mapping[str, Any]], value: Any) -> RequestError:
+    """Say in a sentence what the first error of a pydantic model is about.
+
+    Args:
+        errors: as `ValidationError.errors` lists them.
+        value: what was read.
+    """
     first = errors[0]
-    place = ".".join(str(part) for part in first["loc"] if not str(part).startswith("function-"))
+    place = _place(first["loc"], value)[:LONGEST]
     if first["type"] == "extra_forbidden":
         return bad_request(f"There is no field {place}.", place, "unknown_parameter")
     if first["type"] == "missing":
         return bad_request(f"{place} is missing.", place, "missing_required_parameter")
     reason = str(first["msg"]).removeprefix("Value error, ").rstrip(".")
-    reason = reason[:1].lower() + reason[1:]
+    reason = clipped(reason[:1].lower() + reason[1:])
     return bad_request(f"{place or 'The body'}: {reason}.", place or None, "invalid_type")
+
+
+def _place(loc: Sequence[str | int], value: Any) -> str:
+    """Name where something is wrong, without what pydantic adds for the variants of a union."""
+    found = []
+    for number, part in enumerate(loc, 1):
+        here = range(len(value)) if isinstance(value, list) else value
+        if isinstance(value, Mapping | list) and part in here:
+            value = value[part]  # type: ignore[index, call-overload]
+        elif number < len(loc) or not isinstance(value, Mapping):
+            continue
+        found.append(str(part))
+    return ".".join(found)

@@ -14,10 +14,11 @@ from typing import Any
 from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from phimlx.server.errors import RequestError, explain
+from phimlx.server.errors import CLOSE, RequestError, explain
+from phimlx.server.http import Json
 from phimlx.server.settings import ServerSettings
 
 log = logging.getLogger("phimlx.server")
@@ -25,7 +26,6 @@ access = logging.getLogger("phimlx.access")
 
 BODY_SECONDS = 60.0  # for a client to send a body, or to read what is sent
 OPEN_PATHS = ("/health",)
-CLOSE = {"connection": "close"}  # for what is left of a body is nobody's
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?", re.IGNORECASE)
 
 ErrorShape = Callable[[RequestError], dict[str, Any]]
@@ -103,7 +103,7 @@ class Guard:
                 if known.status >= 500:
                     log.error("%s: %s", request_id, known.message, exc_info=error)
                 content = self._shape(scope["path"], known)
-                response = JSONResponse(content, known.status, known.headers)
+                response = Json(content, known.status, known.headers)
                 await response(scope, receive, sending)
         except (TimeoutError, OSError):
             log.info("%s: the client has gone", request_id)

@@ -4,26 +4,63 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing
-from typing import Any, TypeVar
+from dataclasses import dataclass
+from typing import Any, ClassVar, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
 from starlette.requests import Request
-from starlette.responses import Response
+from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
-from phimlx.server.errors import bad_request, json_type_error
+from phimlx.server.errors import CLOSE, RequestError, bad_request, json_type_error
 
 PING_SECONDS = 10.0
 MAX_MESSAGES = 4096  # of a conversation: an agent adds one for each call and each result
 DEEPEST = 100  # levels of a body's JSON
+MAX_TEXT = 8 << 20  # bytes of a body's JSON without the media in it
+MEDIA_KEYS = frozenset({"url", "image_url", "data", "images"})  # that hold media, in any dialect
+
+
+@dataclass(frozen=True)
+class Refusal:
+    """Why a field that clients know cannot be honoured.
+
+    Attributes:
+        reason: completes "NAME: …".
+        harmless: values that ask for nothing.
+    """
+
+    reason: str
+    harmless: tuple[Any, ...] = ()
+
+    def allows(self, value: Any) -> bool:
+        return any(type(value) is type(each) and value == each for each in self.harmless)
 
 
 class Body(BaseModel):
-    """The body of a request, whose values keep their JSON types; null is the same as absent."""
+    """The body of a request, or an object in it, whose values keep their JSON types.
+
+    Null is the same as absent.
+
+    Attributes:
+        refused: fields that are none of the model's, and why.
+    """
 
     model_config = ConfigDict(extra="forbid", strict=True, frozen=True)
+    refused: ClassVar[Mapping[str, Refusal]] = {}
+
+    @model_validator(mode="before")
+    @classmethod
+    def _read(cls, value: Any) -> Any:
+        if not isinstance(value, dict):
+            return value
+        given = without_nulls(value)
+        for name, refusal in cls.refused.items():
+            if name in given and not refusal.allows(given.pop(name)):
+                raise bad_request(f"{name}: {refusal.reason}.", name, "unsupported_parameter")
+        return given
 
 
 AnyBody = TypeVar("AnyBody", bound=Body)
@@ -35,18 +72,27 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
     Raises:
         RequestError: naming the field that is wrong.
     """
+    raw = await request.body()
     try:
-        value = json.loads(await request.body())
+        value = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
         raise bad_request("The body is not JSON.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("The body is not a JSON object.", code="invalid_json")
     if _is_deep(value):
         raise bad_request(f"The body is nested more than {DEEPEST} deep.", code="invalid_json")
+    if len(raw) > MAX_TEXT and len(raw) - _media_size(value) > MAX_TEXT:
+        message = f"The body without its media is larger than {MAX_TEXT >> 20} MiB."
+        raise RequestError(413, message, code="too_large", headers=CLOSE)
+    return validate(kind, value)
+
+
+def validate(kind: type[AnyBody], value: Any) -> AnyBody:
+    """Check what has been read. Raises RequestError, naming the field that is wrong."""
     try:
-        return kind.model_validate(without_nulls(value))
+        return kind.model_validate(value)
     except ValidationError as error:
-        raise json_type_error(error.errors(include_url=False)) from None  # type: ignore[arg-type]
+        raise json_type_error(error.errors(include_url=False), value) from None
 
 
 def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
@@ -64,6 +110,31 @@ def _is_deep(value: Any) -> bool:
             for inner in (each.values() if isinstance(each, dict) else each)
         ]
     return bool(level)
+
+
+def _media_size(value: Any) -> int:
+    """Count the characters of strings that are media."""
+    size, open_values = 0, [("", value)]
+    while open_values:
+        key, each = open_values.pop()
+        if isinstance(each, dict):
+            open_values += each.items()
+        elif isinstance(each, list):
+            open_values += [(key, item) for item in each]
+        elif isinstance(each, str) and key in MEDIA_KEYS:
+            size += len(each)
+    return size
+
+
+def _refuse_constant(name: str) -> NoReturn:
+    raise ValueError(f"{name} is not JSON")
+
+
+class Json(JSONResponse):
+    """A response of JSON, whatever a client's words in it are."""
+
+    def render(self, content: Any) -> bytes:
+        return dump(content).encode()
 
 
 def event(data: Any, name: str | None = None) -> bytes:

@@ -19,6 +19,7 @@ from phimlx.generation.reply import Chunk, Reply
 from phimlx.generation.request import Request
 from phimlx.media.limits import Limits
 from phimlx.server.errors import RequestError, bad_request, overloaded
+from phimlx.server.kept import Kept
 from phimlx.server.metrics import Metrics
 from phimlx.server.models import Loaded, Models
 from phimlx.server.settings import ServerSettings
@@ -27,6 +28,9 @@ from phimlx.server.worker import Generation, Worker
 PREPARING = 2  # threads that make prompts of requests
 RETRY_SECONDS = 5
 MAX_CHOICES = 8
+KEPT_RESPONSES = 1000
+KEPT_BYTES = 64 << 20
+MAX_MEDIA = 64  # pictures and sounds of one prompt
 
 Result = TypeVar("Result")
 
@@ -116,6 +120,7 @@ class Service:
         settings, models, worker: as given.
         running: replies that are under way, those that wait for their turn among them.
         metrics: what has been counted.
+        responses: that clients may read again or go on from, by their ids.
         draining: whether the server is about to stop, and takes no more.
     """
 
@@ -125,6 +130,7 @@ class Service:
         self.worker = worker
         self.running = 0
         self.draining = False
+        self.responses: Kept[Any] = Kept(KEPT_RESPONSES, KEPT_BYTES)
         self.metrics = Metrics(
             {
                 "replies_running": ("Replies under way or waiting.", lambda: self.running),
@@ -166,8 +172,6 @@ class Service:
         self, model: str, count: int = 1, keep_alive: float | None = None
     ) -> AsyncIterator[Loaded]:
         """Hold a model for so many replies at a time; errors as `answer` raises them."""
-        if not 1 <= count <= MAX_CHOICES:
-            raise bad_request(f"n is {count}; it must be from 1 to {MAX_CHOICES}.", "n")
         self._admit(count)
         self.running += count
         try:
@@ -177,9 +181,11 @@ class Service:
             self.running -= count
 
     @asynccontextmanager
-    async def begin(self, loaded: Loaded, ask: Ask) -> AsyncIterator[Answer]:
+    async def begin(self, loaded: Loaded, *asks: Ask) -> AsyncIterator[Answer]:
         """Begin the replies of a model that is held; errors as `answer` raises them."""
-        requests = await self.run(lambda: self._requests(loaded.phi, ask))
+        requests = await self.run(
+            lambda: [each for ask in asks for each in self._requests(loaded.phi, ask)]
+        )
         generations = [Generation(each, loaded.phi.engine) for each in requests]
         seconds = self.settings.request_seconds
         deadline = asyncio.get_running_loop().call_later(seconds, self._expire, generations)
@@ -217,6 +223,12 @@ class Service:
             raise overloaded("Too many requests wait here; try again later.", RETRY_SECONDS)
 
     def _requests(self, phi: Phi, ask: Ask) -> list[Request]:
+        if not 1 <= ask.n <= MAX_CHOICES:
+            raise bad_request(f"n is {ask.n}; it must be from 1 to {MAX_CHOICES}.", "n")
+        if (count := _count_media(ask.prompt)) > MAX_MEDIA:
+            raise bad_request(
+                f"There are {count} pictures and sounds; at most {MAX_MEDIA} are read."
+            )
         given = {"limits": self.limits, **ask.options}
         wanted = given.pop("max_tokens", None)
         most = [limit for limit in (wanted, self.settings.max_tokens) if limit is not None]
@@ -228,6 +240,14 @@ class Service:
         for request in requests:
             request.max_tokens = min([request.max_tokens, *most])
         return requests
+
+
+def _count_media(prompt: Prompt) -> int:
+    """Count the parts of messages that are more than text."""
+    messages = [] if isinstance(prompt, str) else [e for e in prompt if isinstance(e, Mapping)]
+    contents = [message.get("content") for message in messages]
+    parts = [part for content in contents if isinstance(content, list) for part in content]
+    return sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
 
 
 def _tokens(phi: Phi, ask: Ask, options: PromptOptions) -> list[int]:

@@ -13,7 +13,7 @@ from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
-from pydantic import ConfigDict, Field, ValidationError
+from pydantic import ConfigDict, Field
 from starlette.datastructures import FormData, UploadFile
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
@@ -23,8 +23,8 @@ from phimlx.generation.reply import Stats
 from phimlx.media.segments import Segment, split_audio
 from phimlx.media.subtitles import FORMATS, Cue
 from phimlx.prompt.media_parts import no_media
-from phimlx.server.errors import bad_request, explain, json_type_error
-from phimlx.server.http import Body, Streamed, event
+from phimlx.server.errors import bad_request, explain
+from phimlx.server.http import Body, Streamed, event, validate
 from phimlx.server.models import Loaded
 from phimlx.server.openai import error_object
 from phimlx.server.service import Answer, Ask, Service
@@ -180,10 +180,7 @@ async def _read_form(request: Request) -> tuple[TranscriptionForm, bytes]:
     """
     async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
         fields = _fields(form)
-        try:
-            read = TranscriptionForm.model_validate(fields)
-        except ValidationError as error:
-            raise json_type_error(error.errors(include_url=False)) from None  # type: ignore[arg-type]
+        read = validate(TranscriptionForm, fields)
         read.check()
         upload = form.get("file")
         if not isinstance(upload, UploadFile):
