@@ -516,14 +516,14 @@ BAD: list[tuple[dict[str, Any], str]] = [
      "messages.0.name: Extra inputs are not permitted"),
     ({"messages": [{"role": "user", "content": [{"type": "video"}]}]}, "messages.0.content.0: "),
     ({"messages": [{"role": "user", "content": [{"type": "text", "text": "x", "y": 1}]}]},
-     "messages.0.content.0.text.y: Extra inputs are not permitted"),
+     "messages.0.content.0.y: Extra inputs are not permitted"),
     ({"messages": [{"role": "user", "content": [
         {"type": "tool_use", "id": "a", "name": "f", "input": {}}]}]}, "messages.0.content.0: "),
     ({"messages": [{"role": "user", "content": [
         {"type": "tool_result", "tool_use_id": "b", "content": "x"}]}]}, "messages.0.content.0: "),
     ({"messages": [{"role": "user", "content": [
         {"type": "image", "source": {"type": "file", "file_id": "f"}}]}]},
-     "messages.0.content.0.image.source: "),
+     "messages.0.content.0.source: "),
     ({"messages": [{"role": "user", "content": [
         {"type": "image", "source": {"type": "url", "url": "file:///etc/passwd"}}]}]},
      "messages[0].content[0] has an image_url"),
@@ -535,7 +535,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"messages": tool_turns([image_block(picture("vision-00.png"))])}, "nano reads text alone"),
     ({"messages": [{"role": "user", "content": [
         {"type": "document", "source": {"type": "base64", "media_type": "application/pdf",
-                                        "data": "x"}}]}]}, "messages.0.content.0.document.source"),
+                                        "data": "x"}}]}]}, "messages.0.content.0.source"),
     ({"system": 5}, "system: "),
     ({"system": [{"type": "image"}]}, "system.0.type: "),
     ({"tools": [{"name": "f"}]}, "tools.0.input_schema: Field required"),

@@ -232,6 +232,6 @@ def select_tools(tools: Sequence[Function], choice: str | ToolChoice) -> dict[st
 
 def reasoning_mode(effort: str | None) -> dict[str, Any]:
     """Choose whether a reply begins with thought; the model's own way where nothing is said."""
-    if effort is None:
-        return {}
-    return {"reasoning": "off" if effort in ("none", "minimal") else "on"}
+    if effort is not None:
+        raise bad_request("reasoning: whether a model reasons cannot be chosen.", "reasoning")
+    return {}

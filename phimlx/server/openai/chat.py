@@ -18,7 +18,7 @@ from phimlx.generation.logprobs import MAX_TOP
 from phimlx.generation.reply import Chunk, Reply
 from phimlx.prompt.tools import ToolCall
 from phimlx.server.errors import bad_request, explain
-from phimlx.server.http import Body, Json, Refusal, Streamed, event, read_body
+from phimlx.server.http import MAX_MESSAGES, Body, Json, Refusal, Streamed, event, read_body
 from phimlx.server.openai.bodies import (
     MAX_TOOLS,
     OTHERS_FIELDS,
@@ -41,8 +41,6 @@ from phimlx.server.openai.shapes import (
     usage,
 )
 from phimlx.server.service import Answer, Ask, Service
-
-MAX_MESSAGES = 512
 
 
 class FunctionTool(Body):

@@ -9,7 +9,7 @@ from pydantic import BeforeValidator, Field, TypeAdapter
 
 from phimlx.generation.logprobs import MAX_TOP
 from phimlx.server.errors import bad_request
-from phimlx.server.http import Body, Refusal
+from phimlx.server.http import MAX_MESSAGES, Body, Refusal
 from phimlx.server.openai.bodies import (
     MAX_TOOLS,
     Effort,
@@ -25,7 +25,6 @@ from phimlx.server.openai.bodies import (
 from phimlx.server.openai.messages import DETAIL, InputAudio
 from phimlx.server.service import Ask
 
-MAX_ITEMS = 1024
 LOGPROBS = "message.output_text.logprobs"
 INCLUDED = Literal["message.output_text.logprobs", "reasoning.encrypted_content"]
 
@@ -214,7 +213,7 @@ class ResponseBody(HintsBody):
 
     model: str
     input: Annotated[
-        list[SentItem], BeforeValidator(_as_items), Field(min_length=1, max_length=MAX_ITEMS)
+        list[SentItem], BeforeValidator(_as_items), Field(min_length=1, max_length=MAX_MESSAGES)
     ]
     instructions: str | None = None
     max_output_tokens: int | None = Field(None, ge=1)
