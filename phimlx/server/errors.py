@@ -108,7 +108,7 @@ def json_type_error(errors: Sequence[Mapping[str, Any]], value: Any) -> RequestE
         value: what was read.
     """
     first = errors[0]
-    place = _place(first["loc"], value)[:LONGEST]
+    place = _place(first["loc"], value, first["type"] == "missing")[:LONGEST]
     if first["type"] == "extra_forbidden":
         return bad_request(f"There is no field {place}.", place, "unknown_parameter")
     if first["type"] == "missing":
@@ -118,14 +118,14 @@ def json_type_error(errors: Sequence[Mapping[str, Any]], value: Any) -> RequestE
     return bad_request(f"{place or 'The body'}: {reason}.", place or None, "invalid_type")
 
 
-def _place(loc: Sequence[str | int], value: Any) -> str:
+def _place(loc: Sequence[str | int], value: Any, is_missing: bool) -> str:
     """Name where something is wrong, without what pydantic adds for the variants of a union."""
     found = []
     for number, part in enumerate(loc, 1):
         here = range(len(value)) if isinstance(value, list) else value
         if isinstance(value, Mapping | list) and part in here:
             value = value[part]  # type: ignore[index, call-overload]
-        elif number < len(loc) or not isinstance(value, Mapping):
+        elif number < len(loc) or not is_missing:
             continue
         found.append(str(part))
     return ".".join(found)
