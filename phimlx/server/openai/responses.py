@@ -85,8 +85,8 @@ def _turns(service: Service, body: ResponseBody) -> list[dict[str, Any]]:
         kept = service.responses.get(body.previous_response_id)
         if kept is None:
             raise bad_request(
-                f"previous_response_id: there is no response {body.previous_response_id[:100]} here, "
-                "or no more.",
+                "previous_response_id: there is no response "
+                f"{body.previous_response_id[:100]} here, or no more.",
                 "previous_response_id",
                 "previous_response_not_found",
             )
