@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -108,7 +108,7 @@ def json_type_error(errors: Sequence[Mapping[str, Any]], value: Any) -> RequestE
         value: what was read.
     """
     first = errors[0]
-    place = _place(first["loc"], value, first["type"] == "missing")[:LONGEST]
+    place = ".".join(_place(first["loc"], value, first["type"] == "missing"))[:LONGEST]
     if first["type"] == "extra_forbidden":
         return bad_request(f"There is no field {place}.", place, "unknown_parameter")
     if first["type"] == "missing":
@@ -118,14 +118,24 @@ def json_type_error(errors: Sequence[Mapping[str, Any]], value: Any) -> RequestE
     return bad_request(f"{place or 'The body'}: {reason}.", place or None, "invalid_type")
 
 
-def _place(loc: Sequence[str | int], value: Any, is_missing: bool) -> str:
-    """Name where something is wrong, without what pydantic adds for the variants of a union."""
+def _place(loc: Sequence[str | int], value: Any, is_missing: bool) -> list[str]:
+    """Name where something is wrong, without what pydantic adds for the variants of a union.
+
+    What it adds may be the name of a field, too, so that a part is taken for a field where the
+    last of the parts is then one, or more of them are.
+    """
+    if not loc:
+        return []
+    part, rest = loc[0], loc[1:]
     found = []
-    for number, part in enumerate(loc, 1):
-        here = range(len(value)) if isinstance(value, list) else value
-        if isinstance(value, Mapping | list) and part in here:
-            value = value[part]  # type: ignore[index, call-overload]
-        elif number < len(loc) or not is_missing:
-            continue
-        found.append(str(part))
-    return ".".join(found)
+    if part in (range(len(value)) if isinstance(value, list) else _keys(value)):
+        found.append([str(part), *_place(rest, value[part], is_missing)])
+    elif is_missing and not rest and isinstance(value, Mapping):
+        return [str(part)]
+    if rest:
+        found.append(_place(rest, value, is_missing))
+    return max(found, key=lambda place: (place[-1:] == [str(loc[-1])], len(place)), default=[])
+
+
+def _keys(value: Any) -> Collection[Any]:
+    return value.keys() if isinstance(value, Mapping) else ()
