@@ -48,6 +48,7 @@ class Ask:
             refused.
         before: tokens that stand before the prompt, as an earlier reply told them.
         keep_alive: seconds for which the model stays afterwards; as before where None.
+        reasons: whether the reply is to begin with thought; the model's own way where None.
     """
 
     model: str
@@ -57,6 +58,7 @@ class Ask:
     fit: bool = False
     before: Sequence[int] = ()
     keep_alive: float | None = None
+    reasons: bool | None = None
 
 
 class Answer:
@@ -229,6 +231,7 @@ class Service:
             raise bad_request(
                 f"There are {count} pictures and sounds; at most {MAX_MEDIA} are read."
             )
+        _check_reasoning(phi, ask)
         given = {"limits": self.limits, **ask.options}
         wanted = given.pop("max_tokens", None)
         most = [limit for limit in (wanted, self.settings.max_tokens) if limit is not None]
@@ -240,6 +243,12 @@ class Service:
         for request in requests:
             request.max_tokens = min([request.max_tokens, *most])
         return requests
+
+
+def _check_reasoning(phi: Phi, ask: Ask) -> None:
+    if ask.reasons not in (None, phi.reasons):
+        always = "reasons before every reply" if phi.reasons else "does not reason"
+        raise bad_request(f"{ask.model} {always}, and that cannot be chosen.", "reasoning")
 
 
 def _count_media(prompt: Prompt) -> int:

@@ -456,3 +456,31 @@ def test_what_is_not_served_says_why(client: openai.OpenAI) -> None:
         client.files.retrieve("file-1")
     assert "nano" in [model.id for model in client.models.list()]
     assert client.models.retrieve("nano").id == "nano"
+
+
+def test_a_message_is_taken_back_as_the_client_holds_it(
+    client: openai.OpenAI, nano: Phi, say: Say
+) -> None:
+    say(CALLS)
+    message = ask(client, tools=[WEATHER], max_tokens=99).choices[0].message
+    results = [
+        {"role": "tool", "tool_call_id": call.id, "content": "sunny"} for call in message.tool_calls
+    ]
+    for held in (message, message.model_dump()):
+        found = ask(client, [*QUESTION, held, *results], tools=[WEATHER], max_tokens=2)
+        assert found.usage.prompt_tokens > len(nano.encode(QUESTION, tools=[WEATHER]))
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        {"reasoning_effort": "none"},
+        {"extra_body": {"chat_template_kwargs": {"enable_thinking": False}}},
+        {"extra_body": {"thinking": {"type": "disabled"}}},
+        {"extra_body": {"reasoning": {"enabled": False, "exclude": True}}},
+    ],
+)
+def test_a_model_that_does_not_reason_may_be_told_not_to(
+    client: openai.OpenAI, given: dict[str, Any]
+) -> None:
+    assert ask(client, **given).choices[0].message.content == "5"

@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from phimlx.generation.engine import Engine
 from phimlx.server.http import MAX_TEXT, Body
 from phimlx.server.openai.chat import ChatBody
 from phimlx.server.openai.completions import CompletionBody
@@ -212,6 +213,10 @@ CHATS: list[tuple[dict[str, Any], str | None]] = [
     ({"chat_template_kwargs": {"system": "x"}}, "chat_template_kwargs.system"),
     ({"add_generation_prompt": False}, "add_generation_prompt"),
     ({"continue_final_message": True}, None),
+    ({"reasoning_effort": "high"}, "reasoning"),
+    ({"reasoning": {"effort": "low"}}, "reasoning"),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, "reasoning"),
+    ({"thinking": {"type": "enabled"}}, "reasoning"),
     ({"service_tier": "priority"}, "service_tier"),
     ({"metadata": {"a": 5}}, "metadata.a"),
 ]
@@ -316,7 +321,7 @@ def test_a_bad_request_is_refused(
     error = check_refusal(send(server, path, GOOD[path] | change))
     assert error["param"] == param
     if param is not None:
-        assert param.split("[")[0].split(".")[-1] in error["message"]
+        assert param.split("[")[0].split(".")[-1].removesuffix("ing") in error["message"]
 
 
 @pytest.mark.parametrize("path", GOOD)
@@ -407,5 +412,37 @@ def test_no_value_of_a_field_is_an_error_of_the_server(
                 name,
                 *BODIES[path].model_fields,
                 "detail",
+                "reasoning",
             )
     assert send(steady, path, GOOD[path]).status_code == 200
+
+
+ENDS = {
+    CHAT: ["data: [DONE]"],
+    COMPLETIONS: ["data: [DONE]"],
+    RESPONSES: [],
+}
+
+
+@pytest.mark.parametrize("path", GOOD)
+def test_an_error_in_a_stream_is_an_event_and_its_end(
+    server: Running, monkeypatch: pytest.MonkeyPatch, path: str
+) -> None:
+    def fail(self: Engine) -> None:
+        raise RuntimeError("inside")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Engine, "step", fail)
+        text = send(server, path, GOOD[path] | {"stream": True}).text
+        whole = send(server, path, GOOD[path])
+    lines = [line for line in text.split("\n") if line.startswith("data: ")]
+    last = lines[-1 - len(ENDS[path])]
+    assert lines[len(lines) - len(ENDS[path]) :] == ENDS[path]
+    told = json.loads(last.removeprefix("data: "))
+    if path == RESPONSES:
+        assert (told["type"], told["response"]["status"]) == ("response.failed", "failed")
+        told = told["response"]
+    assert told["error"]["code"] == "internal_error"
+    assert (whole.status_code, whole.json()["error"]["type"]) == (500, "server_error")
+    assert "inside" not in text + whole.text
+    assert send(server, path, GOOD[path]).status_code == 200

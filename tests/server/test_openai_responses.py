@@ -225,6 +225,8 @@ def test_a_conversation_goes_on_from_a_response(client: openai.OpenAI, nano: Phi
     assert found.usage.input_tokens == len(nano.encode(messages, tools=[WEATHER]))
     assert found.previous_response_id == first.id
     referred = [user(TEXT), *({"type": "item_reference", "id": item.id} for item in first.output)]
+    held = [user(TEXT), *first.output, *results]
+    assert ask(client, held, tools=[TOOL], max_output_tokens=4).output_text == found.output_text
     again = ask(client, [*referred, *results], tools=[TOOL], max_output_tokens=4)
     assert again.output_text == found.output_text
 

@@ -230,8 +230,6 @@ def select_tools(tools: Sequence[Function], choice: str | ToolChoice) -> dict[st
     return {"tools": [tool.definition() for tool in offered], "tool_choice": mode}
 
 
-def reasoning_mode(effort: str | None) -> dict[str, Any]:
-    """Choose whether a reply begins with thought; the model's own way where nothing is said."""
-    if effort is not None:
-        raise bad_request("reasoning: whether a model reasons cannot be chosen.", "reasoning")
-    return {}
+def wants_reasoning(effort: str | None) -> bool | None:
+    """Whether a reply is to begin with thought; None where nothing is said of it."""
+    return None if effort is None else effort not in ("none", "minimal")

@@ -29,8 +29,8 @@ from phimlx.server.openai.bodies import (
     SamplingBody,
     ToolChoice,
     chosen,
-    reasoning_mode,
     select_tools,
+    wants_reasoning,
 )
 from phimlx.server.openai.messages import AssistantMessage, Message, turns
 from phimlx.server.openai.shapes import (
@@ -165,9 +165,9 @@ class ChatBody(SamplingBody):
             **self.held_to(),
             **self.response_format.options(),
             **select_tools([tool.function for tool in self.tools], self.tool_choice),
-            **reasoning_mode(self._effort()),
         }
-        return Ask(self.model, turns(self.messages), chosen(options), self.n)
+        reasons = wants_reasoning(self._effort())
+        return Ask(self.model, turns(self.messages), chosen(options), self.n, reasons=reasons)
 
     def _continues(self) -> bool:
         """Whether the last message is the beginning of the reply."""

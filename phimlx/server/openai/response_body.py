@@ -19,8 +19,8 @@ from phimlx.server.openai.bodies import (
     PlainFormat,
     ToolChoice,
     chosen,
-    reasoning_mode,
     select_tools,
+    wants_reasoning,
 )
 from phimlx.server.openai.messages import DETAIL, InputAudio
 from phimlx.server.service import Ask
@@ -255,12 +255,12 @@ class ResponseBody(HintsBody):
             "continue_final_message": _continues(turns),
             **self.text.format.options(),
             **select_tools(self.tools, self.tool_choice),
-            **reasoning_mode(self.reasoning.effort),
         }
         told = (
             [] if self.instructions is None else [{"role": "system", "content": self.instructions}]
         )
-        return Ask(self.model, [*told, *turns], chosen(options), fit=True)
+        reasons = wants_reasoning(self.reasoning.effort)
+        return Ask(self.model, [*told, *turns], chosen(options), fit=True, reasons=reasons)
 
 
 def turns_of(items: Sequence[Any], before: Sequence[dict[str, Any]] = ()) -> list[dict[str, Any]]:
