@@ -24,6 +24,7 @@ COMMANDS = {
     "transcribe": ("phimlx.cli.transcribe", "Write down what is said in recordings."),
     "serve": ("phimlx.cli.serve", "Answer other programs over HTTP."),
     "history": ("phimlx.cli.history", "List, search, export or delete what was said."),
+    "ui": ("phimlx.cli.ui", "Chat on a page in the browser."),
     "download": ("phimlx.cli.download", "Bring a model from the Hub to this machine."),
     "list": ("phimlx.cli.list", "List the models on this machine."),
     "remove": ("phimlx.cli.remove", "Delete a model from this machine."),

@@ -19,6 +19,7 @@ FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
 
 @click.command()
 @click_options(ServerSettings)
+@click.option("--open", "opens", is_flag=True, help="Open the chat page in a browser.")
 @click.option("--check", "action", flag_value="check", help="Say what would run, and run nothing.")
 @click.option(
     "--install",
@@ -28,7 +29,7 @@ FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
 )
 @click.option("--uninstall", "action", flag_value="uninstall", help="Stop that service for good.")
 @click.option("--status", "action", flag_value="status", help="Say whether it runs.")
-def command(action: str | None, **flags: Any) -> None:
+def command(action: str | None, opens: bool, **flags: Any) -> None:
     """Serve models to programs that speak OpenAI's, Anthropic's or Ollama's API.
 
     \b
@@ -38,23 +39,52 @@ def command(action: str | None, **flags: Any) -> None:
 
     Without a key only this machine is served. PHIMLX_API_KEY may hold the key.
     """
-    settings = from_flags(ServerSettings, flags)
-    ACTIONS[action](settings, Output())
+    settings, output = from_flags(ServerSettings, flags), Output()
+    if action is None:
+        run(settings, output, read_key(settings), opens=opens)
+    else:
+        ACTIONS[action](settings, output)
 
 
-def run(settings: ServerSettings, output: Output) -> None:
-    """Serve until a signal says stop."""
+def read_key(settings: ServerSettings) -> str | None:
+    """Find the key that clients must send; errors as of `phimlx.server.run.find_key`."""
+    from phimlx.server.run import find_key
+
+    return find_key(settings, os.environ.get(KEY_VARIABLE))
+
+
+def run(
+    settings: ServerSettings,
+    output: Output,
+    key: str | None,
+    token: str | None = None,
+    opens: bool = False,
+) -> None:
+    """Serve until a signal says stop.
+
+    Args:
+        key: that clients must send.
+        token: for which the page that is opened gets the key, once.
+        opens: whether to open the page.
+    """
+    import webbrowser
+
+    from phimlx.cli.preferences import preferences
     from phimlx.server.app import App
-    from phimlx.server.run import address, listen, read_key, serve
+    from phimlx.server.run import address, listen, serve
     from phimlx.terminal.log import show_log
 
-    app = App(settings, read_key(settings, os.environ.get(KEY_VARIABLE)))
+    app = App(settings, key, token, keeps_history=preferences().get("history") is not False)
     with listen(settings) as opened:
         show_log(output, "phimlx", "uvicorn")
 
         def announce() -> None:
-            output.text(f"Serving at {address(settings, opened)}/v1")
+            where = address(settings, opened)
+            page = f"{where}/#token={token}" if token else f"{where}/"
+            output.text(f"Serving at {where}/v1, and a chat page at {page}")
             output.flush()
+            if opens and not webbrowser.open(page):
+                output.note("No browser could be opened here.")
 
         serve(app, settings, opened, announce)
 
@@ -62,10 +92,10 @@ def run(settings: ServerSettings, output: Output) -> None:
 def check(settings: ServerSettings, output: Output) -> None:
     """Check the settings as far as that goes without loading a model, and say what they mean."""
     from phimlx.server.models import list_served
-    from phimlx.server.run import address, listen, read_certificate, read_key
+    from phimlx.server.run import address, listen, read_certificate
     from phimlx.sizes import size_text
 
-    key = read_key(settings, os.environ.get(KEY_VARIABLE))
+    key = read_key(settings)
     read_certificate(settings)
     models = list_served(settings)
     with listen(settings) as opened:
@@ -121,7 +151,6 @@ def status(settings: ServerSettings, output: Output) -> None:
 
 
 ACTIONS = {
-    None: run,
     "check": check,
     "install": install,
     "uninstall": uninstall,

@@ -13,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from phimlx.server import anthropic, ollama, openai, transcriptions
+from phimlx.server import anthropic, ollama, openai, transcriptions, ui
 from phimlx.server.errors import RequestError
 from phimlx.server.guard import Guard
 from phimlx.server.models import Models
@@ -26,6 +26,7 @@ SWEEP_SECONDS = 5.0  # between looks for models that nobody uses
 DIALECTS: Mapping[str, tuple[Sequence[Route], Callable[[RequestError], dict[str, Any]]]] = {
     "/": ((*openai.ROUTES, *transcriptions.ROUTES), openai.error_object),
     "/v1/messages": (anthropic.ROUTES, anthropic.error_object),
+    "/ui/": (ui.ROUTES, openai.error_object),
     "/api/": (ollama.ROUTES, ollama.error_object),
 }
 """Paths that begin so -> routes, and the shape of errors; the longest beginning that fits."""
@@ -36,12 +37,22 @@ class App:
 
     Attributes:
         service: answers requests; there in the block of `started`.
+        key: that clients must send; None where anyone may ask.
+        token: for which a page gets the key, once.
+        keeps_history: whether the page keeps conversations in the history of `phimlx chat`.
     """
 
     service: Service
 
-    def __init__(self, settings: ServerSettings, key: str | None = None) -> None:
+    def __init__(
+        self,
+        settings: ServerSettings,
+        key: str | None = None,
+        token: str | None = None,
+        keeps_history: bool = True,
+    ) -> None:
         self._settings = settings
+        self.key, self.token, self.keeps_history = key, token, keeps_history
         routes = [
             Route("/health", health),
             Route("/metrics", metrics),

@@ -25,7 +25,8 @@ log = logging.getLogger("phimlx.server")
 access = logging.getLogger("phimlx.access")
 
 BODY_SECONDS = 60.0  # for a client to send a body, or to read what is sent
-OPEN_PATHS = ("/health",)
+OPEN_PATHS = ("/", "/health", "/ui/session")
+OPEN_FOLDER = "/ui/page/"  # what a browser loads before a person can give the key
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?", re.IGNORECASE)
 
 ErrorShape = Callable[[RequestError], dict[str, Any]]
@@ -167,7 +168,7 @@ class Guard:
         }
 
     def _check_key(self, path: str, headers: Headers) -> None:
-        if self._key is None or path in OPEN_PATHS:
+        if self._key is None or path in OPEN_PATHS or path.startswith(OPEN_FOLDER):
             return
         given = headers.get("x-api-key", "")
         scheme, _, token = headers.get("authorization", "").partition(" ")

@@ -16,7 +16,7 @@ from time import perf_counter
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from phimlx.generation.logprobs import TokenLogprob
@@ -157,18 +157,12 @@ def _nanoseconds(seconds: float) -> int:
     return round(seconds * 1e9)
 
 
-async def running(request: Request) -> Response:
-    """`GET /`, with which programs see whether a server is there."""
-    return PlainTextResponse("Ollama is running")
-
-
 def error_object(error: RequestError) -> dict[str, Any]:
     """Make the body of an error."""
     return {"error": error.message}
 
 
 ROUTES = (
-    Route("/", running),
     Route("/api/chat", answered(ChatBody), methods=["POST"]),
     Route("/api/generate", answered(GenerateBody), methods=["POST"]),
     *ollama_models.ROUTES,

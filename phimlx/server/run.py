@@ -21,7 +21,7 @@ IDLE_SECONDS = 75
 CONNECTIONS = 200  # at once; macOS gives a process 256 descriptors unless asked for more
 
 
-def read_key(settings: ServerSettings, environment: str | None) -> str | None:
+def find_key(settings: ServerSettings, environment: str | None) -> str | None:
     """Find the key that clients must send: given, in a file, or in the environment.
 
     Raises:

@@ -446,6 +446,7 @@ ROWS: dict[str, dict[str, Row]] = {
             lambda text, at: ["bench", "--model", "nano", "--adapter-path", text],
         ),
     },
+    "ui": {"model": Row(lambda text, at: ["ui", "--model", text], kind="text")},
     "serve": {
         "model": Row(lambda text, at: ["serve", "--model", text], kind="text"),
         "host": Row(lambda text, at: ["serve", "--host", text], kind="text"),

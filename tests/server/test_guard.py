@@ -15,7 +15,7 @@ import pytest
 
 from phimlx.errors import SettingsError
 from phimlx.server import guard, protocol
-from phimlx.server.run import read_key
+from phimlx.server.run import find_key
 from phimlx.server.settings import ServerSettings
 from tests.server.running import SECONDS, Running, running
 
@@ -126,13 +126,13 @@ def test_listening_beyond_this_machine_needs_a_key(tmp_path: Any) -> None:
     path.write_text("from a file\n")
     open_to_all = {"host": "0.0.0.0"}
     with pytest.raises(SettingsError, match=r"At 0\.0\.0\.0 anyone on the network could ask\."):
-        read_key(ServerSettings(**open_to_all), None)
-    assert read_key(ServerSettings(**open_to_all, no_auth=True), None) is None
-    assert read_key(ServerSettings(**open_to_all), "from the environment") == "from the environment"
-    assert read_key(ServerSettings(**open_to_all, api_key_file=str(path)), "x") == "from a file"
+        find_key(ServerSettings(**open_to_all), None)
+    assert find_key(ServerSettings(**open_to_all, no_auth=True), None) is None
+    assert find_key(ServerSettings(**open_to_all), "from the environment") == "from the environment"
+    assert find_key(ServerSettings(**open_to_all, api_key_file=str(path)), "x") == "from a file"
     path.write_text("\n")
     with pytest.raises(SettingsError, match="holds no key"):
-        read_key(ServerSettings(api_key_file=str(path)), None)
+        find_key(ServerSettings(api_key_file=str(path)), None)
 
 
 def exchange(server: Running, data: bytes) -> bytes:
