@@ -135,7 +135,7 @@ async def _load(service: Service, body: ReplyBody) -> dict[str, Any]:
         await service.models.release(name)
         reason = "unload"
     else:
-        async with service.models.use(name, body.keep_alive):
+        async with service.hold(name, keep_alive=body.keep_alive):
             pass
     return {**_head(body), **body.piece(""), "done": True, "done_reason": reason}
 
