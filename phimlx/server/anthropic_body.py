@@ -32,6 +32,7 @@ CHOICES = {"auto": "auto", "any": "required", "none": "none"}  # of tools, and i
 class CacheControl(Body):
     type: Literal["ephemeral"]
     ttl: Literal["5m", "1h"] | None = None
+    scope: str | None = None
 
 
 class Block(Body):

@@ -655,8 +655,8 @@ def test_a_client_that_waits_is_pinged(server: Running, monkeypatch: pytest.Monk
 
 
 def claude_code_body() -> dict[str, Any]:
-    """A request as Claude Code makes it: tools, system in blocks, results of tools in blocks."""
-    cached = {"cache_control": {"type": "ephemeral"}}
+    """A request as Claude Code 2.1 makes it, its texts and tools shortened."""
+    cached: dict[str, Any] = {"cache_control": {"type": "ephemeral"}}
     tools = [
         {
             "name": f"Tool{number}",
@@ -682,7 +682,7 @@ def claude_code_body() -> dict[str, Any]:
         "temperature": 1,
         "stream": True,
         "system": [
-            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.0"},
+            {"type": "text", "text": "x-anthropic-billing-header: cc_version=2.1.197"},
             {"type": "text", "text": "You are an agent for the command line.", **cached},
             {"type": "text", "text": "Environment: a folder.", **cached},
         ],
@@ -714,13 +714,14 @@ def claude_code_body() -> dict[str, Any]:
                     }
                 ],
             },
+            {"role": "system", "content": "Available agents: none."},
         ],
         "tools": tools,
         "tool_choice": {"type": "auto"},
         "metadata": {"user_id": "user_0_account__session_1"},
-        "thinking": {"type": "enabled", "budget_tokens": 31_999},
+        "thinking": {"type": "adaptive"},
         "context_management": {"edits": [{"type": "clear_thinking_20251015", "keep": "all"}]},
-        "output_config": {"effort": "medium"},
+        "output_config": {"effort": "high"},
     }
 
 
@@ -732,12 +733,14 @@ def test_claude_code_works(tmp_path: Path, say: Say) -> None:
     )
     headers = {
         "anthropic-version": "2023-06-01",
-        "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14",
-        "authorization": "Bearer any",
+        "anthropic-beta": "claude-code-20250219,interleaved-thinking-2025-05-14,"
+        "context-management-2025-06-27,mid-conversation-system-2026-04-07,effort-2025-11-24",
+        "x-api-key": "any",
         "x-app": "cli",
-        "user-agent": "claude-cli/2.0 (external, cli)",
+        "user-agent": "claude-cli/2.1.197 (external, cli)",
     }
     with running(model=str(nano_of(tmp_path / "claude-local", 65_536))) as server:
+        assert server.client.head("/").status_code == 200
         body = claude_code_body()
         counted = {key: body[key] for key in ("model", "messages", "system", "tools", "thinking")}
         tokens = server.post(f"{PATH}/count_tokens?beta=true", counted, headers=headers).json()
