@@ -7,7 +7,7 @@ import hashlib
 import math
 import threading
 from collections.abc import AsyncIterator, Iterator
-from contextlib import AsyncExitStack, contextmanager
+from contextlib import AsyncExitStack, contextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
@@ -235,27 +235,33 @@ class Stopped(Exception):
 
 
 class Pull:
-    """A download that runs in a thread and tells of itself on the event loop.
+    """A download in a thread of its own, which tells of itself on the event loop.
+
+    The thread ends with the process: a server that stops waits for no answer of the Hub.
 
     Attributes:
-        lines: what it tells; None is the last.
+        lines: what it tells; the last is what went wrong, or None.
     """
 
-    def __init__(self) -> None:
-        self.lines: asyncio.Queue[dict[str, Any] | None] = asyncio.Queue()
+    def __init__(self, name: str) -> None:
+        self.lines: asyncio.Queue[dict[str, Any] | Exception | None] = asyncio.Queue()
+        self._name = name
         self._loop = asyncio.get_running_loop()
         self._stopped = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="phimlx-pull", daemon=True)
 
     def stop(self) -> None:
         """Let the download end where it is; what has come stays."""
         self._stopped.set()
 
-    def run(self, name: str) -> None:
-        """Download a model. Raises PhimlxError as `phimlx.hub.download.download`, or Stopped."""
+    def _run(self) -> None:
+        ended: Exception | None = None
         try:
-            download(name, show_progress=self._show)
-        finally:
-            self._loop.call_soon_threadsafe(self.lines.put_nowait, None)
+            download(self._name, show_progress=self._show)
+        except Exception as error:
+            ended = error
+        _pulls.release()
+        self._tell(ended)
 
     @contextmanager
     def _show(self, plan: DownloadPlan) -> Iterator[ProgressCallback]:
@@ -279,8 +285,9 @@ class Pull:
         self._tell({"status": "verifying sha256 digest"})
         self._tell({"status": "writing manifest"})
 
-    def _tell(self, line: dict[str, Any]) -> None:
-        self._loop.call_soon_threadsafe(self.lines.put_nowait, line)
+    def _tell(self, line: dict[str, Any] | Exception | None) -> None:
+        with suppress(RuntimeError):  # the loop has been closed
+            self._loop.call_soon_threadsafe(self.lines.put_nowait, line)
 
 
 def _progress(file: RemoteFile, completed: int) -> dict[str, Any]:
@@ -298,23 +305,17 @@ _pulls = threading.BoundedSemaphore(MAX_PULLS)
 async def _pull(name: str) -> AsyncIterator[dict[str, Any]]:
     if not _pulls.acquire(blocking=False):
         raise overloaded("Too many downloads are under way; try again later.", 60)
-    under_way = Pull()
-    task = asyncio.ensure_future(asyncio.to_thread(under_way.run, name))
-    task.add_done_callback(_pull_ended)
+    under_way = Pull(name)
+    under_way.thread.start()
     try:
         yield {"status": "pulling manifest"}
-        while (line := await under_way.lines.get()) is not None:
+        while isinstance(line := await under_way.lines.get(), dict):
             yield line
-        await task
+        if line is not None:
+            raise line
         yield {"status": "success"}
     finally:
         under_way.stop()
-
-
-def _pull_ended(task: asyncio.Future[None]) -> None:
-    _pulls.release()
-    if not task.cancelled():
-        task.exception()  # told to the client, if it is still there
 
 
 def refuse(path: str) -> Route:

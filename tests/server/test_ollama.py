@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import asyncio
 import base64
 import json
+import threading
 import time
 from collections.abc import Iterator
 from datetime import UTC, datetime
@@ -18,7 +18,7 @@ from phimlx.api import Phi, load
 from phimlx.generation.engine import Engine
 from phimlx.hub.resolve import NANO_MULTIMODAL
 from phimlx.server import ollama_body, ollama_models
-from tests.hub.loopback_hub import Hub, serve_alone
+from tests.hub.loopback_hub import Fault, Hub, serve_alone
 from tests.server.conftest import Say
 from tests.server.running import SECONDS, Running, running
 
@@ -415,17 +415,29 @@ def test_a_model_is_pulled_with_progress(hub: Hub, client: ollama.Client, name: 
     assert client.pull(name).status == "success"
 
 
-def test_a_download_ends_with_its_client(hub: Hub) -> None:
-    async def run() -> dict[str, Any] | None:
-        pull = ollama_models.Pull()
-        pull.stop()
-        with pytest.raises(ollama_models.Stopped):
-            await asyncio.to_thread(pull.run, "phi-4-mini")
-        async with asyncio.timeout(SECONDS):
-            return await pull.lines.get()
+def test_a_client_that_goes_ends_its_download(
+    hub: Hub, server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stop, stopped = ollama_models.Pull.stop, list[ollama_models.Pull]()
+    went = threading.Event()
 
-    assert asyncio.run(run()) is None
-    assert hub.served["model.safetensors"] == 0
+    def note(pull: ollama_models.Pull) -> None:
+        stop(pull)
+        stopped.append(pull)
+        went.set()
+
+    monkeypatch.setattr(ollama_models.Pull, "stop", note)
+    hub.faults["model.safetensors"] = [Fault(hold=10_000)]
+    with server.client.stream("POST", "/api/pull", json={"model": "phi-4-mini"}) as answer:
+        for line in answer.iter_lines():
+            if json.loads(line).get("total") == len(WEIGHTS):
+                break
+    assert went.wait(SECONDS)
+    hub.release.set()
+    stopped[0].thread.join(SECONDS)
+    assert not stopped[0].thread.is_alive()
+    names = {model["name"] for model in server.client.get("/api/tags").json()["models"]}
+    assert "phi-4-mini:latest" not in names
 
 
 @pytest.mark.parametrize("stream", [False, True])
