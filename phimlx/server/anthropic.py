@@ -11,14 +11,14 @@ from secrets import token_hex
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from phimlx.generation.reply import Chunk, Reply
 from phimlx.prompt.tools import ToolCall
 from phimlx.server.anthropic_body import MessagesBody, PromptBody
 from phimlx.server.errors import RequestError, explain
-from phimlx.server.http import Streamed, dump, event, read_body
+from phimlx.server.http import Json, Streamed, dump, event, read_body
 from phimlx.server.service import Answer, Service
 
 ERROR_TYPES = {
@@ -51,14 +51,14 @@ async def messages(request: Request) -> Response:
             return Streamed(_stream(written, answer), stack.pop_all(), _sent({"type": "ping"}))
         async for _, chunk in answer.chunks():
             written.add(chunk)
-        return JSONResponse(written.message())
+        return Json(written.message())
 
 
 async def count_tokens(request: Request) -> Response:
     """`POST /v1/messages/count_tokens`."""
     service: Service = request.app.service
     body = await read_body(request, PromptBody)
-    return JSONResponse({"input_tokens": await service.count_tokens(body.ask())})
+    return Json({"input_tokens": await service.count_tokens(body.ask())})
 
 
 class Written:

@@ -16,14 +16,14 @@ from time import perf_counter
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from phimlx.generation.logprobs import TokenLogprob
 from phimlx.generation.reply import Chunk
 from phimlx.server import ollama_models
 from phimlx.server.errors import RequestError, bad_request, explain
-from phimlx.server.http import Streamed, dump, read_body
+from phimlx.server.http import Json, Streamed, dump, read_body
 from phimlx.server.logprobs import token_objects
 from phimlx.server.ollama_body import ChatBody, GenerateBody, ReplyBody, own_name
 from phimlx.server.service import Answer, Service
@@ -39,7 +39,7 @@ def answered(kind: type[ReplyBody]) -> Callable[[Request], Any]:
         started = perf_counter()
         body = await read_body(request, kind)
         if body.only_loads:
-            return JSONResponse(await _load(service, body))
+            return Json(await _load(service, body))
         ask = body.ask()
         _check_think(service, body)
         async with AsyncExitStack() as stack:
@@ -53,7 +53,7 @@ def answered(kind: type[ReplyBody]) -> Callable[[Request], Any]:
                 more["thinking"] = reply.reasoning
             if reply.tool_calls:
                 more["tool_calls"] = lines.calls(reply.tool_calls)
-            return JSONResponse(lines.last(reply.text, reply.logprobs[: reply.said], **more))
+            return Json(lines.last(reply.text, reply.logprobs[: reply.said], **more))
 
     return route
 

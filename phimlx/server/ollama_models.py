@@ -13,7 +13,7 @@ from functools import cache
 from typing import Any
 
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import Response
 from starlette.routing import Route
 
 from phimlx import catalog
@@ -27,7 +27,7 @@ from phimlx.hub.layout import model_name
 from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from phimlx.models.registry import of_config
 from phimlx.server.errors import RequestError, bad_request, explain, overloaded
-from phimlx.server.http import Streamed, dump, read_body
+from phimlx.server.http import Json, Streamed, dump, read_body
 from phimlx.server.models import Loaded, Served
 from phimlx.server.ollama_body import LATEST, ModelBody, own_name
 from phimlx.server.service import Service
@@ -71,13 +71,13 @@ def reasons(served: Served) -> bool:
 async def list_models(request: Request) -> Response:
     """`GET /api/tags`."""
     models = request.app.service.models.list()
-    return JSONResponse({"models": [_entry(served) for served in models]})
+    return Json({"models": [_entry(served) for served in models]})
 
 
 async def list_loaded(request: Request) -> Response:
     """`GET /api/ps`."""
     loaded = request.app.service.models.loaded
-    return JSONResponse({"models": [_loaded_entry(each) for each in loaded]})
+    return Json({"models": [_loaded_entry(each) for each in loaded]})
 
 
 def _loaded_entry(loaded: Loaded) -> dict[str, Any]:
@@ -139,7 +139,7 @@ async def show(request: Request) -> Response:
     """`POST /api/show`."""
     body = await read_body(request, ModelBody)
     served = request.app.service.models.find(own_name(body.model))
-    return JSONResponse(await asyncio.to_thread(_describe, served))
+    return Json(await asyncio.to_thread(_describe, served))
 
 
 def _describe(served: Served) -> dict[str, Any]:
@@ -205,7 +205,7 @@ def _template(served: Served) -> tuple[str, bool]:
 
 async def version(request: Request) -> Response:
     """`GET /api/version`."""
-    return JSONResponse({"version": VERSION})
+    return Json({"version": VERSION})
 
 
 async def pull(request: Request) -> Response:
@@ -219,7 +219,7 @@ async def pull(request: Request) -> Response:
         return Streamed(_written(lines), AsyncExitStack(), None, "application/x-ndjson")
     async for line in lines:
         last = line
-    return JSONResponse(last)
+    return Json(last)
 
 
 async def _written(lines: AsyncIterator[dict[str, Any]]) -> AsyncIterator[bytes]:
