@@ -231,8 +231,9 @@ class Service:
             raise bad_request(
                 f"There are {count} pictures and sounds; at most {MAX_MEDIA} are read."
             )
-        _check_reasoning(phi, ask)
         given = {"limits": self.limits, **ask.options}
+        if ask.reasons or (ask.reasons is False and phi.reasons):
+            given["reasoning"] = "on" if ask.reasons else "off"
         wanted = given.pop("max_tokens", None)
         most = [limit for limit in (wanted, self.settings.max_tokens) if limit is not None]
         if wanted is not None and not ask.fit:
@@ -243,12 +244,6 @@ class Service:
         for request in requests:
             request.max_tokens = min([request.max_tokens, *most])
         return requests
-
-
-def _check_reasoning(phi: Phi, ask: Ask) -> None:
-    if ask.reasons not in (None, phi.reasons):
-        always = "reasons before every reply" if phi.reasons else "does not reason"
-        raise bad_request(f"{ask.model} {always}, and that cannot be chosen.", "reasoning")
 
 
 def _count_media(prompt: Prompt) -> int:

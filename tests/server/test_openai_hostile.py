@@ -213,10 +213,10 @@ CHATS: list[tuple[dict[str, Any], str | None]] = [
     ({"chat_template_kwargs": {"system": "x"}}, "chat_template_kwargs.system"),
     ({"add_generation_prompt": False}, "add_generation_prompt"),
     ({"continue_final_message": True}, None),
-    ({"reasoning_effort": "high"}, "reasoning"),
-    ({"reasoning": {"effort": "low"}}, "reasoning"),
-    ({"chat_template_kwargs": {"enable_thinking": True}}, "reasoning"),
-    ({"thinking": {"type": "enabled"}}, "reasoning"),
+    ({"reasoning_effort": "high"}, None),
+    ({"reasoning": {"effort": "low"}}, None),
+    ({"chat_template_kwargs": {"enable_thinking": True}}, None),
+    ({"thinking": {"type": "enabled"}}, None),
     ({"service_tier": "priority"}, "service_tier"),
     ({"metadata": {"a": 5}}, "metadata.a"),
 ]
@@ -321,7 +321,7 @@ def test_a_bad_request_is_refused(
     error = check_refusal(send(server, path, GOOD[path] | change))
     assert error["param"] == param
     if param is not None:
-        assert param.split("[")[0].split(".")[-1].removesuffix("ing") in error["message"]
+        assert param.split("[")[0].split(".")[-1] in error["message"]
 
 
 @pytest.mark.parametrize("path", GOOD)
@@ -412,7 +412,6 @@ def test_no_value_of_a_field_is_an_error_of_the_server(
                 name,
                 *BODIES[path].model_fields,
                 "detail",
-                "reasoning",
             )
     assert send(steady, path, GOOD[path]).status_code == 200
 
