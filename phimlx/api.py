@@ -225,7 +225,7 @@ class Phi:
                 reasoning, max_tokens, temperature, top_p, top_k, min_p, repetition_penalty,
                 presence_penalty, frequency_penalty, logit_bias, logprobs, top_logprobs,
                 prompt_logprobs, stop, seed, cache, kv_bits, on_prefill, prompt_lookup, schema,
-                regex, grammar, tool_choice, adapter; see
+                regex, grammar, tool_choice, plain, adapter; see
                 `phimlx.generation.options.GenerationOptions`.
 
         Raises:
@@ -428,7 +428,7 @@ class Phi:
                 room,
                 variant.stop_tokens,
                 media,
-                variant.reply_reader(tokens, StopStrings(stops), calls, said),
+                variant.reply_reader(tokens, StopStrings(stops), calls, said, options.plain),
                 options.cache,
                 options.on_prefill,
                 options.prompt_lookup,

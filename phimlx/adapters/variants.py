@@ -62,12 +62,14 @@ class Variant:
         stops: StopStrings,
         calls: bool,
         said: str,
+        plain: bool,
     ) -> ReplyReader | None:
         """Make what reads the reply to a prompt; None where there is no tokenizer.
 
         Args:
             calls: whether it may call tools.
             said: the text that the prompt ends with and the reply goes on with.
+            plain: whether all of it is text, reasoning with its tags and calls, too.
         """
         tokenizer = self.reader.tokenizer
         if tokenizer is None:
@@ -75,7 +77,7 @@ class Variant:
         from phimlx.prompt.reply_parser import ReplyParser
 
         opened = self.reader.opens_reasoning(prompt)
-        parser = ReplyParser(tools=calls, starts_in_reasoning=opened, said=said)
+        parser = ReplyParser(tools=calls, starts_in_reasoning=opened, said=said, plain=plain)
         control = tokenizer.control_tokens.items()
         hidden = frozenset(token for name, token in control if name not in STRUCTURE)
         return ReplyReader(tokenizer, parser, stops, hidden, at_start=not said)

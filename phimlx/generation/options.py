@@ -73,6 +73,7 @@ class GenerationOptions(PromptOptions):
             `Reply.parsed` has what it says.
         regex: expression that the whole answer matches, in the syntax of Rust's regex.
         grammar: in the form of Lark that llguidance takes; the answer is of its rule `start`.
+        plain: all of the reply is text, reasoning with its tags and calls, too.
         tool_choice: "auto" for an answer or calls of the tools, "none", "required", or the name of
             the one tool to be called; "auto" where None. Calls are of tools that are offered, their
             arguments valid under `parameters`.
@@ -107,6 +108,7 @@ class GenerationOptions(PromptOptions):
     regex: str | None = None
     grammar: str | None = None
     tool_choice: str | None = None
+    plain: bool = False
     adapter: str | None = DEFAULT
 
     def __post_init__(self) -> None:

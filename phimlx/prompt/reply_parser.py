@@ -65,14 +65,18 @@ class ReplyParser:
     text. A call that cannot be read stays in the text as it is and adds to `warnings`; a missing
     `<|/tool_call|>` is forgiven. Without `tools` the text is left alone.
 
+    What is `plain` is text throughout, tags and all.
+
     Text is handed on at once, but for what may still turn out to be a tag or a call. A chunk costs
     time in proportion to its own length; `text` and `reasoning` are joined when they are read.
     """
 
-    def __init__(self, tools: bool, starts_in_reasoning: bool = False, said: str = "") -> None:
+    def __init__(
+        self, tools: bool, starts_in_reasoning: bool = False, said: str = "", plain: bool = False
+    ) -> None:
         self.tool_calls: list[ToolCall] = []
         self.warnings: list[str] = []
-        self._tools = tools
+        self._tools = tools and not plain
         self._decided: dict[ReplyKind, list[str]] = {"text": [], "reasoning": []}
         self._new: list[ReplyPart] = []
         # What is not decided on begins at `_at`; a character that is may stand before it.
@@ -89,6 +93,8 @@ class ReplyParser:
         self._step: Callable[[], bool] = self._reason_start if starts_in_reasoning else self._start
         if said.strip():
             self._step = self._step_behind(said)
+        if plain:
+            self._step = self._text
 
     @property
     def text(self) -> str:

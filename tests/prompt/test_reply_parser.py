@@ -366,3 +366,15 @@ def test_white_space_before_a_call_is_bounded_however_it_arrives(pieces: list[st
         parser.feed(piece)
     parser.finish()
     assert outcome(parser) == outcome(read(reply))
+
+
+@pytest.mark.parametrize("starts_in_reasoning", [False, True])
+@pytest.mark.parametrize(
+    "reply",
+    ["<think>a</think>b", " <think> a ", "a</think>b", f"<|tool_call|>{CALL}<|/tool_call|>"],
+)
+def test_a_plain_reply_is_text_throughout(reply: str, starts_in_reasoning: bool) -> None:
+    parser = ReplyParser(tools=True, starts_in_reasoning=starts_in_reasoning, plain=True)
+    parts = [part for letter in reply for part in parser.feed(letter)] + parser.finish()
+    assert "".join(part.text for part in parts) == parser.text == reply
+    assert (parser.reasoning, parser.tool_calls, parser.warnings) == ("", [], [])

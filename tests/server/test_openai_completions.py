@@ -106,6 +106,14 @@ def test_a_token_that_ends_the_text_is_told(client: openai.OpenAI, say: Say) -> 
     assert streamed["logprobs"] == choice.logprobs.model_dump()
 
 
+@pytest.mark.parametrize("text", ["<think>2 and 3.</think>5", "  <think> x", "functools[{}]"])
+def test_all_of_a_completion_is_text(client: openai.OpenAI, say: Say, text: str) -> None:
+    say(text)
+    assert ask(client, "Say", max_tokens=40).choices[0].text == text
+    say(text)
+    assert joined(ask(client, "Say", max_tokens=40, stream=True))[0]["text"] == text
+
+
 @pytest.mark.parametrize("echo", [False, True])
 def test_a_stream_adds_up(client: openai.OpenAI, echo: bool) -> None:
     given: dict[str, Any] = {"logprobs": 2, "echo": echo}

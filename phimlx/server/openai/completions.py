@@ -76,6 +76,7 @@ class CompletionBody(SamplingBody):
             "top_logprobs": self.logprobs,
             "prompt_logprobs": (self.logprobs or 0) if scores else None,
             "raw": True,
+            "plain": True,
         }
         return [Ask(self.model, each, chosen(options), self.n) for each in self.prompts]
 
@@ -190,7 +191,7 @@ class Choice:
         """Make all of it at once."""
         reply = self._request.reply
         echo = self.begin()
-        text = (reply.reasoning or "") + reply.text
+        text = reply.text
         logprobs = self._score(reply.logprobs[: self._said])
         if echo is not None:
             text = echo["text"] + text
