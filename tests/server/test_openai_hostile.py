@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -385,6 +386,8 @@ VALUES: tuple[Any, ...] = (
     [{"type": "text", "text": []}],
     [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}],
 )
+STEP = 4  # one value of so many is tried for a field, not the same ones for its neighbour
+EVERYTHING = bool(os.environ.get("PHIMLX_TEST_EVERYTHING"))
 FIELDS = [
     (path, name) for path, body in BODIES.items() for name in (*body.model_fields, *body.refused)
 ]
@@ -404,7 +407,8 @@ def steady(server: Running) -> Iterator[Running]:
 def test_no_value_of_a_field_is_an_error_of_the_server(
     steady: Running, path: str, name: str
 ) -> None:
-    for value in VALUES:
+    first = FIELDS.index((path, name)) % STEP
+    for value in VALUES if EVERYTHING else VALUES[first::STEP]:
         answer = send(steady, path, GOOD[path] | {name: value})
         if answer.status_code != 200:
             error = check_refusal(answer)
