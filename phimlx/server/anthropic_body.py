@@ -23,6 +23,9 @@ REFUSED = {
     "workspace_id": "there are no workspaces here",
 }
 # Edits of the context that change nothing, for reasoning of earlier turns is left out anyway.
+REASONS = {"enabled": True, "adaptive": None, "disabled": False}
+"""Whether a model that leaves it open thinks first, by the type of `thinking`."""
+
 EDITS = ("clear_thinking_20251015",)
 
 
@@ -227,7 +230,10 @@ class PromptBody(Body):
     def ask(self) -> Ask:
         """Say it in no dialect. Raises RequestError for what cannot be honoured."""
         self._check()
-        return Ask(self.model, self.prompt(), self.options(), fit=True)
+        reasons = REASONS[self.thinking.type]
+        return Ask(
+            self.model, self.prompt(), self.options(), fit=True, reasons=reasons, insists=False
+        )
 
     def options(self) -> dict[str, Any]:
         """Choose the options of `GenerationOptions` that bear on the prompt."""

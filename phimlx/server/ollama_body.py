@@ -200,7 +200,16 @@ class ReplyBody(OllamaBody):
             "top_logprobs": self.top_logprobs if self.logprobs else 0,
             **more,
         }
-        return Ask(own_name(self.model), prompt, options, 1, True, before, self.keep_alive)
+        return Ask(
+            own_name(self.model),
+            prompt,
+            options,
+            fit=True,
+            before=before,
+            keep_alive=self.keep_alive,
+            reasons=None if self.think is None else bool(self.think),
+            insists=False,
+        )
 
 
 class ChatBody(ReplyBody):

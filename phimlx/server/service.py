@@ -49,6 +49,7 @@ class Ask:
         before: tokens that stand before the prompt, as an earlier reply told them.
         keep_alive: seconds for which the model stays afterwards; as before where None.
         reasons: whether the reply is to begin with thought; the model's own way where None.
+        insists: whether a model that leaves no choice in that, and does otherwise, is an error.
     """
 
     model: str
@@ -59,6 +60,7 @@ class Ask:
     before: Sequence[int] = ()
     keep_alive: float | None = None
     reasons: bool | None = None
+    insists: bool = True
 
 
 class Answer:
@@ -166,7 +168,8 @@ class Service:
             RequestError, PhimlxError: as `answer`.
         """
         async with self.hold(ask.model) as loaded:
-            options = PromptOptions(**{"limits": self.limits, **ask.options})
+            chosen = await self.run(lambda: _reasoning(loaded.phi, ask))
+            options = PromptOptions(**{"limits": self.limits, **chosen, **ask.options})
             return len(await self.run(lambda: _tokens(loaded.phi, ask, options)))
 
     @asynccontextmanager
@@ -231,9 +234,7 @@ class Service:
             raise bad_request(
                 f"There are {count} pictures and sounds; at most {MAX_MEDIA} are read."
             )
-        given = {"limits": self.limits, **ask.options}
-        if ask.reasons or (ask.reasons is False and phi.reasons):
-            given["reasoning"] = "on" if ask.reasons else "off"
+        given = {"limits": self.limits, **_reasoning(phi, ask), **ask.options}
         wanted = given.pop("max_tokens", None)
         most = [limit for limit in (wanted, self.settings.max_tokens) if limit is not None]
         if wanted is not None and not ask.fit:
@@ -244,6 +245,16 @@ class Service:
         for request in requests:
             request.max_tokens = min([request.max_tokens, *most])
         return requests
+
+
+def _reasoning(phi: Phi, ask: Ask) -> dict[str, str]:
+    """The option that says whether a reply begins with thought, where that is asked for."""
+    if ask.reasons is None:
+        return {}
+    is_open = phi.tokenizer is not None and bool(phi.template.modes)
+    if not is_open and (not ask.insists or not (ask.reasons or phi.reasons)):
+        return {}
+    return {"reasoning": "on" if ask.reasons else "off"}
 
 
 def _count_media(prompt: Prompt) -> int:
