@@ -14,6 +14,7 @@ from phimlx.cli.options import (
     dtype_option,
     json_option,
     load_or_download,
+    model_argument,
     model_option,
 )
 from phimlx.terminal.output import Output
@@ -28,6 +29,7 @@ SHOWN_PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
 
 @click.command()
 @model_option
+@model_argument
 @adapter_option
 @dtype_option
 @click.option(

@@ -29,6 +29,7 @@ from phimlx.cli.options import (
     kv_bits_option,
     limit_options,
     load_or_download,
+    model_argument,
     model_option,
     pop_limits,
     prefix_store,
@@ -51,6 +52,7 @@ if TYPE_CHECKING:
 
 @click.command()
 @model_option
+@model_argument
 @adapter_option
 @dtype_option
 @rope_scaling_option

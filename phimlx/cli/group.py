@@ -42,6 +42,21 @@ COMMANDS = {
 }
 """Name -> (module that holds it as `command`, one line of help)."""
 
+SYNONYMS = {
+    **dict.fromkeys(("pull", "get"), "download"),
+    **dict.fromkeys(("ls", "models"), "list"),
+    **dict.fromkeys(("rm", "delete", "uninstall"), "remove"),
+    **dict.fromkeys(("lora", "finetune"), "train"),
+    "run": "chat",
+    "server": "serve",
+    "quantize": "convert",
+    "info": "show",
+}
+"""What other programs call a command -> its name here."""
+
+HELP = "help"
+"""`phimlx help COMMAND` is `phimlx COMMAND --help`."""
+
 WITHOUT_SETTINGS = ("config", "persona", "doctor")
 """Commands that also run where the user's settings do not hold."""
 
@@ -96,6 +111,16 @@ class CommandTable(click.Group):
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
+
+    def resolve_command(
+        self, ctx: click.Context, args: list[str]
+    ) -> tuple[str | None, click.Command | None, list[str]]:
+        if args[0] == HELP:
+            args = [*args[1:], "--help"]
+        name = SYNONYMS.get(args[0], args[0])
+        if name not in COMMANDS and not name.startswith("-"):
+            raise click.exceptions.NoSuchCommand(name, possibilities=[*COMMANDS, HELP], ctx=ctx)
+        return super().resolve_command(ctx, [name, *args[1:]])
 
     def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
         if cmd_name not in COMMANDS:
@@ -170,7 +195,7 @@ def print_usage(error: click.ClickException) -> None:
     params=[
         _debug_option(),
         click.Option(
-            ["--version"],
+            ["--version", "-V"],
             is_flag=True,
             expose_value=False,
             is_eager=True,

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import shlex
 from collections.abc import Callable, Iterable, Mapping
+from functools import wraps
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -34,6 +36,28 @@ model_option = click.option(
     metavar="MODEL",
     help="An alias, a Hub id or a folder  [default: phi-4-mini at 4 bits]",
 )
+
+
+def model_argument(command: AnyCallable) -> AnyCallable:
+    """Let MODEL be given by position too; below `model_option`, whose keyword it fills."""
+
+    @wraps(command)
+    def taken(*, words: tuple[str, ...], model: str | None, **values: Any) -> Any:
+        given = [*([] if model is None else [model]), *words]
+        if model is not None and words:
+            raise click.UsageError("The model is given twice: with --model and as MODEL.")
+        if len(given) > 1:
+            name = shlex.quote(given[0])
+            raise click.UsageError(
+                f"One MODEL is taken, but {len(given)} words are given. To ask one question: "
+                f"phimlx generate --model {name} PROMPT"
+            )
+        return command(model=given[0] if given else None, **values)
+
+    argument: Any = click.argument("words", metavar="[MODEL]", nargs=-1)
+    return argument(taken)  # type: ignore[no-any-return]
+
+
 ADAPTER = "What was fine-tuned: a folder or a Hub id of an adapter of phimlx, mlx-lm or PEFT."
 adapter_option = click.option("--adapter-path", "adapter", metavar="ADAPTER", help=ADAPTER)
 adapters_option = click.option(

@@ -8,6 +8,7 @@ from typing import Any
 
 import click
 
+from phimlx.cli.options import model_argument
 from phimlx.options import click_options, from_flags, to_flags
 from phimlx.server.settings import ServerSettings
 from phimlx.terminal.output import Output
@@ -20,6 +21,7 @@ FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
 @click.command()
 @click_options(ServerSettings)
 @click.option("--open", "opens", is_flag=True, help="Open the chat page in a browser.")
+@model_argument
 @click.option("--check", "action", flag_value="check", help="Say what would run, and run nothing.")
 @click.option(
     "--install",

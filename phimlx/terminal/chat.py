@@ -29,7 +29,9 @@ if TYPE_CHECKING:
 FULL = 0.8  # of the context, from where on it is told
 LAST_TURNS = 2  # that are shown of a conversation that goes on
 
-_COMMAND = re.compile(r"/([A-Za-z]+)(?:\s+(.*))?", re.DOTALL)
+LEAVING = ("exit", "quit")  # what a person types to go, without a slash too
+
+_COMMAND = re.compile(r"/([A-Za-z]+|\?)(?:\s+(.*))?", re.DOTALL)
 
 
 class Loader(Protocol):
@@ -121,9 +123,13 @@ class Chat:
     def take(self, line: str) -> None:
         """Obey a command, take files that were dropped, or answer what was said.
 
+        A person leaves by saying so; in a pipe that is a turn as any other.
+
         A blank line is none of these, but sends a sound, which may hold the question.
         """
         text = line.strip()
+        if self.screen.interactive and text.lower() in LEAVING:
+            text = f"/{text}"
         files = [] if text.startswith("//") else dropped_files(text)
         match = _COMMAND.fullmatch(text)
         if files:

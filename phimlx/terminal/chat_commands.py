@@ -47,7 +47,7 @@ class ChatCommand:
 
 def find_command(name: str) -> ChatCommand:
     """Return the command called `name`; raises `PhimlxError` that suggests the nearest."""
-    command = COMMANDS.get(name.lower())
+    command = COMMANDS.get(SYNONYMS.get(name.lower(), name.lower()))
     if command is None:
         nearest = difflib.get_close_matches(name.lower(), COMMANDS, n=1)
         advice = f"Did you mean /{nearest[0]}?" if nearest else "/help lists the commands."
@@ -338,6 +338,9 @@ COMMANDS = {
     "tools": ChatCommand(_tools, "[FILE|off]", "show, load or drop tools to call", "files"),
     "exit": ChatCommand(_exit, "", "leave"),
 }
+
+SYNONYMS = {"?": "help", **dict.fromkeys(("bye", "quit", "q"), "exit")}
+"""What other programs call a command -> its name here."""
 
 
 def _path(text: str) -> Path:

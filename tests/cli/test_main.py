@@ -151,7 +151,7 @@ def test_debug_before_or_after_the_command_shows_the_traceback(
 def test_an_unknown_command_is_wrong_usage() -> None:
     result = CliRunner().invoke(cli, ["genrate"])
     assert (result.exit_code, result.stdout) == (2, "")
-    assert "No such command 'genrate'." in result.stderr
+    assert "No such command 'genrate'. Did you mean 'generate'?" in result.stderr
 
 
 def test_a_working_directory_that_is_gone(tmp_path: Path) -> None:
