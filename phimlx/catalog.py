@@ -25,6 +25,7 @@ class Model:
         base: whether it was trained to complete text, not to answer.
         chat_form: of a base model, the published prompt form in which it writes conversations.
         stored_itemsize: bytes of a number as published.
+        good_at: what to take it for, in a few words.
         sampling: how its makers sample from it, under the names of `Phi.generate`; empty where
             they leave that to the user.
     """
@@ -50,6 +51,7 @@ class Model:
     base: bool = False
     chat_form: str | None = None
     stored_itemsize: int = 2
+    good_at: str = ""
     sampling: Mapping[str, float] = field(default_factory=dict, hash=False)
     architecture: str = "phi3"
     licence: str = "MIT"
@@ -177,6 +179,7 @@ NANO: dict[str, Any] = {
 FAMILY: tuple[Model, ...] = (
     Model(
         alias="phi-4-mini",
+        good_at="answers, code, tools; the usual one",
         repo="microsoft/Phi-4-mini-instruct",
         quantized_repo="mlx-community/Phi-4-mini-instruct-4bit",
         other_names=("phi-4-mini-instruct", "phi4-mini"),
@@ -184,6 +187,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-4-mini-reasoning",
+        good_at="sums and proofs, thought through",
         repo="microsoft/Phi-4-mini-reasoning",
         quantized_repo="mlx-community/Phi-4-mini-reasoning-4bit",
         other_names=("phi4-mini-reasoning",),
@@ -203,6 +207,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-4",
+        good_at="answers and code with more knowledge",
         repo="microsoft/phi-4",
         quantized_repo="mlx-community/phi-4-4bit",
         other_names=("phi4",),
@@ -211,6 +216,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-4-reasoning",
+        good_at="hard sums, science, code, thought through",
         repo="microsoft/Phi-4-reasoning",
         quantized_repo="mlx-community/Phi-4-reasoning-4bit",
         other_names=("phi4-reasoning",),
@@ -221,6 +227,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-4-reasoning-plus",
+        good_at="the same, thinking longer",
         repo="microsoft/Phi-4-reasoning-plus",
         quantized_repo="mlx-community/Phi-4-reasoning-plus-4bit",
         other_names=("phi4-reasoning-plus",),
@@ -231,6 +238,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-4-multimodal",
+        good_at="pictures, sounds, speech to text",
         repo="microsoft/Phi-4-multimodal-instruct",
         quantized_repo=None,  # those that others made have the adapters merged into the base
         other_names=("phi-4-multimodal-instruct", "phi4-multimodal", "phi-4-mm"),
@@ -258,6 +266,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-3.5-mini",
+        good_at="many languages, long texts",
         repo="microsoft/Phi-3.5-mini-instruct",
         quantized_repo="mlx-community/Phi-3.5-mini-instruct-4bit",
         other_names=("phi-3.5-mini-instruct", "phi3.5-mini"),
@@ -266,6 +275,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-3-mini",
+        good_at="short answers",
         repo="microsoft/Phi-3-mini-4k-instruct",
         quantized_repo="mlx-community/Phi-3-mini-4k-instruct-4bit",
         other_names=("phi-3-mini-4k-instruct", "phi-3-mini-4k", "phi3-mini"),
@@ -274,6 +284,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-3-mini-128k",
+        good_at="long texts",
         repo="microsoft/Phi-3-mini-128k-instruct",
         quantized_repo="mlx-community/Phi-3-mini-128k-instruct-4bit",
         other_names=("phi-3-mini-128k-instruct",),
@@ -282,6 +293,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-3-medium",
+        good_at="short answers with more knowledge",
         repo="microsoft/Phi-3-medium-4k-instruct",
         quantized_repo=None,
         other_names=("phi-3-medium-4k-instruct", "phi-3-medium-4k", "phi3-medium"),
@@ -290,6 +302,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-3-medium-128k",
+        good_at="long texts with more knowledge",
         repo="microsoft/Phi-3-medium-128k-instruct",
         quantized_repo=None,
         other_names=("phi-3-medium-128k-instruct",),
@@ -298,6 +311,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-2",
+        good_at="completing text and code",
         repo="microsoft/phi-2",
         quantized_repo=None,
         other_names=("phi2",),
@@ -313,6 +327,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-1.5",
+        good_at="completing text",
         repo="microsoft/phi-1_5",
         quantized_repo=None,
         other_names=("phi-1_5", "phi1.5"),
@@ -321,15 +336,22 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-1",
+        good_at="completing Python",
         repo="microsoft/phi-1",
         quantized_repo=None,
         other_names=("phi1",),
         stored_itemsize=4,
         **PHI_1,
     ),
-    Model(alias="nano", other_names=("phi-4-nano",), **NANO),
+    Model(
+        alias="nano",
+        other_names=("phi-4-nano",),
+        good_at="trying phimlx out; comes along",
+        **NANO,
+    ),
     Model(
         alias="nano-multimodal",
+        good_at="trying pictures and sounds out; comes along",
         other_names=("phi-4-nano-multimodal", "nano-mm"),
         architecture="phi4mm",
         **{**NANO, "parameters": 4_416_448, "whole_parameters": 4_416_448 - NANO["parameters"]},

@@ -6,12 +6,13 @@ from pathlib import Path
 
 import click
 
+from phimlx.cli.available import show_available
 from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
 
 @click.command()
-@click.argument("model", metavar="MODEL")
+@click.argument("model", metavar="[MODEL]", required=False)
 @click.option("--revision", metavar="R", help="A branch, tag or commit  [default: main]")
 @click.option("--original", is_flag=True, help="Take an alias's original, not the one at 4 bits.")
 @click.option(
@@ -25,7 +26,7 @@ from phimlx.terminal.output import Output
 )
 @json_option
 def command(
-    model: str,
+    model: str | None,
     revision: str | None,
     original: bool,
     local_dir: Path | None,
@@ -33,6 +34,7 @@ def command(
     as_json: bool,
 ) -> None:
     """Bring MODEL, an alias or a Hub id, to this machine; an adapter's Hub id brings the adapter.
+    Without MODEL it lists what there is.
 
     An alias brings the model at 4 bits; the original comes by its Hub id or with --original:
 
@@ -51,6 +53,9 @@ def command(
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
+    if model is None:
+        show_available(output)
+        return
     if is_folder(model):
         check_folder(model, output)
         return

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phimlx.cli.available import show_available
 from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
@@ -15,8 +16,11 @@ if TYPE_CHECKING:
 
 
 @click.command()
+@click.option(
+    "--available", is_flag=True, help="List what can be had instead: every model of the catalogue."
+)
 @json_option
-def command(as_json: bool) -> None:
+def command(available: bool, as_json: bool) -> None:
     """List the models on this machine: size, bits, whether they are complete, last use.
 
     Each by the name that --model takes, and adapters by that which --adapter-path takes. They lie
@@ -27,6 +31,9 @@ def command(as_json: bool) -> None:
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
+    if available:
+        show_available(output)
+        return
     bundled = map(bundled_entry, (resolve.NANO, resolve.NANO_MULTIMODAL))
     entries = [*bundled, *map(cached_entry, cache.list_models())]
     total = sum(entry["bytes"] for entry in entries if entry["repository"])

@@ -192,13 +192,8 @@ def _render_table(
     from rich.table import Table
     from rich.text import Text
 
-    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
-    for index, column in enumerate(columns):
-        cells = [row[index] for row in rows if row[index] not in ("", None)]
-        numeric = bool(cells) and all(isinstance(cell, int | float) for cell in cells)
-        table.add_column(Text(printable(column)), justify="right" if numeric else "left")
-    for row in rows:
-        table.add_row(*(Text(printable("" if cell is None else str(cell))) for cell in row))
+    names = [printable(column) for column in columns]
+    cells = [[printable("" if cell is None else str(cell)) for cell in row] for row in rows]
     coloured = has_colour(sys.stdout)
     console = Console(
         file=StringIO(),
@@ -206,6 +201,38 @@ def _render_table(
         no_color=not coloured,
         width=None if fit_terminal else 10_000,
     )
+    if _narrowest(names, cells) > console.width:
+        return _stacked(names, cells)
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False)
+    for index, name in enumerate(names):
+        given = [row[index] for row in rows if row[index] not in ("", None)]
+        numeric = bool(given) and all(isinstance(cell, int | float) for cell in given)
+        table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=index == 0)
+    for texts in cells:
+        table.add_row(*map(Text, texts))
     with console.capture() as capture:
         console.print(table)
     return "".join(line.rstrip() + "\n" for line in capture.get().splitlines())
+
+
+def _narrowest(names: Sequence[str], cells: Sequence[Sequence[str]]) -> int:
+    """Columns of a terminal that a table takes at least, with no word cut and no name wrapped."""
+    from rich.cells import cell_len
+
+    width = 3 * (len(names) - 1)  # between columns
+    for index, name in enumerate(names):
+        texts = [name, *(row[index] for row in cells)]
+        width += max(
+            (cell_len(part) for text in texts for part in ([text] if index == 0 else text.split())),
+            default=0,
+        )
+    return width
+
+
+def _stacked(names: Sequence[str], cells: Sequence[Sequence[str]]) -> str:
+    """Write each row of a table as lines, for a terminal that is too narrow."""
+    lines = []
+    for first, *rest in cells:
+        lines.append(first)
+        lines += [f"  {name}: {text}" for name, text in zip(names[1:], rest, strict=True) if text]
+    return "".join(f"{line}\n" for line in lines)

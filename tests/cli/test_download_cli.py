@@ -46,6 +46,9 @@ def server(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Hub]:
         yield running
 
 
+GET_ONE = "Get one with: phimlx download NAME\n"
+
+
 def run(*arguments: str | Path, input: str | None = None) -> Result:
     return CliRunner().invoke(cli, list(map(str, arguments)), input=input, prog_name="phimlx")
 
@@ -187,10 +190,10 @@ def test_errors(server: Hub, monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
-def test_no_model() -> None:
+def test_without_a_model_it_lists_what_there_is() -> None:
     result = run("download")
-    assert result.exit_code == 2
-    assert result.stderr.endswith("Error: Missing argument 'MODEL'.\n")
+    assert result.exit_code == 0
+    assert (result.stdout, result.stderr) == (run("list", "--available").stdout, GET_ONE)
 
 
 # A folder as MODEL

@@ -86,6 +86,36 @@ def test_a_table_is_not_wrapped_off_a_terminal(capsys: pytest.CaptureFixture[str
     assert capsys.readouterr().out.splitlines()[2] == ("word " * 100).rstrip()
 
 
+@pytest.mark.parametrize("width", range(10, 70, 3))
+def test_on_a_terminal_of_any_width_no_name_and_no_word_is_cut(
+    width: int, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_terminal(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", str(width))
+    rows = [
+        ("microsoft/Phi-4-mini-instruct", "7.67 GB", 16, "many words of help"),
+        ("模型", "", 4, ""),
+    ]
+    Output().table(["model name", "size", "bits", "good at"], rows)
+    shown = capsys.readouterr().out
+    for name, *rest in rows:
+        assert name in shown
+        assert not {*" ".join(map(str, rest)).split()} - {*shown.split()}
+    if "─" in shown:
+        assert max(map(len, shown.splitlines())) <= width
+
+
+def test_a_terminal_too_narrow_for_a_table_gets_lines(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    use_terminal(monkeypatch)
+    monkeypatch.setenv("NO_COLOR", "1")
+    monkeypatch.setenv("COLUMNS", "30")
+    Output().table(["model", "GB", "state"], [["microsoft/Phi-4-mini-instruct", 7.7, ""]])
+    assert capsys.readouterr().out == "microsoft/Phi-4-mini-instruct\n  GB: 7.7\n"
+
+
 def test_colours_only_on_a_terminal_that_wants_them(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
