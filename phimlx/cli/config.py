@@ -35,10 +35,10 @@ def command(context: click.Context, as_json: bool) -> None:
 
 
 @command.command("set")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="SETTING")
 @click.argument("value", metavar="VALUE")
 def set_command(name: str, value: str) -> None:
-    """Set NAME, such as temperature, models.phi-4.system or alias.work, to VALUE."""
+    """Set SETTING, such as temperature, models.phi-4.system or alias.work, to VALUE."""
     from phimlx.preferences.edit import set_value
     from phimlx.preferences.file import config_path
 
@@ -48,9 +48,9 @@ def set_command(name: str, value: str) -> None:
 
 
 @command.command("unset")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="SETTING")
 def unset_command(name: str) -> None:
-    """Take NAME out of the file: a setting, or all of models.phi-4 or alias.work."""
+    """Take SETTING out of the file: a setting, or all of models.phi-4 or alias.work."""
     from phimlx.preferences.edit import unset_value
     from phimlx.preferences.file import config_path
 

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 SAMPLING = {setting.keyword for setting in SETTINGS}
 
 persona_option = click.option(
-    "--persona", metavar="NAME", help="Begin as a persona: see phimlx persona."
+    "--persona", metavar="PERSONA", help="Begin as a persona: see phimlx persona."
 )
 
 

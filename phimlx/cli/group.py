@@ -37,6 +37,7 @@ COMMANDS = {
     "show": ("phimlx.cli.show", "Say what a model is and what it needs."),
     "config": ("phimlx.cli.config", "Show or change your settings."),
     "persona": ("phimlx.cli.persona", "List, show or edit personas."),
+    "completion": ("phimlx.cli.completion", "Let your shell complete names, files and settings."),
     "doctor": ("phimlx.cli.doctor", "Check this machine and installation."),
     "demo": ("phimlx.cli.demo", "See everything at work on the small models that come along."),
 }
@@ -57,7 +58,10 @@ SYNONYMS = {
 HELP = "help"
 """`phimlx help COMMAND` is `phimlx COMMAND --help`."""
 
-WITHOUT_SETTINGS = ("config", "persona", "doctor")
+COMPLETING = "_PHIMLX_COMPLETE"
+"""The variable in which a shell asks for what completes a word."""
+
+WITHOUT_SETTINGS = ("config", "persona", "completion", "doctor")
 """Commands that also run where the user's settings do not hold."""
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -118,7 +122,7 @@ class CommandTable(click.Group):
         if args[0] == HELP:
             args = [*args[1:], "--help"]
         name = SYNONYMS.get(args[0], args[0])
-        if name not in COMMANDS and not name.startswith("-"):
+        if name not in COMMANDS and not name.startswith("-") and not ctx.resilient_parsing:
             raise click.exceptions.NoSuchCommand(name, possibilities=[*COMMANDS, HELP], ctx=ctx)
         return super().resolve_command(ctx, [name, *args[1:]])
 
@@ -132,6 +136,10 @@ class CommandTable(click.Group):
                 each.params.append(_debug_option())
                 if each.callback is not None and cmd_name not in WITHOUT_SETTINGS:
                     each.callback = prepared(each.callback)
+            if COMPLETING in os.environ:
+                from phimlx.cli.candidates import offer
+
+                offer(each)
         command.context_settings = {**CONTEXT_SETTINGS, **command.context_settings}
         return command
 

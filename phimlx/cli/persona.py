@@ -48,7 +48,7 @@ def list_command(as_json: bool) -> None:
 
 
 @command.command("show")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="PERSONA")
 @json_option
 def show_command(name: str, as_json: bool) -> None:
     """Show a persona."""
@@ -64,7 +64,7 @@ def show_command(name: str, as_json: bool) -> None:
 
 
 @command.command("edit")
-@click.argument("name", metavar="NAME")
+@click.argument("name", metavar="PERSONA")
 def edit_command(name: str) -> None:
     """Open a persona's file in $EDITOR, made where it is not there; look whether it holds."""
     from phimlx.cli.config import edit_file

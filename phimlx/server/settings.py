@@ -15,7 +15,10 @@ class ServerSettings(Options):
     """Settings of `phimlx serve`: flags, and a configuration file's names."""
 
     model: Text | None = option(
-        None, "Serve this model alone; else every model on this machine, by its name.", "--model"
+        None,
+        "Serve this model alone; else every model on this machine, by its name.",
+        "--model",
+        metavar="MODEL",
     )
     host: Text = option("127.0.0.1", "Address to listen at; beyond this machine with a key only.")
     port: Annotated[int, Field(ge=0, le=65535)] = option(8080, "Port to listen at; 0 for any.")

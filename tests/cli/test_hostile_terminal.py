@@ -476,6 +476,7 @@ ROWS: dict[str, dict[str, Row]] = {
         "name": Row(lambda text, at: ["persona", "show", text]),
         "edit": Row(lambda text, at: ["persona", "edit", f"/{text}"]),
     },
+    "completion": {"shell": Row(lambda text, at: ["completion", text])},
     "doctor": {
         "found": Row(lambda text, at: ["doctor"], shown=False),
         "settings": Row(
