@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -39,18 +38,13 @@ from phimlx.cli.options import (
     tools_option,
 )
 from phimlx.cli.shapes import pop_shape, shape_options, tool_choice_option
-from phimlx.errors import PromptError
+from phimlx.cli.spread import SpreadFiles
+from phimlx.cli.stdin import read_files, read_prompt
 from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
 
-STDIN = "-"
-NO_PROMPT = (
-    "There is no prompt. Give one with --prompt TEXT, or pipe it in: "
-    "echo 'What is MLX?' | phimlx generate"
-)
 
-
-@click.command()
+@click.command(cls=SpreadFiles)
 @click.argument("words", metavar="[PROMPT]", required=False)
 @model_option
 @adapters_option
@@ -146,16 +140,19 @@ def command(
 ) -> None:
     """Answer one prompt: PROMPT, --prompt TEXT, or what is piped in.
 
-    Where one of PROMPT and --prompt is - (stdin), both may be given and are joined:
+    What is piped in beside PROMPT goes before it, or where - stands:
 
     \b
+      phimlx generate "Summarise this." < notes.txt
       phimlx generate --prompt "Summarise this:" - < notes.txt
 
     Pictures and sounds go before the prompt, pictures first, to phi-4-multimodal where no other
-    model is named. With --audio there need be no prompt: the question may be spoken.
+    model is named. With --audio there need be no prompt: the question may be spoken. Several may
+    follow one flag, and - is what is piped in.
 
     \b
       phimlx generate --image chart.png --prompt "What does it show?"
+      phimlx generate --image before.png after.png "What has changed?"
 
     stdout gets the answer, and tool calls as one JSON object a line. Reasoning and statistics
     go to stderr, where it is a terminal. Control characters are removed from what the model
@@ -194,9 +191,12 @@ def command(
             "--adapter-path NAME=ADAPTER belongs to --prompts, whose lines give the name."
         )
     spoken = bool(audio) and prompt is None and words is None and not raw
-    text = "" if spoken or in_file else read_prompt(prompt, words, raw)
+    files, taken = read_files({"image": image, "video": video, "audio": audio})
+    text = "" if spoken or in_file else read_prompt(prompt, words, raw, taken)
     if continued and (raw or in_file):
         raise click.UsageError("--continue goes with neither --raw nor --prompts.")
+    if continued and taken:
+        raise click.UsageError("--continue keeps files by their path, which stdin (-) has none of.")
 
     from phimlx.terminal.conversation import Conversation
     from phimlx.terminal.exchange import Exchange
@@ -213,13 +213,11 @@ def command(
             limits,
             lambda question: output.can_ask and output.confirm(question),
         )
-    check_files([*image, *audio, *video])
-    usual = MULTIMODAL if image or audio or video else None
+    check_files(source for _, source in files if isinstance(source, str))
+    usual = MULTIMODAL if files else None
     flags = Flags(model, persona, adapter, system, tools_file, kv_bits, usual)
     begun = furnish(flags, settings, saved)
     conversation, kv_bits = begun.conversation, begun.kv_bits
-    named = {"image": image, "video": video, "audio": audio}
-    files = [(kind, path) for kind, paths in named.items() for path in paths]
     begin = Exchange.next if continued else Exchange.first
     exchange = begin(conversation, text, files, limits, frames, keeper)
     # Those of this answer alone; the others stay with the conversation.
@@ -277,38 +275,3 @@ def command(
         prefixes.save(cache)
     if answer.interrupted:
         raise KeyboardInterrupt
-
-
-def read_prompt(option: str | None, words: str | None, raw: bool) -> str:
-    """Read the prompt from `--prompt`, from the argument, or from stdin where that is asked for.
-
-    Without either, stdin is read unless it is a terminal. Raises `click.UsageError` where there
-    is no prompt, or an empty one.
-    """
-    parts = [part for part in (option, words) if part is not None]
-    if not parts:
-        if sys.stdin is None or sys.stdin.isatty():
-            raise click.UsageError(NO_PROMPT)
-        parts = [STDIN]
-    elif len(parts) == 2 and parts.count(STDIN) != 1:
-        raise click.UsageError("The prompt is given twice: with --prompt and as PROMPT.")
-    text = "\n\n".join(read_stdin(raw) if part == STDIN else part for part in parts)
-    if not (text if raw else text.strip()):
-        raise click.UsageError("The prompt is empty.")
-    return text
-
-
-def read_stdin(raw: bool) -> str:
-    """Read all of stdin as text, without the newlines at its end unless `raw`.
-
-    Raises `PromptError` for bytes that are not UTF-8 text.
-    """
-    data = b"" if sys.stdin is None else sys.stdin.buffer.read()
-    try:
-        text = data.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        place = f"byte {data[error.start]:#04x} at offset {error.start}"
-        raise PromptError(f"What was piped in is not UTF-8 text ({place}).") from None
-    if "\0" in text:
-        raise PromptError("What was piped in is binary, not text.")
-    return text if raw else text.rstrip("\r\n")

@@ -98,9 +98,7 @@ class Transcript:
     "--format",
     "format_name",
     type=click.Choice(list(FORMATS)),
-    default="txt",
-    show_default=True,
-    help="Plain text, subtitles, or times and texts as JSON.",
+    help="Plain text, subtitles, or times and texts as JSON  [default: as --output ends, else txt]",
 )
 @click.option(
     "--max-seconds",
@@ -134,7 +132,7 @@ def command(
     kv_bits: int | None,
     translate_to: str | None,
     prompt: str | None,
-    format_name: str,
+    format_name: str | None,
     piece_seconds: float,
     output: Path | None,
     output_dir: Path | None,
@@ -149,7 +147,7 @@ def command(
     file that cannot be read does not stop the others; the exit code is 1 in the end.
 
     \b
-      phimlx transcribe interview.mp3 --format srt -o interview.srt
+      phimlx transcribe interview.mp3 -o interview.srt
       phimlx transcribe *.wav --output-dir transcripts
       phimlx transcribe speech.flac --translate-to French
     """
@@ -157,6 +155,7 @@ def command(
     from phimlx.transcription import question
 
     question(prompt, translate_to)
+    format_name = format_name or format_of(output)
     transcripts = plan_transcripts(files, format_name, output, output_dir, overwrite, as_json)
     screen = Output(json=as_json)
     limits = pop_limits(settings, max_seconds=math.inf)
@@ -191,6 +190,12 @@ def command(
         screen.json({"model": model, "files": [each.as_object() for each in transcripts]})
     if any(transcript.error for transcript in transcripts):
         raise click.exceptions.Exit(1)
+
+
+def format_of(target: Path | None) -> str:
+    """Return the format that the end of a file's name tells, else plain text."""
+    suffix = "" if target is None else target.suffix.lower().removeprefix(".")
+    return suffix if suffix in FORMATS else "txt"
 
 
 def plan_transcripts(

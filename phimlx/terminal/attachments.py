@@ -167,15 +167,19 @@ def dropped_files(line: str) -> list[tuple[str, str]]:
     return [file for file in found if file] if all(found) else []
 
 
+def kind_of(name: str) -> str | None:
+    """Return the kind of media that the end of a name tells; None for any other."""
+    suffix = Path(name).suffix.lower()
+    return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
+
+
 def media_file(name: str) -> tuple[str, str] | None:
     """Return the kind and path of a file that is there, by its name; None for any other."""
     if name.startswith("file://"):
         name = unquote(urlsplit(name).path)
     path = Path(name).expanduser()
-    for kind, suffixes in _SUFFIXES.items():
-        if path.suffix.lower() in suffixes:
-            try:
-                return (kind, str(path)) if path.is_file() else None
-            except (OSError, ValueError):  # too long for a name, or with a null byte
-                return None
-    return None
+    kind = kind_of(name)
+    try:
+        return (kind, str(path)) if kind is not None and path.is_file() else None
+    except (OSError, ValueError):  # too long for a name, or with a null byte
+        return None

@@ -19,8 +19,8 @@ if TYPE_CHECKING:
 
 OPTIONS = {"image": "images", "audio": "audio", "video": "video"}
 
-File = tuple[str, str]
-"""The kind of a file that goes with a question, and its path or URL."""
+File = tuple[str, str | bytes]
+"""The kind of a file that goes with a question, and its path, URL or contents."""
 
 
 @dataclass
@@ -51,8 +51,8 @@ class Exchange:
     ) -> Exchange:
         """Begin a conversation; the model reads the files.
 
-        One with a file that cannot be told again by its digest, such as that of an address, is
-        not kept.
+        One with a file that cannot be told again by its digest, such as that of an address or of
+        contents alone, is not kept.
         """
         turn = conversation.ask(text)
         messages = conversation.prompt(turn)
@@ -82,7 +82,8 @@ class Exchange:
         keeper: Keeper | None,
     ) -> Exchange:
         """Go on with a conversation; raises `MediaError` for a file that cannot be read."""
-        read = [Attachment.read(kind, path, limits, frames) for kind, path in files]
+        named = [(kind, path) for kind, path in files if isinstance(path, str)]
+        read = [Attachment.read(kind, path, limits, frames) for kind, path in named]
         turn = conversation.ask(text, read)
         return cls(conversation, turn, conversation.prompt(turn), {}, keeper)
 
@@ -98,11 +99,11 @@ class Exchange:
             self.keeper.keep(self.conversation, stats=stats)
 
 
-def saved_part(kind: str, path: str, limits: Limits, frames: int) -> dict[str, Any] | None:
-    """Return the part that stands for a file where a chat is kept; None for an address."""
+def saved_part(kind: str, path: str | bytes, limits: Limits, frames: int) -> dict[str, Any] | None:
+    """Return the part that stands for a file where a chat is kept; None for one without a path."""
     from phimlx.media.source import is_url, read_bytes
 
-    if is_url(path):
+    if isinstance(path, bytes) or is_url(path):
         return None
     try:
         sha256 = digest(read_bytes(path, limits))

@@ -10,8 +10,9 @@ import click
 import pytest
 from click.testing import CliRunner, Result
 
-from phimlx.cli.generate import NO_PROMPT, command
+from phimlx.cli.generate import command
 from phimlx.cli.group import cli
+from phimlx.cli.stdin import NO_PROMPT
 from phimlx.errors import GenerationError, ModelNotFoundError
 from phimlx.generation.logprobs import MAX_TOP
 from phimlx.prompt.tools import ToolCall
@@ -48,8 +49,9 @@ def generate(monkeypatch: pytest.MonkeyPatch) -> Generate:
     ("arguments", "piped", "prompt"),
     [
         (["--prompt", "Hi\\n"], None, "Hi\\n"),
-        (["-p", "Hi"], "not read", "Hi"),
-        (["Hi"], "not read", "Hi"),
+        (["-p", "Sum up."], "long text\n", "long text\n\nSum up."),
+        (["Sum up."], "long text\n", "long text\n\nSum up."),
+        (["Hi"], "\n", "Hi"),
         (["-"], "Hi\nthere\r\n\n", "Hi\nthere"),
         (["--prompt", "-"], "Hi", "Hi"),
         ([], "\ufeffHi\n", "Hi"),
@@ -115,7 +117,8 @@ def test_without_a_prompt_on_a_terminal_the_usage_is_told(
 )
 def test_what_is_piped_must_be_text(piped: bytes, error: str, generate: Generate) -> None:
     result = generate(piped=piped)
-    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {error}\n")
+    hint = "Hint: Give a picture with --image -, a sound with --audio -.\n"
+    assert (result.exit_code, result.stdout, result.stderr) == (1, "", f"Error: {error}\n{hint}")
 
 
 def test_raw_gives_the_prompt_as_it_is(generate: Generate) -> None:

@@ -51,7 +51,7 @@ def model(data: Path, tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(multimodal_folder(data, tmp_path_factory.mktemp("model")))
 
 
-def run(*arguments: str, piped: str | None = None) -> Result:
+def run(*arguments: str, piped: str | bytes | None = None) -> Result:
     return CliRunner().invoke(cli, arguments, input=piped, prog_name="phimlx")
 
 
@@ -208,3 +208,71 @@ def test_a_recording_is_transcribed(files: Path, model: str) -> None:
     told = json.loads(result.stdout)["files"][0]
     assert [segment["text"] for segment in told["segments"]] == [p.text for p in expected]
     assert (told["segments"][0]["start"], told["segments"][0]["end"]) == (0.0, 1.0)
+
+
+# Several files after one flag, and one from stdin
+
+
+@pytest.mark.parametrize("tail", [["What?"], ["--prompt", "What?"], ["--", "What?"]])
+@pytest.mark.parametrize(
+    "given",
+    [
+        ["--image", "cat.png", "b.jpg", "c.WEBP"],
+        ["--image=cat.png", "b.jpg", "c.WEBP"],
+        ["--image", "cat.png", "b.jpg", "--image", "c.WEBP"],
+        ["--image", "cat.png", "--image", "b.jpg", "--image", "c.WEBP"],
+    ],
+    ids=" ".join,
+)
+def test_files_that_follow_a_flag_go_with_it(
+    given: list[str], tail: list[str], files: Path, phi: FakePhi
+) -> None:
+    for name in ("b.jpg", "c.WEBP"):
+        Image.new("RGB", (9, 9)).save(files / name)
+    assert run("generate", "--private", *given, *tail).exit_code == 0
+    assert phi.options[0]["images"] == ["cat.png", "b.jpg", "c.WEBP"]
+    assert phi.prompts[0][-1]["content"] == "What?"
+
+
+@pytest.mark.parametrize(
+    "prompt", ["What is in b.png", "cat", "hum.wav", "https://x.org/a b.png", "-"]
+)
+def test_a_prompt_behind_a_file_stays_one(prompt: str, files: Path, phi: FakePhi) -> None:
+    run("generate", "--private", "--image", "cat.png", prompt, piped="cat")
+    assert phi.options[0]["images"] == ["cat.png"]
+    assert phi.prompts[0][-1]["content"].endswith("cat" if prompt == "-" else prompt)
+
+
+def test_a_further_file_that_is_not_there_is_said(files: Path, phi: FakePhi) -> None:
+    result = run("generate", "--image", "cat.png", "dog.png", "--prompt", "What?")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr.startswith("Error: There is no file dog.png.\n")
+
+
+@pytest.mark.parametrize(("kind", "name"), [("image", "cat.png"), ("audio", "hum.wav")])
+def test_a_file_from_stdin(kind: str, name: str, files: Path, phi: FakePhi) -> None:
+    data = (files / name).read_bytes()
+    result = run("generate", f"--{kind}", "-", "--prompt", "What?", piped=data)
+    assert (result.exit_code, result.stdout) == (0, "Hello.\n")
+    assert phi.options[0]["images" if kind == "image" else kind] == [data]
+    assert phi.prompts[0][-1]["content"] == "What?"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "problem"),
+    [
+        (["--image", "-", "--audio", "-", "-p", "x"], "stdin (-) can be read once."),
+        (["--image", "-"], "stdin (-) holds a file; give the prompt with --prompt TEXT."),
+        (["--image", "-", "-"], "stdin (-) holds a file; give the prompt with --prompt TEXT."),
+    ],
+)
+def test_stdin_is_one_thing(arguments: list[str], problem: str, files: Path, phi: FakePhi) -> None:
+    result = run("generate", *arguments, piped=(files / "cat.png").read_bytes())
+    assert result.exit_code == 2
+    assert result.stderr.endswith(f"Error: {problem}\n")
+
+
+def test_a_picture_piped_in_as_a_prompt_is_told_where_it_goes(files: Path, phi: FakePhi) -> None:
+    result = run("generate", "What?", piped=(files / "cat.png").read_bytes())
+    assert (result.exit_code, phi.prompts) == (1, [])
+    assert result.stderr.endswith("Hint: Give a picture with --image -, a sound with --audio -.\n")

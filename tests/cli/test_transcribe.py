@@ -352,3 +352,23 @@ def test_pieces_beside_the_bar_of_a_terminal(
     assert result.stdout == TXT
     assert "Transcribing a.wav" in result.stderr
     assert "4/62" in result.stderr
+
+
+@pytest.mark.parametrize(
+    ("name", "given", "head"),
+    [
+        ("a.srt", [], "1\n00:00:00,000 --> "),
+        ("a.VTT", [], "WEBVTT\n"),
+        ("a.json", [], '{"segments": '),
+        ("a.txt", [], "Hello"),
+        ("a.md", [], "Hello"),
+        ("a", [], "Hello"),
+        ("a.srt", ["--format", "txt"], "Hello"),
+        ("a.txt", ["--format", "vtt"], "WEBVTT\n"),
+    ],
+)
+def test_a_files_name_tells_the_format_where_no_other_is_given(
+    name: str, given: list[str], head: str, transcribe: Transcribe
+) -> None:
+    assert transcribe("a.wav", "-o", name, *given).exit_code == 0
+    assert Path(name).read_text().startswith(head)
