@@ -39,6 +39,7 @@ from phimlx.machine.kv_bits import check_kv_bits
 from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import DEFAULT
+from phimlx.preferences.file import read_alias
 
 if TYPE_CHECKING:
     from phimlx.generation.prefix_file import Source
@@ -59,10 +60,10 @@ def load(
     """Load a model.
 
     Args:
-        source: a name of the catalogue ("phi-4-mini", "nano"), a Hub id or a folder, in MLX or Hub
-            layout; the catalogue's default where None.
+        source: a name of the catalogue ("phi-4-mini", "nano") or of the user's own, a Hub id or a
+            folder, in MLX or Hub layout; the catalogue's default where None.
         adapter: folder or Hub id of a LoRA or DoRA, in mlx-lm's or PEFT's format, or of a full
-            fine-tuning.
+            fine-tuning; that of the user's own name where None.
         dtype: "float32", "float16" or "bfloat16"; as stored where None.
         rope_scaling: reaches further than the model was trained, as in a config:
             `{"rope_type": "yarn", "factor": 4.0}`, "linear" or "dynamic". It is another model then
@@ -77,6 +78,8 @@ def load(
         if dtype not in DTYPES:
             raise ConfigError(f"dtype is {dtype!r}; it must be one of {', '.join(DTYPES)}.")
         dtype = DTYPES[dtype]
+    if adapter is None and source is not None:
+        adapter = read_alias(source).get("adapter")
     return Phi(resolve(source), dtype, adapter, rope_scaling)
 
 

@@ -49,13 +49,14 @@ def command(
     from phimlx.cli.bars import download_bars, logger
     from phimlx.hub.client import Remote
     from phimlx.hub.download import download
-    from phimlx.hub.resolve import is_folder
+    from phimlx.hub.resolve import is_folder, meant
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
     if model is None:
         show_available(output)
         return
+    model = str(meant(model))
     if is_folder(model):
         check_folder(model, output)
         return

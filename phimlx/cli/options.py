@@ -283,8 +283,10 @@ def load_or_download(
     from phimlx.errors import ModelAbsentError
     from phimlx.hub.resolve import resolve_adapter
 
-    model = preferences().choose(model).model
-    adapters = adapters or {}
+    choice = preferences().choose(model)
+    if adapter is None and choice.name in preferences().alias:
+        adapter = choice.get("adapter")
+    model, adapters = choice.model, adapters or {}
     for source in (*([] if adapter is None else [adapter]), *adapters.values()):
         try:
             resolve_adapter(source)

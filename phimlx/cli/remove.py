@@ -26,6 +26,7 @@ def command(model: str, original: bool, yes: bool, as_json: bool) -> None:
     from phimlx.sizes import size_text
 
     output = Output(json=as_json)
+    model = str(resolve.meant(model))
     known = catalog.find(model)
     if known is not None and known.repo is None:
         raise ModelNotFoundError(f"{model} comes with phimlx and goes with it.")

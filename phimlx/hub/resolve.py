@@ -37,12 +37,24 @@ FILES = {
 _HUB_ID = re.compile(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*")
 
 
+def meant(source: str | Path) -> str | Path:
+    """Return the model that a name of the user's own stands for; any other name as it is.
+
+    Raises:
+        SettingsError: where the user's file of settings does not hold.
+    """
+    from phimlx.preferences.file import read_alias
+
+    model: str | Path = read_alias(source).get("model", source)
+    return model
+
+
 def resolve(source: str | Path | None = None, original: bool = False) -> Path:
     """Find the folder of a model that is on this machine.
 
     Args:
-        source: a folder, an alias of the catalogue, or a Hub id whose files are in
-            huggingface_hub's cache; the catalogue's default where None. An alias means the
+        source: a folder, an alias of the user's or the catalogue's, or a Hub id whose files are
+            in huggingface_hub's cache; the catalogue's default where None. An alias means the
             pre-quantized model where that is here, else the original; a folder comes before an
             alias of the same name where it holds a model.
         original: take the original of an alias only, never the pre-quantized one.
@@ -54,6 +66,7 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
         DownloadError: where what is in huggingface_hub's cache cannot be read.
     """
     if source is not None:
+        source = meant(source)
         with translate_read_errors(Path(source), CheckpointError):
             folder = _local_folder(source)
         if folder is not None:
@@ -127,6 +140,7 @@ def find_local_gguf(source: str) -> Path | None:
     Raises:
         CheckpointError: where a folder holds several, or cannot be read.
     """
+    source = str(meant(source))
     if not looks_like_path(source) and catalog.find(source) is not None:
         return None
     path = Path(os.path.expanduser(source))
@@ -144,6 +158,7 @@ def repositories(name: str, original: bool = False) -> list[str]:
     Raises:
         ModelNotFoundError: where it is neither an alias nor a Hub id.
     """
+    name = str(meant(name))
     model = catalog.find(name)
     if Path(name).suffix.lower() in (".gguf", ".safetensors"):
         raise ModelNotFoundError(f"There is no file {name}, and no model of that name.", FOLDER)
@@ -167,6 +182,7 @@ def repositories(name: str, original: bool = False) -> list[str]:
 
 def is_folder(source: str) -> bool:
     """Whether a name means a folder on this machine rather than a model of the Hub."""
+    source = str(meant(source))
     return looks_like_path(source) or (catalog.find(source) is None and Path(source).is_dir())
 
 

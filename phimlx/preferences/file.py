@@ -147,6 +147,19 @@ def read_preferences() -> Preferences:
         raise SettingsError(f"{path} is not TOML ({error}).", hint=MEND) from None
 
 
+def read_alias(name: str | Path) -> Values:
+    """Return what a name of the user's own stands for: `model`, and what goes with it.
+
+    Empty for any other name: of the catalogue, of a path or of the Hub.
+
+    Raises:
+        SettingsError: as `read_preferences`, which such a name does without.
+    """
+    if isinstance(name, Path) or not name or "/" in name or catalog.find(name) is not None:
+        return {}
+    return read_preferences().alias.get(name, {})
+
+
 def _both(hint: str | None, more: str) -> str:
     return more if hint is None else f"{hint} {more}"
 
