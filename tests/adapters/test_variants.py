@@ -478,3 +478,29 @@ def test_beside_the_adapters_of_a_multimodal_model(data: Path, tmp_path: Path) -
         other.prompt, other.media = request.prompt, request.media
         list(single.engine.run(other))
         assert request.reply.tokens == other.reply.tokens
+
+
+def test_a_prefix_is_never_taken_of_another_adapter(small: Path, adapters: Path) -> None:
+    """Whether the row it is of has left, or is being decoded."""
+    phi = load(small, adapters, ("lora", "dora"))
+    prompt = words(24, 5)
+    expected = {
+        name: alone(small, adapters, name).generate(prompt, **GREEDY).tokens
+        for name in ("lora", "dora", None)
+    }
+    cached = {}
+    for turn in range(2):
+        for name in expected:
+            request = phi.request(prompt, GenerationOptions(adapter=name, **GREEDY))
+            phi.engine.add(request)
+            while phi.engine.busy:
+                phi.engine.step()
+            assert request.reply.tokens == expected[name], (turn, name)
+            cached[turn, name] = request.reply.stats.cached_tokens
+    assert {cached[0, name] for name in expected} == {0}
+    assert all(cached[1, name] > 0 for name in expected)
+    together = [phi.request(prompt, GenerationOptions(adapter=name, **GREEDY)) for name in expected]
+    phi.engine.add(*together)
+    while phi.engine.busy:
+        phi.engine.step()
+    assert [request.reply.tokens for request in together] == list(expected.values())
