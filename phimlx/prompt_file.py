@@ -126,6 +126,8 @@ def answer_file(
         with closing(phi.engine.run_each(coming(), batch_size)) as ended:
             for request in ended:
                 line, identifier = asked.pop(request)
+                if request.error is not None and not isinstance(request.error, PhimlxError):
+                    raise request.error
                 if request.error is not None:
                     result.failed[line.number] = str(request.error)
                 else:

@@ -102,10 +102,13 @@ class Batch:
             return []
         requests, chunks = self.requests, []
         for request, (token, logprob) in zip(requests, self._next_tokens(), strict=True):
+            if request.finished:
+                continue  # its sampler or its grammar has failed meanwhile
             if token == NOT_FINITE:
                 request.cancel(nonfinite_error(self._model, request.tokens))
                 continue
-            chunks += [(request, chunk) for chunk in request.take(token, logprob)]
+            with request.guarded():
+                chunks += [(request, chunk) for chunk in request.take(token, logprob)]
             if request.constraint is not None and request.constraint.error is not None:
                 request.cancel(request.constraint.error)
         self.drop_finished()
@@ -136,7 +139,8 @@ class Batch:
             known = [self._verify(rows[0])]
         for request, found in zip(self.requests, known, strict=True):
             if request.constraint is not None and NOT_FINITE not in found:
-                request.constraint.advance(found)
+                with request.guarded():
+                    request.constraint.advance(found)
         if logits is not None and self._constrained:
             self._draw(logits)
         if len(rows) > 1:
@@ -206,7 +210,8 @@ class Batch:
         ends = not request.stop_tokens.isdisjoint(tokens)  # its keys and values are for later turns
         draft = [] if ends or lookup is None else lookup.draft(room - 1)
         if request.constraint is not None:
-            draft = request.constraint.fitting(draft)
+            with request.guarded():
+                draft = request.constraint.fitting(draft)
         while draft and self._kv.crossing(1 + len(draft)):
             draft.pop()
         logits = self._run_pass(mx.array([[tokens[-1], *draft]]))
@@ -249,13 +254,14 @@ class Batch:
             logits[:, mx.array(media.in_vocabulary)] = -mx.inf
         if self._constrained:
             logits = self._constrain(logits)
-        samplers = [request.sampler for request in self.requests]
-        if rows == 1:
-            tokens = samplers[0].draw(logits)
-        elif all(sampler.sampling.is_greedy for sampler in samplers):
+        if rows > 1 and all(request.sampler.sampling.is_greedy for request in self.requests):
             tokens = mx.argmax(logits, axis=-1)
         else:
-            drawn = [sampler(logits[row : row + 1]) for row, sampler in enumerate(samplers)]
+            places = len(logits) // rows
+            drawn = [
+                _choose(request, logits[row * places : (row + 1) * places])
+                for row, request in enumerate(self.requests)
+            ]
             tokens = mx.concatenate(drawn)
         self._drawn = mx.where(finite, tokens.astype(mx.int32), NOT_FINITE).reshape(rows, -1)
         tops = [request.top_logprobs for request in self.requests]
@@ -270,8 +276,11 @@ class Batch:
         masks = []
         for row, request in enumerate(self.requests):
             if request.constraint is not None:
-                held += range(row * places, (row + 1) * places)
-                masks.append(request.constraint.allowed(logits.shape[-1], self._draft))
+                with request.guarded():
+                    masks.append(request.constraint.allowed(logits.shape[-1], self._draft))
+                    held += range(row * places, (row + 1) * places)
+        if not held:
+            return logits
         here, logits = mx.array(held), mx.array(logits)  # a copy, since those are scored
         logits[here] = mx.where(mx.array(np.concatenate(masks)), logits[here], -mx.inf)
         return logits
@@ -316,6 +325,15 @@ class Batch:
             self._kv.select(rows)
             self._drawn = self._drawn[mx.array(list(rows))]
             self._logprobs = [self._logprobs[row] for row in rows]
+
+
+def _choose(request: Request, logits: mx.array) -> mx.array:
+    """Draw a request's tokens after each place, `[places]`; it ends where its sampler fails."""
+    try:
+        return request.sampler.draw(logits).astype(mx.int32)
+    except Exception as error:
+        request.fail(error)
+        return mx.full(len(logits), NOT_FINITE, mx.int32)
 
 
 def _told(logprobs: RowLogprobs | None, place: int) -> TokenLogprob | None:

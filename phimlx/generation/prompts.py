@@ -77,7 +77,11 @@ class Prompts:
             if _wants_scores(other.requests[0]) != _wants_scores(self.requests[0]):
                 continue  # a prompt that is scored takes longer
             if self._has_prefix or rows * other.left <= prefill_tokens():
-                other.begin()
+                try:
+                    other.begin()
+                except Exception as error:
+                    other.fail(error)
+                    continue
             longest = max(self.left, other.left)
             alike = other._rows and other._has_prefix == self._has_prefix
             if alike and rows * longest <= prefill_tokens():
@@ -86,6 +90,11 @@ class Prompts:
                 self.left = longest
                 taken.append(other)
         return taken
+
+    def fail(self, error: Exception) -> None:
+        """End all requests."""
+        for request in self.requests:
+            request.fail(error)
 
     def step(self) -> mx.array | None:
         """Compute a piece; the hidden states of the last tokens, `[rows, 1, hidden]`, at the end.
@@ -163,7 +172,8 @@ class Prompts:
                 request.reply.stats.cached_tokens = prefix.computed
                 if request.on_prefill is not None:
                     own = len(request.prompt) - prefix.computed
-                    request.on_prefill(computed - prefix.computed, own)
+                    with request.guarded():
+                        request.on_prefill(computed - prefix.computed, own)
             if self.left:
                 yield None
                 continue

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
-from phimlx.errors import PhimlxError
 from phimlx.generation.reply import Chunk, Reply, ReplyReader
 from phimlx.generation.sampler import Sampler
 from phimlx.models.lora import DEFAULT
@@ -45,6 +45,7 @@ class Request:
         computed: tokens of prompt and reply whose keys and values are there.
         finished: whether the reply is complete, or the request was ended before.
         error: why it was ended, where its reader did not end it.
+        arrival: which it was of those that its scheduler admitted.
         reply: the reply so far.
     """
 
@@ -65,7 +66,8 @@ class Request:
     read_answer: Callable[[str], Any] | None = None
     computed: int = field(default=0, init=False)
     finished: bool = field(default=False, init=False)
-    error: PhimlxError | None = field(default=None, init=False)
+    error: Exception | None = field(default=None, init=False)
+    arrival: int = field(default=0, init=False)
     reply: Reply = field(init=False)
 
     def __post_init__(self) -> None:
@@ -133,7 +135,28 @@ class Request:
             return chunks + self._finish("length")
         return chunks
 
-    def cancel(self, error: PhimlxError | None = None) -> None:
+    @contextmanager
+    def guarded(self) -> Iterator[None]:
+        """End the request with what the block raises: what is its own ends nobody else."""
+        try:
+            yield
+        except Exception as error:
+            self.fail(error)
+
+    def fail(self, error: Exception) -> None:
+        """End the request with an error, even while it is about to finish."""
+        self.finished, self.error = True, error
+
+    def restart(self) -> None:
+        """Go on from the tokens so far, whatever has been drawn or computed behind them."""
+        self.computed = 0
+        self.sampler.rewind(self.reply.tokens)
+        if self.constraint is not None:
+            self.constraint.restart(self.reply.tokens)
+        if self.prompt_logprobs is not None and not self.reply.tokens:
+            self.reply.prompt_logprobs = [None]
+
+    def cancel(self, error: Exception | None = None) -> None:
         """End the request here; nothing where it has ended. `error` is for who still reads it."""
         if not self.finished:
             self.finished, self.error = True, error

@@ -166,6 +166,18 @@ class Sampler:
         if self._drawn:
             self.key, self.counts = self._drawn[count - 1]
 
+    def rewind(self, tokens: Sequence[int]) -> None:
+        """Go on as if these were all the tokens that have been drawn."""
+        self._drawn, self._bias = [], None
+        self.key = mx.random.key(self.seed)
+        if self.sampling.temperature:
+            for _ in tokens:
+                self.key, _ = mx.random.split(self.key)
+        if self.counts is not None:
+            vocabulary = self.counts.size
+            self._count_prompt(vocabulary)
+            self.counts = mx.zeros(vocabulary).at[mx.array(list(tokens), mx.int32)].add(1)
+
     def __call__(self, logits: mx.array) -> mx.array:
         """The next token, `[1]`, for logits `[1, vocab]`."""
         settings = self.sampling
@@ -191,18 +203,21 @@ class Sampler:
         return self._bias
 
     def _penalize(self, logits: mx.array) -> mx.array:
-        if self.counts is None or self.in_prompt is None:
-            zeros = mx.zeros(logits.shape[-1])
-            self.counts = zeros
-            # What stands for media may be no token of the vocabulary.
-            tokens = [token for token in self.prompt if token >= 0]
-            self.in_prompt = zeros.at[mx.array(tokens, dtype=mx.int32)].add(1) > 0
+        if self.counts is None:
+            self.counts = mx.zeros(logits.shape[-1])
+            self._count_prompt(logits.shape[-1])
+        assert self.in_prompt is not None
         settings, held = self.sampling, self.counts > 0
         if settings.repetition_penalty != 1:
             penalty = float(settings.repetition_penalty)  # MLX takes no whole number beyond int64
             weaker = mx.where(logits > 0, logits / penalty, logits * penalty)
             logits = mx.where(held | self.in_prompt, weaker, logits)
         return logits - settings.presence_penalty * held - settings.frequency_penalty * self.counts
+
+    def _count_prompt(self, vocabulary: int) -> None:
+        # What stands for media may be no token of the vocabulary.
+        prompt = [token for token in self.prompt if token >= 0]
+        self.in_prompt = mx.zeros(vocabulary).at[mx.array(prompt, dtype=mx.int32)].add(1) > 0
 
 
 def restrict(logits: mx.array, settings: Sampling) -> mx.array:

@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from functools import cached_property
+from itertools import count
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
 
-from phimlx.errors import GenerationError, PhimlxError
+from phimlx.errors import GenerationError, ResourceError, shortage
 from phimlx.generation.batch import Batch
 from phimlx.generation.prefix_pool import PrefixPool, Row
 from phimlx.generation.prompt_cache import Prefixes, PromptCache
@@ -46,6 +47,10 @@ class Scheduler:
     memory is needed for others that are admitted. They go on from rows that are still being
     computed, too.
 
+    What one request's own code raises (its reader, sampler, grammar, media) ends that request. A
+    pass that fails ends those that took part in it. Where it failed for want of memory, what is
+    kept for later goes, or else the newest half of the requests; the others are computed again.
+
     Args:
         pass_cost: as `Batch` takes it.
         on_admit: called with each request whose turn has come.
@@ -74,6 +79,7 @@ class Scheduler:
         self._prefix_memory = prefix_memory
         self._store = store
         self._waiting: deque[Request] = deque()
+        self._arrivals = count()
         self._prompts: list[Prompts] = []  # admitted, in the order in which they came
         self._joining: list[Batch] = []  # prefilled
         self._rows: Batch | None = None
@@ -112,7 +118,7 @@ class Scheduler:
     def step(self) -> list[tuple[Request, Chunk]]:
         """Compute a piece of a prompt, and a token of every row.
 
-        A request whose media do not fit its prompt ends with that error, and no other with it.
+        A request that could not go on has its `error`.
         """
         self.settle()
         self._admit()
@@ -120,7 +126,12 @@ class Scheduler:
         chunks = []
         if self._rows is not None:
             self._rows.may_draft = not self._prompts and not self._joining
-            chunks = self._rows.step()
+            try:
+                chunks = self._rows.step()
+            except Exception as error:
+                failed, self._rows = self._rows, None
+                self._go_on(failed.requests, error)
+                return []
             self._prompts = self._rows.crossed + self._prompts
             self._rows.crossed = []
         self.settle()
@@ -181,12 +192,16 @@ class Scheduler:
         admitted = self._admitted
         while self._waiting and self._may_join(self._waiting[0], admitted):
             request = self._waiting.popleft()
+            request.arrival = next(self._arrivals)
             self._on_admit(request)
-            scored = request.prompt_logprobs is not None  # so that all of it is to be computed
-            if request.cache is None and not scored and self._prefix_memory != 0:
-                request.cache = PromptCache(self._model, request.kv_bits, self.prefixes)
-            self._prompts.append(Prompts(self._model, [request]))
+            self._prompts.append(self._begin(request))
             admitted.append(request)
+
+    def _begin(self, request: Request) -> Prompts:
+        scored = request.prompt_logprobs is not None  # so that all of it is to be computed
+        if request.cache is None and not scored and self._prefix_memory != 0:
+            request.cache = PromptCache(self._model, request.kv_bits, self.prefixes)
+        return Prompts(self._model, [request])
 
     def _prefill(self) -> None:
         """Compute a piece of a prompt, and of those that can be computed with it."""
@@ -198,18 +213,47 @@ class Scheduler:
             prompts = min(self._prompts, key=lambda prompts: prompts.left)
         try:
             prompts.begin()
+        except Exception as error:
+            prompts.fail(error)
+            return
+        try:
             others = [other for other in self._prompts if other is not prompts]
             for other in prompts.gather(others):
                 self._prompts.remove(other)
             self._make_room()
             hidden = prompts.step()
-        except PhimlxError as error:
-            for request in prompts.requests:
-                request.cancel(error)
-            return
-        if hidden is not None:
+            if hidden is None:
+                return
+            batch = Batch(self._model, prompts, hidden, self._pass_cost, self._keep)
+        except Exception as error:
             self._prompts.remove(prompts)
-            self._joining.append(Batch(self._model, prompts, hidden, self._pass_cost, self._keep))
+            self._go_on(prompts.requests, error)
+            return
+        self._prompts.remove(prompts)
+        self._joining.append(batch)
+
+    def _go_on(self, failed: list[Request], error: Exception) -> None:
+        """Go on after a pass over the rows of requests that failed, and left nothing of use."""
+        for request in failed:
+            if request.cache is not None and request.cache.prefixes is self.prefixes:
+                request.cache = None
+        short = shortage(error)
+        if not isinstance(short, ResourceError):
+            for request in failed:
+                request.fail(error)
+            return
+        if self.prefixes.nbytes:
+            self.prefixes.shrink(0)
+        else:
+            there = sorted((*self._admitted, *failed), key=lambda request: request.arrival)
+            for request in there[len(there) // 2 :]:
+                request.cancel(short)
+        for request in failed:
+            if not request.finished:
+                request.restart()
+                self._prompts.append(self._begin(request))
+        self.settle()
+        mx.clear_cache()
 
     def _keep(self, request: Request) -> None:
         """Take what a request's row held, where it is not the request's own prompt cache."""

@@ -42,6 +42,12 @@ class Constraint:
             elif not self._matcher.consume_token(token):
                 self._fail()
 
+    def restart(self, tokens: Sequence[int]) -> None:
+        """Go on as if these were all the tokens of the reply."""
+        self._matcher.reset()
+        self.ended, self.error = False, None
+        self.advance(tokens)
+
     def fitting(self, draft: Sequence[int]) -> list[int]:
         """The beginning of drafted tokens that the grammar allows, before any stop token."""
         if self.ended or self.error is not None:
