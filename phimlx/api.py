@@ -357,15 +357,17 @@ class Phi:
                 str(self.path.resolve()),
             )
 
-    def encode(self, prompt: Prompt = "", **options: Any) -> list[int]:
+    def encode(
+        self, prompt: Prompt = "", adapter: str | None = DEFAULT, **options: Any
+    ) -> list[int]:
         """Encode a prompt as tokens.
 
         Args:
-            prompt: as for `stream`.
+            prompt, adapter: as for `stream`.
             options: images, audio, video, frames, limits, tools, raw, continue_final_message,
                 reasoning.
         """
-        return self._reader.read(prompt, PromptOptions(**options))[0]
+        return self._variants.find(adapter).reader.read(prompt, PromptOptions(**options))[0]
 
     def requests(self, prompt: Prompt, options: GenerationOptions, n: int) -> list[Request]:
         """Make requests for `n` replies to one prompt, whose seeds follow each other.

@@ -37,6 +37,7 @@ def command(action: str | None, opens: bool, **flags: Any) -> None:
     \b
       phimlx serve                       every model on this machine, at 127.0.0.1:8080
       phimlx serve --model phi-4-mini    one model, loaded at once
+      phimlx serve --model phi-4-mini --adapter mine=FOLDER    phi-4-mini:mine as well
       phimlx serve --install             as a service, from now on
 
     Without a key only this machine is served. PHIMLX_API_KEY may hold the key.
@@ -93,8 +94,8 @@ def run(
 
 def check(settings: ServerSettings, output: Output) -> None:
     """Check the settings as far as that goes without loading a model, and say what they mean."""
-    from phimlx.server.models import list_served
     from phimlx.server.run import address, listen, read_certificate
+    from phimlx.server.served import list_served
     from phimlx.sizes import size_text
 
     key = read_key(settings)
@@ -123,7 +124,12 @@ def install(settings: ServerSettings, output: Output) -> None:
         for name in FILES
         if (value := getattr(settings, name)) is not None and Path(value).exists()
     }
-    command = serve_command(to_flags(settings.model_copy(update=whole)))
+    adapters = [each.rpartition("=") for each in settings.adapters]
+    found = tuple(
+        f"{name}={Path(source).resolve() if Path(source).exists() else source}"
+        for name, _, source in adapters
+    )
+    command = serve_command(to_flags(settings.model_copy(update={**whole, "adapters": found})))
     manager.install(command, kept_environment())
     output.text(f"Installed as {manager.path}.")
     output.note(f"{manager.logs[0].upper()}{manager.logs[1:]}.")

@@ -132,6 +132,10 @@ class Engine:
             for cache in self._scheduler.prefixes.caches:
                 self._prefixes.save(cache)
 
+    def limit_memory(self, nbytes: int | None) -> None:
+        """Change what keys and values may take; what is left beside the weights where None."""
+        self._scheduler.limit_memory(nbytes)
+
     def add(self, *requests: Request) -> None:
         """Let requests wait for their turn in the continuous batch.
 

@@ -103,6 +103,13 @@ class Scheduler:
         pool.live = self._computing
         return pool
 
+    def limit_memory(self, nbytes: int | None) -> None:
+        """Change what keys and values may take; those that have been admitted keep theirs."""
+        self._memory = nbytes
+        if self._prefix_memory is None:
+            self.prefixes.limit = self._left // 2
+            self.prefixes.shrink(self.prefixes.limit)
+
     def add(self, requests: Iterable[Request]) -> None:
         """Let requests wait for their turn.
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
 from typing import Any
@@ -21,7 +22,9 @@ from phimlx.server.service import Service
 from phimlx.server.settings import ServerSettings
 from phimlx.server.worker import Worker
 
-SWEEP_SECONDS = 5.0  # between looks for models that nobody uses
+SWEEP_SECONDS = 1.0  # between looks for models that nobody uses, and after the worker
+
+log = logging.getLogger("phimlx.server")
 
 DIALECTS: Mapping[str, tuple[Sequence[Route], Callable[[RequestError], dict[str, Any]]]] = {
     "/": ((*openai.ROUTES, *transcriptions.ROUTES), openai.error_object),
@@ -79,11 +82,13 @@ class App:
         models = Models(self._settings, worker)
         self.service = Service(self._settings, models, worker)
         worker.start()
-        sweeper = asyncio.ensure_future(_sweep(models))
+        sweeper = asyncio.ensure_future(_sweep(self.service))
         try:
             if self._settings.model is not None:
-                async with models.use(models.list()[0].name):
-                    pass  # loaded before the first request comes
+                given = models.list()[: 1 + len(self._settings.adapters)]
+                for served in given:  # loaded before the first request comes
+                    async with models.use(served.name):
+                        pass
             yield
         finally:
             sweeper.cancel()
@@ -102,14 +107,14 @@ def error_shape(path: str, error: RequestError) -> dict[str, Any]:
 async def health(request: Request) -> Response:
     """`GET /health`: whether the server computes, and what it holds."""
     service: Service = request.app.service
-    alive = service.worker.is_alive
-    state = "stopping" if service.draining else "ok" if alive else "failed"
+    state = service.state
     return JSONResponse(
         {
             "status": state,
             "models": [loaded.served.name for loaded in service.models.loaded],
             "running": service.running,
             "restarts": service.worker.restarts,
+            "step_seconds": round(service.worker.busy_seconds, 3),
         },
         200 if state == "ok" else 503,
     )
@@ -120,7 +125,12 @@ async def metrics(request: Request) -> Response:
     return Response(request.app.service.metrics.text(), media_type=CONTENT_TYPE_LATEST)
 
 
-async def _sweep(models: Models) -> None:
+async def _sweep(service: Service) -> None:
+    """Unload models that nobody uses, and watch over the worker."""
     while True:
         await asyncio.sleep(SWEEP_SECONDS)
-        await models.unload_idle()
+        try:
+            await service.look_after_worker()
+            await service.models.unload_idle()
+        except Exception:
+            log.exception("models cannot be looked after")

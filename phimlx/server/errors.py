@@ -94,7 +94,8 @@ def explain(error: BaseException) -> RequestError:
     for kind, status, code in STATUSES:
         if isinstance(known, kind):
             hint = f" {known.hint}" if known.hint and status < 500 else ""
-            return RequestError(status, f"{known}{hint}", code=code)
+            headers = {"Retry-After": "30"} if status == 503 else {}
+            return RequestError(status, f"{known}{hint}", code=code, headers=headers)
     return RequestError(
         500, f"Something went wrong here (error {secrets.token_hex(4)}).", code="internal_error"
     )

@@ -29,17 +29,18 @@ class Metrics:
         )  # fmt: skip
         self._first = Histogram(
             "phimlx_first_token_seconds", "From the start of a prompt to its reply's first token.",
-            buckets=SECONDS, registry=own,
+            ("model",), buckets=SECONDS, registry=own,
         )  # fmt: skip
         self._tokens = Counter(
             "phimlx_tokens",
             "Tokens: of prompts, those of them that were cached, and of replies.",
-            ("kind",),
+            ("model", "kind"),
             registry=own,
         )
         self._ended = Counter(
-            "phimlx_replies", "Replies by how they ended.", ("finish_reason",), registry=own
-        )
+            "phimlx_replies", "Replies by how they ended.", ("model", "finish_reason"),
+            registry=own,
+        )  # fmt: skip
         for name, (text, read) in gauges.items():
             Gauge(f"phimlx_{name}", text, registry=own).set_function(read)
 
@@ -48,15 +49,16 @@ class Metrics:
         self._requests.labels(path, str(status)).inc()
         self._seconds.labels(path).observe(seconds)
 
-    def count_reply(self, request: Request) -> None:
-        """Count a request of the engine that has ended."""
+    def count_reply(self, model: str, request: Request) -> None:
+        """Count a request of the engine that has ended; `model` as the server calls it."""
         stats = request.reply.stats
-        self._tokens.labels("prompt").inc(stats.prompt_tokens)
-        self._tokens.labels("cached").inc(stats.cached_tokens)
-        self._tokens.labels("generated").inc(stats.generated_tokens)
-        self._ended.labels(request.reply.finish_reason).inc()
+        self._tokens.labels(model, "prompt").inc(stats.prompt_tokens)
+        self._tokens.labels(model, "cached").inc(stats.cached_tokens)
+        self._tokens.labels(model, "generated").inc(stats.generated_tokens)
+        reason = request.reply.finish_reason if request.error is None else "error"
+        self._ended.labels(model, reason).inc()
         if stats.generated_tokens:
-            self._first.observe(stats.prefill_seconds)
+            self._first.labels(model).observe(stats.prefill_seconds)
 
     def text(self) -> bytes:
         """Write everything as Prometheus reads it."""

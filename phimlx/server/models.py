@@ -1,4 +1,4 @@
-"""The models that a server answers with: found by name, loaded on demand, unloaded when idle."""
+"""The models in memory: loaded on demand, beside each other where they fit, and unloaded."""
 
 from __future__ import annotations
 
@@ -8,20 +8,16 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
-from functools import cached_property
-from pathlib import Path
-from typing import Any
 
-from phimlx import catalog
+import mlx.core as mx
+
 from phimlx.api import Phi
-from phimlx.errors import ModelNotFoundError
-from phimlx.files import read_json
+from phimlx.errors import ModelNotFoundError, PhimlxError
 from phimlx.generation.engine import Engine
-from phimlx.hub.cache import list_models
-from phimlx.hub.layout import model_name
-from phimlx.hub.resolve import NANO, NANO_MULTIMODAL, resolve
 from phimlx.machine.memory import machine_memory
+from phimlx.models.lora import DEFAULT
 from phimlx.server.errors import RequestError
+from phimlx.server.served import Served, list_served
 from phimlx.server.settings import ServerSettings
 from phimlx.server.worker import Worker
 from phimlx.sizes import size_text
@@ -29,79 +25,28 @@ from phimlx.sizes import size_text
 log = logging.getLogger("phimlx.server")
 
 
-@dataclass(frozen=True)
-class Served:
-    """A model that may be asked for.
-
-    Attributes:
-        name: as the server calls it: an alias of the catalogue, a Hub id, or a folder's name.
-        folder: where it lies.
-        other_names: that mean it too.
-    """
-
-    name: str
-    folder: Path
-    other_names: tuple[str, ...] = ()
-
-    @classmethod
-    def of(cls, folder: Path, name: str | None = None) -> Served:
-        known = catalog.find(name or model_name(folder))
-        if known is None:
-            return cls(name or folder.resolve().name, folder)
-        return cls(known.alias, folder, known.names)
-
-    @property
-    def created(self) -> int:
-        """When its config came here, in seconds since 1970."""
-        return int((self.folder / "config.json").stat().st_mtime)
-
-    @cached_property
-    def config(self) -> dict[str, Any]:
-        """Its config.json."""
-        return read_json(self.folder / "config.json")
-
-    @property
-    def context_length(self) -> int:
-        """Tokens that prompt and reply may have together."""
-        return int(self.config.get("max_position_embeddings", 0))
-
-    @cached_property
-    def nbytes(self) -> int:
-        """Size of its weights on disk."""
-        return sum(file.stat().st_size for file in self.folder.glob("*.safetensors"))
-
-
-def list_served(settings: ServerSettings) -> list[Served]:
-    """List the models that may be asked for: the one of the settings, or all on this machine.
-
-    Raises:
-        ModelNotFoundError, CheckpointError: where that one is none, as `phimlx.load`.
-    """
-    if settings.model is not None:
-        name = settings.model if catalog.find(settings.model) else None
-        return [Served.of(resolve(settings.model), name)]
-    found = [Served.of(NANO, "nano"), Served.of(NANO_MULTIMODAL, "nano-multimodal")]
-    for model in list_models():
-        if model.snapshot is not None and not model.is_adapter:
-            found.append(Served.of(model.snapshot, model.repository))
-    return list({model.name: model for model in found}.values())
-
-
 @dataclass(eq=False)
 class Loaded:
-    """A model in memory.
+    """A model in memory, or an adapter beside it.
 
     Attributes:
+        base: the model that has the adapter; None for a model.
         keep_alive: seconds for which it stays when nobody uses it; infinite for ever.
-        users: requests that are using it.
+        users: requests that are using it, with adapters or without.
         last_used: by `time.monotonic`, when the last of them went.
     """
 
     served: Served
     phi: Phi
     keep_alive: float
+    base: Loaded | None = None
     users: int = 0
     last_used: float = field(default_factory=time.monotonic)
+
+    @property
+    def adapter(self) -> str:
+        """Which adapter its requests name."""
+        return self.served.label or DEFAULT
 
     @property
     def remaining(self) -> float:
@@ -109,29 +54,49 @@ class Loaded:
         used = time.monotonic() if self.users else self.last_used
         return used + self.keep_alive - time.monotonic()
 
+    def hold(self, keep_alive: float | None = None) -> None:
+        """Count a request more; `keep_alive` as `Models.use` takes it."""
+        self.users += 1
+        if keep_alive is not None:
+            self.keep_alive = keep_alive
+        if self.base is not None:
+            self.base.hold(None if keep_alive is None else max(keep_alive, self.base.keep_alive))
+
+    def let_go(self) -> None:
+        """Count a request less."""
+        self.users -= 1
+        self.last_used = time.monotonic()
+        if self.base is not None:
+            self.base.let_go()
+
 
 class Models:
-    """Finds, loads and unloads models. Used from the event loop alone.
+    """Finds, loads and unloads models and adapters. Used from the event loop alone.
 
     Args:
-        settings: `model` to serve that one alone, `keep_alive`, `batch_size`.
+        settings: what is served, `keep_alive`, `batch_size`.
         worker: loads them, in its thread.
+
+    Raises:
+        PhimlxError: as `list_served`.
     """
 
     def __init__(self, settings: ServerSettings, worker: Worker) -> None:
         self._settings = settings
         self._worker = worker
-        self._fixed = None if settings.model is None else list_served(settings)
+        served = list_served(settings)
+        self._fixed = None if settings.model is None else served
         self._loaded: dict[str, Loaded] = {}
         self._loading = asyncio.Lock()
         self._releasing: asyncio.Future[None] | None = None
 
     @property
     def loaded(self) -> list[Loaded]:
+        """Models and adapters in memory."""
         return list(self._loaded.values())
 
     def list(self) -> list[Served]:
-        """List the models that may be asked for, by name."""
+        """List what may be asked for, by name."""
         return list_served(self._settings) if self._fixed is None else self._fixed
 
     def find(self, name: str) -> Served:
@@ -140,9 +105,12 @@ class Models:
         Raises:
             ModelNotFoundError: where it is not here.
         """
+        for loaded in self.loaded:
+            if loaded.served.is_called(name):
+                return loaded.served
         models = self.list()
         for model in models:
-            if name.lower() in {other.lower() for other in (model.name, *model.other_names)}:
+            if model.is_called(name):
                 return model
         here = ", ".join(model.name for model in models)
         raise ModelNotFoundError(f"There is no model {name[:100]} here.", f"There are: {here}.")
@@ -160,18 +128,17 @@ class Models:
             RequestError: 503 where it does not fit beside those that are being used.
         """
         served = self.find(name)
-        async with self._loading:
-            loaded = self._loaded.get(served.name)
-            if loaded is None:
-                loaded = await self._load(served)
-            loaded.users += 1
-            if keep_alive is not None:
-                loaded.keep_alive = keep_alive
+        loaded = self._loaded.get(served.name)
+        if loaded is not None:
+            loaded.hold(keep_alive)
+        else:
+            async with self._loading:
+                loaded = self._loaded.get(served.name) or await self._load(served)
+                loaded.hold(keep_alive)
         try:
             yield loaded
         finally:
-            loaded.users -= 1
-            loaded.last_used = time.monotonic()
+            loaded.let_go()
             if loaded.keep_alive == 0:
                 # Later, for who used it still refers to it.
                 self._releasing = asyncio.ensure_future(self.unload_idle())
@@ -184,57 +151,102 @@ class Models:
             await self.unload_idle()
 
     async def unload_idle(self) -> None:
-        """Unload models that nobody has used for as long as they are kept."""
+        """Unload what nobody has used for as long as it is kept."""
         async with self._loading:
             for loaded in self.loaded:
-                if not loaded.users and loaded.remaining <= 0:
+                if not loaded.users and loaded.remaining <= 0 and loaded in self.loaded:
                     await self.unload(loaded)
 
     async def unload(self, loaded: Loaded) -> None:
-        """Let go of a model that nobody uses."""
-        del self._loaded[loaded.served.name]
-        name = loaded.served.name
+        """Let go of a model, and of its adapters with it, or of an adapter, which nobody uses."""
+        if loaded.base is not None:
+            del self._loaded[loaded.served.name]
+            await self._worker.call(lambda: loaded.phi.delete_adapter(loaded.adapter))
+        else:
+            gone = [each for each in self.loaded if loaded in (each, each.base)]
+            for each in gone:
+                del self._loaded[each.served.name]
 
-        def free() -> None:
-            import mlx.core as mx
+            def free() -> None:
+                for each in gone:
+                    del each.phi
+                mx.clear_cache()
 
-            del loaded.phi
-            mx.clear_cache()
+            await self._worker.call(free)
+            await self._share_memory()
+        log.info("unloaded %s", loaded.served.name)
 
-        await self._worker.call(free)
-        log.info("unloaded %s", name)
+    async def load_again(self) -> None:
+        """Load what was in memory anew, as for a worker that has taken the place of one that died.
+
+        What cannot be loaded any more is left out.
+        """
+        async with self._loading:
+            before = self.loaded
+            self._loaded.clear()
+            for each in before:
+                try:
+                    if each.served.name not in self._loaded:
+                        await self._load(each.served)
+                except (PhimlxError, RequestError, RuntimeError):
+                    log.exception("%s cannot be loaded again", each.served.name)
 
     async def _load(self, served: Served) -> Loaded:
-        await self._make_room(served)
-
-        def load() -> Phi:
-            phi = Phi(served.folder)
-            phi.engine = Engine(phi.model, phi.engine.pass_cost, self._settings.batch_size)
-            return phi
-
         started = time.monotonic()
-        phi = await self._worker.call(load)
-        loaded = Loaded(served, phi, self._settings.keep_alive)
+        base = None
+        if served.base is not None:
+            base = self._loaded.get(served.base.name) or await self._load(served.base)
+            base.hold()
+        try:
+            await self._make_room(served)
+            phi = await self._worker.call(lambda: self._read(served, base))
+        finally:
+            if base is not None:
+                base.let_go()
+        loaded = Loaded(served, phi, self._settings.keep_alive, base)
         self._loaded[served.name] = loaded
+        await self._share_memory()
         log.info("loaded %s in %.1f s", served.name, time.monotonic() - started)
         return loaded
 
+    def _read(self, served: Served, base: Loaded | None) -> Phi:
+        if base is None:
+            phi = Phi(served.folder)
+            phi.engine = Engine(phi.model, phi.engine.pass_cost, self._settings.batch_size)
+            return phi
+        assert served.adapter is not None
+        for remark in base.phi.load_adapter(served.adapter, served.label):
+            log.info("%s: %s", served.name, remark)
+        return base.phi
+
     async def _make_room(self, served: Served) -> None:
         """Unload idle models, the one used longest ago first, until another one fits."""
+        needed = await asyncio.to_thread(lambda: served.forecast.total)
         for loaded in sorted(self.loaded, key=lambda each: each.last_used):
-            if self._held() + served.nbytes <= machine_memory():
+            if self._held() + needed <= machine_memory():
                 return
-            if not loaded.users:
+            if not loaded.users and loaded in self.loaded:
                 await self.unload(loaded)
-        if self._loaded and self._held() + served.nbytes > machine_memory():
+        if self._loaded and self._held() + needed > machine_memory():
             busy = ", ".join(self._loaded)
             raise RequestError(
                 503,
-                f"{served.name} takes {size_text(served.nbytes)}, which do not fit beside {busy}, "
-                "in use.",
+                f"{served.name} takes {size_text(needed)}, which do not fit beside {busy}, in use.",
                 code="out_of_memory",
                 headers={"Retry-After": "30"},
             )
 
     def _held(self) -> int:
-        return sum(loaded.served.nbytes for loaded in self._loaded.values())
+        return sum(loaded.served.forecast.total for loaded in self.loaded)
+
+    async def _share_memory(self) -> None:
+        """Divide what weights leave for keys and values among the models."""
+        models = [loaded for loaded in self.loaded if loaded.base is None]
+        left = machine_memory() - self._held()
+
+        def share() -> None:
+            for loaded in models:
+                own = loaded.served.forecast.cache + max(0, left) // len(models)
+                loaded.phi.engine.limit_memory(own if len(models) > 1 else None)
+
+        await self._worker.call(share)

@@ -4,23 +4,18 @@ from __future__ import annotations
 
 import base64
 import binascii
-import math
-import re
 from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, Literal
 
 from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
+from phimlx.server.duration import read_duration
 from phimlx.server.errors import bad_request
 from phimlx.server.http import MAX_MESSAGES, Body, dump
 from phimlx.server.service import Ask
 
 LATEST = ":latest"
-
-UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
-_PIECE = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
-_DURATION = re.compile(rf"[-+]?(?:0|(?:{_PIECE})+)")
 
 LEVELS = ("low", "medium", "high", "max")
 
@@ -32,18 +27,6 @@ UNUSUAL: Mapping[str, Any] = {
     "penalize_newline": True,
     "repeat_last_n": -1,
 }
-
-
-def read_duration(value: Any) -> Any:
-    """Read a number of seconds, or a text such as "5m" or "1h30m"; negative is for ever."""
-    if isinstance(value, str):
-        if not _DURATION.fullmatch(value):
-            raise ValueError('it must be a number of seconds, or a text such as "5m"')
-        seconds = sum(float(count) * UNITS[unit] for count, unit in re.findall(_PIECE, value))
-        value = -seconds if value.startswith("-") else seconds
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
-        raise ValueError('it must be a number of seconds, or a text such as "5m"')
-    return math.inf if value < 0 else float(value)
 
 
 def read_think(value: Any) -> Any:

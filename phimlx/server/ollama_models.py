@@ -28,8 +28,9 @@ from phimlx.hub.transfer import DownloadPlan, ProgressCallback
 from phimlx.models.registry import of_config
 from phimlx.server.errors import RequestError, bad_request, explain, overloaded
 from phimlx.server.http import Json, Streamed, dump, read_body
-from phimlx.server.models import Loaded, Served
+from phimlx.server.models import Loaded
 from phimlx.server.ollama_body import LATEST, ModelBody, own_name
+from phimlx.server.served import Served
 from phimlx.server.service import Service
 
 VERSION = "0.13.0"  # of the API that is followed here; programs ask for one that is new enough

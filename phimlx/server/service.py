@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -12,7 +13,6 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
-from phimlx.api import Phi
 from phimlx.generation.options import GenerationOptions, PromptOptions
 from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.reply import Chunk, Reply
@@ -24,6 +24,8 @@ from phimlx.server.metrics import Metrics
 from phimlx.server.models import Loaded, Models
 from phimlx.server.settings import ServerSettings
 from phimlx.server.worker import Generation, Worker
+
+log = logging.getLogger("phimlx.server")
 
 PREPARING = 2  # threads that make prompts of requests
 RETRY_SECONDS = 5
@@ -134,11 +136,17 @@ class Service:
         self.worker = worker
         self.running = 0
         self.draining = False
+        self._stuck = False
         self.responses: Kept[Any] = Kept(KEPT_RESPONSES, KEPT_BYTES)
         self.metrics = Metrics(
             {
                 "replies_running": ("Replies under way or waiting.", lambda: self.running),
                 "models_loaded": ("Models in memory.", lambda: len(models.loaded)),
+                "requests_waiting": (
+                    "Requests that have no row yet.",
+                    lambda: self._sum("waiting"),
+                ),
+                "requests_computed": ("Requests that have a row.", lambda: self._sum("running")),
                 "worker_restarts": ("Failures of the worker.", lambda: worker.restarts),
                 "memory_bytes": ("Memory that arrays take.", mx.get_active_memory),
             }
@@ -170,7 +178,7 @@ class Service:
         async with self.hold(ask.model) as loaded:
             chosen = await self.run(lambda: _reasoning(loaded.phi, ask))
             options = PromptOptions(**{"limits": self.limits, **chosen, **ask.options})
-            return len(await self.run(lambda: _tokens(loaded.phi, ask, options)))
+            return len(await self.run(lambda: _tokens(loaded, ask, options)))
 
     @asynccontextmanager
     async def hold(
@@ -189,7 +197,7 @@ class Service:
     async def begin(self, loaded: Loaded, *asks: Ask) -> AsyncIterator[Answer]:
         """Begin the replies of a model that is held; errors as `answer` raises them."""
         requests = await self.run(
-            lambda: [each for ask in asks for each in self._requests(loaded.phi, ask)]
+            lambda: [each for ask in asks for each in self._requests(loaded, ask)]
         )
         generations = [Generation(each, loaded.phi.engine) for each in requests]
         seconds = self.settings.request_seconds
@@ -202,7 +210,7 @@ class Service:
             deadline.cancel()
             answer.cancel()
             for generation in generations:
-                self.metrics.count_reply(generation.request)
+                self.metrics.count_reply(answer.model, generation.request)
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """Run what takes a while in another thread; it must compute nothing with MLX."""
@@ -213,8 +221,35 @@ class Service:
         """What media of requests may be."""
         return Limits(max_bytes=self.settings.max_body, allow_urls=self.settings.fetch_media)
 
+    @property
+    def state(self) -> str:
+        """What /health tells: "ok", "stopping", "failed", or "stuck" where a step does not end."""
+        if self.draining:
+            return "stopping"
+        if not self.worker.is_alive:
+            return "failed"
+        return "stuck" if self.worker.busy_seconds > self.settings.step_seconds else "ok"
+
+    async def look_after_worker(self) -> None:
+        """Put a new thread in the place of one that has died, and load its models again.
+
+        A thread whose step does not end cannot be ended; it is told.
+        """
+        if not self.worker.is_alive:
+            log.error("the worker died and is started again")
+            self.worker.revive()
+            await self.models.load_again()
+        stuck, self._stuck = self._stuck, self.state == "stuck"
+        if self._stuck and not stuck:
+            log.error("a step has not ended for %.0f s", self.worker.busy_seconds)
+
     def close(self) -> None:
         self._threads.shutdown(wait=False, cancel_futures=True)
+
+    def _sum(self, name: str) -> int:
+        """Add up what the engines of all models say."""
+        engines = {loaded.phi.engine for loaded in self.models.loaded}
+        return sum(getattr(engine, name) for engine in engines)
 
     def _expire(self, generations: Sequence[Generation]) -> None:
         for generation in generations:
@@ -227,21 +262,22 @@ class Service:
         if self.running + count > self.settings.batch_size + self.settings.queue:
             raise overloaded("Too many requests wait here; try again later.", RETRY_SECONDS)
 
-    def _requests(self, phi: Phi, ask: Ask) -> list[Request]:
+    def _requests(self, loaded: Loaded, ask: Ask) -> list[Request]:
         if not 1 <= ask.n <= MAX_CHOICES:
             raise bad_request(f"n is {ask.n}; it must be from 1 to {MAX_CHOICES}.", "n")
         if (count := _count_media(ask.prompt)) > MAX_MEDIA:
             raise bad_request(
                 f"There are {count} pictures and sounds; at most {MAX_MEDIA} are read."
             )
-        given = {"limits": self.limits, **_reasoning(phi, ask), **ask.options}
+        own = {"limits": self.limits, "adapter": loaded.adapter}
+        given = {**own, **_reasoning(loaded.phi, ask), **ask.options}
         wanted = given.pop("max_tokens", None)
         most = [limit for limit in (wanted, self.settings.max_tokens) if limit is not None]
         if wanted is not None and not ask.fit:
             given["max_tokens"] = min(most)
         options = GenerationOptions(**given)
-        prompt = _tokens(phi, ask, options) if ask.before else ask.prompt
-        requests = phi.requests(prompt, options, ask.n)
+        prompt = _tokens(loaded, ask, options) if ask.before else ask.prompt
+        requests = loaded.phi.requests(prompt, options, ask.n)
         for request in requests:
             request.max_tokens = min([request.max_tokens, *most])
         return requests
@@ -265,7 +301,7 @@ def _count_media(prompt: Prompt) -> int:
     return sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
 
 
-def _tokens(phi: Phi, ask: Ask, options: PromptOptions) -> list[int]:
+def _tokens(loaded: Loaded, ask: Ask, options: PromptOptions) -> list[int]:
     """Make the whole prompt into tokens."""
     given = {field.name: getattr(options, field.name) for field in fields(PromptOptions)}
-    return [*ask.before, *phi.encode(ask.prompt, **given)]
+    return [*ask.before, *loaded.phi.encode(ask.prompt, loaded.adapter, **given)]

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 from typing import Annotated
 
-from pydantic import Field
+from pydantic import BeforeValidator, Field
 
 from phimlx.options import Options, Positive, PositiveCount, Text, option
+from phimlx.server.duration import read_seconds
 
 MIB = 1 << 20
 
@@ -20,6 +21,12 @@ class ServerSettings(Options):
         "--model",
         metavar="MODEL",
     )
+    adapters: tuple[Text, ...] = option(
+        (),
+        "LoRA to serve beside its model, as MODEL:NAME; may be given again.",
+        "--adapter",
+        metavar="NAME=FOLDER",
+    )
     host: Text = option("127.0.0.1", "Address to listen at; beyond this machine with a key only.")
     port: Annotated[int, Field(ge=0, le=65535)] = option(8080, "Port to listen at; 0 for any.")
     api_key: Text | None = option(None, "Key that clients must send.", metavar="KEY")
@@ -31,8 +38,11 @@ class ServerSettings(Options):
     cors: tuple[Text, ...] = option(
         (), "Origin whose pages may ask, such as https://app.example; may be given again.", "--cors"
     )
-    keep_alive: Positive = option(
-        300.0, "Seconds without a request after which a model is unloaded.", metavar="SECONDS"
+    keep_alive: Annotated[float, BeforeValidator(read_seconds)] = option(
+        300.0,
+        "How long a model stays without a request: seconds, 5m, or -1 for ever.",
+        metavar="TIME",
+        what="seconds, a time such as 5m, or -1 for ever",
     )
     max_tokens: PositiveCount | None = option(
         None, "The most that a reply may have; what the context holds where not given."
@@ -46,6 +56,12 @@ class ServerSettings(Options):
         30.0, "Time to finish what runs when told to stop.", "--grace", metavar="SECONDS"
     )
     fetch_media: bool = option(False, "Fetch pictures from https addresses that requests name.")
+    step_seconds: Positive = option(
+        300.0,
+        "Time after which a step that does not end is told at /health.",
+        "--watchdog",
+        metavar="SECONDS",
+    )
     log_prompts: bool = option(False, "Write what is asked and answered to the log.")
     ssl_certfile: Text | None = option(None, "Certificate, for https.", metavar="FILE")
     ssl_keyfile: Text | None = option(None, "Its key, where not in the same file.", metavar="FILE")

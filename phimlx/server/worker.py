@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import threading
+import time
 from collections.abc import AsyncIterator, Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
@@ -18,6 +19,8 @@ from phimlx.generation.engine import Engine
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.server.errors import explain
+
+STOP_SECONDS = 10.0  # for a step to end when the thread is to stop
 
 log = logging.getLogger("phimlx.server")
 Result = TypeVar("Result")
@@ -60,7 +63,7 @@ class Worker:
     """A thread that steps engines, and goes on whatever happens in a step.
 
     Attributes:
-        restarts: how often something that nobody expected ended its loop.
+        restarts: how often something that nobody expected ended its loop, or the thread.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
@@ -69,20 +72,42 @@ class Worker:
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._active: dict[Request, Generation] = {}
         self._stopping = False
-        self._thread = threading.Thread(target=self._run, name="phimlx-worker", daemon=True)
+        self._busy_since: float | None = None
+        self._thread = self._make_thread()
+
+    def _make_thread(self) -> threading.Thread:
+        return threading.Thread(target=self._run, name="phimlx-worker", daemon=True)
 
     @property
     def is_alive(self) -> bool:
         return self._thread.is_alive()
 
+    @property
+    def busy_seconds(self) -> float:
+        """For how long the step or task has been running that runs now; 0 where none does."""
+        since = self._busy_since
+        return 0.0 if since is None else time.monotonic() - since
+
     def start(self) -> None:
         self._thread.start()
 
     def stop(self) -> None:
-        """End every request, then the thread; returns when it has ended."""
+        """End every request, then the thread; returns when it has ended, or hangs."""
         self._stopping = True
         self._tasks.put(None)
-        self._thread.join()
+        self._thread.join(STOP_SECONDS)
+
+    def revive(self) -> None:
+        """Start a thread in place of one that has died, whose requests end."""
+        self.restarts += 1
+        self._busy_since = None
+        requests, self._active = self._active, {}
+        for generation in requests.values():
+            generation.request.cancel()
+            generation.error = generation.error or RuntimeError("the worker died")
+            generation.put([], ended=True)
+        self._thread = self._make_thread()
+        self._thread.start()
 
     async def call(self, function: Callable[[], Result]) -> Result:
         """Run a function in the thread, between two steps; raises what it raises."""
@@ -129,10 +154,14 @@ class Worker:
                 task = self._tasks.get()
                 if task is None:
                     return
+                self._busy_since = time.monotonic()
                 task()
                 self._deliver({})
+                self._busy_since = None
             for engine in {generation.engine: None for generation in self._active.values()}:
+                self._busy_since = time.monotonic()
                 self._step(engine)
+            self._busy_since = None
 
     def _step(self, engine: Engine) -> None:
         came: dict[Request, list[Chunk]] = {}

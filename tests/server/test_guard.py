@@ -223,6 +223,6 @@ def test_metrics_count(server: Running) -> None:
     server.post(PATH, ask(max_tokens=2))
     text = server.client.get("/metrics").text
     assert 'phimlx_requests_total{path="/v1/chat/completions",status="200"}' in text
-    assert 'phimlx_tokens_total{kind="generated"}' in text
+    assert 'phimlx_tokens_total{kind="generated",model="nano"}' in text
     assert server.client.get("/nowhere/at/all").status_code == 404
     assert "nowhere" not in server.client.get("/metrics").text

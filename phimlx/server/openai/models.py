@@ -9,7 +9,7 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from phimlx.server.http import Json
-from phimlx.server.models import Served
+from phimlx.server.served import Served
 
 
 async def list_models(request: Request) -> Response:

@@ -1,0 +1,35 @@
+"""Times as people write them: seconds, "5m", "1h30m", -1 for ever."""
+
+from __future__ import annotations
+
+import math
+import re
+from contextlib import suppress
+from typing import Any
+
+UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+_PIECE = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
+_DURATION = re.compile(rf"[-+]?(?:0|(?:{_PIECE})+)")
+
+
+def read_duration(value: Any) -> float:
+    """Read a number of seconds, or a text such as "5m" or "1h30m"; negative is for ever.
+
+    Raises:
+        ValueError: for anything else.
+    """
+    if isinstance(value, str):
+        if not _DURATION.fullmatch(value):
+            raise ValueError('it must be a number of seconds, or a text such as "5m"')
+        seconds = sum(float(count) * UNITS[unit] for count, unit in re.findall(_PIECE, value))
+        value = -seconds if value.startswith("-") else seconds
+    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+        raise ValueError('it must be a number of seconds, or a text such as "5m"')
+    return math.inf if value < 0 else float(value)
+
+
+def read_seconds(value: Any) -> float:
+    """Read what `read_duration` does, and a text that is a number of seconds."""
+    with suppress(TypeError, ValueError):
+        value = float(value)
+    return read_duration(value)
