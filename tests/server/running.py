@@ -16,6 +16,11 @@ from phimlx.server.run import Server, listen
 from phimlx.server.settings import ServerSettings
 
 SECONDS = 60.0
+# Nano's replies are short; of this one it says a letter again and again, as long as it may.
+LONG: dict[str, Any] = {
+    "model": "nano", "messages": [{"role": "user", "content": "Tell me a story."}], "seed": 1,
+    "temperature": 1, "presence_penalty": -2, "frequency_penalty": -2, "max_tokens": 900,
+}  # fmt: skip
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from phimlx.options import from_flags, to_flags
 from phimlx.server import models
 from phimlx.server.served import Served, list_served
 from phimlx.server.settings import ServerSettings
-from tests.server.running import Running, running
+from tests.server.running import LONG, Running, running
 from tests.server.test_guard import wait_until
 
 PATH = "/v1/chat/completions"
@@ -71,11 +71,12 @@ def test_one_in_use_is_never_unloaded(
     sizes: dict[str, int], monkeypatch: pytest.MonkeyPatch, nano: Phi
 ) -> None:
     monkeypatch.setattr(models, "machine_memory", lambda: sum(sizes.values()) - 1)
-    long = ask("nano", max_tokens=400, temperature=1.5, seed=1)
-    expected = nano.generate(long["messages"], max_tokens=400, temperature=1.5, seed=1)
+    options = {name: value for name, value in LONG.items() if name not in ("model", "messages")}
+    expected = nano.generate(LONG["messages"], **options)
+    assert len(expected.tokens) == 900
     with running() as server, ThreadPoolExecutor(1) as thread:
         service = server.app.service
-        begun = thread.submit(server.post, PATH, long)
+        begun = thread.submit(server.post, PATH, LONG)
         wait_until(lambda: bool(service.models.loaded) and service.models.loaded[0].users == 1)
         refused = server.post(PATH, ask("nano-multimodal"))
         answer = begun.result()
