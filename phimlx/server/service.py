@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 
 import mlx.core as mx
 
+from phimlx.api import Phi
 from phimlx.generation.options import GenerationOptions, PromptOptions
 from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.reply import Chunk, Reply

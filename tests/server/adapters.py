@@ -16,7 +16,7 @@ from phimlx.models.lora import LoRA
 
 def write_adapter(folder: Path, nano: Phi, seed: int, **config: Any) -> Path:
     """Write a LoRA with random numbers; `config` is put over its own."""
-    layers = {}
+    layers: dict[str, LoRA] = {}
     for number in range(len(nano.model.layers)):
         for projection, (width, height) in nano.model.config.projection_shapes.items():
             a, b = mx.random.split(mx.random.key(1000 * seed + len(layers)))

@@ -17,7 +17,7 @@ import pytest
 from phimlx.api import Phi, load
 from phimlx.generation.engine import Engine
 from phimlx.hub.resolve import NANO_MULTIMODAL
-from phimlx.server import ollama_body, ollama_models
+from phimlx.server import duration, ollama_models
 from tests.hub.loopback_hub import Fault, Hub, serve_alone
 from tests.server.conftest import Say
 from tests.server.running import SECONDS, Running, running
@@ -383,7 +383,7 @@ def test_a_reply_may_be_the_last_of_its_model(fresh: Running) -> None:
     [("5m", 300), ("1h2m3s", 3723), ("1.5h", 5400), ("300ms", 0.3), (0, 0), ("0", 0), (2.5, 2.5)],
 )
 def test_durations(text: Any, seconds: float) -> None:
-    assert ollama_body.read_duration(text) == pytest.approx(seconds)
+    assert duration.read_duration(text) == pytest.approx(seconds)
 
 
 WEIGHTS = bytes(20_000)
