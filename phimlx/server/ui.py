@@ -27,7 +27,7 @@ from phimlx.models.registry import of_config
 from phimlx.preferences.personas import list_personas, read_persona
 from phimlx.server.errors import RequestError, bad_request
 from phimlx.server.http import Body, read_body
-from phimlx.server.models import Served
+from phimlx.server.served import Served
 from phimlx.server.service import Service
 
 TYPES = {

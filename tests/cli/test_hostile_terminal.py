@@ -450,6 +450,9 @@ ROWS: dict[str, dict[str, Row]] = {
     "serve": {
         "model": Row(lambda text, at: ["serve", "--model", text], kind="text"),
         "host": Row(lambda text, at: ["serve", "--host", text], kind="text"),
+        "adapter": Row(
+            lambda text, at: ["serve", "--model", "nano", "--adapter", f"a={text}"], kind="text"
+        ),
         "key": Row(lambda text, at: ["serve", "--api-key-file", str(at / text)], kind="text"),
     },
     "config": {

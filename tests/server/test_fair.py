@@ -107,7 +107,7 @@ def process(*flags: str) -> Iterator[tuple[subprocess.Popen[str], str]]:
             assert started.stdout is not None
             line = started.stdout.readline()
             assert line.startswith("Serving at http://127.0.0.1:"), line
-            yield started, line.split()[2].removesuffix("/v1")
+            yield started, line.split()[2].partition("/v1")[0]
         finally:
             started.kill()
 
