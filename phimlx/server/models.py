@@ -168,6 +168,7 @@ class Models:
                 del self._loaded[each.served.name]
 
             def free() -> None:
+                loaded.phi.engine.save_prefixes()
                 for each in gone:
                     del each.phi
                 mx.clear_cache()
@@ -175,6 +176,12 @@ class Models:
             await self._worker.call(free)
             await self._share_memory()
         log.info("unloaded %s", loaded.served.name)
+
+    async def save_prefixes(self) -> None:
+        """Keep on disk what long prompts have left, for the next time a model is loaded."""
+        for loaded in self.loaded:
+            if loaded.base is None:
+                await self._worker.call(loaded.phi.engine.save_prefixes)
 
     async def load_again(self) -> None:
         """Load what was in memory anew, as for a worker that has taken the place of one that died.
@@ -212,7 +219,9 @@ class Models:
     def _read(self, served: Served, base: Loaded | None) -> Phi:
         if base is None:
             phi = Phi(served.folder)
-            phi.engine = Engine(phi.model, phi.engine.pass_cost, self._settings.batch_size)
+            store = None if self._settings.no_cache else phi.prefix_store(log.info)
+            rows = self._settings.batch_size
+            phi.engine = Engine(phi.model, phi.engine.pass_cost, rows, prefixes=store)
             return phi
         assert served.adapter is not None
         for remark in base.phi.load_adapter(served.adapter, served.label):

@@ -134,6 +134,9 @@ def serve(
     async def run() -> None:
         async with app.started():
             on_start()
-            await Server(app, settings).serve(sockets=[opened])
+            server = Server(app, settings)
+            await server.serve(sockets=[opened])
+            if not server.force_exit:
+                await app.service.models.save_prefixes()
 
     asyncio.run(run())

@@ -55,6 +55,7 @@ class ServerSettings(Options):
     grace_seconds: Positive = option(
         30.0, "Time to finish what runs when told to stop.", "--grace", metavar="SECONDS"
     )
+    no_cache: bool = option(False, "Keep nothing of long prompts on disk.", "--no-cache")
     fetch_media: bool = option(False, "Fetch pictures from https addresses that requests name.")
     step_seconds: Positive = option(
         300.0,

@@ -63,12 +63,13 @@ class Worker:
     """A thread that steps engines, and goes on whatever happens in a step.
 
     Attributes:
+        loop: that requests come from.
         restarts: how often something that nobody expected ended its loop, or the thread.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self.restarts = 0
-        self._loop = loop
+        self.loop = loop
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._active: dict[Request, Generation] = {}
         self._stopping = False
@@ -191,8 +192,8 @@ class Worker:
                 deliveries.append((generation, came.get(request, []), request.finished))
         for request in ended:
             del self._active[request]
-        if deliveries and not self._loop.is_closed():
-            self._loop.call_soon_threadsafe(_put_all, deliveries)
+        if deliveries and not self.loop.is_closed():
+            self.loop.call_soon_threadsafe(_put_all, deliveries)
 
 
 def _put_all(deliveries: list[tuple[Generation, list[Chunk], bool]]) -> None:
