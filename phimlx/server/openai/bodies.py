@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, Self
 
-from pydantic import Field
+from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from phimlx.server.errors import bad_request
 from phimlx.server.http import Body, Refusal
@@ -172,10 +172,19 @@ class Function(Body):
     description: str | None = None
     parameters: dict[str, Any] | None = None
     strict: bool | None = None
+    _order: tuple[str, ...] = PrivateAttr(())
+
+    @model_validator(mode="wrap")
+    @classmethod
+    def _keep_order(cls, value: Any, read: ModelWrapValidatorHandler[Self]) -> Self:
+        made = read(value)
+        made._order = tuple(value)
+        return made
 
     def definition(self) -> dict[str, Any]:
-        """Put it into the form of `phimlx.prompt.tools`."""
-        return self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        """Put it into the form of `phimlx.prompt.tools`, in the order in which it was written."""
+        told = self.model_dump(include={"name", "description", "parameters"}, exclude_none=True)
+        return {name: told[name] for name in self._order if name in told}
 
 
 class FormatSchema(Body):
