@@ -203,6 +203,11 @@ class Phi:
         """Whether the model takes sounds."""
         return "audio" in (self.placeholders or {})
 
+    def stamp(self, adapter: str | None = DEFAULT) -> str:
+        """Tell the model's files from any others, and an adapter's, as they were when loaded."""
+        files = self._variants.contents_of(self._variants.find(adapter).adapter)
+        return self._contents.stamp + ("" if files is None else f"+{files.stamp}")
+
     def use_prompt_form(self, name: str) -> None:
         """Write conversations in a published prompt form, such as "phi-2-chat".
 

@@ -49,6 +49,10 @@ class GenerationError(PhimlxError):
     """A request that the model cannot serve: too long, or with impossible settings."""
 
 
+class RemoteError(GenerationError):
+    """A server that cannot be reached, refuses, ends early, or is none of ours."""
+
+
 class GrammarError(GenerationError):
     """A schema, regular expression or grammar that no reply can be held to."""
 

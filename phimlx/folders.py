@@ -16,6 +16,11 @@ def config_folder() -> Path:
     return _folder("PHIMLX_CONFIG_DIR", "user_config_path")
 
 
+def runtime_folder() -> Path:
+    """Return the folder of files of processes that run: PHIMLX_RUNTIME_DIR, else the system's."""
+    return _folder("PHIMLX_RUNTIME_DIR", "user_runtime_path")
+
+
 def _folder(variable: str, usual: str) -> Path:
     if named := os.environ.get(variable):
         return Path(named).expanduser()

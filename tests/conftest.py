@@ -43,7 +43,7 @@ def data(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def own_folders(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     """Keep conversations and settings of the tests away from the user's, in processes too."""
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("DATA", "CONFIG"):
+        for name in ("DATA", "CONFIG", "RUNTIME"):
             patch.setenv(f"PHIMLX_{name}_DIR", str(tmp_path_factory.mktemp(name.lower())))
         patch.delenv("PHIMLX_HISTORY", raising=False)
         yield

@@ -22,7 +22,7 @@ RANKS = (
     ("terminal", "server"),
     ("evaluation",),
     ("training", "convert"),
-    ("api",),
+    ("api", "remote"),
     ("adapters", "transcription", "prompt_file"),
     ("hub", "generation", "history"),
     ("preferences",),

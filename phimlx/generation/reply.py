@@ -51,6 +51,20 @@ class Stats:
     accepted_tokens: int = 0  # of these, those that the reply holds
     peak_memory: int = 0
 
+    def as_object(self) -> dict[str, int | float]:
+        """Make an object of JSON."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "cached_tokens": self.cached_tokens,
+            "generated_tokens": self.generated_tokens,
+            "forward_passes": self.forward_passes,
+            "drafted_tokens": self.drafted_tokens,
+            "accepted_tokens": self.accepted_tokens,
+            "prefill_seconds": self.prefill_seconds,
+            "generate_seconds": self.generate_seconds,
+            "peak_memory": self.peak_memory,
+        }
+
     @property
     def prefill_rate(self) -> float:
         """Prompt tokens computed in a second."""
@@ -161,7 +175,6 @@ class Reply:
 
     def as_object(self, model: str) -> dict[str, Any]:
         """Make an object of JSON, as `phimlx generate --json` prints it; `model` is its name."""
-        stats = self.stats
         told: dict[str, Any] = {}
         if self.logprobs:
             told["logprobs"] = [found.as_object() for found in self.logprobs]
@@ -180,17 +193,7 @@ class Reply:
             "seed": self.seed,
             "warnings": list(self.warnings),
             **told,
-            "stats": {
-                "prompt_tokens": stats.prompt_tokens,
-                "cached_tokens": stats.cached_tokens,
-                "generated_tokens": stats.generated_tokens,
-                "forward_passes": stats.forward_passes,
-                "drafted_tokens": stats.drafted_tokens,
-                "accepted_tokens": stats.accepted_tokens,
-                "prefill_seconds": stats.prefill_seconds,
-                "generate_seconds": stats.generate_seconds,
-                "peak_memory": stats.peak_memory,
-            },
+            "stats": self.stats.as_object(),
         }
 
 

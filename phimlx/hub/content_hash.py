@@ -76,6 +76,12 @@ class Contents:
             raise CacheError("The model's files have changed since it was loaded.")
         return hashlib.sha256("\n".join(lines).encode(errors="surrogateescape")).hexdigest()
 
+    @property
+    def stamp(self) -> str:
+        """What tells the files from any others as they were then, without reading them."""
+        text = "\n".join(self._before)
+        return hashlib.sha256(text.encode(errors="surrogateescape")).hexdigest()
+
     def _identities(self) -> list[str]:
         return [_identity(file) for file in self._files.values()]
 

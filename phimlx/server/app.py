@@ -6,6 +6,7 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from contextlib import asynccontextmanager, suppress
+from secrets import token_hex
 from typing import Any
 
 from prometheus_client import CONTENT_TYPE_LATEST
@@ -14,7 +15,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route, Router
 from starlette.types import Receive, Scope, Send
 
-from phimlx.server import anthropic, ollama, openai, transcriptions, ui
+from phimlx.remote.notes import proof
+from phimlx.server import anthropic, ollama, openai, own, transcriptions, ui
 from phimlx.server.errors import RequestError
 from phimlx.server.guard import Guard
 from phimlx.server.models import Models
@@ -22,12 +24,13 @@ from phimlx.server.service import Service
 from phimlx.server.settings import ServerSettings
 from phimlx.server.worker import Worker
 
+MAX_NONCE = 64  # characters
 SWEEP_SECONDS = 1.0  # between looks for models that nobody uses, and after the worker
 
 log = logging.getLogger("phimlx.server")
 
 DIALECTS: Mapping[str, tuple[Sequence[Route], Callable[[RequestError], dict[str, Any]]]] = {
-    "/": ((*openai.ROUTES, *transcriptions.ROUTES), openai.error_object),
+    "/": ((*openai.ROUTES, *transcriptions.ROUTES, *own.ROUTES), openai.error_object),
     "/v1/messages": (anthropic.ROUTES, anthropic.error_object),
     "/ui/": (ui.ROUTES, openai.error_object),
     "/api/": (ollama.ROUTES, ollama.error_object),
@@ -43,6 +46,7 @@ class App:
         key: that clients must send; None where anyone may ask.
         token: for which a page gets the key, once.
         keeps_history: whether the page keeps conversations in the history of `phimlx chat`.
+        secret: by which who knows it tells this server from another: `phimlx.remote.notes`.
     """
 
     service: Service
@@ -56,6 +60,7 @@ class App:
     ) -> None:
         self._settings = settings
         self.key, self.token, self.keeps_history = key, token, keeps_history
+        self.secret = token_hex(32)
         routes = [
             Route("/health", health),
             Route("/metrics", metrics),
@@ -105,9 +110,9 @@ def error_shape(path: str, error: RequestError) -> dict[str, Any]:
 
 
 async def health(request: Request) -> Response:
-    """`GET /health`: whether the server computes, and what it holds."""
+    """`GET /health`: whether the server computes, and what it holds; proves itself on a nonce."""
     service: Service = request.app.service
-    state = service.state
+    state, nonce = service.state, request.query_params.get("nonce", "")[:MAX_NONCE]
     return JSONResponse(
         {
             "status": state,
@@ -115,6 +120,7 @@ async def health(request: Request) -> Response:
             "running": service.running,
             "restarts": service.worker.restarts,
             "step_seconds": round(service.worker.busy_seconds, 3),
+            **({"proof": proof(request.app.secret, nonce)} if nonce else {}),
         },
         200 if state == "ok" else 503,
     )

@@ -17,6 +17,7 @@ from phimlx.server.guard import is_loopback
 from phimlx.server.protocol import TimedProtocol
 from phimlx.server.settings import ServerSettings
 
+ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and where that is reached from here
 IDLE_SECONDS = 75
 CONNECTIONS = 200  # at once; macOS gives a process 256 descriptors unless asked for more
 
@@ -65,6 +66,16 @@ def listen(settings: ServerSettings) -> socket.socket:
 def address(settings: ServerSettings, opened: socket.socket) -> str:
     """Write where a server is reached, as a URL without a path."""
     host, port = opened.getsockname()[:2]
+    return _url(settings, host, port)
+
+
+def local_address(settings: ServerSettings, opened: socket.socket) -> str:
+    """Write where it is reached from this machine."""
+    host, port = opened.getsockname()[:2]
+    return _url(settings, ANYWHERE.get(host, host), port)
+
+
+def _url(settings: ServerSettings, host: str, port: int) -> str:
     where = f"[{host}]" if ":" in host else host
     return f"{'https' if settings.ssl_certfile else 'http'}://{where}:{port}"
 

@@ -171,7 +171,11 @@ class Service:
                 yield answer
 
     async def count_tokens(self, ask: Ask) -> int:
-        """Count the tokens of a prompt, those of its media and tools among them.
+        """Count the tokens of a prompt; errors as `tokens` raises them."""
+        return len(await self.tokens(ask))
+
+    async def tokens(self, ask: Ask) -> list[int]:
+        """Make a prompt into tokens, those of its media and tools among them.
 
         Raises:
             RequestError, PhimlxError: as `answer`.
@@ -179,7 +183,7 @@ class Service:
         async with self.hold(ask.model) as loaded:
             chosen = await self.run(lambda: _reasoning(loaded.phi, ask))
             options = PromptOptions(**{"limits": self.limits, **chosen, **ask.options})
-            return len(await self.run(lambda: _tokens(loaded, ask, options)))
+            return await self.run(lambda: _tokens(loaded, ask, options))
 
     @asynccontextmanager
     async def hold(

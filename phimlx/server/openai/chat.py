@@ -27,6 +27,7 @@ from phimlx.server.openai.bodies import (
     Function,
     PlainFormat,
     SamplingBody,
+    StreamOptions,
     ToolChoice,
     chosen,
     select_tools,
@@ -105,6 +106,17 @@ class Reasoning(Body):
     summary: Literal["auto"] | None = None
 
 
+class ChatStreamOptions(StreamOptions):
+    """What a stream tells besides the reply.
+
+    Attributes:
+        include_stats: phimlx's own: with each piece what the reply has taken so far, and with the
+            last its warnings, both as `phimlx generate --json` prints them.
+    """
+
+    include_stats: bool = False
+
+
 class ChatBody(SamplingBody):
     """The body of a chat completion: OpenAI's fields, and those of others that clients send."""
 
@@ -124,6 +136,7 @@ class ChatBody(SamplingBody):
     }
 
     messages: list[Message] = Field(min_length=1, max_length=MAX_MESSAGES)
+    stream_options: ChatStreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
     max_completion_tokens: int | None = Field(None, ge=1)
     logprobs: bool = False
@@ -145,6 +158,11 @@ class ChatBody(SamplingBody):
     continue_final_message: bool | None = None
     add_generation_prompt: bool | None = None
     prediction: dict[str, Any] | None = None
+
+    @property
+    def tells_stats(self) -> bool:
+        """Whether a stream tells all the time what it takes."""
+        return self.stream_options is not None and self.stream_options.include_stats
 
     @property
     def shows_reasoning(self) -> bool:
@@ -232,6 +250,7 @@ class Deltas:
         self._completion = completion
         self._body = body
         self._phi = answer.phi
+        self._stats = answer.requests[index].reply.stats
         self._index = index
         self._calls = 0
 
@@ -260,21 +279,24 @@ class Deltas:
         ]
 
     def end(self, reply: Reply) -> bytes:
-        return self._chunk({}, None, reply.finish_reason)
+        return self._chunk({}, None, reply)
 
     def _chunk(
         self,
         delta: dict[str, Any],
         logprobs: dict[str, Any] | None = None,
-        reason: str | None = None,
+        reply: Reply | None = None,
     ) -> bytes:
         choice = {
             "index": self._index,
             "delta": delta,
             "logprobs": logprobs,
-            "finish_reason": reason,
+            "finish_reason": reply and reply.finish_reason,
         }
-        more = {"usage": None} if self._body.tells_usage else {}
+        more: dict[str, Any] = {"usage": None} if self._body.tells_usage else {}
+        if self._body.tells_stats:
+            more |= {"stats": self._stats.as_object()}
+            more |= {} if reply is None else {"warnings": reply.warnings}
         return event(self._completion.object("chat.completion.chunk", [choice], **more))
 
 

@@ -1,0 +1,1 @@
+"""A model that a running server holds, used as one that is loaded here."""
