@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,12 +42,13 @@ from phimlx.cli.options import (
     tools_option,
 )
 from phimlx.cli.preferences import preferences
+from phimlx.cli.remote import Servers, pop_servers, server_options
 from phimlx.cli.shapes import pop_shape, shape_options
 from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
-    from phimlx.api import Phi
+    from phimlx.generation.answerer import Answerer
     from phimlx.generation.prefix_store import PrefixStore
 
 
@@ -82,6 +84,7 @@ if TYPE_CHECKING:
 @sampling_options
 @prompt_lookup_option
 @cache_option
+@server_options
 @frames_option
 @limit_options()
 def command(
@@ -118,6 +121,7 @@ def command(
     if session_file is not None and continued is not None:
         raise click.UsageError("--load and --continue exclude each other.")
     output = Output(debug=is_debugging())
+    servers = pop_servers(settings)
     limits, shape = pop_limits(settings), pop_shape(settings)
     typed = sys.stdin is not None and sys.stdin.isatty()
     interactive = typed and output.is_terminal
@@ -133,7 +137,17 @@ def command(
     flags = Flags(model, persona, adapter, system, tools_file, kv_bits)
     begun = furnish(flags, settings, saved)
     conversation = begun.conversation
-    loader = ChatLoader(output, dtype, rope_scaling, prompt_form, keeps, named_by_file)
+    loader = ChatLoader(
+        output,
+        servers,
+        dtype,
+        rope_scaling,
+        prompt_form,
+        begun.kv_bits,
+        keeps,
+        conversation.settings,
+        named_by_file,
+    )
     phi = loader.load(begun.model, begun.adapter)
     loader.always_ask = False
     chat = Chat(
@@ -175,10 +189,13 @@ class ChatLoader:
     """
 
     output: Output
+    servers: Servers
     dtype: str | None
     rope_scaling: dict[str, Any] | None
     prompt_form: str | None
+    kv_bits: int | None
     keeps: bool | None
+    settings: Mapping[str, Any]
     always_ask: bool
 
     def find(self, name: str, adapter: str | None) -> tuple[str, str | None]:
@@ -187,13 +204,24 @@ class ChatLoader:
         from phimlx.hub.resolve import resolve
 
         choice = preferences().choose(name)
-        with contextlib.suppress(ModelAbsentError):  # which may be downloaded
-            resolve(choice.model)
+        if self.servers.url is None:
+            with contextlib.suppress(ModelAbsentError):  # which may be downloaded
+                resolve(choice.model)
         adapter = adapter or choice.get("adapter")
         return model_name(choice.model), None if adapter is None else lasting_name(adapter)
 
-    def load(self, model: str | None, adapter: str | None) -> Phi:
-        """Load a model, downloaded where it is not here and somebody agrees."""
+    def load(self, model: str | None, adapter: str | None) -> Answerer:
+        """Find a model on a server, or load it, downloaded where that takes somebody's consent."""
+        here = {
+            "--adapter-path": adapter,
+            "--dtype": self.dtype,
+            "--rope-scaling": self.rope_scaling,
+            "--kv-bits": self.kv_bits,
+            "--prompt-form": self.prompt_form,
+        }
+        remote = self.servers.find(model, here, self.settings, self.output, chats=True)
+        if remote is not None:
+            return remote
         phi = load_or_download(
             model,
             self.output,
@@ -207,6 +235,6 @@ class ChatLoader:
             phi.use_prompt_form(form)
         return phi
 
-    def prefix_store(self, phi: Phi) -> PrefixStore | None:
+    def prefix_store(self, phi: Answerer) -> PrefixStore | None:
         """Open the store of its long prompts, as --cache says."""
         return prefix_store(phi, self.keeps, self.output)

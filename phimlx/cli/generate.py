@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
 
@@ -37,11 +37,15 @@ from phimlx.cli.options import (
     system_option,
     tools_option,
 )
+from phimlx.cli.remote import pop_servers, server_options
 from phimlx.cli.shapes import pop_shape, shape_options, tool_choice_option
 from phimlx.cli.spread import SpreadFiles
 from phimlx.cli.stdin import read_files, read_prompt
 from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
+
+if TYPE_CHECKING:
+    from phimlx.generation.answerer import Answerer
 
 
 @click.command(cls=SpreadFiles)
@@ -83,6 +87,7 @@ from phimlx.terminal.output import Output
 )
 @prompt_lookup_option
 @cache_option
+@server_options
 @click.option(
     "--prompts",
     "prompts_file",
@@ -180,7 +185,7 @@ def command(
     in_file = prompts_file is not None
     if tool_choice is not None and tools_file is None and not (in_file or continued):
         raise click.UsageError("--tool-choice needs --tools.")
-    shape = pop_shape(settings)
+    shape, servers = pop_shape(settings), pop_servers(settings)
     if in_file and (words or prompt or image or audio or video):
         raise click.UsageError("With --prompts the file says what is asked, and nothing else does.")
     if top_logprobs is not None and not (as_json or in_file):
@@ -225,31 +230,43 @@ def command(
     more |= {**shape, "tool_choice": tool_choice}
     if top_logprobs is not None:
         more["logprobs"] = True
-    phi = load_or_download(
-        begun.model, output, begun.adapter, by_name, dtype=dtype, rope_scaling=rope_scaling
-    )
-    if prompt_form is not None:
-        phi.use_prompt_form(prompt_form)
-    if prompts_file is not None and output_file is not None:
-        from phimlx.terminal.prompt_file import answer_prompts
+    here = {
+        "--adapter-path": begun.adapter or by_name,
+        "--dtype": dtype,
+        "--rope-scaling": rope_scaling,
+        "--kv-bits": kv_bits,
+        "--prompt-form": prompt_form,
+        "--raw": raw,
+        "--prompts": in_file,
+        "--top-logprobs": top_logprobs is not None,
+    }
+    phi: Answerer | None = servers.find(begun.model, here, conversation.settings, output)
+    if phi is None:
+        phi = local = load_or_download(
+            begun.model, output, begun.adapter, by_name, dtype=dtype, rope_scaling=rope_scaling
+        )
+        if prompt_form is not None:
+            local.use_prompt_form(prompt_form)
+        if prompts_file is not None and output_file is not None:
+            from phimlx.terminal.prompt_file import answer_prompts
 
-        own = given({**conversation.settings, **more})
-        options = {"raw": raw, "tools": conversation.tools, "limits": limits, **own}
-        about = [
-            str(phi.path.resolve()),
-            str(begun.adapter),
-            str(by_name),
-            str(dtype),
-            str(prompt_form),
-            str(rope_scaling),
-        ]
-        rest = {
-            "system": None if raw else conversation.system,
-            "about": about,
-            "batch_size": batch_size,
-        }
-        answer_prompts(phi, prompts_file, output_file, options, output, **rest)
-        return
+            own = given({**conversation.settings, **more})
+            options = {"raw": raw, "tools": conversation.tools, "limits": limits, **own}
+            about = [
+                str(local.path.resolve()),
+                str(begun.adapter),
+                str(by_name),
+                str(dtype),
+                str(prompt_form),
+                str(rope_scaling),
+            ]
+            rest = {
+                "system": None if raw else conversation.system,
+                "about": about,
+                "batch_size": batch_size,
+            }
+            answer_prompts(local, prompts_file, output_file, options, output, **rest)
+            return
     prefixes = prefix_store(phi, keeps, output)
     cache = None if prefixes is None else phi.new_cache(kv_bits, prefixes)
     with output.prompt_progress() as report:

@@ -21,6 +21,7 @@ from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
+    from phimlx.generation.answerer import Answerer
     from phimlx.generation.prefix_store import PrefixStore
 
 MULTIMODAL = "phi-4-multimodal"
@@ -225,7 +226,7 @@ def is_debugging() -> bool:
     return DEBUG in click.get_current_context().meta
 
 
-def prefix_store(phi: Phi, keeps: bool | None, output: Output) -> PrefixStore | None:
+def prefix_store(phi: Answerer, keeps: bool | None, output: Output) -> PrefixStore | None:
     """Open the store of long prompts as `--cache` says; None where nothing is kept."""
     if keeps is False:
         return None

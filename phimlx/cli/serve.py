@@ -73,13 +73,16 @@ def run(
     import webbrowser
 
     from phimlx.cli.preferences import preferences
+    from phimlx.files import reason
+    from phimlx.remote.notes import Note
     from phimlx.server.app import App
-    from phimlx.server.run import address, listen, serve
+    from phimlx.server.run import address, listen, local_address, serve
     from phimlx.terminal.log import show_log
 
     app = App(settings, key, token, keeps_history=preferences().get("history") is not False)
     with listen(settings) as opened:
         show_log(output, "phimlx", "uvicorn")
+        note = Note(local_address(settings, opened), os.getpid(), app.secret)
 
         def announce() -> None:
             where = address(settings, opened)
@@ -88,8 +91,15 @@ def run(
             output.flush()
             if opens and not webbrowser.open(page):
                 output.note("No browser could be opened here.")
+            try:
+                note.write()
+            except OSError as error:
+                output.warning(f"chat and generate do not find this server: {reason(error)}.")
 
-        serve(app, settings, opened, announce)
+        try:
+            serve(app, settings, opened, announce)
+        finally:
+            note.remove()
 
 
 def check(settings: ServerSettings, output: Output) -> None:

@@ -18,7 +18,7 @@ from phimlx.terminal.screen import Screen
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from phimlx.api import Phi
+    from phimlx.generation.answerer import Answerer
     from phimlx.generation.prefix_store import PrefixStore
     from phimlx.generation.reply import Reply
     from phimlx.history.messages import Message
@@ -40,10 +40,10 @@ class Loader(Protocol):
     def find(self, name: str, adapter: str | None) -> tuple[str, str | None]:
         """Return the model and adapter that a name means; raises `PhimlxError` for none."""
 
-    def load(self, model: str, adapter: str | None) -> Phi:
+    def load(self, model: str, adapter: str | None) -> Answerer:
         """Load a model."""
 
-    def prefix_store(self, phi: Phi) -> PrefixStore | None:
+    def prefix_store(self, phi: Answerer) -> PrefixStore | None:
         """Open the store of its long prompts."""
 
 
@@ -61,7 +61,7 @@ class Chat:
 
     def __init__(
         self,
-        phi: Phi,
+        phi: Answerer,
         conversation: Conversation,
         output: Output,
         screen: Screen,
@@ -261,7 +261,7 @@ class Chat:
             self.output.note("Stopped; what was said is kept.")
         elif reply.finish_reason == "length":
             self.output.note(f"Cut after {reply.stats.generated_tokens} tokens.")
-        if self._prefixes is not None and not answer.cut:
+        if self._prefixes is not None and self.cache is not None and not answer.cut:
             self._prefixes.save(self.cache)
         self._note_fill(reply)
         return reply

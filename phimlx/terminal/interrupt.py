@@ -8,8 +8,8 @@ from types import FrameType
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from phimlx.generation.answerer import ReplyStream
     from phimlx.generation.reply import Chunk
-    from phimlx.generation.stream import Stream
 
 
 class Interruptible:
@@ -20,7 +20,7 @@ class Interruptible:
     in at once, `cut` is set, and a cache that the stream was filling should be dropped.
     """
 
-    def __init__(self, stream: Stream) -> None:
+    def __init__(self, stream: ReplyStream) -> None:
         self.stream = stream
         self.interrupted = False
         self.cut = False

@@ -30,6 +30,7 @@ from phimlx.transcription import TranscriptSegment
 from tests.cli.in_process import SEQUENCE, Shown, run_on_terminal
 from tests.cli.terminal import CTRL_C, CTRL_D, ENTER, TAB, UP, paste
 from tests.hub.loopback_hub import COMMIT, serve_alone
+from tests.remote.strange import hostile_server
 from tests.terminal.fake_phi import FakePhi, Script
 
 SHOWN = "Zq7"
@@ -202,6 +203,11 @@ def drop(text: str, folder: Path) -> list[str]:
 
 ROWS: dict[str, dict[str, Row]] = {
     "chat": {
+        "server": Row(
+            lambda text, at: ["chat", "--server", hostile_server(text)],
+            keys=lambda text, at: [("> ", f"hi{ENTER}"), (SKIP, ENTER), *a_chat()(text, at)],
+        ),
+        "refusal": Row(lambda text, at: ["chat", "--server", hostile_server(text, 400)]),
         "reply": Row(
             lambda text, at: ["chat"],
             keys=lambda text, at: [("> ", f"hi{ENTER}"), (SKIP, ENTER), *a_chat()(text, at)],
@@ -308,6 +314,13 @@ ROWS: dict[str, dict[str, Row]] = {
         ),
         "error": Row(lambda text, at: ["generate", "fail"]),
         "unexpected": Row(lambda text, at: ["generate", "crash"]),
+        "server": Row(lambda text, at: ["generate", "--server", hostile_server(text), "hi"]),
+        "server json": Row(
+            lambda text, at: ["generate", "--server", hostile_server(text), "--json", "hi"]
+        ),
+        "refusal": Row(lambda text, at: ["generate", "--server", hostile_server(text, 400), "hi"]),
+        "address": Row(lambda text, at: ["generate", "--server", f"http://u@{text}", "hi"]),
+        "key": Row(lambda text, at: ["generate", "--server-key-file", text, "hi"]),
     },
     "transcribe": {
         "speech": Row(lambda text, at: ["transcribe", write(at / text, "x")]),
