@@ -343,3 +343,21 @@ def test_prefixes_on_disk(phi_4: CausalLM, store: PrefixStore, tmp_path: Path) -
         request = asked([*text, *question], 4)
         assert answer(anew, request) == [alone(phi_4, request)]
         assert cached(request) == len(text)
+
+
+def test_what_is_kept_takes_no_more_than_it_says(long_rope: CausalLM) -> None:
+    """A row that was one of several holds nothing of the others."""
+    engine = Engine(long_rope)
+    before = mx.get_active_memory()
+    for batch in range(4):
+        requests = [
+            Request(words(24, 50 * batch + n), Sampler(GREEDY, 0), 2, prompt_lookup=False)
+            for n in range(8)
+        ]
+        engine.add(*requests)
+        while engine.busy:
+            engine.step()
+    del requests
+    held = engine.prefix_bytes
+    assert held > 0
+    assert mx.get_active_memory() - before < 1.5 * held
