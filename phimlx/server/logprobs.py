@@ -21,5 +21,10 @@ def token_objects(phi: Phi, logprobs: Iterable[TokenLogprob]) -> list[dict[str, 
 
 
 def _token_object(phi: Phi, token: int, logprob: float) -> dict[str, Any]:
-    data = b"" if phi.tokenizer is None else phi.tokenizer.token_bytes(token)
+    data = token_bytes(phi, token)
     return {"token": data.decode(errors="replace"), "logprob": logprob, "bytes": list(data)}
+
+
+def token_bytes(phi: Phi, token: int) -> bytes:
+    """The bytes of a token; none where the model has no tokenizer."""
+    return b"" if phi.tokenizer is None else phi.tokenizer.token_bytes(token)

@@ -7,7 +7,7 @@ import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import aclosing, asynccontextmanager
 from dataclasses import dataclass, field, fields
 from typing import Any, TypeVar
 
@@ -98,6 +98,13 @@ class Answer:
         Raises:
             RequestError: where a choice could not go on.
         """
+        async with aclosing(self.steps()) as steps:  # type: ignore[type-var]
+            async for index, chunk in steps:
+                if chunk is not None:
+                    yield index, chunk
+
+    async def steps(self) -> AsyncIterator[tuple[int, Chunk | None]]:
+        """Hand over chunks as `chunks` does, and None where a choice has ended."""
         streams = [generation.chunks() for generation in self.generations]
         coming = {asyncio.ensure_future(anext(each, None)): at for at, each in enumerate(streams)}
         try:
@@ -107,7 +114,7 @@ class Answer:
                     index, chunk = coming.pop(task), task.result()
                     if chunk is not None:
                         coming[asyncio.ensure_future(anext(streams[index], None))] = index
-                        yield index, chunk
+                    yield index, chunk
         finally:
             for task in coming:
                 task.cancel()

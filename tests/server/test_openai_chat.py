@@ -409,6 +409,17 @@ def test_usage_comes_last_and_is_null_before(client: openai.OpenAI) -> None:
 
 
 @pytest.mark.slow
+def test_each_choice_of_a_stream_ends_when_it_has_ended(client: openai.OpenAI) -> None:
+    story = [{"role": "user", "content": "Tell me a story."}]
+    settings = {"n": 4, "seed": 7, "temperature": 1.3, "max_tokens": 40}
+    told = [chunk.choices[0] for chunk in ask(client, story, stream=True, **settings)]
+    for index in range(4):
+        own = [each for each in told if each.index == index]
+        assert [each for each in own if each.finish_reason] == own[-1:]
+    ends = [place for place, each in enumerate(told) if each.finish_reason]
+    assert ends[0] < len(told) - 4  # others go on
+
+
 def test_pictures_and_sounds_are_what_the_model_gets(client: openai.OpenAI) -> None:
     photo = next((NANO_MULTIMODAL / "pictures").iterdir()).read_bytes()
     sound = next((NANO_MULTIMODAL / "clips").iterdir()).read_bytes()

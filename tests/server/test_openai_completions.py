@@ -114,6 +114,17 @@ def test_all_of_a_completion_is_text(client: openai.OpenAI, say: Say, text: str)
     assert joined(ask(client, "Say", max_tokens=40, stream=True))[0]["text"] == text
 
 
+def test_each_choice_of_a_stream_ends_when_it_has_ended(client: openai.OpenAI) -> None:
+    prompt = "<|user|>Tell me a story.<|end|><|assistant|>"
+    settings = {"n": 4, "seed": 7, "temperature": 1.3, "max_tokens": 40}
+    told = [chunk.choices[0] for chunk in ask(client, prompt, stream=True, **settings)]
+    for index in range(4):
+        own = [each for each in told if each.index == index]
+        assert [each for each in own if each.finish_reason] == own[-1:]
+    ends = [place for place, each in enumerate(told) if each.finish_reason]
+    assert ends[0] < len(told) - 4  # others go on
+
+
 @pytest.mark.parametrize("echo", [False, True])
 def test_a_stream_adds_up(client: openai.OpenAI, echo: bool) -> None:
     given: dict[str, Any] = {"logprobs": 2, "echo": echo}

@@ -19,6 +19,7 @@ from phimlx.generation.reply import Chunk, Reply
 from phimlx.prompt.tools import ToolCall
 from phimlx.server.errors import bad_request, explain
 from phimlx.server.http import MAX_MESSAGES, Body, Json, Refusal, Streamed, event, read_body
+from phimlx.server.logprobs import token_objects
 from phimlx.server.openai.bodies import (
     MAX_TOOLS,
     OTHERS_FIELDS,
@@ -38,7 +39,6 @@ from phimlx.server.openai.shapes import (
     ThoughtCounter,
     call_object,
     error_object,
-    token_objects,
     usage,
 )
 from phimlx.server.service import Answer, Ask, Service
@@ -307,12 +307,13 @@ async def _stream(
     try:
         for deltas in choices:
             yield deltas.begin()
-        async for index, chunk in answer.chunks():
+        async for index, chunk in answer.steps():
+            if chunk is None:
+                yield choices[index].end(answer.requests[index].reply)
+                continue
             thought[index].add(chunk)
             for made in choices[index].add(chunk):
                 yield made
-        for deltas, request in zip(choices, answer.requests, strict=True):
-            yield deltas.end(request.reply)
         if body.tells_usage:
             spent = usage(answer.requests, sum(each.tokens for each in thought))
             yield event(completion.object("chat.completion.chunk", [], usage=spent))

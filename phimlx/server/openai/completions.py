@@ -23,8 +23,9 @@ from phimlx.generation.logprobs import MAX_TOP, TokenLogprob
 from phimlx.generation.request import Request as Generated
 from phimlx.server.errors import bad_request, explain
 from phimlx.server.http import Json, Refusal, Streamed, event, read_body
+from phimlx.server.logprobs import token_bytes
 from phimlx.server.openai.bodies import OTHERS_FIELDS, SamplingBody, chosen
-from phimlx.server.openai.shapes import error_object, token_bytes, usage
+from phimlx.server.openai.shapes import error_object, usage
 from phimlx.server.service import Answer, Ask, Service
 
 MAX_CHOICES = 64  # of all prompts together
@@ -263,14 +264,13 @@ async def _stream(
         return [] if echo is None else [echo]
 
     try:
-        async for index, chunk in answer.chunks():
+        async for index, chunk in answer.steps():
             made = begin(index)
-            if chunk.text or chunk.logprobs:
+            if chunk is None:
+                made.append(choices[index].end())
+            elif chunk.text or chunk.logprobs:
                 made.append(choices[index].piece(chunk.text, chunk.logprobs))
             for each in made:
-                yield event(completion.object([each], **more))
-        for index, choice in enumerate(choices):
-            for each in (*begin(index), choice.end()):
                 yield event(completion.object([each], **more))
         if body.tells_usage:
             spent = usage(answer.requests, 0, len(body.prompts))

@@ -10,8 +10,9 @@ from phimlx.generation.logprobs import TokenLogprob
 from phimlx.generation.reply import Chunk
 from phimlx.prompt.tools import ToolCall
 from phimlx.server.errors import RequestError
+from phimlx.server.logprobs import token_objects
 from phimlx.server.openai.response_body import ResponseBody
-from phimlx.server.openai.shapes import ThoughtCounter, call_object, token_objects
+from phimlx.server.openai.shapes import ThoughtCounter, call_object
 from phimlx.server.service import Answer
 
 Event = dict[str, Any]

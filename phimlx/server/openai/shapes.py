@@ -1,14 +1,12 @@
-"""What responses of OpenAI's dialect are made of: errors, usage, calls, log-probabilities."""
+"""What responses of OpenAI's dialect are made of: errors, usage, calls."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from secrets import token_hex
 from typing import Any
 
-from phimlx.api import Phi
-from phimlx.generation.logprobs import TokenLogprob
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.prompt.tools import ToolCall
@@ -79,25 +77,3 @@ class ThoughtCounter:
         self._reasons |= chunk.kind == "reasoning" and bool(chunk.text)
         self._answers |= chunk.kind == "text" and bool(chunk.text or chunk.tool_calls)
         self._tokens += chunk.token is not None and not self._answers
-
-
-def token_objects(phi: Phi, logprobs: Iterable[TokenLogprob]) -> list[dict[str, Any]]:
-    """Make the log-probabilities of tokens, each with those that are likeliest in its place."""
-    return [
-        {
-            **_token_object(phi, each.token, each.logprob),
-            "top_logprobs": [_token_object(phi, *other) for other in each.top],
-        }
-        for each in logprobs
-    ]
-
-
-def _token_object(phi: Phi, token: int, logprob: float) -> dict[str, Any]:
-    data = token_bytes(phi, token)
-    text = data.decode(errors="replace")
-    return {"token": text, "logprob": logprob, "bytes": list(data)}
-
-
-def token_bytes(phi: Phi, token: int) -> bytes:
-    """The bytes of a token; none where the model has no tokenizer."""
-    return b"" if phi.tokenizer is None else phi.tokenizer.token_bytes(token)
