@@ -177,27 +177,30 @@ class Streamed(Response):
         self._ping = ping
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        async with self._held:
+        turn = asyncio.Lock()
+        loop = asyncio.get_running_loop()
+        sent = loop.time()
+
+        async def put(piece: bytes, more: bool = True) -> None:
+            nonlocal sent
+            async with turn:
+                await send({"type": "http.response.body", "body": piece, "more_body": more})
+                sent = loop.time()
+
+        async def ping(piece: bytes) -> None:
+            while True:
+                await asyncio.sleep(sent + PING_SECONDS - loop.time())
+                if loop.time() >= sent + PING_SECONDS:
+                    await put(piece)
+
+        async with self._held, aclosing(self._pieces) as pieces:  # type: ignore[type-var]
             headers = self.raw_headers
             await send({"type": "http.response.start", "status": 200, "headers": headers})
-            async with aclosing(self._pinged()) as pieces:  # type: ignore[type-var]
+            pinging = None if self._ping is None else asyncio.ensure_future(ping(self._ping))
+            try:
                 async for piece in pieces:
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-            await send({"type": "http.response.body", "body": b"", "more_body": False})
-
-    async def _pinged(self) -> AsyncIterator[bytes]:
-        coming = asyncio.ensure_future(anext(self._pieces, None))
-        try:
-            while True:
-                done, _ = await asyncio.wait({coming}, timeout=PING_SECONDS)
-                if not done:
-                    if self._ping is not None:
-                        yield self._ping
-                    continue
-                piece = coming.result()
-                if piece is None:
-                    return
-                yield piece
-                coming = asyncio.ensure_future(anext(self._pieces, None))
-        finally:
-            coming.cancel()
+                    await put(piece)
+            finally:
+                if pinging is not None:
+                    pinging.cancel()
+            await put(b"", more=False)

@@ -19,12 +19,12 @@ from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.reply import Chunk, Reply
 from phimlx.generation.request import Request
 from phimlx.media.limits import Limits
-from phimlx.server.errors import RequestError, bad_request, overloaded
+from phimlx.server.errors import RequestError, bad_request, explain, overloaded
 from phimlx.server.kept import Kept
 from phimlx.server.metrics import Metrics
 from phimlx.server.models import Loaded, Models
 from phimlx.server.settings import ServerSettings
-from phimlx.server.worker import Generation, Worker
+from phimlx.server.worker import Generation, Step, Worker
 
 log = logging.getLogger("phimlx.server")
 
@@ -75,12 +75,13 @@ class Answer:
         load_seconds: until the model was there.
     """
 
-    def __init__(self, loaded: Loaded, generations: Sequence[Generation], worker: Worker) -> None:
+    def __init__(self, loaded: Loaded, requests: Sequence[Request], worker: Worker) -> None:
         self.model = loaded.served.name
         self.phi = loaded.phi
-        self.generations = generations
         self.load_seconds = 0.0
         self._worker = worker
+        self._came: asyncio.Queue[Step] = asyncio.Queue()
+        self.generations = [Generation(each, loaded.phi.engine, self._came) for each in requests]
 
     @property
     def requests(self) -> list[Request]:
@@ -105,25 +106,20 @@ class Answer:
 
     async def steps(self) -> AsyncIterator[tuple[int, Chunk | None]]:
         """Hand over chunks as `chunks` does, and None where a choice has ended."""
-        streams = [generation.chunks() for generation in self.generations]
-        coming = {asyncio.ensure_future(anext(each, None)): at for at, each in enumerate(streams)}
-        try:
-            while coming:
-                done, _ = await asyncio.wait(coming, return_when=asyncio.FIRST_COMPLETED)
-                for task in sorted(done, key=lambda each: coming[each]):
-                    index, chunk = coming.pop(task), task.result()
-                    if chunk is not None:
-                        coming[asyncio.ensure_future(anext(streams[index], None))] = index
-                    yield index, chunk
-        finally:
-            for task in coming:
-                task.cancel()
+        numbers = {generation: number for number, generation in enumerate(self.generations)}
+        while numbers:
+            generation, chunks, ended = await self._came.get()
+            for chunk in chunks:
+                yield numbers[generation], chunk
+            if ended and generation.error is not None:
+                raise explain(generation.error) from generation.error
+            if ended:
+                yield numbers.pop(generation), None
 
     async def replies(self) -> list[Reply]:
         """Wait for all replies. Raises RequestError where one could not be generated."""
-        for generation in self.generations:
-            async for _ in generation.chunks():
-                pass
+        async for _ in self.steps():
+            pass
         return [request.reply for request in self.requests]
 
 
@@ -211,18 +207,18 @@ class Service:
         requests = await self.run(
             lambda: [each for ask in asks for each in self._requests(loaded, ask)]
         )
-        generations = [Generation(each, loaded.phi.engine) for each in requests]
+        answer = Answer(loaded, requests, self.worker)
         seconds = self.settings.request_seconds
-        deadline = asyncio.get_running_loop().call_later(seconds, self._expire, generations)
-        answer = Answer(loaded, generations, self.worker)
+        loop = asyncio.get_running_loop()
+        deadline = loop.call_later(seconds, self._expire, answer.generations)
         try:
-            await self.worker.add(generations)
+            await self.worker.add(answer.generations)
             yield answer
         finally:
             deadline.cancel()
             answer.cancel()
-            for generation in generations:
-                self.metrics.count_reply(answer.model, generation.request)
+            for request in requests:
+                self.metrics.count_reply(answer.model, request)
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """Run what takes a while in another thread; it must compute nothing with MLX."""

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
@@ -18,7 +18,6 @@ from typing import TypeVar
 from phimlx.generation.engine import Engine
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
-from phimlx.server.errors import explain
 
 STOP_SECONDS = 10.0  # for a step to end when the thread is to stop
 
@@ -26,37 +25,27 @@ log = logging.getLogger("phimlx.server")
 Result = TypeVar("Result")
 
 
+Step = tuple["Generation", list[Chunk], bool]
+"""What a step of an engine gave a request, and whether that was the last of it."""
+
+
 class Generation:
     """A reply under way, as the event loop sees it.
 
     Attributes:
         request: whose reply it is; to be read once it has ended.
+        came: where its steps go.
     """
 
-    def __init__(self, request: Request, engine: Engine) -> None:
+    def __init__(self, request: Request, engine: Engine, came: asyncio.Queue[Step]) -> None:
         self.request = request
         self.engine = engine
+        self.came = came
         self.error: BaseException | None = None
-        self._came: asyncio.Queue[list[Chunk] | None] = asyncio.Queue()
-
-    async def chunks(self) -> AsyncIterator[Chunk]:
-        """Hand over the chunks as they come.
-
-        Raises:
-            RequestError: where the request could not go on.
-        """
-        while (came := await self._came.get()) is not None:
-            for chunk in came:
-                yield chunk
-        if self.error is not None:
-            raise explain(self.error) from self.error
 
     def put(self, chunks: list[Chunk], ended: bool) -> None:
         """Take what a step gave; called on the event loop."""
-        if chunks:
-            self._came.put_nowait(chunks)
-        if ended:
-            self._came.put_nowait(None)
+        self.came.put_nowait((self, chunks, ended))
 
 
 class Worker:
