@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from convert.export.gguf import GgufPlan, plan_gguf
+from convert.export.onnx import OnnxPlan, plan_onnx
 from convert.plan import ConversionPlan, ConversionResult, plan_folder
 from convert.quantize.recipe import Quantization, Recipe
 from convert.read import WeightFiles
@@ -14,7 +15,7 @@ from convert.request import ConversionRequest
 
 def plan_conversion(
     request: ConversionRequest, files: WeightFiles | None = None
-) -> ConversionPlan | GgufPlan:
+) -> ConversionPlan | GgufPlan | OnnxPlan:
     """Check everything that can be known from the headers, and lay the output out.
 
     Args:
@@ -25,7 +26,10 @@ def plan_conversion(
             for it.
         ConversionError: where the two make no sense together, or the output exists or has no room.
     """
-    return (plan_gguf if request.is_gguf else plan_folder)(request, files or WeightFiles())
+    files = files or WeightFiles()
+    if request.is_gguf:
+        return plan_gguf(request, files)
+    return plan_onnx(request, files) if request.is_onnx else plan_folder(request, files)
 
 
 def convert(

@@ -147,12 +147,12 @@ class ConversionPlan:
         if calibration is not None and calibration.settings.method == "sensitivity":
             chosen = self._with_recipe(calibration.choose_bits(calibrating))
             continued = chosen._write(advance)
-            return chosen._result(continued, time.perf_counter() - start)
+            return chosen.result(continued, time.perf_counter() - start)
         if calibration is not None:
             self._write_calibrated(calibration, advance, calibrating)
-            return self._result(0, time.perf_counter() - start)
+            return self.result(0, time.perf_counter() - start)
         continued = self._write(advance)
-        return self._result(continued, time.perf_counter() - start)
+        return self.result(continued, time.perf_counter() - start)
 
     def _with_recipe(self, recipe: Recipe) -> ConversionPlan:
         """Plan the same by another recipe."""
@@ -164,12 +164,19 @@ class ConversionPlan:
         """Write the folder; returns the bytes that an interrupted run had dealt with."""
         out, files = self.request.out_path, self.files
         with new_folder(out, self.digest, self.layout.shards, files.keep_after) as journal:
-            done = self.tensors.conversions[: journal.done]
-            continued = sum(tensor.nbytes for tensor in done)
-            if continued:
-                advance(continued)
-            self._write_weights(journal, advance)
-            self._write_companions(journal.folder)
+            return self.fill(journal, advance)
+
+    def fill(self, journal: Journal, advance: Callable[[int], object]) -> int:
+        """Write the files to a journal's folder, where it has `layout.shards` for names.
+
+        Returns:
+            Bytes of the source that an interrupted run had dealt with.
+        """
+        continued = sum(tensor.nbytes for tensor in self.tensors.conversions[: journal.done])
+        if continued:
+            advance(continued)
+        self._write_weights(journal, advance)
+        self._write_companions(journal.folder)
         return continued
 
     def _write_calibrated(
@@ -187,7 +194,8 @@ class ConversionPlan:
                 (journal.folder / name).unlink()
             self._write_companions(journal.folder)
 
-    def _result(self, continued: int, seconds: float) -> ConversionResult:
+    def result(self, continued: int, seconds: float) -> ConversionResult:
+        """Say what was made."""
         parameters = sum(tensor.size for tensor in self.tensors.conversions)
         return ConversionResult(
             path=self.request.out_path,

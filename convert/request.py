@@ -15,6 +15,7 @@ SHARD_BYTES = 5 << 30  # as mlx-lm's
 
 LAYOUTS = {"mlx": "mlx", "hf": "pt"}  # of a folder, and what its safetensors files say they are
 GGUF_TYPES = {"gguf": "F16", "gguf-q8_0": "Q8_0"}  # of a GGUF file, and its weights' type
+ONNX_TYPES = {"onnx": "fp32", "onnx-int4": "int4"}  # of a folder, and its weights' type
 
 
 @dataclass(frozen=True)
@@ -33,7 +34,7 @@ class ConversionRequest:
         parts: "adapters", "encoders": what of a multimodal model is quantized too, to 8 bits. Else
             it stays as it is, where no rule of the recipe names it.
         layout: "mlx"; "hf" as published on the Hub, which has no quantized weights; "gguf" or
-            "gguf-q8_0", one file for llama.cpp.
+            "gguf-q8_0", one file for llama.cpp; "onnx" or "onnx-int4", a folder for ONNX Runtime.
         split_projections: whether what the architecture fuses is written as the projections that
             others have in its place, with a config of their layout; in Hub layout.
         calibration: a method by which quantized weights are found, "gptq" or "dwq" for that with
@@ -64,7 +65,7 @@ class ConversionRequest:
     def __post_init__(self) -> None:
         if self.dtype is not None and self.dtype not in DTYPES:
             raise ConversionError(f"dtype is {self.dtype!r}; it must be one of {_listed(DTYPES)}.")
-        layouts = (*LAYOUTS, *GGUF_TYPES)
+        layouts = (*LAYOUTS, *GGUF_TYPES, *ONNX_TYPES)
         if self.layout not in layouts:
             raise ConversionError(
                 f"layout is {self.layout!r}; it must be one of {_listed(layouts)}."
@@ -73,7 +74,7 @@ class ConversionRequest:
             if part not in PARTS:
                 raise ConversionError(f"parts has {part!r}; there is {_listed(PARTS)}.")
         if self.quantization is not None and (self.dequantize or self.layout != "mlx"):
-            other = "GGUF" if self.is_gguf else "Hub layout"
+            other = "GGUF" if self.is_gguf else "ONNX" if self.is_onnx else "Hub layout"
             what = "dequantized" if self.dequantize else f"written in {other}"
             raise ConversionError(f"A model is either quantized or {what}.")
         if self.split_projections and self.layout != "hf":
@@ -98,6 +99,10 @@ class ConversionRequest:
     @property
     def is_gguf(self) -> bool:
         return self.layout in GGUF_TYPES
+
+    @property
+    def is_onnx(self) -> bool:
+        return self.layout in ONNX_TYPES
 
     @property
     def out_path(self) -> Path:

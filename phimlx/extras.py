@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
+from collections.abc import Iterable
 from typing import Any
 
 from phimlx.errors import PhimlxError
@@ -22,5 +24,23 @@ def import_extra(
     try:
         return importlib.import_module(module)
     except ImportError as missing:
-        hint = f"Install it with: pip install 'phimlx[{extra}]'"
-        raise error(without, hint=hint) from missing
+        raise error(without, hint=_hint(extra)) from missing
+
+
+def require_extra(
+    modules: Iterable[str], extra: str, without: str, error: type[PhimlxError] = PhimlxError
+) -> None:
+    """Raise as `import_extra` does where a module of an extra is missing, and import none."""
+    if not all(map(_is_installed, modules)):
+        raise error(without, hint=_hint(extra))
+
+
+def _is_installed(module: str) -> bool:
+    try:
+        return importlib.util.find_spec(module) is not None
+    except ValueError:  # where sys.modules holds None for it
+        return False
+
+
+def _hint(extra: str) -> str:
+    return f"Install it with: pip install 'phimlx[{extra}]'"

@@ -31,13 +31,15 @@ if TYPE_CHECKING:
         Recipe,
     )
     from convert.export.gguf import GgufPlan
+    from convert.export.onnx import OnnxPlan
 
 BITS = ("2", "3", "4", "5", "6", "8")
 GROUP_SIZES = ("16", "32", "64", "128")
 MODES = ("affine", "mxfp4", "mxfp8", "nvfp4")
 DTYPES = ("float16", "bfloat16", "float32")
-EXPORTS = ("hf", "gguf", "gguf-q8_0")
-FOLDERS = (None, "hf")  # of these, what is a folder
+EXPORTS = ("hf", "gguf", "gguf-q8_0", "onnx", "onnx-int4")
+FOLDERS = (None, "hf")  # of these, what phimlx reads again
+FILES = ("gguf", "gguf-q8_0")
 
 
 @dataclass(frozen=True)
@@ -151,7 +153,8 @@ class QuantizationFlags:
     "--export",
     type=click.Choice(EXPORTS),
     help="Write another layout than MLX's: hf, as published on the Hub, for transformers; gguf, "
-    "one file in half precision for llama.cpp; gguf-q8_0, the same at 8 bits.",
+    "one file in half precision for llama.cpp; gguf-q8_0, the same at 8 bits; onnx, a "
+    "folder in float32 for ONNX Runtime; onnx-int4, the same at 4 bits.",
 )
 @click.option(
     "--split-projections",
@@ -332,7 +335,7 @@ def _convert(
 def _from_folder(request: ConversionRequest, output: Output) -> ConversionResult:
     from convert import plan_conversion
 
-    plan: ConversionPlan | GgufPlan = plan_conversion(request)
+    plan: ConversionPlan | GgufPlan | OnnxPlan = plan_conversion(request)
     if plan.calibration is not None:
         return run_calibrated(plan, output)
     with output.progress(plan.bytes_before, "Converting", "B") as bar:
@@ -389,7 +392,7 @@ def _check_adapter(
     """Refuse what needs the fused model as a folder of its own."""
     others = {
         "--q-method": calibration is not None,
-        f"--export {export}": export not in FOLDERS,
+        f"--export {export}": export in FILES,
         "--report": report,
     }
     for name, given in others.items():
@@ -421,5 +424,5 @@ def print_summary(result: ConversionResult, output: Output) -> None:
         )
     for remark in result.remarks:
         output.warning(remark)
-    if result.path.is_dir():
+    if (result.path / "config.json").is_file():
         output.note(f"Try it: phimlx chat --model {result.path}")

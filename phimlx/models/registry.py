@@ -121,6 +121,8 @@ class Architecture:
         task: of a model card.
         gguf: how it is written for llama.cpp, and read; None where llama.cpp does not run it.
         gguf_dialects: other forms of such files that are read.
+        onnx: the name of its class by which onnxruntime-genai's builder knows it; None where that
+            makes no whole model of it.
         dialects: other layouts that are read.
     """
 
@@ -142,6 +144,7 @@ class Architecture:
     task: str = "text-generation"
     gguf: GGUF | None = None
     gguf_dialects: tuple[GGUF, ...] = ()
+    onnx: str | None = None
     dialects: tuple[Dialect, ...] = ()
 
     @property
@@ -282,6 +285,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sensitive_layers=_PHI3_SENSITIVE,
         gguf=_PHI3_GGUF,
         gguf_dialects=(_LLAMA_GGUF,),
+        onnx="Phi3ForCausalLM",
         dialects=(
             Dialect(
                 model_type="llama",
@@ -335,6 +339,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             joined=_QKV,
             text_split="gpt-2",
         ),
+        onnx="PhiForCausalLM",
         dialects=(
             Dialect(
                 model_type="phi-msft",
