@@ -358,6 +358,62 @@ FAMILY: tuple[Model, ...] = (
     ),
 )
 
+
+@dataclass(frozen=True)
+class Sibling:
+    """A model of Microsoft's Phi family that phimlx does not run.
+
+    Attributes:
+        model_type: that its config.json names.
+        others: what else its name may end with, in lower case.
+        reason: what of it phimlx does not compute.
+        instead: the alias of a model to use in its place.
+    """
+
+    name: str
+    model_type: str
+    others: tuple[str, ...]
+    reason: str
+    instead: str
+
+    def refusal(self) -> tuple[str, str]:
+        """Say that it does not run, and what to use."""
+        return (
+            f"{self.name} is not among the models that phimlx runs: {self.reason}.",
+            f"Use {self.instead} in its place: phimlx download {self.instead}",
+        )
+
+
+SIBLINGS = (
+    Sibling(
+        name="Phi-3-small",
+        model_type="phi3small",
+        others=("phi-3-small-8k-instruct", "phi-3-small-128k-instruct", "phi3-small"),
+        reason="its attention is block-sparse and its tokenizer one of its own",
+        instead="phi-4-mini",
+    ),
+    Sibling(
+        name="Phi-3.5-MoE",
+        model_type="phimoe",
+        others=("phi-3.5-moe-instruct", "phi3.5-moe", "phi-mini-moe-instruct",
+                "phi-tiny-moe-instruct"),
+        reason="its layers choose among experts",
+        instead="phi-4",
+    ),
+    Sibling(
+        name="Phi-3.5-vision",
+        model_type="phi3_v",
+        others=("phi-3.5-vision-instruct", "phi3.5-vision", "phi-3-vision",
+                "phi-3-vision-128k-instruct", "phi3-vision"),
+        reason="its image encoder is CLIP, which later models have left",
+        instead="phi-4-multimodal",
+    ),
+)  # fmt: skip
+
+_SIBLINGS = {
+    name: sibling for sibling in SIBLINGS for name in (sibling.name.lower(), *sibling.others)
+}
+
 # Sizes that tell a model of the family from others in a layout that many share.
 _SIZES = ("num_hidden_layers", "hidden_size", "intermediate_size")
 
@@ -370,6 +426,17 @@ _CONVERTED = re.compile(r"([-_.]?(mlx|q?\d{1,2}bits?|q\d|g\d+|bf16|fp16|float16|
 def find(name: str) -> Model | None:
     """The model that an alias, a repository or another known name means; case does not matter."""
     return _BY_NAME.get(name.strip().lower())
+
+
+def sibling(name: str) -> Sibling | None:
+    """Find the model that a name or a repository means, of those that do not run."""
+    last = name.strip().rpartition("/")[2].lower()
+    return _SIBLINGS.get(last) or _SIBLINGS.get(_CONVERTED.sub("", last))
+
+
+def sibling_of_type(model_type: object) -> Sibling | None:
+    """Find the model of a `model_type`, of those that do not run."""
+    return next((each for each in SIBLINGS if each.model_type == model_type), None)
 
 
 DEFAULT = _BY_NAME["phi-4-mini"]

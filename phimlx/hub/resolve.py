@@ -156,10 +156,13 @@ def repositories(name: str, original: bool = False) -> list[str]:
     """List the Hub repositories that a name may mean, the preferred one first.
 
     Raises:
-        ModelNotFoundError: where it is neither an alias nor a Hub id.
+        ModelNotFoundError: where it is neither an alias nor a Hub id, or a model that does not run.
     """
     name = str(meant(name))
     model = catalog.find(name)
+    sibling = None if model else catalog.sibling(name)
+    if sibling is not None:
+        raise ModelNotFoundError(*sibling.refusal())
     if Path(name).suffix.lower() in (".gguf", ".safetensors"):
         raise ModelNotFoundError(f"There is no file {name}, and no model of that name.", FOLDER)
     if not name:

@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from phimlx import catalog
 from phimlx.errors import ConfigError, shortened
 
 if TYPE_CHECKING:
@@ -437,6 +438,9 @@ def of_config(config: Config) -> Architecture:
     """
     architecture = find(config.get("model_type"))
     if architecture is None:
+        sibling = catalog.sibling_of_type(config.get("model_type"))
+        if sibling is not None:
+            raise ConfigError(*sibling.refusal())
         known = ", ".join(each.model_type for each in ARCHITECTURES)
         raise ConfigError(
             f"config.json: model_type is {shortened(config.get('model_type'))}, but phimlx runs "

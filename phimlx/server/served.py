@@ -106,6 +106,7 @@ def list_served(settings: ServerSettings) -> list[Served]:
 
     Raises:
         ModelNotFoundError, CheckpointError: where that one is none, or an adapter is none.
+        ConfigError: where phimlx does not run it.
         SettingsError: for an adapter that is not named right, or a model that is not served.
     """
     cached = [(each, each.snapshot) for each in list_models() if each.snapshot is not None]
@@ -113,6 +114,7 @@ def list_served(settings: ServerSettings) -> list[Served]:
     if settings.model is not None:
         name = settings.model if catalog.find(settings.model) else None
         models = [Served.of(resolve(settings.model), name)]
+        of_config(models[0].config)
     else:
         models = [Served.of(NANO, "nano"), Served.of(NANO_MULTIMODAL, "nano-multimodal")]
         models += [
