@@ -26,15 +26,16 @@ MARKS = {"ok": "✓", "warning": "!", "problem": "✗"}
     "--self-test",
     "self_test",
     is_flag=True,
-    help="Compute with the bundled model here and compare with the reference's numbers.",
+    help="Compute with bundled models here and compare with the reference's numbers.",
 )
 @json_option
 def command(self_test: bool, as_json: bool) -> None:
     """Check this machine and installation.
 
     With --self-test the bundled nano model runs on the backend that is really here: both LongRoPE
-    tables, the step between them, float32, float16, bfloat16, 8 and 4 bits, and a batch, against
-    numbers from the reference implementation. The exit code is 1 where a check or a case fails.
+    tables, the step between them, float32, float16, bfloat16, 8 and 4 bits, and a batch, and a tiny
+    model of every other architecture, against numbers from the reference implementations. The exit
+    code is 1 where a check or a case fails.
     """
     output = Output(json=as_json)
     healthy = test_numbers(output) if self_test else examine_machine(output)
@@ -80,25 +81,25 @@ def test_numbers(output: Output) -> bool:
     import mlx.core as mx
 
     from phimlx.evaluation import parity as selftest
-    from phimlx.hub.resolve import NANO
 
     results = []
     with output.progress(None, "Self-test", " cases") as bar:
-        for result in selftest.run(NANO, NANO / "reference.safetensors"):
+        for result in selftest.self_test():
             results.append(result)
             bar.update(1)
     rows = [
         (
             MARKS["ok" if result.passed else "problem"],
+            model,
             result.case,
             f"{result.difference:.1e}",
             f"{result.allowed:.1e}",
             f"{result.top1:.0%}",
         )
-        for result in results
+        for model, result in results
     ]
-    output.table(["", "case", "difference", "allowed", "top-1"], rows)
-    failed = [result for result in results if not result.passed]
+    output.table(["", "model", "case", "difference", "allowed", "top-1"], rows)
+    failed = [result for _, result in results if not result.passed]
     device = mx.default_device().type.name
     output.text()
     output.text(
@@ -109,7 +110,10 @@ def test_numbers(output: Output) -> bool:
         {
             "device": device,
             "passed": not failed,
-            "cases": [{**vars(result), "passed": result.passed} for result in results],
+            "cases": [
+                {"model": model, **vars(result), "passed": result.passed}
+                for model, result in results
+            ],
         }
     )
     return not failed

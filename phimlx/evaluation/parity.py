@@ -19,7 +19,10 @@ from phimlx.generation.engine import Engine
 from phimlx.generation.prefill import prefill
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
+from phimlx.hub.resolve import ASSETS, NANO
 from phimlx.models.base import CausalLM
+
+SELF_TEST = ASSETS / "self-test"
 
 
 @dataclass(frozen=True)
@@ -41,6 +44,17 @@ class Result:
     @property
     def passed(self) -> bool:
         return self.difference <= self.allowed  # false for NaN
+
+
+def self_test() -> Iterator[tuple[str, Result]]:
+    """Repeat every case of the models that come along for it: one of each architecture and layout.
+
+    Yields:
+        The model's name, and a case.
+    """
+    for folder in (NANO, *sorted(SELF_TEST.iterdir())):
+        for result in run(folder, folder / "reference.safetensors"):
+            yield folder.name, result
 
 
 def run(folder: Path, reference: Path) -> Iterator[Result]:

@@ -12,8 +12,11 @@ from click.testing import CliRunner
 from phimlx.cli.group import cli
 from phimlx.evaluation import parity as selftest
 from phimlx.evaluation.parity import Result
+from phimlx.files import read_json
+from phimlx.hub.resolve import NANO
 from phimlx.machine import doctor
 from phimlx.machine.doctor import Finding
+from phimlx.models import registry
 
 FINDINGS = [
     Finding("versions", "phimlx 0.1.0"),
@@ -56,16 +59,16 @@ def test_a_problem_fails(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_a_case_that_differs_fails(monkeypatch: pytest.MonkeyPatch) -> None:
-    def results(*_: object) -> Iterator[Result]:
-        return iter(RESULTS)
+    def results() -> Iterator[tuple[str, Result]]:
+        return iter(zip(("nano", "phi"), RESULTS, strict=True))
 
-    monkeypatch.setattr(selftest, "run", results)
+    monkeypatch.setattr(selftest, "self_test", results)
     result = run("--self-test")
     assert result.exit_code == 1
     lines = result.stdout.splitlines()
     assert [line.split() for line in lines[2:4]] == [
-        ["✓", "64", "tokens", "2.0e-06", "1.0e-04", "100%"],
-        ["✗", "batch", "5.0e-01", "1.0e-04", "25%"],
+        ["✓", "nano", "64", "tokens", "2.0e-06", "1.0e-04", "100%"],
+        ["✗", "phi", "batch", "5.0e-01", "1.0e-04", "25%"],
     ]
     assert lines[-1].startswith("1 of 2 cases equal the reference on this machine's ")
 
@@ -76,6 +79,16 @@ def test_the_self_test_passes_here() -> None:
     assert result.exit_code == 0
     report = json.loads(result.stdout)
     assert report["passed"] is True
+    models = {case["model"] for case in report["cases"]}
+    types = {
+        read_json(folder / "config.json")["model_type"]
+        for folder in (NANO, *selftest.SELF_TEST.iterdir())
+        if folder.name in models
+    }
+    assert {registry.of_config({"model_type": each}).model_type for each in types} == {
+        architecture.model_type for architecture in registry.ARCHITECTURES
+    }
+    assert "llama" in types
     names = " ".join(case["case"] for case in report["cases"])
     for part in (
         "short table",
