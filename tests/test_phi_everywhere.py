@@ -21,7 +21,8 @@ from phimlx.adapters.read import read_adapter
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
-from phimlx.errors import PromptError
+from phimlx.errors import ConversionError, PromptError
+from phimlx.files import read_json
 from phimlx.generation.sampler import Sampler
 from phimlx.models.base import CausalLM
 
@@ -140,6 +141,49 @@ def test_gguf_holds_every_tensor_under_llama_cpps_names(folder: Path, tmp_path: 
     assert fields["phi2.attention.layer_norm_epsilon"] == pytest.approx(1e-5)
     assert fields["phi2.rope.dimension_count"] == 8
     assert fields["tokenizer.ggml.pre"] == "gpt-2"
+
+
+@pytest.mark.parametrize(("layout", "allowed"), [("gguf", 3e-3), ("gguf-q8_0", 3e-2)])
+def test_a_gguf_file_read_again_gives_the_references_logits(
+    folder: Path, tmp_path: Path, layout: str, allowed: float
+) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'phimlx[gguf]'")
+    convert(folder, tmp_path / "phi.gguf", layout=layout)
+    convert(tmp_path / "phi.gguf", tmp_path / "back", dtype="float32")
+    assert difference(logits(tmp_path / "back"), logits(folder)) <= allowed
+
+
+def test_gguf_has_no_norms_of_queries_and_keys(folder: Path, data: Path, tmp_path: Path) -> None:
+    pytest.importorskip("gguf", reason="gguf is not installed: pip install 'phimlx[gguf]'")
+    source = tmp_path / "source"
+    shutil.copytree(data / "tiny" / "tiny-phi-qknorm", source)
+    shutil.copy(folder / "tokenizer.json", source)
+    with pytest.raises(ConversionError) as caught:
+        convert(source, tmp_path / "out.gguf", layout="gguf")
+    assert str(caught.value) == (
+        f"{source} has tensors that llama.cpp's phi2 models have not: "
+        "model.layers.0.self_attn.k_layernorm.bias, model.layers.0.self_attn.k_layernorm.weight, "
+        "model.layers.0.self_attn.q_layernorm.bias and 5 more."
+    )
+    assert not (tmp_path / "out.gguf").exists()
+
+
+@pytest.mark.parametrize("name", ["tiny-phi2", "tiny-phi15", "tiny-phi-qknorm", "tiny-phi2-msft"])
+def test_what_transformers_wrote_comes_back_from_mlx(data: Path, tmp_path: Path, name: str) -> None:
+    """Weights bit for bit and every setting of a config that transformers read."""
+    convert(data / "tiny" / name, tmp_path / "mlx")
+    convert(tmp_path / "mlx", tmp_path / "hf", layout="hf")
+    theirs = data / "tiny" / name.removesuffix("-msft")
+    before, after = (mx.load(str(each / "model.safetensors")) for each in (theirs, tmp_path / "hf"))
+    assert isinstance(before, dict)
+    assert isinstance(after, dict)
+    assert after.keys() == before.keys()
+    assert all(mx.array_equal(after[key], before[key]).item() for key in before)
+    configs = [read_json(each / "config.json") for each in (theirs, tmp_path / "hf")]
+    deciding = ("model_type", "hidden_size", "layer_norm_eps", "partial_rotary_factor",
+                "hidden_act", "num_attention_heads", "vocab_size")  # fmt: skip
+    assert {key: configs[1][key] for key in deciding} == {key: configs[0][key] for key in deciding}
+    assert {config.get("rope_theta", 10000.0) for config in configs} == {10000.0}
 
 
 @pytest.mark.slow

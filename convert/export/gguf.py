@@ -27,7 +27,7 @@ from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.gguf.find import find_gguf
 from phimlx.checkpoint.gguf.names import gguf_name
-from phimlx.errors import ConversionError, shortened
+from phimlx.errors import ConversionError, shortened, some
 from phimlx.extras import import_extra
 from phimlx.files import read_json
 from phimlx.hub import model_files
@@ -231,7 +231,7 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
     if architecture.gguf is None:
         what = (
             "sees and hears, with an adapter for each"
-            if architecture.takes_media
+            if architecture.adapters
             else f"is a {architecture.model_type} model"
         )
         raise ConversionError(
@@ -248,6 +248,7 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
         )
     check_purpose(checkpoint, None, request.dequantize)
     tensors = TensorPlan.of(checkpoint, None, None)
+    _check_names(checkpoint, architecture.gguf, tensors)
     half = {"F16": mx.float16}.get(kind, mx.float32)
     typed = tuple(
         replace(
@@ -263,6 +264,22 @@ def plan_gguf(request: ConversionRequest, files: WeightFiles) -> GgufPlan:
     read_vocabulary(checkpoint.folder, config.vocab_size)
     check_space(out, 2 * sum(tensor.size for tensor in typed) + files.spare(tensors.file_order))
     return planned
+
+
+def _check_names(checkpoint: Checkpoint, form: GGUF, tensors: TensorPlan) -> None:
+    """Raise ConversionError for tensors that llama.cpp's architecture has not."""
+    nameless = []
+    for tensor in tensors.conversions:
+        try:
+            gguf_name(tensor.transform.name, form)
+        except KeyError:
+            nameless.append(tensor.transform.name)
+    if nameless:
+        raise ConversionError(
+            f"{checkpoint.folder} has tensors that llama.cpp's {form.architecture} models have "
+            f"not: {some(nameless)}.",
+            hint="Write another layout: --export hf, or MLX's without --export.",
+        )
 
 
 def read_vocabulary(folder: Path, size: int) -> tuple[list[str], list[int], str]:
