@@ -16,11 +16,11 @@ from phimlx.errors import ConversionError
 from tests.convert.tiny import plan, write_model
 
 FOUR = Quantization(32, 4)
-LISTED = "mlx, hf, gguf, gguf-q8_0"
+LISTED = "mlx, hf, gguf, gguf-q8_0, onnx, onnx-int4"
 
 REFUSED: list[tuple[dict[str, Any], str]] = [
     ({"dtype": "int8"}, "dtype is 'int8'; it must be one of float32, float16, bfloat16."),
-    ({"layout": "onnx"}, f"layout is 'onnx'; it must be one of {LISTED}."),
+    ({"layout": "coreml"}, f"layout is 'coreml'; it must be one of {LISTED}."),
     ({"parts": ["eyes"]}, "parts has 'eyes'; there is adapters, encoders."),
     (
         {"quantization": FOUR, "dequantize": True},
