@@ -35,6 +35,10 @@ USED = {"prompt", "messages", "system", "body", *IDS, *OPTIONS}
 IGNORED = {"method", "url", "model"}
 
 
+Parsed = tuple[Prompt, dict[str, Any], Any, set[str]]
+"""A prompt, its options, its id, and the keys that mean nothing here."""
+
+
 class Answers(Protocol):
     """The part of `phimlx.Phi` that answers."""
 
@@ -101,18 +105,46 @@ def answer_file(
         PromptError: where the file cannot be read, or the output is there already.
         GenerationError: where the output cannot be written.
     """
+    identity = json.dumps([*about, system, dict(settings)], sort_keys=True, default=str)
+    refuse_existing(target)
+    lines = list(read_lines(source, identity))
+
+    def parse(line: Line) -> Parsed:
+        return parse_line(line, system)
+
+    return answer_lines(phi, lines, target, settings, parse, batch_size, advance)
+
+
+def refuse_existing(target: Path) -> None:
+    """Raise `PromptError` where an output is there already."""
     if target.exists():
         raise PromptError(
             f"{target} exists already.", hint="Give another --output, or remove it first."
         )
-    identity = json.dumps([*about, system, dict(settings)], sort_keys=True, default=str)
-    lines = list(read_lines(source, identity))
+
+
+def answer_lines(
+    phi: Answers,
+    lines: Sequence[Line],
+    target: Path,
+    settings: Mapping[str, Any],
+    parse: Callable[[Line], Parsed],
+    batch_size: int,
+    advance: Callable[[int], object],
+    encode: Callable[[Iterator[dict[str, Any]]], Iterable[bytes]] = lambda rows: map(_row, rows),
+) -> Result:
+    """Answer lines as `answer_file` does.
+
+    Args:
+        parse: makes a line's prompt and options.
+        encode: makes of the rows, one a line in their order, what is written to `target`.
+    """
     result = Result()
     with closing(Journal(target)) as journal:
         result.kept = sum(line.key in journal for line in lines)
         advance(result.kept)
         left = [line for line in lines if line.key not in journal]
-        requests = _requests(phi, left, settings, system, result)
+        requests = _requests(phi, left, settings, parse, result)
         asked: dict[Request, tuple[Line, Any]] = {}
 
         def coming() -> Iterator[Request]:
@@ -135,7 +167,7 @@ def answer_file(
                     journal.add(line.key, {**named, **request.reply.as_object(phi.name)})
                 advance(1)
         result.answered = len(lines) - len(result.failed)
-        journal.finish(_rows(lines, journal, result))
+        journal.finish(encode(_rows(lines, journal, result)))
     return result
 
 
@@ -153,7 +185,7 @@ def read_lines(source: Path, identity: str) -> Iterator[Line]:
     Raises:
         PromptError: where the file cannot be read, or a line is too long.
     """
-    seen: Counter[bytes] = Counter()
+    seen: Counter[str] = Counter()
     with translate_read_errors(source, PromptError):
         if not source.exists():
             raise PromptError(f"There is no file {source}.")
@@ -168,14 +200,12 @@ def read_lines(source: Path, identity: str) -> Iterator[Line]:
                         f"{source}: line {number} is longer than {MAX_LINE >> 20} MB."
                     )
                 if text := text.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
-                    digest = hashlib.sha256(identity.encode() + b"\0" + text).digest()
+                    digest = hashlib.sha256(identity.encode() + b"\0" + text).hexdigest()
                     seen[digest] += 1  # the same line again is another reply
-                    yield Line(number, text, f"{digest.hex()}-{seen[digest]}")
+                    yield Line(number, text, f"{digest}-{seen[digest]}")
 
 
-def parse_line(
-    line: Line, system: str | None = None
-) -> tuple[Prompt, dict[str, Any], Any, set[str]]:
+def parse_line(line: Line, system: str | None = None) -> Parsed:
     """Read a line: its prompt, its options, its id, and the keys that mean nothing here.
 
     Args:
@@ -252,14 +282,14 @@ class Journal:
         del reply["key"]
         return reply
 
-    def finish(self, rows: Iterable[Mapping[str, Any]]) -> None:
+    def finish(self, rows: Iterable[bytes]) -> None:
         """Write the output, as a whole or not at all, and go away."""
         with (
             self._writing(),
             replacing(self._target) as temporary,
             temporary.open("wb") as file,
         ):
-            file.writelines(map(_row, rows))
+            file.writelines(rows)
             file.flush()
         self.path.unlink()
 
@@ -277,13 +307,13 @@ def _requests(
     phi: Answers,
     lines: Iterable[Line],
     settings: Mapping[str, Any],
-    system: str | None,
+    parse: Callable[[Line], Parsed],
     result: Result,
 ) -> Generator[tuple[Line, Any, Request | None]]:
     """Make the request of each line, with its id; None for a line that has failed."""
     for line in lines:
         try:
-            prompt, own, identifier, unused = parse_line(line, system)
+            prompt, own, identifier, unused = parse(line)
             result.unused.update(unused)
             shaped = not own.keys().isdisjoint(SHAPES)  # in its own way alone
             usual = {key: settings[key] for key in settings if not (shaped and key in SHAPES)}

@@ -23,6 +23,7 @@ RANKS = (
     ("evaluation",),
     ("training", "convert"),
     ("api", "remote"),
+    ("extraction",),
     ("adapters", "transcription", "prompt_file"),
     ("hub", "generation", "history"),
     ("preferences",),

@@ -21,6 +21,7 @@ from phimlx.terminal.sink import StreamError, indented
 COMMANDS = {
     "chat": ("phimlx.cli.chat", "Talk with a model."),
     "generate": ("phimlx.cli.generate", "Answer one prompt."),
+    "extract": ("phimlx.cli.extract", "Read data of a given shape out of files."),
     "transcribe": ("phimlx.cli.transcribe", "Write down what is said in recordings."),
     "serve": ("phimlx.cli.serve", "Answer other programs over HTTP."),
     "history": ("phimlx.cli.history", "List, search, export or delete what was said."),

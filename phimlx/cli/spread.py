@@ -6,7 +6,7 @@ import os
 
 import click
 
-from phimlx.terminal.attachments import kind_of
+from phimlx.media.kinds import kind_of
 
 KINDS = ("image", "audio", "video")
 

@@ -13,19 +13,12 @@ from urllib.parse import unquote, urlsplit
 
 from phimlx.errors import MediaError, PhimlxError
 from phimlx.history.messages import KINDS
+from phimlx.media.kinds import SUFFIXES, kind_of
 from phimlx.prompt.media_parts import FRAMES
 
 if TYPE_CHECKING:
     from phimlx.media.limits import Limits
 
-_SUFFIXES = {
-    "image": (
-        *(".png", ".jpg", ".jpeg", ".webp", ".gif", ".bmp", ".tif", ".tiff"),
-        *(".heic", ".heif", ".avif"),
-    ),
-    "audio": (".wav", ".flac", ".mp3", ".ogg", ".oga", ".opus", ".aif", ".aiff", ".m4a", ".aac"),
-    "video": (".mp4", ".m4v", ".mov", ".webm", ".mkv", ".avi"),
-}
 # A name in quotes, or one whose blanks are escaped, and what follows it.
 _NAME = re.compile(r"""(?:'([^']*)'|"([^"]*)"|(?!['"])((?:\\.|[^\\\s])+))(?:\s+(.*))?""", re.DOTALL)
 
@@ -154,7 +147,7 @@ def dropped_files(line: str) -> list[tuple[str, str]]:
     blanks, or file: addresses.
     """
     text = line.strip()
-    if not text.rstrip("'\"").lower().endswith(tuple(sum(_SUFFIXES.values(), ()))):
+    if not text.rstrip("'\"").lower().endswith(tuple(sum(SUFFIXES.values(), ()))):
         return []
     whole = media_file(text)
     if whole:
@@ -165,12 +158,6 @@ def dropped_files(line: str) -> list[tuple[str, str]]:
         return []
     found = [media_file(name) for name in names]
     return [file for file in found if file] if all(found) else []
-
-
-def kind_of(name: str) -> str | None:
-    """Return the kind of media that the end of a name tells; None for any other."""
-    suffix = Path(name).suffix.lower()
-    return next((kind for kind, suffixes in _SUFFIXES.items() if suffix in suffixes), None)
 
 
 def media_file(name: str) -> tuple[str, str] | None:

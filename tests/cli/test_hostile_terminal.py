@@ -322,6 +322,15 @@ ROWS: dict[str, dict[str, Row]] = {
         "address": Row(lambda text, at: ["generate", "--server", f"http://u@{text}", "hi"]),
         "key": Row(lambda text, at: ["generate", "--server-key-file", text, "hi"]),
     },
+    "extract": {
+        "file": Row(
+            lambda text, at: ["extract", "--model", "nano", text, "--schema", "a", "-o", "out"],
+        ),
+        "there": Row(
+            lambda text, at: ["extract", "a", "--schema", "a", "-o", write(at / text, "x")],
+        ),
+        "schema": Row(lambda text, at: ["extract", "a", "--schema", f"{text} odd", "-o", "out"]),
+    },
     "transcribe": {
         "speech": Row(lambda text, at: ["transcribe", write(at / text, "x")]),
         "two": Row(lambda text, at: ["transcribe", write(at / text, "x"), write(at / "b", "x")]),
