@@ -11,7 +11,8 @@ from contextlib import contextmanager
 class PhimlxError(Exception):
     """Anything a user can cause or mend.
 
-    `str(error)` is one sentence; `hint`, where there is one, names the next step.
+    `str(error)` is one sentence; `hint`, where there is one, names the next step; `result` is what
+    a program is told beside them.
     """
 
     exit_code = 1
@@ -19,6 +20,7 @@ class PhimlxError(Exception):
     def __init__(self, message: str, hint: str | None = None) -> None:
         super().__init__(message)
         self.hint = hint
+        self.result: dict[str, object] = {}
 
 
 class ConfigError(PhimlxError):

@@ -27,6 +27,7 @@ from phimlx.cli.options import (
     dtype_option,
     frames_option,
     is_debugging,
+    json_option,
     kv_bits_option,
     limit_options,
     load_or_download,
@@ -87,6 +88,7 @@ if TYPE_CHECKING:
 @server_options
 @frames_option
 @limit_options()
+@json_option
 def command(
     model: str | None,
     adapter: str | None,
@@ -103,12 +105,14 @@ def command(
     prompt_lookup: bool | None,
     keeps: bool | None,
     frames: int,
+    as_json: bool,
     **settings: Any,
 ) -> None:
     """Talk with a model; /help in the chat lists its commands.
 
     Where stdin or stdout is no terminal, each line of stdin is a turn, replies go to stdout as
-    they are, and the first error ends the chat.
+    they are, and the first error ends the chat. With --json the whole conversation goes there, as
+    one object, when it ends.
 
     A model that sees and hears takes files too: /image, /audio and /video, a file dropped on the
     terminal, or /paste for a screenshot in the clipboard. They go with what is said next.
@@ -120,11 +124,11 @@ def command(
 
     if session_file is not None and continued is not None:
         raise click.UsageError("--load and --continue exclude each other.")
-    output = Output(debug=is_debugging())
+    output = Output(json=as_json, debug=is_debugging())
     servers = pop_servers(settings)
     limits, shape = pop_limits(settings), pop_shape(settings)
     typed = sys.stdin is not None and sys.stdin.isatty()
-    interactive = typed and output.is_terminal
+    interactive = typed and output.is_terminal and not as_json
     theme = preferences().get("theme") or "auto"
     screen = TerminalScreen(output, candidates, theme) if interactive else PipedScreen(output)
     keeper = open_keeper(private, output)
@@ -178,6 +182,7 @@ def command(
         output.note(f"{phi.name} is a base model: it completes text, and was not trained to chat.")
     del phi  # the chat may give it up for another
     chat.run()
+    output.json({"model": chat.conversation.model, "messages": chat.conversation.messages})
 
 
 @dataclass

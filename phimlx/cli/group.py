@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import os
 import sys
+from collections.abc import Sequence
 from io import StringIO
 from typing import Any
 
@@ -90,6 +91,19 @@ def _debug_option() -> click.Option:
     )
 
 
+class CommandError(Exception):
+    """What ended a command, on its way to the end of the run.
+
+    Attributes:
+        debug: whether its traceback is asked for.
+    """
+
+    def __init__(self, cause: Exception, debug: bool) -> None:
+        super().__init__(str(cause))
+        self.cause = cause
+        self.debug = debug
+
+
 class CommandTable(click.Group):
     """A group over `COMMANDS` that imports a command's module when it is called.
 
@@ -100,12 +114,8 @@ class CommandTable(click.Group):
     def main(self, *args: Any, **settings: Any) -> Any:
         """Run as a program: the process ends with the exit code."""
         try:
-            code = super().main(*args, **{**settings, "standalone_mode": False})
-            Output().flush()
-        except click.ClickException as error:
-            print_usage(error)
-            code = error.exit_code
-        except StreamError as error:  # while help was printed
+            code = self._run(*args, **{**settings, "standalone_mode": False})
+        except StreamError as error:  # while help or an error was printed
             Output().error(error)
             code = error.exit_code
         except BrokenPipeError:
@@ -113,6 +123,23 @@ class CommandTable(click.Group):
         except (KeyboardInterrupt, click.Abort):
             code = EXIT_INTERRUPTED
         sys.exit(code if isinstance(code, int) else 0)
+
+    def _run(self, args: Sequence[str] | None = None, **settings: Any) -> Any:
+        """Run a command, and say what is wrong; with --json as one object too."""
+        output = Output(json="--json" in (sys.argv[1:] if args is None else args))
+        try:
+            code = super().main(args, **settings)
+            Output().flush()
+        except click.ClickException as error:
+            print_usage(error)
+            output.json({"error": {"message": error.format_message(), "hint": None}})
+            output.flush()
+            code = error.exit_code
+        except CommandError as error:
+            output.debug = error.debug
+            output.failure(error.cause)
+            code = getattr(error.cause, "exit_code", 1)
+        return code
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -157,9 +184,7 @@ class CommandTable(click.Group):
         except (KeyboardInterrupt, click.Abort):
             ctx.exit(EXIT_INTERRUPTED)
         except Exception as error:
-            explained = explain(error)
-            Output(debug=DEBUG in ctx.meta).error(explained)
-            ctx.exit(explained.exit_code if isinstance(explained, PhimlxError) else 1)
+            raise CommandError(explain(error), DEBUG in ctx.meta) from error
         return result
 
 

@@ -220,7 +220,10 @@ def _train(
             phi = api.load(session.folder)
             run = session.run(phi, data)
         log = logger(output)
-        stop_requested = stack.enter_context(stop_requests(log))
+        # A terminal has shown ^C where the cursor stood.
+        begin = "\n" if output.is_watched else ""
+        asked = stop_requests(lambda text: log(f"{begin}{text}"))
+        stop_requested = stack.enter_context(asked)
         display = stack.enter_context(RunDisplay(session, run, output, log).opened())
         outcome = run.fit(display, stop_requested)
         if session.processes.is_main:

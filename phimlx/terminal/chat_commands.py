@@ -5,7 +5,8 @@ from __future__ import annotations
 import difflib
 import glob
 import os
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -105,15 +106,32 @@ NAMES: dict[str, Callable[[], list[str]]] = {
 
 def _help(chat: Chat, argument: str) -> None:
     names = {f"/{name} {command.argument}": command.help for name, command in COMMANDS.items()}
-    width = max(map(len, names))
-    lines = [f"{usage:{width}}  {text}" for usage, text in names.items()]
+    room = chat.output.width
+    lines = columns(names, room)
     lines += [
         "",
         "Enter sends, Alt-Enter begins a new line, Ctrl-X Ctrl-E opens $EDITOR.",
         "Ctrl-C stops a reply, Ctrl-D leaves.",
         "A picture, sound or video dropped here goes with your next message.",
     ]
-    _say(chat, "\n".join(lines))
+    _say(chat, "\n".join(line for text in lines for line in wrapped(text, room)))
+
+
+def columns(rows: Mapping[str, str], room: int | None) -> list[str]:
+    """Write what is said of names beside them, or below where that takes more than the room."""
+    width = max(map(len, rows))
+    beside = [f"{name:{width}}  {text}" for name, text in rows.items()]
+    if room is None or max(map(len, beside)) <= room:
+        return beside
+    return [line for name, text in rows.items() for line in (name, f"    {text}")]
+
+
+def wrapped(text: str, room: int | None) -> list[str]:
+    """Break a line at words to fit the room, what follows indented as it is."""
+    if room is None or len(text) <= room:
+        return [text]
+    indent = " " * (len(text) - len(text.lstrip()))
+    return textwrap.wrap(text, room, subsequent_indent=indent)
 
 
 def _system(chat: Chat, argument: str) -> None:

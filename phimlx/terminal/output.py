@@ -8,6 +8,7 @@ from __future__ import annotations
 import base64
 import json
 import os
+import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -21,6 +22,8 @@ from phimlx.terminal.sink import UNPRINTABLE, drawing, indented, one_line, print
 __all__ = ["Output", "encode_json", "printable", "progress", "status", "style"]
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33", "cyan": "36"}
+
+AGAIN = "Run it again with --debug to see where it happened."
 
 
 def encode_json(value: Any, indent: int | None = None) -> str:
@@ -69,6 +72,11 @@ class Output:
     def is_watched(self) -> bool:
         """Whether stderr is a terminal."""
         return sys.stderr.isatty()
+
+    @property
+    def width(self) -> int | None:
+        """Columns of the terminal at stderr; None where there is none."""
+        return shutil.get_terminal_size().columns if self.is_watched else None
 
     @property
     def can_ask(self) -> bool:
@@ -128,16 +136,27 @@ class Output:
         """Put a warning on stderr."""
         self.note(f"Warning: {text}", "yellow")
 
+    def failure(self, error: BaseException) -> None:
+        """Tell of the error that ends the run: as `error`, and as the result with `json`."""
+        message, hint = self._explained(error)
+        result = error.result if isinstance(error, PhimlxError) else {}
+        self.error(error)
+        self.json({**result, "error": {"message": message, "hint": hint}})
+        self.flush()
+
+    def _explained(self, error: BaseException) -> tuple[str, str | None]:
+        """Return a sentence about an error, and the next step."""
+        known = error if isinstance(error, PhimlxError) else shortage(error)
+        if known is not None:
+            return str(known), known.hint
+        message = f"unexpected {type(error).__name__}: {error}".removesuffix(": ")
+        return message, None if self.debug else AGAIN
+
     def error(self, error: BaseException) -> None:
         """Put one sentence about `error` on stderr, and the next step; with debug the traceback."""
         if self.debug:
             _put(sys.stderr, "".join(traceback.format_exception(error)))
-        known = error if isinstance(error, PhimlxError) else shortage(error)
-        if known is not None:
-            message, hint = str(known), known.hint
-        else:
-            message = f"unexpected {type(error).__name__}: {error}".removesuffix(": ")
-            hint = None if self.debug else "Run it again with --debug to see where it happened."
+        message, hint = self._explained(error)
         _put(sys.stderr, "Error:", "red")
         _put(sys.stderr, f" {indented(message)}", end="\n")
         if hint:

@@ -57,21 +57,19 @@ def progress(
 ) -> Iterator[Progress]:
     """Draw a tqdm bar on stderr while the block runs; silent off a terminal or when `quiet`.
 
-    `unit` "B" counts bytes and is shown with binary prefixes. `total` None draws a count alone.
-    `label` is one line and printable, as `phimlx.terminal.sink.one_line` makes it.
+    `unit` "B" counts bytes, in the decimal units of `phimlx.sizes`. `total` None draws a count
+    alone. `label` is one line and printable, as `phimlx.terminal.sink.one_line` makes it.
     """
     if quiet or not sys.stderr.isatty():
         yield _Silent()
         return
     from tqdm import tqdm
 
-    scaled = unit == "B"
     with tqdm(
         total=total,
         desc=label,
         unit=unit,
-        unit_scale=scaled,
-        unit_divisor=1024 if scaled else 1000,
+        unit_scale=unit == "B",
         file=drawing(sys.stderr),
         leave=False,
         dynamic_ncols=True,

@@ -58,15 +58,18 @@ def follow(
 def finish(result: Result, noun: str, target: Path, output: Output) -> None:
     """Tell what came of it; raises `GenerationError` where some could not be answered."""
     failed = {str(number): why for number, why in sorted(result.failed.items())}
-    output.json({"output": str(target), "answered": result.answered, "failed": failed})
+    about = {"output": str(target), "answered": result.answered, "failed": failed}
     for why in list(faults(failed, noun))[:FAULTS]:
         output.note(why)
     if failed:
         total = result.answered + len(failed)
-        raise GenerationError(
+        error = GenerationError(
             f"{len(failed):,} of {total:,} {noun}s could not be answered: {some(list(failed))}.",
             hint=f"{target} has the reason in the place of each.",
         )
+        error.result = about
+        raise error
+    output.json(about)
     output.text(f"{result.answered:,} replies are in {target}.")
 
 

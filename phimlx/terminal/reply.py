@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+from phimlx.sizes import size_text
 from phimlx.terminal.output import Output, encode_json
 
 if TYPE_CHECKING:
@@ -51,5 +52,5 @@ def reply_summary(reply: Reply) -> str:
     return (
         f"{stats.prompt_tokens} prompt tokens{cached}, {stats.prefill_rate:.1f}/s · "
         f"{stats.generated_tokens} tokens{cut}, {stats.generate_rate:.1f}/s{drafted} · "
-        f"peak {stats.peak_memory / 2**30:.2f} GiB"
+        f"peak {size_text(stats.peak_memory)}"
     )

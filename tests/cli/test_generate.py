@@ -216,7 +216,7 @@ def test_control_characters_and_reasoning_stay_off_a_pipe(generate: Generate) ->
 def test_verbose_tells_the_speed(generate: Generate) -> None:
     result = generate("-v", "Hi")
     assert result.stdout == "Hello.\n"
-    assert result.stderr == "10 prompt tokens, 20.0/s · 2 tokens, 2.0/s · peak 0.00 GiB\n"
+    assert result.stderr == "10 prompt tokens, 20.0/s · 2 tokens, 2.0/s · peak 0 bytes\n"
 
 
 @pytest.mark.parametrize("as_json", [False, True])

@@ -164,6 +164,8 @@ def test_generate_answers_a_file(phi: Phi, tmp_path: Path) -> None:
     result = CliRunner().invoke(cli, [*arguments, "--json", "--output", str(target)])
     assert result.exit_code == 1
     told = json.loads(result.stdout)
+    error = told.pop("error")
+    assert error["message"] == "1 of 2 lines could not be answered: 2."
     assert told == {"output": str(target), "answered": 1, "failed": told["failed"]}
     assert list(told["failed"]) == ["2"]
     assert "Error: 1 of 2 lines could not be answered: 2." in result.stderr

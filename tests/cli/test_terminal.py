@@ -306,7 +306,7 @@ def test_generate_on_a_terminal_shows_reasoning_and_speed_dimmed(tmp_path: Path)
         assert terminal.wait() == 0
         assert terminal.raw.replace("\r\n", "\n").endswith(
             "\x1b[2mHm.\x1b[0m\x1b[2m\n\n\x1b[0mFour.\n"
-            "\x1b[2m10 prompt tokens, 20.0/s · 3 tokens, 2.7/s · peak 0.00 GiB\x1b[0m\n"
+            "\x1b[2m10 prompt tokens, 20.0/s · 3 tokens, 2.7/s · peak 0 bytes\x1b[0m\n"
         )
 
 

@@ -337,7 +337,7 @@ def test_stats(capsys: pytest.CaptureFixture[str]) -> None:
     chat(FakePhi(Script(["a", "b", "c"])), "/stats", "hi", "/stats")
     assert capsys.readouterr().err == (
         "There was no reply yet.\n"
-        "10 prompt tokens, 20.0/s · 3 tokens, 2.7/s · peak 0.00 GiB\n"
+        "10 prompt tokens, 20.0/s · 3 tokens, 2.7/s · peak 0 bytes\n"
         "13 of 100 tokens of context, 13.0%\n"
     )
 

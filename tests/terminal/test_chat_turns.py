@@ -37,7 +37,7 @@ def test_stats_are_true_whatever_was_taken_back(capsys: pytest.CaptureFixture[st
     chat(phi, "/system x", "one", "two", "/stats", "/undo", "/stats", "/clear", "/stats")
     assert capsys.readouterr().err.splitlines() == [
         "System prompt set.",
-        "10 prompt tokens, 20.0/s · 1 tokens, 0.0/s · peak 0.00 GiB",
+        "10 prompt tokens, 20.0/s · 1 tokens, 0.0/s · peak 0 bytes",
         "11 of 100 tokens of context, 11.0%",
         "Took back: two",
         "15 of 100 tokens of context, 15.0%",
@@ -294,7 +294,7 @@ def test_another_model_goes_on(capsys: pytest.CaptureFixture[str]) -> None:
     assert capsys.readouterr().err.splitlines() == [
         "one",
         "two",
-        "10 prompt tokens, 20.0/s · 1 tokens, 0.0/s · peak 0.00 GiB",
+        "10 prompt tokens, 20.0/s · 1 tokens, 0.0/s · peak 0 bytes",
         "11 of 100 tokens of context, 11.0%",
         "Error: There is no model nowhere.",
         "Error: broken is broken.",

@@ -45,7 +45,7 @@ def test_drawn_on_a_terminal(
     out, err = capsys.readouterr()
     assert out == ""
     assert "Converting" in err
-    assert "2.00k/2.00k" in err or "0.00/2.00k" in err
+    assert "2.05k/2.05k" in err or "0.00/2.05k" in err
     assert f"Loading…{ERASE_LINE}" in err
     assert "Reading the prompt" in err
 

@@ -65,5 +65,5 @@ def test_a_line_about_what_it_took() -> None:
     reply.stats.generated_tokens, reply.stats.generate_seconds = 11, 2.0
     reply.stats.peak_memory = 3 * 2**30 // 2
     assert reply_summary(reply) == (
-        "30 prompt tokens (10 cached), 40.0/s · 11 tokens, cut there, 5.0/s · peak 1.50 GiB"
+        "30 prompt tokens (10 cached), 40.0/s · 11 tokens, cut there, 5.0/s · peak 1.61 GB"
     )
