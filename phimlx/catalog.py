@@ -83,6 +83,11 @@ class Model:
         packed = self.parameters - self.whole_parameters
         return packed * 9 // 16 + 2 * self.whole_parameters
 
+    @property
+    def has_small_kin(self) -> bool:
+        """Whether a small model that sees and hears as this one does comes along."""
+        return self.architecture == "phi4mm"
+
     def has_shape_of(self, config: Mapping[str, Any]) -> bool:
         """Whether a `config.json` describes a model of this one's architecture and shape."""
         return (

@@ -212,7 +212,7 @@ def test_a_model_that_reads_text_alone_says_so(options: dict[str, Any]) -> None:
     with pytest.raises(PromptError) as error:
         nano.generate(**options)
     assert str(error.value) == "nano reads text alone: it takes no pictures or sounds."
-    assert error.value.hint == "Use phi-4-multimodal, which sees and hears."
+    assert error.value.hint == "Use nano-multimodal, which comes along, or phi-4-multimodal."
 
 
 @pytest.mark.parametrize(

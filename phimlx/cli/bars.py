@@ -122,9 +122,11 @@ def download_missing(
     from huggingface_hub import constants
 
     from phimlx import catalog
-    from phimlx.hub.download import download
+    from phimlx.hub.download import check_family, download
 
     def agree(plan: DownloadPlan) -> None:
+        if not adapter and catalog.find(plan.repository.name) is None:
+            check_family(plan.repository, remote)
         if always_ask or plan.remaining > ASK_ABOVE:
             question = f"Download {plan.repository.name}, {size_text(plan.remaining)}, now?"
             if not output.confirm(question, default=True):

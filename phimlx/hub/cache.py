@@ -277,7 +277,7 @@ def _is_family(home: RepositoryFolder) -> bool:
             with suppress(ConfigError):
                 told.append(read_json(snapshot / "config.json"))
     if told:
-        return any(map(_is_of_family, told))
+        return any(map(is_of_family, told))
     if _is_adapter(home):
         return any(map(_adapts_family, home.list_snapshots()))
     return catalog.find(home.name) is not None or home.has_blob_like(PARTIAL)
@@ -302,7 +302,8 @@ def _adapts_family(folder: Path) -> bool:
     return True
 
 
-def _is_of_family(config: Mapping[str, Any]) -> bool:
+def is_of_family(config: Mapping[str, Any]) -> bool:
+    """Whether a `config.json` is of a model that phimlx knows."""
     dialect = registry.dialect_of(config)
     if dialect is not None and dialect.is_shared:
         return catalog.has_known_sizes(config)

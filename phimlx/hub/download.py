@@ -11,7 +11,7 @@ from pathlib import Path
 from phimlx import catalog
 from phimlx.errors import DownloadError, ModelNotFoundError, shortened
 from phimlx.files import is_file, parse_json_object
-from phimlx.hub.cache import find_snapshot
+from phimlx.hub.cache import find_snapshot, is_of_family
 from phimlx.hub.client import Remote, RemoteFile, Repository, translate_errors
 from phimlx.hub.destination import CacheDestination, FolderDestination
 from phimlx.hub.layout import cache_folder, place_of
@@ -158,6 +158,25 @@ def plan_download(
         else FolderDestination(local_dir.expanduser().absolute(), repository, cache=cache_folder())
     )
     return DownloadPlan(repository, destination, tuple(files))
+
+
+def check_family(repository: Repository, remote: Remote) -> None:
+    """Read a repository's config; one that cannot be read tells nothing.
+
+    Raises:
+        ModelNotFoundError: where it is of a model that is no Phi.
+    """
+    config = repository.file("config.json")
+    if config is None:
+        return
+    content = remote.read(repository, config, 0, config.within(LONGEST_JSON))
+    settings = parse_json_object(content, f"config.json of {repository.name}", DownloadError)
+    if not is_of_family(settings):
+        raise ModelNotFoundError(
+            f"{repository.name} is no Phi model (its model_type is "
+            f"{shortened(settings.get('model_type'))}).",
+            hint="See what there is with: phimlx list --available",
+        )
 
 
 def _adapter_files(repository: Repository) -> list[RemoteFile]:

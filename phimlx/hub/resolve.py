@@ -92,9 +92,13 @@ def resolve(source: str | Path | None = None, original: bool = False) -> Path:
             "right now: --model nano",
         )
     wanted = candidates[0] if original else name
-    raise ModelAbsentError(
-        f"{wanted} is not on this machine.", hint=f"Get it with: phimlx download {wanted}"
-    )
+    get = f"et it with: phimlx download {wanted}"
+    hint = f"G{get}"
+    if model is None and "phi" not in wanted.lower():
+        hint = f"If it is a Phi model, g{get}"
+    elif model is not None and model.has_small_kin and not original:
+        hint += f", or try the small one that comes along right now: --model {NANO_MULTIMODAL.name}"
+    raise ModelAbsentError(f"{wanted} is not on this machine.", hint=hint)
 
 
 def resolve_adapter(source: str | Path) -> Path:

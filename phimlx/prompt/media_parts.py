@@ -41,7 +41,7 @@ def no_media(name: str, sees: bool = False) -> PromptError:
         f"{name} sees, but does not hear: it takes no sounds."
         if sees
         else f"{name} reads text alone: it takes no pictures or sounds.",
-        hint="Use phi-4-multimodal, which sees and hears.",
+        hint="Use nano-multimodal, which comes along, or phi-4-multimodal.",
     )
 
 

@@ -332,6 +332,32 @@ def test_a_model_that_a_saved_chat_names_is_asked_for(
     assert (result.exit_code, server.requested, loads) == (1, [], [])
 
 
+@pytest.mark.parametrize(
+    "config", [b'{"model_type": "bert"}', b'{"model_type": "llama", "hidden_size": 64}']
+)
+def test_a_model_that_is_no_phi_is_not_offered(
+    config: bytes, server: Hub, loads: list[Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Output, "can_ask", True)
+    server.repos["you/other"] = {**FILES, "config.json": config}
+    result = run("chat", "--model", "you/other", input="y\n")
+    kind = json.loads(config)["model_type"]
+    assert result.exit_code == 1
+    assert result.stderr.endswith(
+        f"Error: you/other is no Phi model (its model_type is '{kind}').\n"
+        "Hint: See what there is with: phimlx list --available\n"
+    )
+    assert (server.requested, loads) == (["config.json"], [])
+
+
+def test_where_a_small_model_would_do_it_is_named(server: Hub) -> None:
+    result = run("generate", "--image", __file__, "--prompt", "Hi")
+    assert result.stderr.splitlines()[-1] == (
+        "Hint: Get it with: phimlx download phi-4-multimodal, or try the small one that comes "
+        "along right now: --model nano-multimodal"
+    )
+
+
 def test_offline_nothing_is_asked(
     server: Hub, loads: list[Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

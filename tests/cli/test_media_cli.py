@@ -114,7 +114,7 @@ def test_a_model_that_reads_text_alone_says_so(files: Path) -> None:
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         "Error: nano reads text alone: it takes no pictures or sounds.\n"
-        "Hint: Use phi-4-multimodal, which sees and hears.\n"
+        "Hint: Use nano-multimodal, which comes along, or phi-4-multimodal.\n"
     )
 
 

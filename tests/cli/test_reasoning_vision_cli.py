@@ -86,7 +86,7 @@ def test_what_is_refused(folder: Path, files: Path) -> None:
     assert (result.exit_code, result.stderr) == (
         1,
         f"Error: {folder.name} sees, but does not hear: it takes no sounds.\n"
-        "Hint: Use phi-4-multimodal, which sees and hears.\n",
+        "Hint: Use nano-multimodal, which comes along, or phi-4-multimodal.\n",
     )
     result = run("transcribe", "--model", folder, "hum.wav")
     assert result.exit_code == 1
@@ -109,7 +109,7 @@ def test_chat(folder: Path, files: Path) -> None:
     assert "With your next message: picture cat.png" in result.stderr
     assert result.stderr.endswith(
         f"Error: {folder.name} sees, but does not hear: it takes no sounds.\n"
-        "Hint: Use phi-4-multimodal, which sees and hears.\n"
+        "Hint: Use nano-multimodal, which comes along, or phi-4-multimodal.\n"
     )
     assert "reasoning  off\n" in result.stderr
     assert result.stdout.count("\n") == 2

@@ -265,7 +265,7 @@ def test_a_model_that_does_not_hear_says_so_once(transcribe: Transcribe) -> None
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == (
         "Error: fake reads text alone: it takes no pictures or sounds.\n"
-        "Hint: Use phi-4-multimodal, which sees and hears.\n"
+        "Hint: Use nano-multimodal, which comes along, or phi-4-multimodal.\n"
     )
 
 

@@ -181,7 +181,7 @@ def test_what_cannot_be_read_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         (
             "someone/tune",
             "someone/tune is not on this machine.",
-            "Get it with: phimlx download someone/tune",
+            "If it is a Phi model, get it with: phimlx download someone/tune",
         ),
         (
             "phi4-minni",

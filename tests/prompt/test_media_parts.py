@@ -200,7 +200,7 @@ def test_a_model_that_reads_text_alone_says_so(models: Models) -> None:
     with pytest.raises(PromptError) as error:
         models["phi-4-mini"][1].encode([user(PICTURE, text("What is this?"))])
     assert str(error.value) == "The model reads text alone: it takes no pictures or sounds."
-    assert error.value.hint == "Use phi-4-multimodal, which sees and hears."
+    assert error.value.hint == "Use nano-multimodal, which comes along, or phi-4-multimodal."
 
 
 def test_a_tokenizer_without_the_placeholder_is_named(make_folder: Make) -> None:

@@ -191,7 +191,7 @@ def test_a_model_that_reads_text_alone_says_so(line: str, files: Path) -> None:
     with pytest.raises(PromptError) as error:
         chat(FakePhi("never"), line, interactive=False)
     assert str(error.value) == "fake reads text alone: it takes no pictures or sounds."
-    assert error.value.hint == "Use phi-4-multimodal, which sees and hears."
+    assert error.value.hint == "Use nano-multimodal, which comes along, or phi-4-multimodal."
 
 
 def test_a_video_is_shown_as_pictures(files: Path) -> None:

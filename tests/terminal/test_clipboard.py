@@ -211,7 +211,7 @@ def test_a_model_that_takes_none_is_told_before_the_clipboard_is_read(
     chat(FakePhi(), "/paste")
     assert capsys.readouterr().err == (
         "Error: fake reads text alone: it takes no pictures or sounds.\n"
-        "Hint: Use phi-4-multimodal, which sees and hears.\n"
+        "Hint: Use nano-multimodal, which comes along, or phi-4-multimodal.\n"
     )
 
 
