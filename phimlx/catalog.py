@@ -202,6 +202,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-4-mini-flash-reasoning",
+        good_at="sums and proofs in long texts, quicker",
         repo="microsoft/Phi-4-mini-flash-reasoning",
         quantized_repo=None,  # nobody else's software for MLX runs it
         other_names=("phi-4-mini-flash", "phi4-mini-flash-reasoning", "phi4-mini-flash"),
@@ -256,6 +257,7 @@ FAMILY: tuple[Model, ...] = (
     ),
     Model(
         alias="phi-4-reasoning-vision",
+        good_at="pictures, thought through",
         repo="microsoft/Phi-4-reasoning-vision-15B",
         quantized_repo=None,
         other_names=("phi-4-reasoning-vision-15b", "phi4-reasoning-vision"),

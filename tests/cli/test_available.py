@@ -66,7 +66,7 @@ def test_what_a_person_reads(cache: Path) -> None:
     result = run("--available")
     rows = [" ".join(line.split()) for line in result.stdout.splitlines()]
     assert rows[0] == "model size bits good at fits here"
-    assert rows[4] == "phi-4 8.25 GB 4 answers and code with more knowledge no"
+    assert "phi-4 8.25 GB 4 answers and code with more knowledge no" in rows
     assert rows[-1] == "This machine has 8.00 GB for a model; tokens are prompt and reply."
     (mini,) = (row for row in rows if row.startswith("phi-4-mini "))
     assert mini.startswith("phi-4-mini 2.16 GB 4 answers, code, tools; the usual one to 4")

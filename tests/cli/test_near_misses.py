@@ -38,7 +38,7 @@ def test_version_has_a_letter() -> None:
     assert run("-V").output == run("--version").output
 
 
-@pytest.mark.parametrize("name", [*COMMANDS, "help"])
+@pytest.mark.parametrize("name", [name for name in (*COMMANDS, "help") if len(name) > 3])
 @pytest.mark.parametrize("where", range(3))
 def test_two_letters_in_the_wrong_order_are_understood(name: str, where: int) -> None:
     typed = name[:where] + name[where + 1] + name[where] + name[where + 2 :]

@@ -12,6 +12,7 @@ import pytest
 from click.testing import CliRunner
 from huggingface_hub import constants
 
+from phimlx import catalog
 from phimlx.cli.group import cli
 from phimlx.errors import CheckpointError, DownloadError, ModelAbsentError, ModelNotFoundError
 from phimlx.hub import resolve
@@ -24,11 +25,7 @@ def cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return use_empty_cache(tmp_path, monkeypatch)
 
 
-KNOWN = (
-    "Known are phi-4-mini, phi-4-mini-reasoning, phi-4, phi-4-reasoning, phi-4-reasoning-plus, "
-    "phi-4-multimodal, phi-3.5-mini, phi-3-mini, phi-3-mini-128k, phi-3-medium, phi-3-medium-128k, "
-    "phi-2, phi-1.5, phi-1, nano, nano-multimodal."
-)
+KNOWN = f"Known are {', '.join(model.alias for model in catalog.FAMILY)}."
 
 
 def resolving(source: str | Path | None, **options: bool) -> ModelNotFoundError:
