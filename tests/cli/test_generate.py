@@ -237,7 +237,7 @@ def test_a_model_that_is_not_here_and_a_prompt_too_long(
 ) -> None:
     generate.phi = FakePhi(GenerationError("The prompt has 200 tokens.", "Shorten it."))
     result = generate(*arguments)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, bool(result.stdout)) == (1, "--json" in arguments)
     assert result.stderr == "Error: The prompt has 200 tokens.\nHint: Shorten it.\n"
 
     def missing(source: Any, adapter: Any = None, dtype: Any = None) -> FakePhi:
@@ -245,7 +245,7 @@ def test_a_model_that_is_not_here_and_a_prompt_too_long(
 
     monkeypatch.setattr("phimlx.api.load", missing)
     result = generate(*arguments)
-    assert (result.exit_code, result.stdout) == (1, "")
+    assert (result.exit_code, bool(result.stdout)) == (1, "--json" in arguments)
     assert result.stderr == "Error: phi-4-mini is not here.\nHint: phimlx download phi-4-mini\n"
 
 
