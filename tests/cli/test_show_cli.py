@@ -341,7 +341,7 @@ def test_offline_only_the_catalogue_answers(monkeypatch: pytest.MonkeyPatch) -> 
     assert result.exit_code == 1
     assert result.stderr == (
         "Error: someone/tune is not on this machine.\n"
-        "Hint: Get it with: phimlx download someone/tune\n"
+        "Hint: If it is a Phi model, get it with: phimlx download someone/tune\n"
     )
 
 
