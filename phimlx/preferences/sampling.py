@@ -16,6 +16,8 @@ from phimlx.prompt.reasoning import MODES
 class FiniteRange(click.FloatRange):
     """A float within bounds; `nan` and `inf`, which pass every comparison, are refused."""
 
+    name = "number"  # as click's messages have it
+
     def convert(
         self, value: Any, param: click.Parameter | None, ctx: click.Context | None
     ) -> float:
@@ -50,7 +52,7 @@ class Setting:
         """Return what stands for the value in help."""
         if isinstance(self.type, click.Choice):
             return "|".join(map(str, self.type.choices))
-        return {"integer range": "N", "float range": "X"}.get(self.type.name, "TEXT")
+        return {"integer range": "N", "number": "X"}.get(self.type.name, "TEXT")
 
     @property
     def name(self) -> str:

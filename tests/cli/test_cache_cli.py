@@ -128,7 +128,10 @@ def test_a_limit_that_is_none(monkeypatch: pytest.MonkeyPatch, folder: Path) -> 
     monkeypatch.setenv("PHIMLX_CACHE_LIMIT", "much")
     found = phimlx("cache", "list")
     assert found.exit_code == 1
-    assert "PHIMLX_CACHE_LIMIT is 'much'; it must be a number of GB" in found.output
+    said = (
+        "Error: PHIMLX_CACHE_LIMIT: cache-limit: 'much' is not a valid number.\nHint: Unset it.\n"
+    )
+    assert found.output == said
     monkeypatch.setenv("PHIMLX_CACHE_LIMIT", "0")
     assert cached(TEXT, "--cache") == 0
     assert not folder.exists()

@@ -188,9 +188,9 @@ def test_ctrl_c_ends_a_transcription_with_what_has_come(files: Path, model: str)
     arguments = ["transcribe", "--model", model, "long.wav", "-o", "long.vtt", "--format", "vtt"]
     script = (
         "import os, signal, sys; from phimlx import transcription as t;"
-        "segment = t._segment;"
-        "t._segment = lambda *a: (os.kill(os.getpid(), signal.SIGINT) if a[1].start > 50 else 0,"
-        " segment(*a))[1];"
+        "listen = t.listening;"
+        "t.listening = lambda *a: (os.kill(os.getpid(), signal.SIGINT) if a[1].start > 50 else 0,"
+        " listen(*a))[1];"
         f"sys.argv = ['phimlx', *{arguments!r}];"
         "from phimlx.cli.main import main; main()"
     )

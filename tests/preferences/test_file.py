@@ -172,7 +172,7 @@ def test_an_alias_that_is_a_text_takes_more(path: Path) -> None:
         ("alias.", "a", "'alias.' names no setting."),
         ("alias.work.seed", "1", "alias.work names no model."),
         ("alias.nano", "a", "alias.nano is the name of a model of the catalogue."),
-        ("temperature", "hot", "temp: 'hot' is not a valid float range."),
+        ("temperature", "hot", "temp: 'hot' is not a valid number."),
         ("history", "perhaps", "history: 'perhaps' is neither true nor false."),
     ],
 )
