@@ -311,6 +311,46 @@ def test_codex_is_answered(server: Running) -> None:
     assert names[-1] in ("event: response.completed", "event: response.incomplete")
 
 
+GROUP: Any = {"type": "namespace", "name": "places", "description": "Of places.", "tools": [TOOL]}
+OFFLINE: Any = {"type": "web_search", "external_web_access": False}
+
+
+def test_functions_of_a_namespace_are_called(server: Running) -> None:
+    """As Codex groups its own, beside a search that must not search."""
+    function = {"type": "function", "name": "clock"}
+    body = {"model": "nano", "input": TEXT, "tools": [function, GROUP, OFFLINE]}
+    forced = {"tool_choice": {"type": "function", "name": TOOL["name"]}}
+    response = server.post("/v1/responses", body | forced).json()
+    [call] = response["output"]
+    assert (call["name"], call["namespace"]) == (TOOL["name"], "places")
+    assert response["tools"][1]["name"] == "places"
+    result = {"type": "function_call_output", "call_id": call["call_id"], "output": "sunny"}
+    said = [{"role": "user", "content": TEXT}, call, result]
+    assert server.post("/v1/responses", body | {"input": said}).status_code == 200
+    plain = server.post(
+        "/v1/responses", body | {"tool_choice": {"type": "function", "name": "clock"}}
+    )
+    assert "namespace" not in plain.json()["output"][0]
+
+
+@pytest.mark.parametrize(
+    "tools",
+    [
+        [GROUP, TOOL],
+        [GROUP, GROUP | {"name": "others"}],
+        [{**GROUP, "tools": [OFFLINE]}],
+        [{**GROUP, "tools": [GROUP]}],
+        [{**OFFLINE, "external_web_access": True}],
+        [{**OFFLINE, "external_web_access": 0}],
+        [{**GROUP, "tools": [{**TOOL, "name": f"f{at}"} for at in range(128)]}, TOOL],
+    ],
+)
+def test_groups_of_tools_that_cannot_be_had_are_refused(server: Running, tools: Any) -> None:
+    answer = server.post("/v1/responses", {"model": "nano", "input": TEXT, "tools": tools})
+    assert answer.status_code == 400
+    assert answer.json()["error"]["param"].startswith("tools")
+
+
 def test_what_is_kept_has_limits() -> None:
     kept: Kept[str] = Kept(3, 10)
     for key in "abc":

@@ -96,7 +96,7 @@ class CallItem(Item):
     call_id: str
     name: str
     arguments: str
-    namespace: None = None
+    namespace: str | None = None
     caller: dict[str, Any] | None = None
 
 
@@ -146,10 +146,36 @@ class FunctionTool(Function):
     type: Literal["function"]
     defer_loading: Literal[False] | None = None
 
+    def functions(self) -> list[FunctionTool]:
+        return [self]
+
+
+class NamespaceTool(Body):
+    """Functions that a client groups under a name, as Codex does."""
+
+    type: Literal["namespace"]
+    name: str = Field(pattern=r"^[a-zA-Z0-9_.-]{1,128}$")
+    description: str | None = None
+    tools: list[FunctionTool] = Field(max_length=MAX_TOOLS)
+
+    def functions(self) -> list[FunctionTool]:
+        return self.tools
+
+
+class NoSearch(Body):
+    """A search of the web that must not go there, as Codex offers by default: none."""
+
+    type: Literal["web_search"]
+    external_web_access: Literal[False]
+
+    def functions(self) -> list[FunctionTool]:
+        return []
+
 
 def _known_tool(value: Any) -> Any:
     kind = value.get("type") if isinstance(value, dict) else "function"
-    if kind not in (None, "function"):
+    offline = kind == "web_search" and value.get("external_web_access") is False
+    if kind not in (None, "function", "namespace") and not offline:
         raise ValueError(
             f"{str(kind)[:100]} is a tool of OpenAI's own servers; only functions are known here"
         )
@@ -221,9 +247,9 @@ class ResponseBody(HintsBody):
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     top_logprobs: int = Field(0, ge=0, le=MAX_TOP)
-    tools: list[Annotated[FunctionTool, BeforeValidator(_known_tool)]] = Field(
-        default=[], max_length=MAX_TOOLS
-    )
+    tools: list[
+        Annotated[FunctionTool | NamespaceTool | NoSearch, BeforeValidator(_known_tool)]
+    ] = Field(default=[], max_length=MAX_TOOLS)
     tool_choice: (
         Literal["none", "auto", "required"]
         | Annotated[NamedTool | AllowedTools, Field(discriminator="type")]
@@ -239,6 +265,17 @@ class ResponseBody(HintsBody):
     client_metadata: dict[str, Any] | None = None
 
     @property
+    def functions(self) -> list[FunctionTool]:
+        """The functions that may be called, those of namespaces among them."""
+        return [function for tool in self.tools for function in tool.functions()]
+
+    def namespace(self, name: str) -> dict[str, str]:
+        """The field that says to which namespace a function belongs; none where it has none."""
+        groups = [tool for tool in self.tools if isinstance(tool, NamespaceTool)]
+        found = [each.name for each in groups if name in {tool.name for tool in each.tools}]
+        return {"namespace": found[0]} if found else {}
+
+    @property
     def tells_logprobs(self) -> bool:
         return LOGPROBS in self.include or self.top_logprobs > 0
 
@@ -246,6 +283,11 @@ class ResponseBody(HintsBody):
         """Say it in no dialect, after `turns`. Raises RequestError for what cannot be honoured."""
         if self.stream_options is not None and not self.stream:
             raise bad_request("stream_options: there is no stream.", "stream_options")
+        names = [function.name for function in self.functions]
+        if len(names) > MAX_TOOLS:
+            raise bad_request(f"tools: there are more than {MAX_TOOLS}.", "tools")
+        if twice := next((name for name in names if names.count(name) > 1), None):
+            raise bad_request(f"tools: {twice} is there more than once.", "tools")
         options = {
             "max_tokens": self.max_output_tokens,
             "temperature": self.temperature,
@@ -254,7 +296,7 @@ class ResponseBody(HintsBody):
             "top_logprobs": self.top_logprobs,
             "continue_final_message": _continues(turns),
             **self.text.format.options(),
-            **select_tools(self.tools, self.tool_choice),
+            **select_tools(self.functions, self.tool_choice),
         }
         told = (
             [] if self.instructions is None else [{"role": "system", "content": self.instructions}]

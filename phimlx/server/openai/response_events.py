@@ -184,6 +184,7 @@ class Written:
             "call_id": called["id"],
             "name": call.name,
             "arguments": "",
+            **self._body.namespace(call.name),
         }
         self.output.append(item)
         made.append(self._whole_item("response.output_item.added"))
