@@ -5,10 +5,17 @@ from __future__ import annotations
 import asyncio
 from typing import Literal
 
-from agents import Agent, ModelSettings, OpenAIChatCompletionsModel, OpenAIResponsesModel, Runner
-from agents import function_tool, set_tracing_disabled
+from agents import (
+    Agent,
+    ModelSettings,
+    OpenAIChatCompletionsModel,
+    OpenAIResponsesModel,
+    Runner,
+    function_tool,
+    set_tracing_disabled,
+)
 from openai import AsyncOpenAI
-from trying import City, NANO, QUESTION, URL, attempt, check, main, refuses
+from trying import NANO, QUESTION, URL, City, attempt, check, main, refuses
 
 set_tracing_disabled(True)
 
@@ -23,7 +30,10 @@ def agent(kind, model=NANO, **more):
     client = AsyncOpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0)
     settings = more.pop("model_settings", ModelSettings(max_tokens=100))
     return Agent(
-        name="a", instructions="Be brief.", model=kind(model, client), model_settings=settings,
+        name="a",
+        instructions="Be brief.",
+        model=kind(model, client),
+        model_settings=settings,
         **more,
     )
 

@@ -10,19 +10,47 @@ from trying import ABSENT, LONG, LONG_URL, PROGRAM, QUESTION, attempt, check, ma
 
 HOME = tempfile.mkdtemp()
 ENVIRONMENT = {
-    "HOME": HOME, "PATH": os.environ["PATH"], "LITELLM_LOCAL_MODEL_COST_MAP": "True",
+    "HOME": HOME,
+    "PATH": os.environ["PATH"],
+    "LITELLM_LOCAL_MODEL_COST_MAP": "True",
 }
 
 
 def aider(*arguments, model=LONG):
     done = subprocess.run(
-        [PROGRAM, "--model", f"openai/{model}", "--openai-api-base", f"{LONG_URL}/v1",
-         "--openai-api-key", "none", "--no-git", "--yes-always", "--no-pretty",
-         "--no-analytics", "--no-check-update", "--no-show-model-warnings", "--no-auto-lint",
-         "--no-show-release-notes", "--no-detect-urls", "--no-suggest-shell-commands",
-         "--chat-mode", "ask", "--map-tokens", "0", "--timeout", "200", "--message", QUESTION,
-         *arguments],
-        env=ENVIRONMENT, cwd=HOME, capture_output=True, text=True, timeout=240,
+        [
+            PROGRAM,
+            "--model",
+            f"openai/{model}",
+            "--openai-api-base",
+            f"{LONG_URL}/v1",
+            "--openai-api-key",
+            "none",
+            "--no-git",
+            "--yes-always",
+            "--no-pretty",
+            "--no-analytics",
+            "--no-check-update",
+            "--no-show-model-warnings",
+            "--no-auto-lint",
+            "--no-show-release-notes",
+            "--no-detect-urls",
+            "--no-suggest-shell-commands",
+            "--chat-mode",
+            "ask",
+            "--map-tokens",
+            "0",
+            "--timeout",
+            "200",
+            "--message",
+            QUESTION,
+            *arguments,
+        ],
+        env=ENVIRONMENT,
+        cwd=HOME,
+        capture_output=True,
+        text=True,
+        timeout=240,
         stdin=subprocess.DEVNULL,
     )
     return done.stdout + done.stderr

@@ -3,7 +3,19 @@
 from __future__ import annotations
 
 import anthropic
-from trying import City, CITY, NANO, PICTURE_DATA, QUESTION, SEEING, URL, attempt, check, main, refuses
+from trying import (
+    CITY,
+    NANO,
+    PICTURE_DATA,
+    QUESTION,
+    SEEING,
+    URL,
+    City,
+    attempt,
+    check,
+    main,
+    refuses,
+)
 
 client = anthropic.Anthropic(base_url=URL, api_key="none", max_retries=0, timeout=120)
 ask = [{"role": "user", "content": QUESTION}]
@@ -45,7 +57,10 @@ def _():
 @attempt("tools, streamed")
 def _():
     with client.messages.stream(
-        model=NANO, messages=ask, max_tokens=40, tools=[tool],
+        model=NANO,
+        messages=ask,
+        max_tokens=40,
+        tools=[tool],
         tool_choice={"type": "tool", "name": "weather"},
     ) as stream:
         check(stream.get_final_message().content[-1].input["city"])
@@ -53,9 +68,7 @@ def _():
 
 @attempt("schema")
 def _():
-    found = client.messages.parse(
-        model=NANO, messages=ask, max_tokens=100, output_format=City
-    )
+    found = client.messages.parse(model=NANO, messages=ask, max_tokens=100, output_format=City)
     check(found.parsed_output.city)
 
 

@@ -25,7 +25,11 @@ ENVIRONMENT = {
 def claude(*arguments, model=LONG):
     done = subprocess.run(
         [PROGRAM, "-p", "--model", model, "--max-turns", "1", *arguments],
-        env=ENVIRONMENT, cwd=HOME, capture_output=True, text=True, timeout=240,
+        env=ENVIRONMENT,
+        cwd=HOME,
+        capture_output=True,
+        text=True,
+        timeout=240,
         input=QUESTION,
     )
     return done.stdout + done.stderr

@@ -30,9 +30,22 @@ enabled = false
 
 def codex(model=LONG):
     done = subprocess.run(
-        [PROGRAM, "exec", "--json", "--skip-git-repo-check", "-s", "read-only", "-m", model,
-         QUESTION],
-        env=ENVIRONMENT, cwd=HOME, capture_output=True, text=True, timeout=240,
+        [
+            PROGRAM,
+            "exec",
+            "--json",
+            "--skip-git-repo-check",
+            "-s",
+            "read-only",
+            "-m",
+            model,
+            QUESTION,
+        ],
+        env=ENVIRONMENT,
+        cwd=HOME,
+        capture_output=True,
+        text=True,
+        timeout=240,
         stdin=subprocess.DEVNULL,
     )
     return done.stdout + done.stderr

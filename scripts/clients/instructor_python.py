@@ -5,7 +5,7 @@ from __future__ import annotations
 import anthropic
 import instructor
 import openai
-from trying import City, NANO, QUESTION, URL, attempt, check, main, refuses
+from trying import NANO, QUESTION, URL, City, attempt, check, main, refuses
 
 ask = [{"role": "user", "content": QUESTION}]
 

@@ -6,7 +6,7 @@ from langchain_anthropic import ChatAnthropic
 from langchain_core.messages import HumanMessage, ToolMessage
 from langchain_ollama import ChatOllama
 from langchain_openai import ChatOpenAI, OpenAI
-from trying import City, NANO, PICTURE_URL, QUESTION, SEEING, URL, attempt, check, main, refuses
+from trying import NANO, PICTURE_URL, QUESTION, SEEING, URL, City, attempt, check, main, refuses
 
 
 def openai_model(model=NANO, **more):
@@ -16,9 +16,7 @@ def openai_model(model=NANO, **more):
 
 
 def anthropic_model(model=NANO):
-    return ChatAnthropic(
-        model=model, base_url=URL, api_key="none", max_tokens=100, max_retries=0
-    )
+    return ChatAnthropic(model=model, base_url=URL, api_key="none", max_tokens=100, max_retries=0)
 
 
 def ollama_model(model=NANO):

@@ -8,8 +8,20 @@ import os
 os.environ["LITELLM_LOCAL_MODEL_COST_MAP"] = "True"  # asks nothing of the network
 
 import litellm
-from trying import City, CITY, CLIP, NANO, PICTURE_URL, QUESTION, SEEING, URL
-from trying import attempt, check, main, refuses
+from trying import (
+    CITY,
+    CLIP,
+    NANO,
+    PICTURE_URL,
+    QUESTION,
+    SEEING,
+    URL,
+    City,
+    attempt,
+    check,
+    main,
+    refuses,
+)
 
 litellm.suppress_debug_info = True
 ask = [{"role": "user", "content": QUESTION}]

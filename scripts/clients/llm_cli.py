@@ -8,8 +8,7 @@ import subprocess
 import tempfile
 from pathlib import Path
 
-from trying import ABSENT, CITY, NANO, PICTURE, PROGRAM, QUESTION, SEEING, URL
-from trying import attempt, check, main
+from trying import ABSENT, CITY, NANO, PICTURE, PROGRAM, QUESTION, SEEING, URL, attempt, check, main
 
 HOME = tempfile.mkdtemp()
 ENVIRONMENT = {**os.environ, "LLM_USER_PATH": HOME, "OLLAMA_HOST": URL}
@@ -30,7 +29,11 @@ Path(HOME, "keys.json").write_text('{"p": "none"}')
 def llm(*arguments, fails=False):
     """Run it; return what it says."""
     done = subprocess.run(
-        [PROGRAM, *arguments], env=ENVIRONMENT, capture_output=True, text=True, timeout=120,
+        [PROGRAM, *arguments],
+        env=ENVIRONMENT,
+        capture_output=True,
+        text=True,
+        timeout=120,
         stdin=subprocess.DEVNULL,
     )
     if bool(done.returncode) is not fails:

@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from typing import Literal
-
 import json
+from typing import Literal
 
 import ollama
 from trying import CITY, NANO, PICTURE, QUESTION, SEEING, URL, attempt, check, main, refuses

@@ -3,8 +3,20 @@
 from __future__ import annotations
 
 import openai
-from trying import City, CITY, CLIP, NANO, PICTURE_URL, QUESTION, SEEING, URL
-from trying import attempt, check, main, refuses
+from trying import (
+    CITY,
+    CLIP,
+    NANO,
+    PICTURE_URL,
+    QUESTION,
+    SEEING,
+    URL,
+    City,
+    attempt,
+    check,
+    main,
+    refuses,
+)
 
 client = openai.OpenAI(base_url=f"{URL}/v1", api_key="none", max_retries=0, timeout=120)
 ask = [{"role": "user", "content": QUESTION}]
@@ -93,9 +105,14 @@ def _():
         model=NANO, prompt=["One", "Two"], max_tokens=0, echo=True, logprobs=1
     )
     check(len(found.choices) == 2)
-    check([each.choices[0].text for each in client.completions.create(
-        model=NANO, prompt="Once upon", max_tokens=8, stream=True
-    )])
+    check(
+        [
+            each.choices[0].text
+            for each in client.completions.create(
+                model=NANO, prompt="Once upon", max_tokens=8, stream=True
+            )
+        ]
+    )
 
 
 @attempt("responses")
@@ -132,9 +149,7 @@ def _():
 def _():
     for form in ("json", "text", "srt", "vtt", "verbose_json"):
         with CLIP.open("rb") as file:
-            check(
-                client.audio.transcriptions.create(model=SEEING, file=file, response_format=form)
-            )
+            check(client.audio.transcriptions.create(model=SEEING, file=file, response_format=form))
     with CLIP.open("rb") as file:
         events = list(client.audio.transcriptions.create(model=SEEING, file=file, stream=True))
     check(events[-1].type == "transcript.text.done")

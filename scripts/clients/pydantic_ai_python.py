@@ -7,7 +7,7 @@ import asyncio
 from pydantic_ai import Agent, BinaryContent, NativeOutput, ToolOutput
 from pydantic_ai.models.openai import OpenAIChatModel, OpenAIResponsesModel
 from pydantic_ai.providers.openai import OpenAIProvider
-from trying import City, NANO, PICTURE, QUESTION, SEEING, URL, attempt, check, main, refuses
+from trying import NANO, PICTURE, QUESTION, SEEING, URL, City, attempt, check, main, refuses
 
 
 def chat(model):
@@ -42,7 +42,7 @@ def try_model(name, make):
     @attempt(f"{name}: picture")
     def _():
         seen = BinaryContent(PICTURE.read_bytes(), media_type="image/png")
-        check(agent(make, SEEING).run_sync(["What is it?", seen]).output is not None)
+        check(agent(make, SEEING).run_sync(["What shape is red?", seen]).output is not None)
 
     @attempt(f"{name}: error")
     def _():

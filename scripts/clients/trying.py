@@ -78,5 +78,5 @@ def main() -> None:
         try:
             function()
         except Exception as error:
-            why = f"{type(error).__name__}: {error}" or "failed"
+            why = f"{type(error).__name__}: {error}"
         print(json.dumps({"what": what, "ok": not why, "why": why}), flush=True)
