@@ -74,7 +74,7 @@ def _():
 
 @attempt("ollama: models")
 def _():
-    check(NANO in llm("ollama", "list-models"))
+    check(NANO in llm("ollama", "models"))
 
 
 @attempt("ollama: streamed")
