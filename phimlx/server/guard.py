@@ -112,9 +112,9 @@ class Guard:
             seconds = time.monotonic() - started
             route = scope.get("route")
             self._count("other" if route is None else route.path, status, seconds)
-            access.info(
-                "%s %s %s %d %.3fs", request_id, scope["method"], scope["path"], status, seconds
-            )
+            path = scope["raw_path"].decode("ascii", "backslashreplace")[:200]
+            line = f"request={request_id} method={scope['method']} path={path}"
+            access.info("%s status=%d seconds=%.3f", line, status, seconds)
 
     async def _run(self, scope: Scope, given: Receive, receive: Receive, send: Send) -> None:
         """Run the application; its task ends when the client hangs up."""

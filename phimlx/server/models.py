@@ -14,7 +14,7 @@ import mlx.core as mx
 from phimlx.api import Phi
 from phimlx.errors import ModelNotFoundError, PhimlxError
 from phimlx.generation.engine import Engine
-from phimlx.machine.memory import machine_memory
+from phimlx.machine.memory import cache_bytes, machine_memory
 from phimlx.models.lora import DEFAULT
 from phimlx.server.errors import RequestError
 from phimlx.server.served import Served, list_served
@@ -220,8 +220,12 @@ class Models:
         if base is None:
             phi = Phi(served.folder)
             store = None if self._settings.no_cache else phi.prefix_store(log.info)
+            itemsize = phi.model.embed(mx.zeros((1, 1), mx.int32)).dtype.size
+            kept = cache_bytes(phi.model.config, self._settings.prefix_tokens, itemsize)
             rows = self._settings.batch_size
-            phi.engine = Engine(phi.model, phi.engine.pass_cost, rows, prefixes=store)
+            phi.engine = Engine(
+                phi.model, phi.engine.pass_cost, rows, prefix_memory=kept, prefixes=store
+            )
             return phi
         assert served.adapter is not None
         for remark in base.phi.load_adapter(served.adapter, served.label):

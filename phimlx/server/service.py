@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
 import time
 from collections.abc import AsyncIterator, Callable, Mapping, Sequence
@@ -219,6 +220,8 @@ class Service:
             answer.cancel()
             for request in requests:
                 self.metrics.count_reply(answer.model, request)
+                if self.settings.log_prompts:
+                    _log_words(answer, request)
 
     async def run(self, function: Callable[[], Result]) -> Result:
         """Run what takes a while in another thread; it must compute nothing with MLX."""
@@ -289,6 +292,16 @@ class Service:
         for request in requests:
             request.max_tokens = min([request.max_tokens, *most])
         return requests
+
+
+def _log_words(answer: Answer, request: Request) -> None:
+    """Write what was asked and answered to the log, a line of JSON."""
+    decode = (
+        (lambda tokens: tokens) if answer.phi.tokenizer is None else answer.phi.tokenizer.decode
+    )
+    known = [token for token in request.prompt if token >= 0]  # others stand for pictures
+    words = {"prompt": decode(known), "reply": decode(request.reply.tokens)}
+    log.info("model=%s words=%s", answer.model, json.dumps(words))
 
 
 def _reasoning(phi: Phi, ask: Ask) -> dict[str, str]:

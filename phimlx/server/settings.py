@@ -6,7 +6,7 @@ from typing import Annotated
 
 from pydantic import BeforeValidator, Field
 
-from phimlx.options import Options, Positive, PositiveCount, Text, option
+from phimlx.options import Count, Options, Positive, PositiveCount, Text, option
 from phimlx.server.duration import read_seconds
 
 MIB = 1 << 20
@@ -54,6 +54,9 @@ class ServerSettings(Options):
     )
     grace_seconds: Positive = option(
         30.0, "Time to finish what runs when told to stop.", "--grace", metavar="SECONDS"
+    )
+    prefix_tokens: Count = option(
+        32_768, "Tokens of earlier requests that later ones may go on from, held in memory."
     )
     no_cache: bool = option(False, "Keep nothing of long prompts on disk.", "--no-cache")
     fetch_media: bool = option(False, "Fetch pictures from https addresses that requests name.")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import re
 import socket
 import threading
 import time
@@ -14,6 +16,7 @@ from urllib.parse import urlsplit
 import pytest
 
 from phimlx.errors import SettingsError
+from phimlx.machine.memory import cache_bytes
 from phimlx.server import guard, protocol
 from phimlx.server.run import find_key
 from phimlx.server.settings import ServerSettings
@@ -226,3 +229,33 @@ def test_metrics_count(server: Running) -> None:
     assert 'phimlx_tokens_total{kind="generated",model="nano"}' in text
     assert server.client.get("/nowhere/at/all").status_code == 404
     assert "nowhere" not in server.client.get("/metrics").text
+
+
+def test_the_log_has_no_words_unless_that_is_said(caplog: pytest.LogCaptureFixture) -> None:
+    for logs in (False, True):
+        caplog.clear()
+        with running(log_prompts=logs) as server, caplog.at_level(logging.INFO, "phimlx"):
+            assert server.post(PATH, ask(max_tokens=4, temperature=0)).status_code == 200
+            assert server.client.get("/a%0ab?secret").status_code == 404
+        lines = [record.getMessage() for record in caplog.records]
+        access = [line for line in lines if line.startswith("request=")]
+        assert re.fullmatch(
+            rf"request=req_\w+ method=POST path={PATH} status=200 seconds=\d+\.\d{{3}}", access[0]
+        )
+        assert " method=GET path=/a%0ab status=404 " in access[1]
+        words = [json.loads(line.partition(" words=")[2]) for line in lines if " words=" in line]
+        assert any("2+2" in line for line in lines) is logs
+        assert len(words) == logs
+        assert all("2+2" in each["prompt"] and each["reply"] for each in words)
+
+
+def test_what_is_kept_of_earlier_requests_has_a_limit() -> None:
+    with running(model="nano", prefix_tokens=300) as server:
+        for number in range(12):
+            text = f"{number} " * 40
+            body = ask(max_tokens=2) | {"messages": [{"role": "user", "content": text}]}
+            assert server.post(PATH, body).status_code == 200
+            [loaded] = server.app.service.models.loaded
+            limit = cache_bytes(loaded.phi.model.config, 300)
+            assert 0 < loaded.phi.engine.prefix_bytes <= limit
+        assert loaded.phi.engine.prefix_bytes > limit // 2
