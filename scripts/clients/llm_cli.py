@@ -79,17 +79,21 @@ def _():
 
 @attempt("ollama: streamed")
 def _():
-    check(llm("-m", f"{NANO}:latest", QUESTION))
+    check(llm("-m", f"ollama/{NANO}:latest", QUESTION))
 
 
 @attempt("ollama: schema")
 def _():
-    check(json.loads(llm("-m", f"{NANO}:latest", "--schema", json.dumps(CITY), QUESTION))["city"])
+    check(
+        json.loads(llm("-m", f"ollama/{NANO}:latest", "--schema", json.dumps(CITY), QUESTION))[
+            "city"
+        ]
+    )
 
 
 @attempt("ollama: picture")
 def _():
-    llm("-m", f"{SEEING}:latest", "-a", str(PICTURE), "What is it?")
+    llm("-m", f"ollama/{SEEING}:latest", "-a", str(PICTURE), "What is it?")
 
 
 main()
