@@ -8,7 +8,6 @@ from __future__ import annotations
 import base64
 import json
 import os
-import shutil
 import sys
 import traceback
 from collections.abc import Callable, Sequence
@@ -22,6 +21,8 @@ from phimlx.terminal.sink import UNPRINTABLE, drawing, indented, one_line, print
 __all__ = ["Output", "encode_json", "printable", "progress", "status", "style"]
 
 _STYLES = {"bold": "1", "dim": "2", "red": "31", "yellow": "33", "cyan": "36"}
+
+USUAL_WIDTH = 80  # of a terminal that does not tell
 
 AGAIN = "Run it again with --debug to see where it happened."
 
@@ -76,7 +77,10 @@ class Output:
     @property
     def width(self) -> int | None:
         """Columns of the terminal at stderr; None where there is none."""
-        return shutil.get_terminal_size().columns if self.is_watched else None
+        try:
+            return os.get_terminal_size(sys.stderr.fileno()).columns or USUAL_WIDTH
+        except (OSError, ValueError):  # no terminal, or a stream without a descriptor
+            return USUAL_WIDTH if self.is_watched else None
 
     @property
     def can_ask(self) -> bool:
