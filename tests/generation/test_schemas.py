@@ -17,6 +17,7 @@ import phimlx
 from phimlx.checkpoint.load import build_model
 from phimlx.generation.options import GenerationOptions
 from tests.bundled import present
+from tests.everything import everything
 from tests.generation.schemas import every
 from tests.generation.small import CONFIG
 
@@ -64,6 +65,7 @@ def test_a_sample_of_them() -> None:
     assert check(phi, names, 80) > 10
 
 
+@everything
 @pytest.mark.slow
 def test_there_are_a_couple_of_hundred() -> None:
     assert len(SCHEMAS) > 200
@@ -102,6 +104,7 @@ def large(data: Path, tmp_path_factory: pytest.TempPathFactory) -> phimlx.Phi:
     return phimlx.load(folder)
 
 
+@everything
 @pytest.mark.slow
 def test_under_the_largest_vocabulary(large: phimlx.Phi) -> None:
     assert check(large, sorted(SCHEMAS), 200) > 0.9 * len(SCHEMAS)

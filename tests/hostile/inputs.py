@@ -692,9 +692,9 @@ add("jsonl", {
        for name, value in OTHERS.items()},
     **{f"row {name}": in_data(line(value), "jsonl") for name, value in VALUES.items()},
     "10,000 messages": in_data(line(turns(10_000)), "jsonl"),
-    "10,000 conversations": in_data(
+    "4,000 turns": in_data(
         line(json.dumps({"conversations": [
-            {"from": ("human", "gpt")[i % 2], "value": "a"} for i in range(10_000)
+            {"from": ("human", "gpt")[i % 2], "value": "a"} for i in range(4_000)
         ]})), "jsonl"),
     "faults of 1 kB": in_data(
         lambda: b"".join(b'{"%s": %d}\n' % (b"x" * 1000, i) for i in range(100)), "jsonl"),

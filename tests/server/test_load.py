@@ -8,9 +8,12 @@ from pathlib import Path
 
 import pytest
 
+from tests.everything import everything
+
 SCRIPT = Path(__file__).parents[2] / "scripts" / "serve_load.py"
 
 
+@everything
 @pytest.mark.slow
 def test_every_good_request_is_answered_and_nothing_is_left() -> None:
     """Memory is for the script alone: so few requests have not yet met all that is kept."""

@@ -1,0 +1,12 @@
+"""Tests that take minutes, and are run where PHIMLX_TEST_EVERYTHING is set."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+everything = pytest.mark.skipif(
+    not os.environ.get("PHIMLX_TEST_EVERYTHING"),
+    reason="takes minutes: set PHIMLX_TEST_EVERYTHING",
+)
