@@ -53,9 +53,11 @@ def prepared(callback: Callable[..., Any]) -> Callable[..., Any]:
 
 def apply(found: Preferences) -> None:
     """Put into the environment what is read from there."""
+    from phimlx.hub.layout import VARIABLE
+
     store, limit = found.get("store"), found.get("cache_limit")
-    if store is not None and not {"HF_HUB_CACHE", "HF_HOME"} & os.environ.keys():
-        os.environ["HF_HUB_CACHE"] = os.path.expanduser(store)
+    if store is not None and not {VARIABLE, "HF_HOME"} & os.environ.keys():
+        os.environ[VARIABLE] = os.path.expanduser(store)
     if limit is not None:
         os.environ.setdefault("PHIMLX_CACHE_LIMIT", f"{limit:g}")
     if found.get("theme") == "plain":

@@ -23,6 +23,8 @@ from typing import Literal
 
 RepositoryType = Literal["model", "dataset"]
 
+VARIABLE = "HF_HUB_CACHE"  # which huggingface_hub reads when it is imported
+
 CONTENT_HASH = re.compile(r"[0-9a-f]{40}|[0-9a-f]{64}")
 COMMIT = re.compile(r"[0-9a-f]{40}")
 

@@ -16,10 +16,11 @@ from pathlib import Path
 
 from phimlx.errors import PhimlxError, clipped
 from phimlx.files import translate_write_errors, write_file
+from phimlx.hub.layout import VARIABLE
 
 LABEL = "phimlx.serve"
 SECONDS = 60  # that a service manager may take to answer
-KEPT = ("PATH", "HF_HOME", "HF_HUB_CACHE", "HF_ENDPOINT", "PHIMLX_CACHE_LIMIT")
+KEPT = ("PATH", "HF_HOME", VARIABLE, "HF_ENDPOINT", "PHIMLX_CACHE_LIMIT")
 """Variables that the service gets too, where they are set."""
 
 

@@ -326,5 +326,6 @@ def test_offline(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     result = run(REPO, "--out", world.out)
     assert result.exit_code == 1
     assert result.stderr == (
-        f"Error: {REPO} is not on this machine.\nHint: Get it with: phimlx download {REPO}\n"
+        f"Error: {REPO} is not on this machine.\n"
+        f"Hint: If it is a Phi model, get it with: phimlx download {REPO}\n"
     )
