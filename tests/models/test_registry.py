@@ -108,7 +108,8 @@ def test_every_tensor_of_a_text_model_has_a_name_in_gguf(
     from phimlx.checkpoint.gguf.names import gguf_name
 
     if architecture.gguf is None:
-        assert architecture.model_type in ("phi4flash", "phi4mm", "phi4-siglip")  # which llama.cpp does not run
+        # llama.cpp does not run these.
+        assert architecture.model_type in ("phi4flash", "phi4mm", "phi4-siglip")
         return
     parameters = dict(tree_flatten(model.parameters()))
     names = [gguf_name(name, architecture.gguf) for name in parameters]
