@@ -129,7 +129,7 @@ class BenchSettings:
 
 def new_report(phi: Phi, load_seconds: float) -> BenchReport:
     """Begin a report of a model that has been loaded."""
-    dtype = str(phi.model.embed(mx.zeros((1, 1), mx.int32)).dtype).removeprefix("mlx.core.")
+    dtype = str(phi.model.compute_dtype).removeprefix("mlx.core.")
     return BenchReport(phi.name, device_name(), backend(), dtype, load_seconds=load_seconds)
 
 
@@ -179,7 +179,7 @@ def fitting_contexts(phi: Phi, settings: BenchSettings, copies: int = 1) -> list
 
     Where none does, half of what would.
     """
-    weights, itemsize = copies * _weights(phi.model), _itemsize(phi.model)
+    weights, itemsize = copies * _weights(phi.model), phi.model.compute_dtype.size
     here = longest_context(phi.model.config, weights, machine_memory(), itemsize)
     most = min(phi.context_length, here) - settings.tokens
     fitting = [context for context in sorted(set(settings.contexts)) if context <= most]
@@ -248,7 +248,7 @@ def bytes_per_token(model: CausalLM, context: int) -> int:
     if model.output_layer is not model.model.embed_tokens:
         rows = _parameters(model.model.embed_tokens)
         nbytes -= sum(array.nbytes - array.nbytes // array.shape[0] for _, array in rows)
-    return nbytes + cache_bytes(model.config, context, _itemsize(model))
+    return nbytes + cache_bytes(model.config, context, model.compute_dtype.size)
 
 
 def measure_rows(phi: Phi, rows: int, context: int, settings: BenchSettings) -> float | None:
@@ -389,11 +389,6 @@ def _forecast(last: ContextSpeed, context: int, settings: BenchSettings) -> floa
 
 def _count(requests: Sequence[Request]) -> int:
     return sum(len(request.reply.tokens) for request in requests)
-
-
-def _itemsize(model: CausalLM) -> int:
-    """Bytes of a number as the model computes."""
-    return model.embed(mx.zeros((1, 1), mx.int32)).dtype.size
 
 
 def _weights(model: CausalLM) -> int:

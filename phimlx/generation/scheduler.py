@@ -319,10 +319,10 @@ class Scheduler:
         held = cache_bytes(shape, columns, itemsize, kv_bits)
         return held + columns * dequantized_bytes_per_token(shape, itemsize, kv_bits)
 
-    @property
+    @cached_property
     def _itemsize(self) -> int:
         """Bytes of a number as the model computes."""
-        return self._model.embed(mx.zeros((1, 1), mx.int32)).dtype.size
+        return self._model.compute_dtype.size
 
     @property
     def _left(self) -> int:

@@ -146,6 +146,11 @@ class CausalLM(nn.Module):
         """Name of the adapter that a row uses of which nothing else is said."""
         return DEFAULT if DEFAULT in self.loaded_adapters else None
 
+    @property
+    def compute_dtype(self) -> mx.Dtype:
+        """The type of the numbers that it computes with, whatever its weights are stored in."""
+        return self.embed(mx.zeros((1, 1), mx.int32)).dtype
+
     def check_adapter(self, name: str | None) -> None:
         """Raise GenerationError where rows cannot use a loaded adapter, or cannot do without."""
         if self.is_changed and name != DEFAULT:

@@ -220,7 +220,7 @@ class Models:
         if base is None:
             phi = Phi(served.folder)
             store = None if self._settings.no_cache else phi.prefix_store(log.info)
-            itemsize = phi.model.embed(mx.zeros((1, 1), mx.int32)).dtype.size
+            itemsize = phi.model.compute_dtype.size
             kept = cache_bytes(phi.model.config, self._settings.prefix_tokens, itemsize)
             rows = self._settings.batch_size
             phi.engine = Engine(
