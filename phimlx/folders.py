@@ -1,4 +1,4 @@
-"""The folders of this user that phimlx writes to, apart from the caches of models and prompts."""
+"""The folders of this user that phimlx writes to, apart from the Hub's cache of models."""
 
 from __future__ import annotations
 
@@ -21,9 +21,18 @@ def runtime_folder() -> Path:
     return _folder("PHIMLX_RUNTIME_DIR", "user_runtime_path")
 
 
+def cache_folder() -> Path:
+    """Return the folder of what can be computed again."""
+    return _usual_folder("user_cache_path")
+
+
 def _folder(variable: str, usual: str) -> Path:
     if named := os.environ.get(variable):
         return Path(named).expanduser()
+    return _usual_folder(usual)
+
+
+def _usual_folder(usual: str) -> Path:
     import platformdirs
 
     path: Path = getattr(platformdirs, usual)("phimlx", appauthor=False)

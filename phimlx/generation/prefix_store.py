@@ -21,6 +21,7 @@ from pathlib import Path
 
 from phimlx.errors import CacheError, PhimlxError, SettingsError, shortened
 from phimlx.files import reason
+from phimlx.folders import cache_folder
 from phimlx.generation.placed_media import MediaItem
 from phimlx.generation.prefix_file import (
     PrefixKey,
@@ -67,9 +68,7 @@ class Entry:
 
 def prefixes_folder() -> Path:
     """Folder of the kept prefixes."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("phimlx", appauthor=False) / "prefixes"
+    return cache_folder() / "prefixes"
 
 
 def prefixes_limit() -> int:

@@ -12,6 +12,7 @@ from pathlib import Path
 
 from phimlx.errors import CacheError, ConfigError
 from phimlx.files import read_json, write_json
+from phimlx.folders import cache_folder
 from phimlx.hub.layout import recorded_hash
 
 KEPT = 1000  # hashes of the files that were asked for last
@@ -21,9 +22,7 @@ SETTLED = 2.0  # seconds after which another change shows in a file's time, on e
 
 def cache_file() -> Path:
     """The file that keeps hashes that were computed."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("phimlx", appauthor=False) / "hashes.json"
+    return cache_folder() / "hashes.json"
 
 
 def content_hash(file: Path) -> str:

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import ConfigError
 from phimlx.files import read_json, write_json
+from phimlx.folders import cache_folder
 
 if TYPE_CHECKING:
     import mlx.nn as nn
@@ -103,9 +104,7 @@ def save_curve(model: nn.Module, curve: PassCost, folder: Path | None = None) ->
 
 def curves_folder() -> Path:
     """Folder of the kept curves."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("phimlx", appauthor=False) / "pass-costs"
+    return cache_folder() / "pass-costs"
 
 
 def fingerprint(model: nn.Module) -> str:

@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import TokenizerError
 from phimlx.files import MAX_BYTES, reason, replacing
+from phimlx.folders import cache_folder as own_cache_folder
 from phimlx.prompt.tokenizer.added_tokens import AddedToken
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary, byte_alphabet
 from phimlx.prompt.tokenizer.description import HINT
@@ -51,9 +52,7 @@ NEVER = 2**32  # the rank of a pair that does not merge
 
 def cache_folder() -> Path:
     """Folder of the compiled vocabularies."""
-    import platformdirs
-
-    return platformdirs.user_cache_path("phimlx", appauthor=False) / "vocabularies"
+    return own_cache_folder() / "vocabularies"
 
 
 def load_vocabulary(path: Path) -> tuple[Vocabulary, list[AddedToken]]:
