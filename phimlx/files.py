@@ -222,6 +222,18 @@ def _within_bounds(table: Any) -> Any:
     return table
 
 
+def json_levels(value: Any) -> Iterator[list[Any]]:
+    """The values of each level of objects and lists within each other, but the outermost."""
+    level = [value]
+    while level := [
+        child
+        for each in level
+        if isinstance(each, dict | list)
+        for child in (each.values() if isinstance(each, dict) else each)
+    ]:
+        yield level
+
+
 def parse_json_object(
     data: bytes, place: object, error: type[PhimlxError] = ConfigError, *, hint: str | None = None
 ) -> dict[str, Any]:

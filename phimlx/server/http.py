@@ -7,6 +7,7 @@ import json
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
+from itertools import islice
 from typing import Any, ClassVar, NoReturn, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
@@ -14,6 +15,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
 
+from phimlx.files import json_levels
 from phimlx.server.errors import CLOSE, RequestError, bad_request, json_type_error
 
 PING_SECONDS = 10.0
@@ -79,7 +81,7 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
         raise bad_request("The body is not JSON.", code="invalid_json") from None
     if not isinstance(value, dict):
         raise bad_request("The body is not a JSON object.", code="invalid_json")
-    if _is_deep(value):
+    if sum(1 for _ in islice(json_levels(value), DEEPEST)) == DEEPEST:
         raise bad_request(f"The body is nested more than {DEEPEST} deep.", code="invalid_json")
     if len(raw) > MAX_TEXT and len(raw) - _media_size(value) > MAX_TEXT:
         message = f"The body without its media is larger than {MAX_TEXT >> 20} MiB."
@@ -98,18 +100,6 @@ def validate(kind: type[AnyBody], value: Any) -> AnyBody:
 def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     """Leave out fields that are null, which many clients send for what they do not set."""
     return {name: each for name, each in value.items() if each is not None}
-
-
-def _is_deep(value: Any) -> bool:
-    level = [value]
-    for _ in range(DEEPEST):
-        level = [
-            inner
-            for each in level
-            if isinstance(each, dict | list)
-            for inner in (each.values() if isinstance(each, dict) else each)
-        ]
-    return bool(level)
 
 
 def _media_size(value: Any) -> int:

@@ -9,6 +9,7 @@ from typing import Any
 from urllib.parse import unquote
 
 from phimlx.errors import GrammarError, shortened
+from phimlx.files import json_levels
 from phimlx.generation.grammar.limits import (
     MAX_BYTES,
     MAX_DEPTH,
@@ -108,25 +109,13 @@ def _closed(schema: Any) -> Any:
     return closed
 
 
-def _levels(value: Any) -> Iterator[list[Any]]:
-    """The values of each level of objects and lists within each other, but the outermost."""
-    level = [value]
-    while level := [
-        child
-        for each in level
-        if isinstance(each, dict | list)
-        for child in (each.values() if isinstance(each, dict) else each)
-    ]:
-        yield level
-
-
 def _depth(value: Any) -> int:
-    return sum(1 for _ in _levels(value))
+    return sum(1 for _ in json_levels(value))
 
 
 def _values(schema: Any, keyword: str) -> Iterator[Any]:
     """What stands behind a keyword, wherever in a schema."""
-    for level in ([schema], *_levels(schema)):
+    for level in ([schema], *json_levels(schema)):
         yield from (each[keyword] for each in level if isinstance(each, dict) and keyword in each)
 
 
