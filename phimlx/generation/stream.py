@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from typing import TYPE_CHECKING
+from collections.abc import Generator, Iterator
+from typing import TYPE_CHECKING, Self
 
 from phimlx.generation.reply import Chunk, Reply
 
@@ -12,16 +12,12 @@ if TYPE_CHECKING:
     from phimlx.generation.request import Request
 
 
-class Stream(Iterator[Chunk]):
-    """The chunks of one reply; `reply` holds what there is so far.
+class ChunkStream(Iterator[Chunk]):
+    """The chunks of one reply, wherever they come from; `reply` holds what there is so far."""
 
-    The model starts with the first chunk. Closing the stream early keeps what was said; so does an
-    interrupt while a token is awaited, and forgetting the stream.
-    """
-
-    def __init__(self, engine: Engine, request: Request) -> None:
-        self.reply = request.reply
-        self._chunks = engine.run(request)
+    def __init__(self, reply: Reply, chunks: Generator[Chunk]) -> None:
+        self.reply = reply
+        self._chunks = chunks
 
     def __next__(self) -> Chunk:
         return next(self._chunks)
@@ -36,8 +32,19 @@ class Stream(Iterator[Chunk]):
         """Stop here. The reply stays readable, and the prompt cache usable."""
         self._chunks.close()
 
-    def __enter__(self) -> Stream:
+    def __enter__(self) -> Self:
         return self
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+
+class Stream(ChunkStream):
+    """The chunks of one reply; `reply` holds what there is so far.
+
+    The model starts with the first chunk. Closing the stream early keeps what was said; so does an
+    interrupt while a token is awaited, and forgetting the stream.
+    """
+
+    def __init__(self, engine: Engine, request: Request) -> None:
+        super().__init__(request.reply, engine.run(request))

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 import secrets
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from types import SimpleNamespace
 from typing import Any
 from urllib.parse import quote
 
 from phimlx.generation.reply import Chunk, Reply, Stats
+from phimlx.generation.stream import ChunkStream
 from phimlx.prompt.tools import ToolCall, read_calls
 from phimlx.remote.body import chat_body
 from phimlx.remote.client import LOADING_SECONDS, Client
@@ -153,7 +154,7 @@ class Said:
         return "".join(self.texts["reasoning"])
 
 
-class RemoteStream(Iterator[Chunk]):
+class RemoteStream(ChunkStream):
     """The chunks of one reply; `reply` holds what there is so far.
 
     The server is asked with the first chunk. Closing the stream hangs up, which ends the reply
@@ -162,31 +163,18 @@ class RemoteStream(Iterator[Chunk]):
 
     def __init__(self, client: Client, body: Mapping[str, Any], seed: int, schema: Any) -> None:
         self._said = Said()
-        self.reply = Reply(seed, self._said)
-        if schema is not None:
-            from phimlx.generation.grammar.schema import answer_reader
-
-            self.reply.read_answer = answer_reader(schema)
         self._client = client
         self._calls: list[dict[str, str]] = []
         options = {"include_usage": False, "include_stats": True}
         whole = {**body, "stream": True, "stream_options": options}
-        self._chunks = self._read(client.events("/v1/chat/completions", whole))
+        events = client.events("/v1/chat/completions", whole)
+        super().__init__(Reply(seed, self._said), self._read(events))
+        if schema is not None:
+            from phimlx.generation.grammar.schema import answer_reader
 
-    def __next__(self) -> Chunk:
-        return next(self._chunks)
+            self.reply.read_answer = answer_reader(schema)
 
-    def result(self) -> Reply:
-        """Read the reply to its end."""
-        for _ in self:
-            pass
-        return self.reply
-
-    def close(self) -> None:
-        """Stop here. The reply stays readable."""
-        self._chunks.close()
-
-    def _read(self, events: Iterator[dict[str, Any] | None]) -> Any:
+    def _read(self, events: Iterator[dict[str, Any] | None]) -> Generator[Chunk]:
         try:
             for event in events:
                 try:
