@@ -5,7 +5,6 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +13,6 @@ import mlx.core as mx
 
 from phimlx.errors import CacheError, ConfigError, GenerationError, shortened
 from phimlx.generation.engine import Engine
-from phimlx.generation.grammar.compiler import GrammarCompiler
 from phimlx.generation.grammar.reply_form import Reasoning, ReplyForm
 from phimlx.generation.prompt_reader import PromptReader
 from phimlx.generation.reply import ReplyReader
@@ -47,14 +45,12 @@ class Variant:
         contents: its files; None for the model alone.
         reader: reads prompts, with the tokenizer that goes with it.
         stop_tokens: tokens that end a reply.
-        vocab_size: of the model.
     """
 
     adapter: str | None
     contents: Contents | None
     reader: PromptReader
     stop_tokens: frozenset[int]
-    vocab_size: int
 
     def reply_reader(
         self,
@@ -97,12 +93,7 @@ class Variant:
         reasoning: Reasoning = "optional" if reasons else "none"
         if self.reader.opens_reasoning(prompt):
             reasoning = "opened"
-        return self._grammars.hold(form, reasoning, said)
-
-    @cached_property
-    def _grammars(self) -> GrammarCompiler:
-        tokenizer = self.reader.text_tokenizer()
-        return GrammarCompiler(tokenizer, self.vocab_size, self.stop_tokens)
+        return self.reader.grammars(self.stop_tokens).hold(form, reasoning, said)
 
 
 class Variants:
@@ -257,13 +248,12 @@ class Variants:
         """Make a variant with the tokenizer in a folder, read once."""
         readers = (each.reader for each in self._found.values())
         reader = next((reader for reader in readers if reader.folder == folder), None)
-        vocabulary = self._model.config.vocab_size
         if reader is None:
             reader = PromptReader(folder, self._name, self._model, self._folder)
             if self._prompt_form is not None:
                 reader.use_form(self._prompt_form)
         stops = _read_stop_tokens(self._configs, reader.tokenizer, STOP_TOKENS + stop)
-        return Variant(adapter, contents, reader, stops, vocabulary)
+        return Variant(adapter, contents, reader, stops)
 
 
 def _read_stop_tokens(

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 from phimlx.errors import PromptError, TokenizerError, shortened
 from phimlx.files import read_json
+from phimlx.generation.grammar.compiler import GrammarCompiler
 from phimlx.generation.media_inputs import Prepared, fill, name_placeholders, sources_in
 from phimlx.generation.options import PromptOptions
 from phimlx.generation.placed_media import Media
@@ -48,6 +49,7 @@ class PromptReader:
         self._longest_with_media = model.longest_with_media
         self._architecture = model.architecture
         self._form: str | None = None
+        self._grammars: dict[frozenset[int], GrammarCompiler] = {}
         from phimlx.prompt.tokenizer.tokenizer import Tokenizer, has_tokenizer
 
         self.tokenizer = Tokenizer.load(folder) if has_tokenizer(folder) else None
@@ -94,6 +96,17 @@ class PromptReader:
         from phimlx.prompt.messages import read_messages
 
         return read_messages(cast("Sequence[Mapping[str, Any]]", prompt))[-1].content
+
+    def grammars(self, stop_tokens: frozenset[int]) -> GrammarCompiler:
+        """What compiles grammars for this tokenizer, made once for the tokens that end a reply.
+
+        Raises:
+            TokenizerError: where the folder holds no tokenizer.
+        """
+        if stop_tokens not in self._grammars:
+            tokenizer = self.text_tokenizer()
+            self._grammars[stop_tokens] = GrammarCompiler(tokenizer, self._vocab_size, stop_tokens)
+        return self._grammars[stop_tokens]
 
     def opens_reasoning(self, ids: Sequence[int]) -> bool:
         """Whether a prompt has begun the reply's reasoning, with a token or in letters."""

@@ -504,3 +504,15 @@ def test_a_prefix_is_never_taken_of_another_adapter(small: Path, adapters: Path)
     while phi.engine.busy:
         phi.engine.step()
     assert [request.reply.tokens for request in together] == list(expected.values())
+
+
+def test_adapters_with_the_models_tokenizer_share_what_grammars_need(tmp_path: Path) -> None:
+    phi = phimlx.load("nano")
+    write_peft(tmp_path / "one", adapter_for(phi.path, "lora"))
+    write_peft(tmp_path / "other", adapter_for(phi.path, "lora", seed=1))
+    for name in ("one", "other"):
+        phi.load_adapter(tmp_path / name, name)
+        phi.request("Hi", GenerationOptions(regex="yes|no", adapter=name))
+    readers = {id(phi._variants.find(name).reader) for name in ("one", "other", "default")}
+    assert len(readers) == 1
+    assert len(phi._variants.find("one").reader._grammars) == 1

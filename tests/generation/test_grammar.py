@@ -177,7 +177,7 @@ def test_plain_replies_need_no_grammar(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(Batch, "_constrain", None)
     plain = phimlx.load("nano")
     assert plain.generate(QUESTION).text == "Paris"
-    assert "_grammars" not in plain._variants.default.__dict__
+    assert plain._variants.default.reader._grammars == {}
 
 
 def test_thoughts_come_first_and_are_free(phi: phimlx.Phi) -> None:
