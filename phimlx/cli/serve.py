@@ -9,11 +9,11 @@ from typing import Any
 import click
 
 from phimlx.cli.options import model_argument
+from phimlx.cli.remote import KEY_VARIABLE
 from phimlx.options import click_options, from_flags, to_flags
 from phimlx.server.settings import ServerSettings
 from phimlx.terminal.output import Output
 
-KEY_VARIABLE = "PHIMLX_API_KEY"
 FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
 """Settings that may name a file, of which a service needs the whole path."""
 

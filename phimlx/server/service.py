@@ -296,11 +296,10 @@ class Service:
 
 def _log_words(answer: Answer, request: Request) -> None:
     """Write what was asked and answered to the log, a line of JSON."""
-    decode = (
-        (lambda tokens: tokens) if answer.phi.tokenizer is None else answer.phi.tokenizer.decode
-    )
     known = [token for token in request.prompt if token >= 0]  # others stand for pictures
-    words = {"prompt": decode(known), "reply": decode(request.reply.tokens)}
+    words: dict[str, Any] = {"prompt": known, "reply": request.reply.tokens}
+    if answer.phi.tokenizer is not None:
+        words = {name: answer.phi.tokenizer.decode(tokens) for name, tokens in words.items()}
     log.info("model=%s words=%s", answer.model, json.dumps(words))
 
 

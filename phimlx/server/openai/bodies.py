@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import re
+from abc import abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Annotated, Any, ClassVar, Literal, Self
 
@@ -211,12 +212,12 @@ class PlainFormat(Body):
 class ToolChoice(Body):
     """A choice among tools that is more than a word."""
 
+    @abstractmethod
     def read(self) -> tuple[str, list[str] | None]:
         """Return "auto", "required" or a tool's name, and the tools that may be called.
 
         All of them may be where that is None.
         """
-        raise NotImplementedError
 
 
 def select_tools(tools: Sequence[Function], choice: str | ToolChoice) -> dict[str, Any]:
