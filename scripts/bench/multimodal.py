@@ -25,7 +25,7 @@ import sys
 import tempfile
 import time
 import wave
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -217,9 +217,19 @@ def forget_peak() -> None:
 
 def measure(side: str, case: str, folder: Path, small: Path, file: Path) -> dict[str, float]:
     """One run in this process."""
+    return measure_work(lambda: (ours if side == "phimlx" else theirs)(folder, case), small, file)
+
+
+def measure_work(prepare: Callable[[], Any], small: Path, file: Path) -> dict[str, float]:
+    """Measure a side's work on a file, after it has done a small one.
+
+    Args:
+        prepare: loads the side's model; the function that it makes prepares a file, and gives
+            what it made and the function that reads that.
+    """
     if not mx.metal.is_available():
         mx.set_default_device(mx.cpu)
-    work = (ours if side == "phimlx" else theirs)(folder, case)
+    work = prepare()
     made, read = work(small)
     read(made)
     del made, read
@@ -245,15 +255,19 @@ def measure(side: str, case: str, folder: Path, small: Path, file: Path) -> dict
     }
 
 
-def compare(case: str, runs: int, arguments: Sequence[str]) -> None:
-    """Alternate the sides and print what they took."""
+def compare(title: str, runs: int, script: str, *arguments: str) -> None:
+    """Let a script measure the sides in turn, and print what they took.
+
+    Args:
+        arguments: of `script --measure SIDE`, which prints a line of JSON.
+    """
     found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
     for _ in range(runs):
         for side in SIDES:
-            command = [sys.executable, __file__, "--measure", side, case, *arguments]
+            command = [sys.executable, script, "--measure", side, *arguments]
             printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
             found[side].append(json.loads(printed.splitlines()[-1]))
-    print(f"\n{CASES[case]}")
+    print(f"\n{title}")
     for key in found[SIDES[0]][0]:
         mine, other = (statistics.median(run[key] for run in found[side]) for side in SIDES)
         if key == "tokens":
@@ -289,7 +303,7 @@ def main() -> None:
         for case in arguments.case or CASES:
             files = ("small.wav", "sound.wav") if case == "sound" else ("small.jpg", "picture.jpg")
             paths = [str(home / file) for file in ("model", *files)]
-            compare(case, arguments.runs, paths)
+            compare(CASES[case], arguments.runs, __file__, case, *paths)
 
 
 if __name__ == "__main__":

@@ -16,21 +16,16 @@ processor is transformers' own, whose form on Pillow and NumPy is measured, whic
 from __future__ import annotations
 
 import argparse
-import gc
 import json
 import shutil
-import statistics
-import subprocess
-import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
 from mlx.utils import tree_flatten
-from multimodal import forget_peak, resident, write_picture
+from multimodal import compare, measure_work, write_picture
 
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, load_model
@@ -39,7 +34,6 @@ from phimlx.generation.placed_media import Media
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.media.naflex import prepare_patches
-from phimlx.sizes import size_text
 
 WIDTH, LAYERS, IMAGE = 128, 3, -200
 CONFIG: dict[str, Any] = {
@@ -59,7 +53,7 @@ TEXT = (
     *("intermediate_size", "vocab_size", "rope_theta", "rms_norm_eps"),
 )
 PROMPT = [5, 6, 7]  # after the picture
-SIDES = ("phimlx", "mlx-vlm")
+MEASURED = ("tokens", "prepare, all cores", "prefill, all cores", "both, wall", "memory")
 PICTURES = {
     "640x480": "640 × 480, as each makes it",
     "1280x720": "1280 × 720, equal tokens",
@@ -135,51 +129,8 @@ def theirs(folder: Path) -> Work:
 
 def measure(side: str, folder: Path, small: Path, file: Path) -> dict[str, float]:
     """One run in this process."""
-    if not mx.metal.is_available():
-        mx.set_default_device(mx.cpu)
-    work = (ours if side == "phimlx" else theirs)(folder)
-    made, read = work(small)
-    read(made)
-    del made, read
-    gc.collect()
-    mx.clear_cache()
-    forget_peak()
-    before, _ = resident()
-    clocks = [(time.perf_counter(), time.process_time())]
-    made, read = work(file)
-    clocks.append((time.perf_counter(), time.process_time()))
-    tokens = read(made)
-    clocks.append((time.perf_counter(), time.process_time()))
-    start, between, end = clocks
-    return {
-        "tokens": tokens,
-        "prepare, all cores": between[1] - start[1],
-        "prefill, all cores": end[1] - between[1],
-        "both, wall": end[0] - start[0],
-        "memory": resident()[1] - before,
-    }
-
-
-def compare(runs: int, name: str, folder: Path, small: Path, file: Path) -> None:
-    """Alternate the sides and print what they took."""
-    found: dict[str, list[dict[str, float]]] = {side: [] for side in SIDES}
-    for _ in range(runs):
-        for side in SIDES:
-            paths = map(str, (folder, small, file))
-            command = [sys.executable, __file__, "--measure", side, *paths]
-            printed = subprocess.run(command, check=True, capture_output=True, text=True).stdout
-            found[side].append(json.loads(printed.splitlines()[-1]))
-    print(f"\n{PICTURES[name]}")
-    for key in found[SIDES[0]][0]:
-        mine, other = (statistics.median(run[key] for run in found[side]) for side in SIDES)
-        if key == "tokens":
-            texts = [f"{value:,.0f}" for value in (mine, other)]
-        elif key == "memory":
-            texts = [size_text(int(value)) for value in (mine, other)]
-        else:
-            texts = [f"{value:.3f} s" for value in (mine, other)]
-        line = f"  {key:<20} phimlx {texts[0]:>10}   mlx-vlm {texts[1]:>10}"
-        print(f"{line}   ratio {mine / other:.2f}")
+    took = measure_work(lambda: (ours if side == "phimlx" else theirs)(folder), small, file)
+    return {key: took[key] for key in MEASURED}
 
 
 def difference(folder: Path) -> None:
@@ -230,7 +181,8 @@ def main() -> None:
         for size in PICTURES:
             file = home / f"{size}.png"
             write_picture(file, *map(int, size.split("x")))
-            compare(arguments.runs, size, home / "model", home / "small.png", file)
+            paths = map(str, (home / "model", home / "small.png", file))
+            compare(PICTURES[size], arguments.runs, __file__, *paths)
 
 
 if __name__ == "__main__":
