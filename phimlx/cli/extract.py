@@ -12,6 +12,7 @@ from phimlx.cli.furnish import Flags, furnish
 from phimlx.cli.options import (
     MULTIMODAL,
     adapter_option,
+    batch_size_option,
     dtype_option,
     json_option,
     kv_bits_option,
@@ -63,14 +64,7 @@ FORMATS = ("jsonl", "csv")
 @kv_bits_option
 @system_option
 @sampling_options
-@click.option(
-    "--batch-size",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Files that are read together.",
-)
+@batch_size_option("Files that are read together.")
 @limit_options()
 @json_option
 def command(

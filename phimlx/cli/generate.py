@@ -17,6 +17,7 @@ from phimlx.cli.furnish import Flags, furnish, persona_option
 from phimlx.cli.options import (
     MULTIMODAL,
     adapters_option,
+    batch_size_option,
     cache_option,
     check_files,
     dtype_option,
@@ -103,14 +104,7 @@ if TYPE_CHECKING:
     type=click.Path(path_type=Path),
     help="Write the replies to --prompts to this file, one a line.",
 )
-@click.option(
-    "--batch-size",
-    metavar="N",
-    type=click.IntRange(min=1),
-    default=8,
-    show_default=True,
-    help="Lines of --prompts that are answered together.",
-)
+@batch_size_option("Lines of --prompts that are answered together.")
 @limit_options()
 @json_option
 @click.option("--verbose", "-v", is_flag=True, help="Print token counts and speed to stderr.")

@@ -115,6 +115,19 @@ tools_option = click.option(
     help="Functions that the model may call: a JSON list of their definitions.",
 )
 
+
+def batch_size_option(text: str) -> Callable[[AnyCallable], AnyCallable]:
+    """Add --batch-size; `text` says what of."""
+    return click.option(
+        "--batch-size",
+        metavar="N",
+        type=click.IntRange(min=1),
+        default=8,
+        show_default=True,
+        help=text,
+    )
+
+
 prompt_form_option = click.option(
     "--prompt-form",
     metavar="NAME",
