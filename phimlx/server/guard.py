@@ -29,8 +29,6 @@ OPEN_PATHS = ("/", "/health", "/ui/session")
 OPEN_FOLDER = "/ui/page/"  # what a browser loads before a person can give the key
 _HOST = re.compile(r"(\[[0-9a-f:.]+\]|[a-z0-9._-]+)(?::\d{1,5})?", re.IGNORECASE)
 
-ErrorShape = Callable[[RequestError], dict[str, Any]]
-
 
 def is_loopback(host: str) -> bool:
     """Whether a name means this machine alone."""

@@ -39,7 +39,6 @@ from phimlx.transcription import (
 
 AHEAD = 4  # pieces that are heard together
 MAX_FIELDS = 32
-FILE_FIELDS = {"file"}
 MEDIA_TYPES = {"text": "text/plain", "srt": "application/x-subrip", "vtt": "text/vtt"}
 WRITERS = {"text": "txt", "srt": "srt", "vtt": "vtt"}
 
@@ -192,7 +191,7 @@ def _fields(form: FormData) -> dict[str, Any]:
     """Make an object of a form, names that end in [] as lists, without the recording."""
     found: dict[str, Any] = {}
     for name, value in form.multi_items():
-        if name in FILE_FIELDS:
+        if name == "file":
             continue
         if name.endswith("[]"):
             found.setdefault(name.removesuffix("[]"), []).append(value)
