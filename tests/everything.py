@@ -6,7 +6,9 @@ import os
 
 import pytest
 
+EVERYTHING = bool(os.environ.get("PHIMLX_TEST_EVERYTHING"))
+
 everything = pytest.mark.skipif(
-    not os.environ.get("PHIMLX_TEST_EVERYTHING"),
+    not EVERYTHING,
     reason="takes minutes: set PHIMLX_TEST_EVERYTHING",
 )

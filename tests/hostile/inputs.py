@@ -25,6 +25,7 @@ from phimlx.terminal.conversation import Conversation
 from tests.convert.test_fuse import SETTINGS, adapter_for
 from tests.convert.test_hostile import FILE_NAMES, HEADERS
 from tests.convert.tiny import write_safetensors
+from tests.everything import EVERYTHING
 from tests.hostile.values import NUMBERS, OTHERS, VALUES, put, twice
 from tests.training.folder import write_rows, write_tiny
 
@@ -682,6 +683,16 @@ def spoiled(data: Callable[[], bytes], at: float, change: str) -> Callable[[], b
     return changed
 
 
+def conversations(count: int) -> str:
+    """A row of so many turns in ShareGPT's form."""
+    said = [{"from": ("human", "gpt")[i % 2], "value": "a"} for i in range(count)]
+    return json.dumps({"conversations": said})
+
+
+# The mask of its loss takes the square of its turns: 10 to 20 s of CPU, by the machine.
+LONGEST = (
+    {"10,000 conversations": in_data(line(conversations(10_000)), "jsonl")} if EVERYTHING else {}
+)
 PARQUET = parquet(lambda pa: {"prompt": ["a"] * 3, "completion": ["b"] * 3})
 add("jsonl", {
     **{f"{key} {name}": in_data(line(in_message(key, value)), "jsonl")
@@ -692,10 +703,8 @@ add("jsonl", {
        for name, value in OTHERS.items()},
     **{f"row {name}": in_data(line(value), "jsonl") for name, value in VALUES.items()},
     "10,000 messages": in_data(line(turns(10_000)), "jsonl"),
-    "4,000 turns": in_data(
-        line(json.dumps({"conversations": [
-            {"from": ("human", "gpt")[i % 2], "value": "a"} for i in range(4_000)
-        ]})), "jsonl"),
+    "4,000 turns": in_data(line(conversations(4_000)), "jsonl"),
+    **LONGEST,
     "faults of 1 kB": in_data(
         lambda: b"".join(b'{"%s": %d}\n' % (b"x" * 1000, i) for i in range(100)), "jsonl"),
     "keys of 1 kB": in_data(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator
 from typing import Any
 
@@ -14,6 +13,7 @@ from phimlx.server.http import MAX_TEXT, Body
 from phimlx.server.openai.chat import ChatBody
 from phimlx.server.openai.completions import CompletionBody
 from phimlx.server.openai.response_body import ResponseBody
+from tests.everything import EVERYTHING
 from tests.server.running import Running
 
 CHAT, COMPLETIONS, RESPONSES = "/v1/chat/completions", "/v1/completions", "/v1/responses"
@@ -387,7 +387,6 @@ VALUES: tuple[Any, ...] = (
     [{"role": "user", "content": [{"type": "text", "text": "\ud800"}]}],
 )
 STEP = 4  # one value of so many is tried for a field, not the same ones for its neighbour
-EVERYTHING = bool(os.environ.get("PHIMLX_TEST_EVERYTHING"))
 FIELDS = [
     (path, name) for path, body in BODIES.items() for name in (*body.model_fields, *body.refused)
 ]
