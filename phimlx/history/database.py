@@ -6,7 +6,6 @@ and others read while one writes.
 
 from __future__ import annotations
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -80,8 +79,9 @@ def open_database(path: Path) -> sqlite3.Connection:
     """
     with translate_write_errors(path, HistoryError):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
-        # Its log and the log's index get the same mode from SQLite.
-        os.close(os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600))
+        # Its log and the log's index get the same mode from SQLite. A file that is there is not
+        # opened here: closing it would end the locks that other connections of this process hold.
+        path.touch(0o600)
         path.chmod(0o600)
     with translate_errors(path):
         database = sqlite3.connect(

@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import sqlite3
 import stat
+import subprocess
+import sys
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -315,6 +317,16 @@ def test_a_folder_in_the_way_is_told(tmp_path: Path) -> None:
     with pytest.raises(HistoryError) as caught:
         History(path)
     assert str(caught.value) == f"{path} cannot be written: {tmp_path / 'file'} is not a folder."
+
+
+def test_a_process_that_comes_and_goes_ends_no_lock_of_this_one(history: History) -> None:
+    read = "import sqlite3, sys; sqlite3.connect(sys.argv[1]).execute('SELECT * FROM messages')"
+    history.append(history.create(HEAD), USER)
+    with History(history.path) as second:  # as a chat page has one for each request
+        subprocess.run([sys.executable, "-c", read, str(history.path)], check=True)
+        second.append(second.create(HEAD), USER)
+    with History(history.path) as third:
+        assert len(third.conversations()) == 2
 
 
 def test_another_process_that_writes_too_long_is_told(
