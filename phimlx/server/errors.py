@@ -58,6 +58,11 @@ def bad_request(message: str, param: str | None = None, code: str | None = None)
     return RequestError(400, message, param, code)
 
 
+def shutting_down() -> RequestError:
+    """Make the error of a server that stops."""
+    return RequestError(503, "The server is about to stop.", code="shutting_down")
+
+
 def overloaded(message: str, seconds: int) -> RequestError:
     """Make the error of a server that has too much to do."""
     return RequestError(

@@ -19,6 +19,7 @@ from phimlx.server.settings import ServerSettings
 
 ANYWHERE = {"0.0.0.0": "127.0.0.1", "::": "::1"}  # and where that is reached from here
 IDLE_SECONDS = 75
+LAST_SECONDS = 1.0  # for streams to say why they end, when the worker has stopped
 CONNECTIONS = 200  # at once; macOS gives a process 256 descriptors unless asked for more
 
 
@@ -143,11 +144,13 @@ def serve(
     """
 
     async def run() -> None:
+        server = Server(app, settings)
         async with app.started():
             on_start()
-            server = Server(app, settings)
             await server.serve(sockets=[opened])
             if not server.force_exit:
                 await app.service.models.save_prefixes()
+        if tasks := server.server_state.tasks:
+            await asyncio.wait(tasks, timeout=LAST_SECONDS)
 
     asyncio.run(run())

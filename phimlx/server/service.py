@@ -20,7 +20,7 @@ from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.reply import Chunk, Reply
 from phimlx.generation.request import Request
 from phimlx.media.limits import Limits
-from phimlx.server.errors import RequestError, bad_request, explain, overloaded
+from phimlx.server.errors import RequestError, bad_request, explain, overloaded, shutting_down
 from phimlx.server.kept import Kept
 from phimlx.server.metrics import Metrics
 from phimlx.server.models import Loaded, Models
@@ -269,7 +269,7 @@ class Service:
 
     def _admit(self, count: int) -> None:
         if self.draining:
-            raise RequestError(503, "The server is about to stop.", code="shutting_down")
+            raise shutting_down()
         if self.running + count > self.settings.batch_size + self.settings.queue:
             raise overloaded("Too many requests wait here; try again later.", RETRY_SECONDS)
 

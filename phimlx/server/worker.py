@@ -18,6 +18,7 @@ from typing import TypeVar
 from phimlx.generation.engine import Engine
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
+from phimlx.server.errors import shutting_down
 
 STOP_SECONDS = 10.0  # for a step to end when the thread is to stop
 
@@ -136,7 +137,7 @@ class Worker:
                 log.exception("the worker failed and goes on")
                 self.restarts += 1
                 self._fail(list(self._active), error)
-        self._fail(list(self._active), asyncio.CancelledError())
+        self._fail(list(self._active), shutting_down())
 
     def _work(self) -> None:
         while not self._stopping:
