@@ -91,6 +91,7 @@ class Batch:
         """Take the rows of another batch below these."""
         self._kv.join(other._kv)
         self._drawn = mx.concatenate([self._drawn, other._drawn])
+        mx.async_eval(self._drawn)  # now, since it is read before the pass that comes next
         self._logprobs = self._logprobs + other._logprobs
         self.requests = self.requests + other.requests
         self._lookup = None

@@ -29,6 +29,7 @@ class Prompts:
 
     Attributes:
         requests: whose they are.
+        shared: whether others wait for each piece to end, so that pieces are to be shorter.
         kv: keys and values so far; None before the first piece.
         left: tokens that are still to be computed, of the row that has most.
     """
@@ -39,6 +40,7 @@ class Prompts:
         self.requests = list(requests)
         self.kv: Cache | None = None
         self.left = max(len(request.tokens) for request in requests)
+        self.shared = False
         self._model = model
         self._encoded = encoded
         self._rows: list[tuple[Cache, Prefix, PlacedMedia]] = []  # once they have begun
@@ -158,7 +160,15 @@ class Prompts:
         ids, mask = _padded([request.tokens[prefix.computed :] for request, prefix in pairs])
         scored = any(map(_wants_scores, requests))
         outputs = None if scored else 1
-        pieces = prefill(model, ids, kv, attention_mask=mask, features=features, outputs=outputs)
+        pieces = prefill(
+            model,
+            ids,
+            kv,
+            attention_mask=mask,
+            features=features,
+            outputs=outputs,
+            shared=lambda: self.shared,
+        )
         for hidden in pieces:
             self.left = ids.shape[1] - (kv.length - before)
             if scored:

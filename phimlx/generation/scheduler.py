@@ -130,6 +130,7 @@ class Scheduler:
         self.settle()
         self._admit()
         self._prefill()
+        self._join()
         chunks = []
         if self._rows is not None:
             self._rows.may_draft = not self._prompts and not self._joining
@@ -142,13 +143,17 @@ class Scheduler:
             self._prompts = self._rows.crossed + self._prompts
             self._rows.crossed = []
         self.settle()
+        self._join()
+        return chunks
+
+    def _join(self) -> None:
+        """Let rows whose prompts are done be decoded with the others, where that is possible."""
         while self._joining and (self._rows is None or self._rows.can_be_joined):
             batch = self._joining.pop(0)
             if self._rows is None:
                 self._rows = batch
             else:
                 self._rows.join(batch)
-        return chunks
 
     def cancel_all(self) -> None:
         """End every request; nothing of them is kept."""
@@ -228,6 +233,7 @@ class Scheduler:
             for other in prompts.gather(others):
                 self._prompts.remove(other)
             self._make_room()
+            prompts.shared = self._rows is not None or len(self._prompts) > 1
             hidden = prompts.step()
             if hidden is None:
                 return

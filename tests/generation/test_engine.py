@@ -161,13 +161,13 @@ def test_requests_are_stepped_together(model: CausalLM) -> None:
 
 
 def test_nobody_waits_for_another_prompt(model: CausalLM, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(prefill, "prefill_tokens", lambda: 8)
+    monkeypatch.setattr(prefill, "prefill_tokens", lambda: 8 * prefill.SHARES)
     engine = Engine(model)
     first, second = request_of(prompt_of(6), 30), request_of(prompt_of(60), 3)
     engine.add(first)
     engine.step()
     engine.add(second)
-    for _ in range(8):  # the pieces of the second prompt
+    for _ in range(7):  # the pieces of the second prompt, the last of which gives a token
         assert [request for request, _ in engine.step()] == [first]
     assert {request for request, _ in engine.step()} == {first, second}
     while not (first.finished and second.finished):
@@ -190,7 +190,7 @@ def test_a_request_that_is_cancelled_leaves_the_others(model: CausalLM) -> None:
     assert third.reply.tokens == plain(model, third.prompt, 12)
     for request in (first, second):
         assert request.reply.finish_reason == "cancelled"
-        assert request.reply.tokens == plain(model, request.prompt, 12)[:3]
+        assert request.reply.tokens == plain(model, request.prompt, 12)[:4]
 
 
 @pytest.mark.parametrize("before", [0, 1, 2])

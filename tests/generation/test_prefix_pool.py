@@ -49,6 +49,7 @@ def phi_4() -> CausalLM:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (prefill, prompts):
         monkeypatch.setattr(module, "prefill_tokens", lambda: 16)
+    monkeypatch.setattr(prefill, "SHARES", 1)
     monkeypatch.setattr(prefix_pool, "LEAST", 2)
 
 

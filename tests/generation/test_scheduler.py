@@ -37,6 +37,7 @@ def model(request: pytest.FixtureRequest) -> CausalLM:
 def small_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
     for module in (prefill, prompts):
         monkeypatch.setattr(module, "prefill_tokens", lambda: 16)
+    monkeypatch.setattr(prefill, "SHARES", 1)
 
 
 def any_request(rng: random.Random) -> Request:
@@ -88,14 +89,14 @@ def test_requests_join_and_leave_at_any_step(model: CausalLM, seed: int, max_row
 
 def test_memory_is_free_at_once_when_a_long_row_goes(model: CausalLM) -> None:
     engine = Engine(model)
-    long, short = (Request([9] * n, Sampler(Sampling(), 0), 90) for n in (700, 5))
+    long, short = (Request([9] * n, Sampler(Sampling(), 0), 90) for n in (150, 5))
     engine.add(long)
     engine.add(short)
     for _ in range(60):
         engine.step()
     rows = engine._scheduler._rows
     assert rows is not None
-    assert [rows._kv.row_lengths[1] > 700, len(rows.requests)] == [True, 2]
+    assert [rows._kv.row_lengths[1] > 150, len(rows.requests)] == [True, 2]
     engine.cancel(long)
     assert rows._kv.length < 64
     assert rows._kv.valid is None
@@ -136,6 +137,29 @@ def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_ever(model: Causa
         assert request.reply.tokens == alone(model, request)
 
 
+def test_pieces_are_short_while_others_wait(
+    model: CausalLM, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(prefill, "SHARES", 4)
+    engine = Engine(model, prefix_memory=0)
+    computed: list[int] = []
+    first = Request([9] * 40, Sampler(Sampling(), 0), 40)
+    first.on_prefill = lambda done, total: computed.append(done)
+    engine.add(first)
+    engine.step()
+    assert computed == [16]
+    other = Request([8] * 6, Sampler(Sampling(), 0), 4)
+    engine.add(other)
+    while not other.finished:
+        engine.step()
+    assert computed[:3] == [16, 20, 24]
+    while engine.busy:
+        engine.step()
+    assert computed[-2:] == [32, 40]  # alone again, and the rest in one
+    for request in (first, other):
+        assert request.reply.tokens == alone(model, request)
+
+
 def test_rows_are_decoded_at_every_step_while_others_are_read_or_read_again() -> None:
     """A row that crosses the LongRoPE step is computed again in pieces, as a prompt is."""
     model = load_model(Checkpoint(MODELS / "mini-step-32"), mx.float32)
@@ -146,9 +170,9 @@ def test_rows_are_decoded_at_every_step_while_others_are_read_or_read_again() ->
     while not crossing.finished:
         chunks = engine.step()
         came.append(tuple(sum(who is each for who, _ in chunks) for each in (crossing, steady)))
-    # Three tokens, then three pieces of 33 tokens, the last of which begins to be decoded.
+    # Three tokens, then three pieces of 33 tokens, the last of which gives a token, too.
     first = came.index((1, 1))
-    assert came[first : first + 8] == [(1, 1)] * 3 + [(0, 1)] * 3 + [(1, 1)] * 2
+    assert came[first : first + 8] == [(1, 1)] * 3 + [(0, 1)] * 2 + [(1, 1)] * 3
     while engine.busy:
         engine.step()
     assert crossing.reply.stats.cached_tokens == 0
