@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from phimlx.errors import PhimlxError
     from phimlx.generation.reply import Chunk, Reply, Stats
     from phimlx.generation.stream import Stream
+    from phimlx.tools.chat import ChatResult
 
 __version__ = "0.1.0"
 
@@ -21,6 +22,7 @@ __version__ = "0.1.0"
 _HOMES = {
     "load": "phimlx.api",
     "Phi": "phimlx.api",
+    "ChatResult": "phimlx.tools.chat",
     "Chunk": "phimlx.generation.reply",
     "Reply": "phimlx.generation.reply",
     "Stats": "phimlx.generation.reply",
@@ -28,7 +30,7 @@ _HOMES = {
     "PhimlxError": "phimlx.errors",
 }
 
-__all__ = ["Chunk", "Phi", "PhimlxError", "Reply", "Stats", "Stream", "load"]
+__all__ = ["ChatResult", "Chunk", "Phi", "PhimlxError", "Reply", "Stats", "Stream", "load"]
 
 
 def __getattr__(name: str) -> Any:

@@ -40,6 +40,7 @@ from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import DEFAULT
 from phimlx.preferences.file import read_alias
+from phimlx.tools.chat import Chats
 
 if TYPE_CHECKING:
     from phimlx.generation.prefix_file import Source
@@ -83,7 +84,7 @@ def load(
     return Phi(resolve(source), dtype, adapter, rope_scaling)
 
 
-class Phi:
+class Phi(Chats):
     """A model with its tokenizer and chat template.
 
     Attributes:

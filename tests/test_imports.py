@@ -24,7 +24,7 @@ RANKS = (
     ("training", "convert"),
     ("api", "remote"),
     ("extraction",),
-    ("adapters", "transcription", "prompt_file"),
+    ("adapters", "transcription", "prompt_file", "tools"),
     ("hub", "generation", "history"),
     ("preferences",),
     ("checkpoint", "media", "prompt"),

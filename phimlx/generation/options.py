@@ -16,6 +16,7 @@ from phimlx.prompt.reasoning import AUTO, MODES
 
 if TYPE_CHECKING:
     from phimlx.generation.prompt_cache import PromptCache
+    from phimlx.prompt.tools import Tools
 
 SEEDS = 2**64  # how many there are
 
@@ -28,7 +29,7 @@ class PromptOptions(MediaInputs):
     """Options for making a prompt into tokens.
 
     Attributes:
-        tools: function definitions that the model may call.
+        tools: what the model may call: Python functions, and definitions in OpenAI's form.
         raw: take a text as it is, without template, its control tokens recognised.
         continue_final_message: the last message, which is the assistant's, is the beginning of the
             reply: its turn stays open, and the reply's text is what follows.
@@ -36,7 +37,7 @@ class PromptOptions(MediaInputs):
             it open; "auto" leaves it to the model.
     """
 
-    tools: Sequence[Mapping[str, Any]] | None = None
+    tools: Tools | None = None
     raw: bool = False
     continue_final_message: bool = False
     reasoning: str = AUTO

@@ -25,7 +25,7 @@ from phimlx.prompt.published_templates import (
 from phimlx.prompt.rendering import EncodedConversation, Rendering
 from phimlx.prompt.sandbox.escape import ControlTokenEscaper
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
-from phimlx.prompt.tools import calls_json, read_tools, tools_json, wrapped_calls
+from phimlx.prompt.tools import Tools, calls_json, read_tools, tools_json, wrapped_calls
 
 if TYPE_CHECKING:
     from phimlx.prompt.sandbox.environment import Template
@@ -149,7 +149,7 @@ class ChatTemplate:
     def encode(
         self,
         messages: Sequence[Mapping[str, Any] | Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         add_generation_prompt: bool = True,
         continue_final_message: bool = False,
         opening: str = "",
@@ -177,7 +177,7 @@ class ChatTemplate:
     def render(
         self,
         messages: Sequence[Mapping[str, Any] | Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
         add_generation_prompt: bool = True,
     ) -> str:
         """Text of the conversation, for a person to read: `encode` gives what the model reads.
@@ -202,7 +202,7 @@ class ChatTemplate:
     def encode_conversation(
         self,
         messages: Sequence[Mapping[str, Any] | Message],
-        tools: Sequence[Mapping[str, Any]] | None = None,
+        tools: Tools | None = None,
     ) -> EncodedConversation:
         """Encode a conversation up to its end, in which the prompts of its replies can be found.
 
@@ -218,7 +218,7 @@ class ChatTemplate:
     def _prepare(
         self,
         messages: Sequence[Mapping[str, Any] | Message],
-        tools: Sequence[Mapping[str, Any]] | None,
+        tools: Tools | None,
     ) -> Rendering:
         """Check a conversation and mark its strings."""
         conversation = read_messages(messages)

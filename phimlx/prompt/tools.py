@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from phimlx.errors import PromptError, shortened
 from phimlx.files import read_json_value
+from phimlx.prompt.functions import Function
+
+Tools = Sequence[Mapping[str, Any] | Callable[..., Any]]
+"""Definitions of functions in OpenAI's form, and Python functions."""
 
 EXAMPLE = 'A tool is {"name": …, "description": …, "parameters": {JSON schema}}.'
 
@@ -26,10 +30,11 @@ class ToolCall:
         return {"name": self.name, "arguments": self.arguments}
 
 
-def read_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
+def read_tools(tools: Tools) -> list[dict[str, Any]]:
     """Read the function objects of `tools`: name, description, parameters.
 
-    Takes them bare or as OpenAI wraps them, `{"type": "function", "function": {…}}`.
+    Takes them bare or as OpenAI wraps them, `{"type": "function", "function": {…}}`, and makes them
+    of Python functions.
     Raises PromptError, naming the tool, where one is not what a model can be told about.
     """
     if isinstance(tools, str | bytes | Mapping) or not isinstance(tools, Sequence):
@@ -47,6 +52,8 @@ def read_tools(tools: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def _read_tool(place: str, tool: Any) -> dict[str, Any]:
+    if callable(tool):
+        tool = Function(tool).definition
     if isinstance(tool, Mapping) and "function" in tool:
         if tool.get("type", "function") != "function":
             raise PromptError(

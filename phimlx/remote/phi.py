@@ -15,6 +15,7 @@ from phimlx.generation.stream import ChunkStream
 from phimlx.prompt.tools import ToolCall, read_calls
 from phimlx.remote.body import chat_body
 from phimlx.remote.client import LOADING_SECONDS, Client
+from phimlx.tools.chat import Chats
 
 REASONS = ("stop", "length", "tool_calls")
 MOST_CALLS = 1024
@@ -76,7 +77,7 @@ def loaded_models(client: Client, seconds: float = LOADING_SECONDS) -> list[Abou
     return [About.read(value, client) for value in found]
 
 
-class RemotePhi:
+class RemotePhi(Chats):
     """A model that a server holds. What it answers is what the same model loaded here answers.
 
     Its server keeps the beginnings of prompts, so that there is no cache to hold here.

@@ -212,3 +212,23 @@ def test_what_the_server_refuses(remote: RemotePhi, server: Running) -> None:
         RemotePhi.connect(Client(server.url), "nemo")
     with pytest.raises(RemoteError, match="cannot be reached"):
         Client("http://127.0.0.1:1").ask("/health")
+
+
+def test_a_chat_runs_functions_here(remote: RemotePhi, say: Say) -> None:
+    def weather(town: str) -> str:
+        """Weather of a town."""
+        say("It shines.")
+        return f"sun in {town}"
+
+    say(CALLS)
+    result = remote.chat("Is it warm?", [weather], tool_choice="weather")
+    assert result.messages == [
+        {"role": "user", "content": "Is it warm?"},
+        {
+            "role": "assistant",
+            "content": "",
+            "tool_calls": [{"name": "weather", "arguments": {"town": "Zürich"}}],
+        },
+        {"role": "tool", "name": "weather", "content": "sun in Zürich"},
+        {"role": "assistant", "content": "It shines."},
+    ]

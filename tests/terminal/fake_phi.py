@@ -15,6 +15,7 @@ from phimlx.errors import PhimlxError
 from phimlx.generation.reply import Chunk, Reply
 from phimlx.generation.sampler import Sampling
 from phimlx.prompt.tools import ToolCall
+from phimlx.tools.chat import Chats
 
 PAUSE = "<pause>"
 """In a script: wait there until a signal comes, as a model that takes its time."""
@@ -99,7 +100,7 @@ def _wakeup() -> int:
     return readable
 
 
-class FakePhi:
+class FakePhi(Chats):
     """Plays its scripts one after the other and remembers what it was asked."""
 
     name = "fake"
@@ -132,7 +133,7 @@ class FakePhi:
         return [0] * 5 * len(prompt)
 
     def stream(self, prompt: Any, **options: Any) -> FakeStream:
-        del options["on_prefill"]
+        options.pop("on_prefill", None)
         self.prompts.append(prompt)
         self.options.append(options)
         script = self._scripts.pop(0)
