@@ -9,10 +9,10 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import PromptError
+from phimlx.media.cues import Cue
 from phimlx.media.limits import Limits
 from phimlx.media.log_mel import frame_count, token_count
 from phimlx.media.segments import split_audio
-from phimlx.media.subtitles import Cue
 from phimlx.prompt.media_parts import no_media
 
 if TYPE_CHECKING:
@@ -91,7 +91,7 @@ def transcribe(
     *,
     prompt: str | None = None,
     translate_to: str | None = None,
-    max_seconds: float = SEGMENT_SECONDS,
+    segment_seconds: float = SEGMENT_SECONDS,
     limits: Limits | None = None,
     kv_bits: int | None = None,
     on_open: Callable[[float | None], None] | None = None,
@@ -105,7 +105,7 @@ def transcribe(
         prompt: what to ask about each segment; to transcribe it where None.
         translate_to: the language of the text, such as "French", where it is not that of the
             speech.
-        max_seconds: the longest segment, from 1 to 40.
+        segment_seconds: the longest segment, from 1 to 40.
         limits: how large the source may be; of any length where None.
         kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
         on_open: called with the recording's length in seconds, None where it does not say.
@@ -120,7 +120,7 @@ def transcribe(
         raise no_media(phi.name, phi.takes_media)
     limits = limits or Limits(max_seconds=math.inf)
     cache = phi.new_cache(kv_bits)
-    return _segments(phi, split_audio(source, limits, max_seconds, on_open), asked, cache)
+    return _segments(phi, split_audio(source, limits, segment_seconds, on_open), asked, cache)
 
 
 def _segments(
@@ -149,7 +149,18 @@ def listening(phi: SpeechModel, segment: Segment, question_tokens: int) -> dict[
 
 def understood(segment: Segment, reply: Reply) -> TranscriptSegment:
     """An answer that has ended, with its times."""
-    return TranscriptSegment(segment.start, segment.end, reply.text.strip(), reply.finish_reason)
+    return _heard(segment, reply.text, reply.finish_reason)
+
+
+def _heard(segment: Segment, text: str, finish_reason: str) -> TranscriptSegment:
+    return TranscriptSegment(
+        segment.start,
+        segment.end,
+        text.strip(),
+        finish_reason,
+        spoken=segment.spoken,
+        quiet_until=segment.quiet_until,
+    )
 
 
 def cut_loop(phi: SpeechModel, segment: Segment, reply: Reply) -> TranscriptSegment | None:
@@ -159,7 +170,7 @@ def cut_loop(phi: SpeechModel, segment: Segment, reply: Reply) -> TranscriptSegm
         return None
     control = phi.tokenizer.control_tokens.values()
     text = phi.tokenizer.decode(reply.tokens[:-repeated], skip=set(control))
-    return TranscriptSegment(segment.start, segment.end, text.strip(), "loop")
+    return _heard(segment, text, "loop")
 
 
 def looping(tokens: Sequence[int]) -> int:

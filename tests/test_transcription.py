@@ -44,8 +44,8 @@ def test_a_recording_is_asked_about_piece_by_piece(
     phi: phimlx.Phi, asked: list[dict[str, Any]]
 ) -> None:
     source = (recording(), 16_000)
-    pieces = list(phi.transcribe(source, max_seconds=4))
-    expected = list(split_audio(source, max_seconds=4))
+    pieces = list(phi.transcribe(source, segment_seconds=4))
+    expected = list(split_audio(source, segment_seconds=4))
     assert [(p.start, p.end) for p in pieces] == [(s.start, s.end) for s in expected]
     assert len(pieces) == 2
     for call, segment in zip(asked, expected, strict=True):
@@ -64,7 +64,7 @@ def test_a_recording_is_asked_about_piece_by_piece(
 
 def test_pieces_come_as_they_are_understood(phi: phimlx.Phi, asked: list[dict[str, Any]]) -> None:
     file = sound_file(np.tile(recording(), 4), 16_000)
-    pieces = phi.transcribe(file, max_seconds=4)
+    pieces = phi.transcribe(file, segment_seconds=4)
     next(pieces)
     assert len(asked) == 1
     next(pieces)
@@ -162,7 +162,7 @@ def test_what_cannot_be_transcribed(phi: phimlx.Phi) -> None:
     refused: list[tuple[dict[str, Any], type[PhimlxError], str]] = [
         ({"source": "none.wav"}, MediaError, "There is no file none.wav."),
         (
-            {"source": (noise(1.0), 16_000), "max_seconds": 50},
+            {"source": (noise(1.0), 16_000), "segment_seconds": 50},
             MediaError,
             "Pieces of 50 s cannot be transcribed.",
         ),

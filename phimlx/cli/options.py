@@ -181,13 +181,20 @@ def media_options(command: AnyCallable) -> AnyCallable:
     return command
 
 
-def limit_options(*names: str) -> Callable[[AnyCallable], AnyCallable]:
-    """Add the flags that raise limits on media, all of them where none is named."""
+def limit_options(
+    *names: str, usual: Mapping[str, str] | None = None
+) -> Callable[[AnyCallable], AnyCallable]:
+    """Add the flags that raise limits on media, all of them where none is named.
+
+    Args:
+        usual: what to call a default that is not that of `Limits`.
+    """
 
     def add(command: AnyCallable) -> AnyCallable:
         for name in reversed(names or tuple(LIMITS)):
             kind, metavar, text = LIMITS[name]
-            text += f"  [default: {getattr(Limits(), name):,.0f}]"
+            default = (usual or {}).get(name) or f"{getattr(Limits(), name):,.0f}"
+            text += f"  [default: {default}]"
             flag = f"--{name.replace('_', '-')}"
             command = click.option(flag, name, metavar=metavar, type=kind, help=text)(command)
         return command

@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-import sys
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -25,57 +23,13 @@ from phimlx.cli.options import (
     pop_limits,
 )
 from phimlx.errors import PhimlxError
-from phimlx.files import translate_write_errors, write_file
-from phimlx.media.subtitles import FORMATS, Cue, TranscriptFormat
+from phimlx.media.subtitles import FORMATS
 from phimlx.preferences.sampling import FiniteRange
-from phimlx.terminal.output import Output, printable
+from phimlx.terminal.output import Output
+from phimlx.terminal.transcripts import STDIN, Transcript, TranscriptWriter
 
 if TYPE_CHECKING:
     from phimlx.transcription import TranscriptSegment
-
-STDIN = "-"
-REMARKS = {
-    "length": "was cut for its length: it may be incomplete.",
-    "loop": "repeated itself: what came after the first time is left out.",
-}
-
-
-@dataclass
-class Transcript:
-    """Transcript of one file, as far as it has come."""
-
-    name: str
-    target: Path | None
-    pieces: list[TranscriptSegment] = field(default_factory=list)
-    error: str | None = None
-    complete: bool = False
-
-    @property
-    def label(self) -> str:
-        """Return the name as people know it."""
-        return "stdin" if self.name == STDIN else self.name
-
-    @property
-    def source(self) -> Any:
-        return sys.stdin.buffer if self.name == STDIN else self.name
-
-    def as_object(self) -> dict[str, Any]:
-        """Make the object that `--json` prints."""
-        return {
-            "file": self.name,
-            "text": " ".join(piece.text for piece in self.pieces if piece.text),
-            "segments": [
-                {
-                    "start": round(piece.start, 3),
-                    "end": round(piece.end, 3),
-                    "text": piece.text,
-                    "finish_reason": piece.finish_reason,
-                }
-                for piece in self.pieces
-            ],
-            "complete": self.complete,
-            "error": self.error,
-        }
 
 
 @click.command()
@@ -101,8 +55,7 @@ class Transcript:
     help="Plain text, subtitles, or times and texts as JSON  [default: as --output ends, else txt]",
 )
 @click.option(
-    "--max-seconds",
-    "piece_seconds",
+    "--segment-seconds",
     metavar="S",
     type=FiniteRange(1, 40),
     default=30.0,
@@ -123,7 +76,7 @@ class Transcript:
     help="Write a file for each recording into this folder, named as the recording is.",
 )
 @click.option("--overwrite", is_flag=True, help="Replace files that are there already.")
-@limit_options("max_bytes", "max_download")
+@limit_options("max_seconds", "max_bytes", "max_download", usual={"max_seconds": "any"})
 @json_option
 def command(
     files: tuple[str, ...],
@@ -133,7 +86,7 @@ def command(
     translate_to: str | None,
     prompt: str | None,
     format_name: str | None,
-    piece_seconds: float,
+    segment_seconds: float,
     output: Path | None,
     output_dir: Path | None,
     overwrite: bool,
@@ -142,12 +95,13 @@ def command(
 ) -> None:
     """Write down what is said in each FILE: a path, an https URL, or - for stdin.
 
-    A recording may be of any length: it is cut at silences into pieces that the model hears one
-    by one, and each piece is printed as soon as it is understood. Ctrl-C keeps what has come. A
-    file that cannot be read does not stop the others; the exit code is 1 in the end.
+    A recording may be of any length, and a video too: its sound is cut at silences into pieces that
+    the model hears one by one, and each is printed as soon as it is understood. Ctrl-C keeps what
+    has come. A file that cannot be read does not stop the others; the exit code is 1 in the end.
 
     \b
       phimlx transcribe interview.mp3 -o interview.srt
+      phimlx transcribe movie.mp4 --format vtt -o movie.vtt
       phimlx transcribe *.wav --output-dir transcripts
       phimlx transcribe speech.flac --translate-to French
     """
@@ -162,7 +116,7 @@ def command(
     options = {
         "prompt": prompt,
         "translate_to": translate_to,
-        "max_seconds": piece_seconds,
+        "segment_seconds": segment_seconds,
         "kv_bits": kv_bits,
     }
     for transcript in transcripts:
@@ -182,10 +136,10 @@ def command(
                 screen.text(f"{gap}==> {transcript.label} <==")
             with (
                 _reporting_errors(transcript, screen),
-                _opened_transcript(transcript, FORMATS[format_name], screen),
+                TranscriptWriter(transcript, FORMATS[format_name], screen) as writer,
             ):
                 listen = partial(phi.transcribe, transcript.source, limits=limits, **options)
-                _transcribe(listen, transcript, FORMATS[format_name], screen)
+                _transcribe(listen, transcript, writer, screen)
     finally:
         screen.json({"model": model, "files": [each.as_object() for each in transcripts]})
     if any(transcript.error for transcript in transcripts):
@@ -261,57 +215,22 @@ def _reporting_errors(transcript: Transcript, output: Output) -> Iterator[None]:
         output.error(PhimlxError(transcript.error, error.hint))
 
 
-@contextlib.contextmanager
-def _opened_transcript(
-    transcript: Transcript, format: TranscriptFormat, output: Output
-) -> Iterator[None]:
-    """Open the transcript and, however the block ends, close it with what has come."""
-    if transcript.target is None:
-        output.write(format.head)
-    try:
-        yield
-    finally:
-        if transcript.target is None:
-            output.write(format.tail)
-        elif transcript.pieces or transcript.complete:
-            text = format.write([_cue(piece) for piece in transcript.pieces])
-            try:
-                with translate_write_errors(transcript.target, PhimlxError):
-                    write_file(transcript.target, text)
-            except PhimlxError:
-                output.write(text)  # it took long to make
-                raise
-            output.note(f"Wrote {transcript.target}.")
-
-
 def _transcribe(
     listen: Callable[..., Iterator[TranscriptSegment]],
     transcript: Transcript,
-    format: TranscriptFormat,
+    writer: TranscriptWriter,
     output: Output,
 ) -> None:
     """Let the pieces come, and show each."""
-    heard = number = 0
+    heard = 0
     with output.progress(None, f"Transcribing {transcript.label}", " s") as bar:
 
         def expect(seconds: float | None) -> None:
+            transcript.seconds = seconds
             bar.total = None if seconds is None else round(seconds)
 
         for piece in listen(on_open=expect):
-            transcript.pieces.append(piece)
-            with output.beside_bars():
-                cue = _cue(piece)
-                if cue.text.strip() and transcript.target is None:
-                    number += 1
-                    output.write(format.cue(number, cue))
-                if piece.finish_reason in REMARKS:
-                    place = f"{transcript.label}, from {piece.start:.1f} to {piece.end:.1f} s"
-                    output.warning(f"{place}: the text {REMARKS[piece.finish_reason]}")
+            writer.add(piece)
             bar.update(int(piece.end) - heard)
             heard = int(piece.end)
     transcript.complete = True
-
-
-def _cue(piece: TranscriptSegment) -> Cue:
-    """A piece without what a terminal would obey."""
-    return Cue(piece.start, piece.end, printable(piece.text))

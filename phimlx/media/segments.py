@@ -28,14 +28,38 @@ _QUIETER = 0.01
 _BACKGROUND = 4.0
 
 
+# A sound this short between two pauses is a click, not speech.
+_CLICK = 0.06
+
+Span = tuple[float, float]
+
+
 @dataclass(frozen=True)
 class Segment:
-    """One piece of a recording; `start` and `end` in seconds from its beginning."""
+    """One piece of a recording; `start` and `end` in seconds from its beginning.
+
+    `quiet_until` is the moment up to which nothing is heard behind it; `end` where None.
+    """
 
     start: float
     end: float
     samples: Samples
     rate: int
+    quiet_until: float | None = None
+
+    @property
+    def spoken(self) -> tuple[Span, ...]:
+        """Where somebody speaks, in seconds as `start` is: what lies between pauses."""
+        step = round(STEP * self.rate)
+        loudness = _loudness(self.samples, step)
+        pauses = _runs(loudness < _quiet_level(loudness), round(PAUSE / STEP))
+        edges = [0, *(edge for pause in pauses for edge in pause), len(loudness)]
+        spans = [pair for pair in zip(edges[::2], edges[1::2], strict=True) if pair[0] < pair[1]]
+        return tuple(
+            (self.start + STEP * first, min(self.start + STEP * last, self.end))
+            for first, last in spans
+            if (last - first) * STEP >= _CLICK
+        )
 
     @property
     def clip(self) -> AudioClip:
@@ -45,15 +69,15 @@ class Segment:
 def split_audio(
     source: AudioSource,
     limits: Limits | None = None,
-    max_seconds: float = TRAINED_SECONDS,
+    segment_seconds: float = TRAINED_SECONDS,
     on_open: Callable[[float | None], None] | None = None,
 ) -> Iterator[Segment]:
     """Cut a recording into pieces, each yielded as soon as it is read; MediaError as `open_audio`.
 
     Holds about one piece of decoded sound at a time, however long the recording.
 
-    A recording that fits into `max_seconds` stays whole. A longer one is cut in the middle of the
-    longest pause in the second half of what fits, or, where there is none there, in the first
+    A recording that fits into `segment_seconds` stays whole. A longer one is cut in the middle of
+    the longest pause in the second half of what fits, or, where there is none there, in the first
     half; where nobody pauses at all, at the quietest moment of the last quarter. Between pieces,
     silence of more than a second is left out, and pieces of nothing but silence are too: every
     moment that is louder than `SILENCE` is in a piece.
@@ -63,12 +87,12 @@ def split_audio(
     Args:
         on_open: called with the recording's length in seconds, None where it does not say.
     """
-    _check_seconds(max_seconds)
+    _check_seconds(segment_seconds)
     with open_audio(source, limits) as sound:
         if on_open is not None:
             on_open(sound.seconds)
         failures: list[MediaError] = []
-        yield from _pieces(_up_to_failure(sound.blocks, failures), sound.rate, max_seconds)
+        yield from _pieces(_up_to_failure(sound.blocks, failures), sound.rate, segment_seconds)
         if failures:
             raise failures[0]
 
@@ -81,17 +105,17 @@ def _up_to_failure(blocks: Iterable[Samples], failures: list[MediaError]) -> Ite
         failures.append(error)
 
 
-def _check_seconds(max_seconds: float) -> None:
-    if not SHORTEST_PIECE <= max_seconds <= TRAINED_SECONDS:
+def _check_seconds(segment_seconds: float) -> None:
+    if not SHORTEST_PIECE <= segment_seconds <= TRAINED_SECONDS:
         raise MediaError(
-            f"Pieces of {max_seconds:g} s cannot be transcribed.",
+            f"Pieces of {segment_seconds:g} s cannot be transcribed.",
             hint=f"Phi-4 was trained on {SHORTEST_PIECE:g} to {TRAINED_SECONDS:g} s.",
         )
 
 
-def _pieces(blocks: Iterable[Samples], rate: int, max_seconds: float) -> Iterator[Segment]:
+def _pieces(blocks: Iterable[Samples], rate: int, segment_seconds: float) -> Iterator[Segment]:
     step = round(STEP * rate)
-    longest = int(max_seconds * rate)
+    longest = int(segment_seconds * rate)
     # What follows the longest piece is looked at too, so that no scrap is left behind it.
     rest = int(SHORTEST_PIECE / 4 * rate)
     held = np.empty(0, np.float32)
@@ -162,4 +186,5 @@ def _trimmed(samples: Samples, start: int, rate: int) -> Iterator[Segment]:
     end = last + margin if len(samples) - last > skipped else len(samples)
     # A copy: a view would keep the whole of what was read alive.
     piece = samples[begin:end].copy()
-    yield Segment((start + begin) / rate, (start + end) / rate, piece, rate)
+    until = (start + len(samples)) / rate
+    yield Segment((start + begin) / rate, (start + end) / rate, piece, rate, until)

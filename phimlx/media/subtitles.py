@@ -3,30 +3,27 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
-
-@dataclass(frozen=True)
-class Cue:
-    """Words said from `start` to `end`, in seconds from the beginning."""
-
-    start: float
-    end: float
-    text: str
+from phimlx.media.cues import Cue, readable
 
 
 @dataclass(frozen=True)
 class TranscriptFormat:
-    """One format as a stream: what opens it, each cue with its number from 1, what closes it."""
+    """One format as a stream: what opens it, each cue with its number from 1, what closes it.
+
+    `split` makes the cues of what was understood at once.
+    """
 
     head: str
     cue: Callable[[int, Cue], str]
     tail: str = ""
+    split: Callable[[Cue], list[Cue]] = lambda cue: [cue] if cue.text.strip() else []
 
-    def write(self, cues: list[Cue]) -> str:
+    def write(self, cues: Iterable[Cue]) -> str:
         """Write the whole transcript; parts without text are left out, and not counted."""
-        spoken = [cue for cue in cues if cue.text.strip()]
+        spoken = [part for cue in cues for part in self.split(cue)]
         return self.head + "".join(map(self.cue, range(1, len(spoken) + 1), spoken)) + self.tail
 
 
@@ -68,7 +65,7 @@ def _clock(seconds: float, point: str) -> str:
 # Sources: the SubRip format as its players read it; WebVTT, W3C Candidate Recommendation, 4.
 FORMATS = {
     "txt": TranscriptFormat("", _txt),
-    "srt": TranscriptFormat("", _srt),
-    "vtt": TranscriptFormat("WEBVTT\n", _vtt),
+    "srt": TranscriptFormat("", _srt, split=readable),
+    "vtt": TranscriptFormat("WEBVTT\n", _vtt, split=readable),
     "json": TranscriptFormat('{"segments": [', _json, "\n]}\n"),
 }

@@ -20,8 +20,9 @@ from starlette.responses import JSONResponse, PlainTextResponse, Response
 from starlette.routing import Route
 
 from phimlx.generation.reply import Stats
+from phimlx.media.cues import Cue
 from phimlx.media.segments import Segment, split_audio
-from phimlx.media.subtitles import FORMATS, Cue
+from phimlx.media.subtitles import FORMATS
 from phimlx.prompt.media_parts import no_media
 from phimlx.server.errors import bad_request, explain
 from phimlx.server.http import Body, Streamed, event, validate

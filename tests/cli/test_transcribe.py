@@ -4,23 +4,32 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import soundfile  # type: ignore[import-untyped]
 from click.testing import CliRunner, Result
 
 from phimlx.cli.group import cli
 from phimlx.errors import MediaError
+from phimlx.hub.resolve import NANO_MULTIMODAL
+from phimlx.media.subtitles import FORMATS
 from phimlx.transcription import TranscriptSegment
+from tests.media.sounds import av_video
 from tests.terminal.fake_phi import FakePhi
 
 HELLO = [
     TranscriptSegment(0.0, 2.5, "Hello\x1b[2J there."),
     TranscriptSegment(2.5, 4.0, ""),
-    TranscriptSegment(4.0, 61.25, "Bye."),
+    TranscriptSegment(4.0, 61.25, "Bye.", spoken=((4.5, 5.0),)),
 ]
+
+PRINTABLE = [replace(piece, text=piece.text.replace("\x1b", "")) for piece in HELLO]
 
 
 class HearingPhi(FakePhi):
@@ -89,11 +98,11 @@ def transcribe(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Transcribe:
 TXT = "Hello[2J there.\nBye.\n"
 SRT = (
     "1\n00:00:00,000 --> 00:00:02,500\nHello[2J there.\n\n"
-    "2\n00:00:04,000 --> 00:01:01,250\nBye.\n\n"
+    "2\n00:00:04,500 --> 00:00:05,500\nBye.\n\n"
 )
 VTT = (
     "WEBVTT\n\n00:00:00.000 --> 00:00:02.500\nHello[2J there.\n"
-    "\n00:00:04.000 --> 00:01:01.250\nBye.\n"
+    "\n00:00:04.500 --> 00:00:05.500\nBye.\n"
 )
 JSON = (
     '{"segments": [\n  {"start": 0.0, "end": 2.5, "text": "Hello[2J there."},'
@@ -114,18 +123,19 @@ def test_every_format_on_stdout_and_in_a_file(name: str, text: str, transcribe: 
 
 def test_options_reach_the_model(transcribe: Transcribe) -> None:
     transcribe("a.wav")
-    transcribe("a.wav", "--model", "x", "--translate-to", "French", "--max-seconds", "12")
-    transcribe("a.wav", "--prompt", "Who?", "--max-bytes", "5", "--kv-bits", "8")
+    transcribe("a.wav", "--model", "x", "--translate-to", "French", "--segment-seconds", "12")
+    limited = ("--max-bytes", "5", "--max-seconds", "60")
+    transcribe("a.wav", "--prompt", "Who?", *limited, "--kv-bits", "8")
     assert transcribe.sources == ["phi-4-multimodal", "x", "phi-4-multimodal"]
     heard = [options for _, options in transcribe.hearing.heard]
     limits = [options.pop("limits") for options in heard]
     assert [options.pop("kv_bits") for options in heard] == [None, None, 8]
     assert heard == [
-        {"prompt": None, "translate_to": None, "max_seconds": 30.0},
-        {"prompt": None, "translate_to": "French", "max_seconds": 12.0},
-        {"prompt": "Who?", "translate_to": None, "max_seconds": 30.0},
+        {"prompt": None, "translate_to": None, "segment_seconds": 30.0},
+        {"prompt": None, "translate_to": "French", "segment_seconds": 12.0},
+        {"prompt": "Who?", "translate_to": None, "segment_seconds": 30.0},
     ]
-    assert [each.max_seconds for each in limits] == [float("inf")] * 3
+    assert [each.max_seconds for each in limits] == [float("inf"), float("inf"), 60]
     assert [each.max_bytes for each in limits] == [10**9, 10**9, 5]
 
 
@@ -158,6 +168,7 @@ def test_no_model_is_loaded_where_no_file_is_there(transcribe: Transcribe) -> No
                 "file": "none.wav",
                 "text": "",
                 "segments": [],
+                "until": 0.0,
                 "complete": False,
                 "error": "There is no file none.wav.",
             }
@@ -179,6 +190,7 @@ def test_json_is_one_object_and_nothing_else(transcribe: Transcribe) -> None:
             {"start": 2.5, "end": 4.0, "text": "", "finish_reason": "stop"},
             {"start": 4.0, "end": 61.25, "text": "Bye.", "finish_reason": "stop"},
         ],
+        "until": 61.25,
         "complete": True,
         "error": None,
     }
@@ -210,14 +222,40 @@ def test_ctrl_c_keeps_what_has_come(form: str, transcribe: Transcribe) -> None:
     flags = {"stdout": ["--format", "vtt"], "file": ["-o", "out"], "json": ["--json"]}[form]
     result = transcribe("stopped.wav", *flags)
     assert result.exit_code == 130
+    wrote = "Wrote out.\n" if form == "file" else ""
+    stopped = "Stopped: stopped.wav is written down up to 0:01 of 1:02.\n"
+    assert result.stderr == wrote + stopped
     if form == "stdout":
         assert result.stdout == "WEBVTT\n\n00:00:00.000 --> 00:00:01.000\nSo far.\n"
     elif form == "file":
         assert Path("out").read_text() == "So far.\n"
-        assert result.stderr == "Wrote out.\n"
     else:
         told = json.loads(result.stdout)["files"][0]
         assert (told["text"], told["complete"], told["error"]) == ("So far.", False, None)
+        assert told["until"] == 1.0
+
+
+def test_ctrl_c_before_the_first_piece(transcribe: Transcribe) -> None:
+    transcribe.hearing.scripts["silent.wav"] = [KeyboardInterrupt()]
+    result = transcribe("silent.wav", "-o", "out")
+    assert (result.exit_code, result.stdout) == (130, "")
+    assert result.stderr == "Stopped before anything of silent.wav was understood.\n"
+    assert not Path("out").exists()
+
+
+@pytest.mark.parametrize("name", ["txt", "srt", "vtt", "json"])
+def test_the_file_is_whole_after_every_piece(name: str, transcribe: Transcribe) -> None:
+    seen: list[str] = []
+
+    def look(source: Any, on_open: Any, **options: Any) -> Iterator[TranscriptSegment]:
+        for piece in HELLO:
+            yield piece
+            seen.append(Path("out").read_text())
+
+    transcribe.hearing.transcribe = look  # type: ignore[method-assign]
+    assert transcribe("a.wav", "--format", name, "-o", "out").exit_code == 0
+    assert seen == [FORMATS[name].write(PRINTABLE[:count]) for count in (1, 2, 3)]
+    assert [path.name for path in Path().iterdir() if path.name.startswith((".", "out"))] == ["out"]
 
 
 def test_stdin_is_a_file(transcribe: Transcribe) -> None:
@@ -239,10 +277,11 @@ def test_a_transcript_that_cannot_be_written_is_shown(
     def full(path: Path, text: str) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("phimlx.cli.transcribe.write_file", full)
+    monkeypatch.setattr("phimlx.terminal.transcripts.write_file", full)
     result = transcribe("a.wav", "-o", "out")
     assert (result.exit_code, result.stdout) == (1, TXT)
     assert result.stderr == (
+        "Warning: The disk is full: out could not be written. It is tried again.\n"
         "Error: a.wav: The disk is full: out could not be written.\n"
         "Hint: Free some space, then try again.\n"
     )
@@ -293,8 +332,8 @@ def test_a_model_that_does_not_hear_says_so_once(transcribe: Transcribe) -> None
         (["a.wav", "-o", "b.wav"], "b.wav exists already; --overwrite replaces it."),
         (["a.wav", "-o", "no/x"], "There is no folder no to write to."),
         (
-            ["a.wav", "--max-seconds", "50"],
-            "Invalid value for '--max-seconds': 50.0 is not in the range 1<=x<=40.",
+            ["a.wav", "--segment-seconds", "50"],
+            "Invalid value for '--segment-seconds': 50.0 is not in the range 1<=x<=40.",
         ),
         (
             ["a.wav", "--format", "doc"],
@@ -372,3 +411,27 @@ def test_a_files_name_tells_the_format_where_no_other_is_given(
 ) -> None:
     assert transcribe("a.wav", "-o", name, *given).exit_code == 0
     assert Path(name).read_text().startswith(head)
+
+
+@pytest.mark.slow
+def test_subtitles_of_a_movie(tmp_path: Path) -> None:
+    """The sound of a video, its cues where the words are; a longer one is refused where asked."""
+    clips = sorted((NANO_MULTIMODAL / "clips").glob("speech-*"))[1:3]
+    sounds = [soundfile.read(clip, dtype="float32")[0] for clip in clips]
+    gap = np.zeros(32_000, np.float32)
+    movie, spoken = tmp_path / "movie.mp4", [len(sound) / 16_000 for sound in sounds]
+    movie.write_bytes(av_video(sound=np.concatenate((sounds[0], gap, sounds[1]))))
+    arguments = ["transcribe", "--model", "nano-multimodal", str(movie)]
+    result = CliRunner().invoke(cli, [*arguments, "--format", "srt"], prog_name="phimlx")
+    assert (result.exit_code, result.stderr) == (0, "")
+    times = re.findall(r"00:00:([\d,]+) --> 00:00:([\d,]+)", result.stdout)
+    first, second = [tuple(float(time.replace(",", ".")) for time in pair) for pair in times]
+    assert first[0] < spoken[0]
+    assert first[1] < spoken[0] + 2.0 < second[1]
+    assert second[0] == pytest.approx(spoken[0] + 2.0, abs=0.4)
+    result = CliRunner().invoke(cli, [*arguments, "--max-seconds", "3"], prog_name="phimlx")
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == (
+        f"Error: {movie} is longer than 3 s.\n"
+        "Hint: If you trust it, raise the limit with --max-seconds.\n"
+    )

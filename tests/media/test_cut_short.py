@@ -100,7 +100,7 @@ def test_an_ogg_that_breaks_off_tells_what_was_heard(subtype: str, share: float)
 @pytest.mark.parametrize(("kind", "subtype", "lost"), FORMS)
 def test_a_cut_sound_is_transcribed_as_far_as_it_goes(kind: str, subtype: str, lost: float) -> None:
     data = sound_file(noise(6.0), RATE, kind, subtype=subtype)
-    pieces = split_audio(data[: len(data) // 2], max_seconds=20)
+    pieces = split_audio(data[: len(data) // 2], segment_seconds=20)
     piece = next(pieces)
     assert piece.start == 0.0
     assert piece.end == pytest.approx(3.0, abs=0.2 + lost)

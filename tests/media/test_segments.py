@@ -28,10 +28,10 @@ def recording(*parts: tuple[float, float], rate: int = RATE) -> NDArray[np.float
 
 
 def cut(
-    samples: NDArray[np.float32], rate: int, max_seconds: float = TRAINED_SECONDS
+    samples: NDArray[np.float32], rate: int, segment_seconds: float = TRAINED_SECONDS
 ) -> list[Segment]:
     """The pieces of samples that are read as one block."""
-    return list(split_audio(AudioClip(samples, rate), max_seconds=max_seconds))
+    return list(split_audio(AudioClip(samples, rate), segment_seconds=segment_seconds))
 
 
 def spans(pieces: list[Segment]) -> list[tuple[float, float]]:
@@ -136,7 +136,7 @@ def test_reading_in_blocks_gives_the_same_pieces(
 ) -> None:
     samples = recording((1, 0.1), *parts)
     whole = cut(samples, RATE, longest)
-    assert spans(list(split_audio((samples, RATE), max_seconds=longest))) == spans(whole)
+    assert spans(list(split_audio((samples, RATE), segment_seconds=longest))) == spans(whole)
 
 
 def test_speech_is_cut_between_words(data: Path) -> None:
@@ -156,7 +156,7 @@ def test_a_file_is_read_as_its_pieces_are_asked_for(tmp_path: Path) -> None:
     path = tmp_path / "long.flac"
     data = sound_file(noise(300.0, RATE), RATE, "FLAC")
     path.write_bytes(data[: len(data) // 2])
-    pieces = split_audio(path, max_seconds=20)
+    pieces = split_audio(path, segment_seconds=20)
     assert next(pieces).start == 0.0
     with pytest.raises(MediaError) as error:
         list(pieces)

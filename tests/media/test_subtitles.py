@@ -6,12 +6,13 @@ import json
 
 import pytest
 
-from phimlx.media.subtitles import FORMATS, Cue
+from phimlx.media.cues import Cue
+from phimlx.media.subtitles import FORMATS
 
 CUES = [
-    Cue(0.0, 12.3456, "Ask not what your country\ncan do for you."),
+    Cue(5.5, 12.3456, "Ask not what your country\ncan do for you."),
     Cue(12.3456, 13.0, "  "),
-    Cue(3599.9996, 360_000.5, 'R&D <i>"1 --> 2"</i>\n\n \nÄ 中'),
+    Cue(359_999.9996, 360_000.5, 'R&D <i>"1 --> 2"</i>\n\n \nÄ 中'),
 ]
 
 
@@ -24,14 +25,12 @@ def test_txt() -> None:
 def test_srt() -> None:
     assert FORMATS["srt"].write(CUES) == (
         "1\n"
-        "00:00:00,000 --> 00:00:12,346\n"
-        "Ask not what your country\n"
-        "can do for you.\n"
+        "00:00:05,500 --> 00:00:12,346\n"
+        "Ask not what your country can do for you.\n"
         "\n"
         "2\n"
-        "01:00:00,000 --> 100:00:00,500\n"
-        'R&D <i>"1 → 2"</i>\n'
-        "Ä 中\n"
+        "100:00:00,000 --> 100:00:00,500\n"
+        'R&D <i>"1 → 2"</i> Ä 中\n'
         "\n"
     )
 
@@ -40,13 +39,11 @@ def test_vtt() -> None:
     assert FORMATS["vtt"].write(CUES) == (
         "WEBVTT\n"
         "\n"
-        "00:00:00.000 --> 00:00:12.346\n"
-        "Ask not what your country\n"
-        "can do for you.\n"
+        "00:00:05.500 --> 00:00:12.346\n"
+        "Ask not what your country can do for you.\n"
         "\n"
-        "01:00:00.000 --> 100:00:00.500\n"
-        'R&amp;D &lt;i&gt;"1 --&gt; 2"&lt;/i&gt;\n'
-        "Ä 中\n"
+        "100:00:00.000 --> 100:00:00.500\n"
+        'R&amp;D &lt;i&gt;"1 --&gt; 2"&lt;/i&gt; Ä 中\n'
     )
 
 
@@ -54,8 +51,8 @@ def test_json() -> None:
     text = FORMATS["json"].write(CUES)
     assert json.loads(text) == {
         "segments": [
-            {"start": 0.0, "end": 12.346, "text": "Ask not what your country\ncan do for you."},
-            {"start": 3600.0, "end": 360000.5, "text": 'R&D <i>"1 --> 2"</i>\n\n \nÄ 中'},
+            {"start": 5.5, "end": 12.346, "text": "Ask not what your country\ncan do for you."},
+            {"start": 360000.0, "end": 360000.5, "text": 'R&D <i>"1 --> 2"</i>\n\n \nÄ 中'},
         ]
     }
     assert "中" in text
@@ -72,7 +69,8 @@ def test_nothing_said(name: str, expected: str) -> None:
 
 @pytest.mark.parametrize("name", FORMATS)
 def test_streamed_pieces_are_the_whole(name: str) -> None:
-    spoken = [CUES[0], CUES[2]]
     kind = FORMATS[name]
-    streamed = kind.head + kind.cue(1, spoken[0]) + kind.cue(2, spoken[1]) + kind.tail
+    parts = [part for cue in CUES for part in kind.split(cue)]
+    streamed = kind.head + "".join(map(kind.cue, (1, 2), parts)) + kind.tail
+    assert len(parts) == 2
     assert streamed == kind.write(CUES)
