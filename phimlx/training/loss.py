@@ -22,8 +22,9 @@ def token_losses(
     """Cross-entropy of each row's logits, never holding `[n, vocab]` as a whole.
 
     The gradient with respect to `hidden` is computed in the forward pass, chunk by chunk, while the
-    logits are there; the backward pass only scales it. The head itself gets none: for one that is
-    trained, see `linear_cross_entropy`.
+    logits are there; the backward pass only scales it. That of a head that is trained depends on
+    what becomes of each loss, so that the logits are then computed again in the backward pass;
+    where only a weighted sum is wanted, `linear_cross_entropy` does without.
 
     Args:
         head: `nn.Linear` or `nn.Embedding` (a tied head), plain or quantized.
@@ -37,6 +38,8 @@ def token_losses(
     Source: the gradient of cross-entropy over a linear layer, (softmax(xWᵀ) − onehot) W; chunked as
     in Liger Kernel (arXiv 2410.10989), section 3.2.
     """
+    if "weight" in head.trainable_parameters():
+        return _trained_head_losses(head, hidden, targets, rows)
     project = _projection(head)
 
     @mx.custom_function
@@ -54,6 +57,40 @@ def token_losses(
         return (cotangents[0][:, None] * outputs[1]).astype(primal.dtype)
 
     return cast(Sequence[mx.array], losses(hidden))[0]
+
+
+def _trained_head_losses(
+    head: nn.Module, hidden: mx.array, targets: mx.array, rows: int
+) -> mx.array:
+    """Compute `token_losses` with gradients of the head's weight and bias too."""
+
+    @mx.custom_function
+    def losses(hidden: mx.array, weight: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
+        found: list[mx.array] = []
+        for here, x in _chunks(hidden, rows, [found]):
+            found.append(_cross_entropy(sum(bias, x @ weight.T), targets[here])[0])
+        return (mx.concatenate(found),)
+
+    @losses.vjp
+    def _(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
+        hidden, weight, *bias = primals
+        gradients: list[mx.array] = []
+        summed: list[mx.array] = []
+        for here, x in _chunks(hidden, rows, [gradients, summed]):
+            excess = _cross_entropy(sum(bias, x @ weight.T), targets[here])[1]
+            excess = (excess * cotangents[0][here, None]).astype(excess.dtype)
+            gradients.append(excess @ weight)
+            _add_head_gradients(summed, x, excess, len(bias))
+        return [mx.concatenate(gradients), *summed]
+
+    bias = (head.bias,) if "bias" in head else ()
+    return cast(Sequence[mx.array], losses(hidden, head.weight, *bias))[0]
+
+
+def _add_head_gradients(summed: list[mx.array], x: mx.array, excess: mx.array, biases: int) -> None:
+    """Add a chunk's gradients of a head's weight and biases to arrays that grow by addition."""
+    parts = [excess.T @ x, *(excess.sum(axis=0) for _ in range(biases))]
+    summed[:] = [a + b for a, b in zip(parts, summed, strict=True)] if summed else parts
 
 
 def measured_losses(
@@ -84,14 +121,13 @@ def linear_cross_entropy(
     def losses(hidden: mx.array, weight: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
         found: list[mx.array] = []
         gradients: list[mx.array] = []
-        summed: list[mx.array] = []  # gradients of weight and bias, in arrays that grow by addition
+        summed: list[mx.array] = []
         for here, x in _chunks(hidden, rows, [found, gradients, summed]):
             loss, excess = _cross_entropy(sum(bias, x @ weight.T), targets[here])
             excess = (excess * weights[here, None]).astype(excess.dtype)
             found.append(loss)
             gradients.append(excess @ weight)
-            parts = [excess.T @ x, *(excess.sum(axis=0) for _ in bias)]
-            summed[:] = [a + b for a, b in zip(parts, summed, strict=True)] if summed else parts
+            _add_head_gradients(summed, x, excess, len(bias))
         total = long_sum(mx.concatenate(found) * weights)
         return total, mx.concatenate(gradients), *summed
 

@@ -69,6 +69,8 @@ class MemoryEstimate:
         activations: what layers keep for the backward pass.
         working: the most that comes and goes: logits, the backward pass of a layer, or an update.
         masks: which tokens of packed rows see each other.
+        reference: the weights from before training, where they are trained themselves and the
+            method compares with them.
     """
 
     weights: int
@@ -78,6 +80,7 @@ class MemoryEstimate:
     activations: int
     working: int
     masks: int
+    reference: int = 0
 
     @property
     def total(self) -> int:
@@ -147,6 +150,7 @@ def estimate_memory(
         activations=activations,
         working=round(max(loss, back, update)),
         masks=3 * batch.rows * batch.length**2 if batch.packed else 0,
+        reference=trained if full and settings.learns_by.has_reference else 0,
     )
 
 

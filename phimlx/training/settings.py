@@ -7,7 +7,14 @@ from collections.abc import Mapping
 from fnmatch import fnmatchcase
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import AfterValidator, BeforeValidator, Field, StrictInt, StringConstraints
+from pydantic import (
+    AfterValidator,
+    BeforeValidator,
+    Field,
+    StrictInt,
+    StringConstraints,
+    model_validator,
+)
 
 from phimlx.errors import PhimlxError, TrainingError, shortened
 from phimlx.options import (
@@ -23,6 +30,7 @@ from phimlx.options import (
     read,
     schemas,
 )
+from phimlx.training.methods import METHODS, Method
 from phimlx.training.mlx_lm_config import CheckedSchedule, OptimizerTables, translate
 
 MAX_RANK = 1 << 14  # as of adapters in configurations, which are read where MLX is loaded
@@ -89,6 +97,7 @@ class TrainSettings(Options):
         "keys": "targets",
         "grad_accumulation": "grad_accumulation_steps",
         "mask_prompt": "loss_on",
+        "lambda": "lambda_",
     }
 
     model: Text | None = option(
@@ -184,10 +193,32 @@ class TrainSettings(Options):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "For everything drawn.")
 
-    dpo: bool = option(
-        False, "Learn from rows of prompt, chosen and rejected which answer is preferred."
+    method: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto"] = option(
+        "sft",
+        "Imitate answers (sft); prefer chosen answers to rejected ones (dpo, orpo, simpo, cpo); or "
+        "tell good answers from bad ones by their label (kto).",
     )
-    beta: Positive = option(0.1, "How far --dpo holds on to the model without adapter.")
+    dpo: bool = option(False, "The same as --method dpo.")
+    beta: NonNegative | None = option(
+        None,
+        "How far dpo and kto hold on to the model before training, and the scale of what simpo and "
+        "cpo prefer by  [default: 0.1, of simpo 2]",
+    )
+    gamma: NonNegative | None = option(
+        None, "By how much simpo wants a chosen answer to be ahead  [default: 1]"
+    )
+    lambda_: NonNegative | None = option(
+        None,
+        "Weight of orpo's odds ratio, or of cpo's likelihood of the chosen answer  "
+        "[default: 0.1, of cpo 1]",
+        "--lambda",
+    )
+    desirable_weight: NonNegative | None = option(
+        None, "Weight of good answers in kto, λ_D of its paper  [default: 1]"
+    )
+    undesirable_weight: NonNegative | None = option(
+        None, "Weight of bad answers in kto, λ_U  [default: 1]"
+    )
 
     steps_per_report: PositiveCount = option(10, "Steps from report to report.", decides=False)
     steps_per_eval: PositiveCount | None = option(
@@ -217,6 +248,16 @@ class TrainSettings(Options):
     report_to: tuple[Literal["wandb", "swanlab", "tensorboard"], ...] = option(
         (), "Send reports there too.", commas=True, decides=False
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _name_method(cls, values: Any) -> Any:
+        """Take `dpo` for the method of that name."""
+        if not isinstance(values, Mapping) or values.get("dpo") is not True:
+            return values
+        if values.get("method", "dpo") != "dpo":
+            raise OptionError("dpo and method exclude each other.", hint="Give one.")
+        return {name: value for name, value in values.items() if name != "dpo"} | {"method": "dpo"}
 
     @classmethod
     def rename(cls, table: Mapping[str, Any]) -> dict[str, Any]:
@@ -260,6 +301,18 @@ class TrainSettings(Options):
         """Factor of B A: alpha / rank, or alpha / √rank (arXiv 2312.03732)."""
         alpha = 2.0 * self.rank if self.alpha is None else self.alpha
         return alpha / (math.sqrt(self.rank) if self.rslora else self.rank)
+
+    @property
+    def learns_by(self) -> Method:
+        """What is known of the method."""
+        return METHODS[self.method]
+
+    @property
+    def numbers(self) -> dict[str, float]:
+        """The numbers of the method's loss, as they are set or else its own."""
+        given = {name: getattr(self, name) for name in self.learns_by.numbers}
+        usual = self.learns_by.numbers
+        return {name: usual[name] if value is None else value for name, value in given.items()}
 
     @property
     def trains_whole_layers(self) -> bool:

@@ -31,6 +31,7 @@ class StepResult:
     """Result of one step, over all machines."""
 
     loss: float  # mean over what is learned from, before the update
+    weight: int  # how much that is
     supervised_tokens: int
     real_tokens: int
     gradient_norm: float  # before clipping
@@ -70,6 +71,7 @@ class TrainingStep:
         self.checkpointing = checkpointing
         self.seed = seed
         self.group = group
+        self._rank = 0 if group is None else group.rank()
         self._traced = mx.value_and_grad(self._loss)
         if on_gpu():
             self._traced = mx.compile(self._traced)
@@ -103,7 +105,7 @@ class TrainingStep:
         self.optimizer.update(self.model, gradients)
         mx.eval(self.model.trainable_parameters(), self.optimizer.state)
         told = dict(zip(self.metrics, metrics, strict=True))
-        return StepResult(loss, supervised, real, norm, told)
+        return StepResult(loss, weight, supervised, real, norm, told)
 
     def evaluate(self, batches: Iterable[Batch]) -> StepResult:
         """The mean loss over batches, this machine's part of each; nothing is learned or dropped.
@@ -126,7 +128,7 @@ class TrainingStep:
         weight, supervised, real = summed[:3]
         loss, *metrics = (each / max(weight, 1) for each in summed[3:])
         told = dict(zip(self.metrics, metrics, strict=True))
-        return StepResult(loss, int(supervised), int(real), 0.0, told)
+        return StepResult(loss, int(weight), int(supervised), int(real), 0.0, told)
 
     # What another kind of loss replaces.
 
@@ -135,6 +137,11 @@ class TrainingStep:
     def weight_of(self, batch: Batch) -> int:
         """Count what a batch has to learn from; the loss is a mean over that."""
         return batch.supervised_tokens
+
+    def units(self, batch: Batch) -> Iterable[Sequence[int]]:
+        """List the examples of a batch that make a loss together, by their places in it."""
+        learned = set(batch.example_ids[batch.weights > 0].tolist())
+        return [(place,) for place in range(len(batch.examples)) if place in learned]
 
     def inputs(self, batch: Batch, weight: int) -> dict[str, mx.array]:
         """Make the inputs of `_loss`, of a batch that is part of `weight` things to learn from."""
@@ -156,8 +163,7 @@ class TrainingStep:
         self, batch: Batch, weight: int, number: int, place: int
     ) -> tuple[Sequence[mx.array], Tree]:
         """One batch's part of the mean over `weight` things, and its gradients."""
-        rank = 0 if self.group is None else self.group.rank()
-        entropy = np.random.SeedSequence([self.seed, number, place, rank])
+        entropy = np.random.SeedSequence([self.seed, number, place, self._rank])
         inputs = self.inputs(batch, weight)
         parameters = self.model.trainable_parameters()
         try:
@@ -195,16 +201,19 @@ class TrainingStep:
         )
 
     def _fault(self, number: int, batches: Sequence[Batch]) -> str:
-        for place, batch in enumerate(batches):
-            for example, source in enumerate(batch.sources):
-                alone = batch.alone(example)
-                if not self.weight_of(alone):
-                    continue
-                values, found = self._gradients(alone, self.weight_of(alone), number, place)
-                for what, value in (("loss", float(values[0])), ("gradient", _norm(found))):
-                    if not math.isfinite(value):
-                        return f"the {what} of {source} is {value}"
-        return ""
+        # What machines exchange on the way would wait for those that are looking at fewer.
+        group, self.group = self.group, None
+        try:
+            for place, batch in enumerate(batches):
+                for examples in self.units(batch):
+                    alone = batch.alone(*examples)
+                    values, found = self._gradients(alone, self.weight_of(alone), number, place)
+                    for what, value in (("loss", float(values[0])), ("gradient", _norm(found))):
+                        if not math.isfinite(value):
+                            return f"the {what} of {batch.sources[examples[0]]} is {value}"
+            return ""
+        finally:
+            self.group = group
 
     def _first_of_all(self, text: str) -> str:
         """The first text that any machine has to tell."""

@@ -8,6 +8,7 @@ import signal
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import mlx.core as mx
 import pytest
@@ -16,6 +17,7 @@ from click.testing import CliRunner, Result
 from phimlx import api
 from phimlx.cli.group import cli
 from phimlx.cli.train import stop_requests
+from phimlx.training.methods import METHODS
 from tests.training.folder import write_rows, write_tiny
 
 USAGE = "Usage: phimlx train [OPTIONS]\nTry 'phimlx train --help' for help.\n\nError: {}\n"
@@ -157,8 +159,10 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     [
         (["--max-seq-length", "2000"],
          "max_seq_length is 2,000, but the model holds 1,024 tokens."),
-        (["--dpo", "--pack"], "dpo does not go with pack."),
-        (["--dpo", "--fine-tune-type", "full"], "dpo does not go with full."),
+        (["--beta", "0.2"], "--beta does not go with --method sft."),
+        (["--dpo", "--lambda", "0.2"], "--lambda does not go with --method dpo."),
+        (["--method", "simpo", "--beta", "0"],
+         "--beta is 0, which leaves --method simpo nothing to do."),
         (["--report-to", "wandb"], "Reporting to wandb needs a package that is not installed."),
     ],
 )  # fmt: skip
@@ -184,6 +188,32 @@ def test_preferences_are_learned_by_the_same_command(model: Path, tmp_path: Path
     assert first["loss"] == pytest.approx(0.6931472, rel=1e-4)  # log 2: nothing is learned yet
     assert last["loss"] < first["loss"]
     assert set(first["metrics"]) == {"accuracy", "margin"}
+
+
+@pytest.mark.parametrize("method", ["orpo", "simpo", "cpo", "kto"])
+def test_judged_answers_are_learned_by_other_methods(
+    model: Path, tmp_path: Path, method: str
+) -> None:
+    rows = tmp_path / "judged.jsonl"
+    judged: list[dict[str, Any]] = [
+        {"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": f"{i} or so"} for i in range(6)
+    ]
+    if method == "kto":
+        judged = [
+            {"prompt": row["prompt"], "completion": row[name], "label": name == "chosen"}
+            for row in judged
+            for name in ("chosen", "rejected")
+        ]
+    rows.write_text("".join(json.dumps(row) + "\n" for row in judged))
+    out = tmp_path / "out"
+    options = ["--method", method, "--iters", "2", "--steps-per-report", "1"]
+    options += ["--learning-rate", "1e-2", "--valid-fraction", "0", "--batch-size", "16"]
+    result = run("--model", model, "--data", rows, "--adapter-path", out, *options)
+    assert result.exit_code == 0, result.output
+    lines = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
+    first, last = [line for line in lines if line["kind"] == "train"]
+    assert last["loss"] < first["loss"]
+    assert set(first["metrics"]) == set(METHODS[method].metrics)
 
 
 def test_a_signal_is_noted_by_its_handler_and_told_by_another_thread() -> None:

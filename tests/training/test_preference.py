@@ -11,7 +11,8 @@ from mlx.utils import tree_flatten
 
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.data.batches import Example
-from phimlx.training.preference import PairBatches, PreferenceStep, without_adapter
+from phimlx.training.preference import PairBatches, PairStep
+from phimlx.training.reference import without_adapter
 from phimlx.training.settings import TrainSettings
 from phimlx.training.trainable import attach
 from tests.training.models import tiny
@@ -78,7 +79,7 @@ def plain(model: Phi3ForCausalLM, data: list[Example]) -> tuple[float, dict[str,
 def test_loss_and_gradients_are_the_papers(kind: str, batch_size: int) -> None:
     model, data, recorder = adapted(kind), pairs(), Recorder()
     expected, gradients, margin = plain(model, data)
-    step = PreferenceStep(model, recorder, beta=BETA)
+    step = PairStep(model, recorder, "dpo", {"beta": BETA})
     batches = list(PairBatches(data, batch_size, seed=1).epoch(0))
     result = step(1, batches)
     assert result.loss == pytest.approx(expected, rel=1e-5)
@@ -92,7 +93,9 @@ def test_loss_and_gradients_are_the_papers(kind: str, batch_size: int) -> None:
 def test_before_the_first_step_nothing_is_preferred() -> None:
     model = tiny()
     attach(model, TrainSettings(rank=4))
-    result = PreferenceStep(model, Recorder()).evaluate(PairBatches(pairs(), 3).epoch(0))
+    result = PairStep(model, Recorder(), "dpo", {"beta": BETA}).evaluate(
+        PairBatches(pairs(), 3).epoch(0)
+    )
     assert result.loss == pytest.approx(np.log(2), rel=1e-6)
     assert result.metrics == {"accuracy": 0, "margin": 0}
 
@@ -100,7 +103,7 @@ def test_before_the_first_step_nothing_is_preferred() -> None:
 def test_the_better_answers_come_to_be_preferred() -> None:
     model = tiny()
     attach(model, TrainSettings(rank=4))
-    step = PreferenceStep(model, optim.AdamW(5e-3), beta=BETA)
+    step = PairStep(model, optim.AdamW(5e-3), "dpo", {"beta": BETA})
     batches = list(PairBatches(pairs(), 5).epoch(0))
     results = [step(number, batches) for number in range(1, 16)]
     assert results[-1].loss < results[0].loss / 4

@@ -21,11 +21,13 @@ class Example:
 
     `tokens` are int32 `[length]`; `supervised` bool `[length]` says which of them the model should
     learn to predict from those before it. The first never is. `source` names the row it came from.
+    `desirable`: False of an answer that is not to be given.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     source: str = ""
+    desirable: bool = True
 
     @property
     def inputs(self) -> int:
@@ -44,8 +46,14 @@ class Batch:
     target_indices: np.ndarray  # int32 [n]: where, in the rows laid end to end, it is predicted
     targets: np.ndarray  # int32 [n]
     weights: np.ndarray  # float32 [n]: 1, or 0 for padding
-    example_ids: np.ndarray  # int32 [n]: which example, counted as `sources`, a target belongs to
-    sources: tuple[str, ...]  # where each example came from
+    example_ids: np.ndarray  # int32 [n]: which of `examples` a target belongs to
+    numbers: np.ndarray  # int32 [examples]: the number that each has in the data set
+    examples: tuple[Example, ...]
+
+    @property
+    def sources(self) -> tuple[str, ...]:
+        """Where each example came from."""
+        return tuple(example.source for example in self.examples)
 
     @property
     def supervised_tokens(self) -> int:
@@ -55,25 +63,11 @@ class Batch:
     def real_tokens(self) -> int:
         return int((self.lengths > 0).sum())
 
-    def alone(self, example: int) -> Batch:
-        """One example, counted as `sources`, in a batch of its own."""
-        segments = self.segments
-        if segments is None:
-            segments = np.where(self.lengths > 0, np.arange(len(self.lengths))[:, None], -1)
-        row, columns = np.nonzero(segments == example)
-        here = row[:1], slice(columns[0], columns[-1] + 1)
-        owned = (self.example_ids == example) & (self.weights > 0)
-        return Batch(
-            self.tokens[here],
-            self.positions[here],
-            None,
-            self.lengths[here],
-            self.target_indices[owned] - (row[0] * self.tokens.shape[1] + columns[0]),
-            self.targets[owned],
-            self.weights[owned],
-            np.zeros(owned.sum(), np.int32),
-            (self.sources[example],),
-        )
+    def alone(self, *places: int) -> Batch:
+        """Some of the examples in a batch of their own, a row each."""
+        chosen = [self.examples[place] for place in places]
+        shape = len(chosen), max(example.inputs for example in chosen)
+        return lay_out(chosen, [(place,) for place in range(len(chosen))], shape)
 
 
 class Batches:
@@ -118,13 +112,18 @@ class Batches:
         real = sum(example.inputs for example in self.examples)
         return real / sum(self._fed(rows) for rows in self._order(0))
 
+    @property
+    def _units(self) -> Sequence[int]:
+        """What stays together, by the number of its first example."""
+        return range(len(self.examples))
+
     @cached_property
     def _rows(self) -> Rows:
-        """The examples of each row, longest first."""
-        order = sorted(range(len(self.examples)), key=lambda i: self._length((i,)), reverse=True)
+        """The units of each row, longest first."""
+        order = sorted(self._units, key=lambda i: self._length((i,)), reverse=True)
         if self.row_length is None:
             return [(i,) for i in order]
-        return pack([self.examples[i].inputs for i in order], self.row_length, order)
+        return pack([self._length((i,)) for i in order], self.row_length, order)
 
     def _order(self, epoch: int) -> list[Rows]:
         """The rows of each batch of an epoch."""
@@ -158,41 +157,55 @@ class Batches:
         return count * length * self.ranks
 
     def _build(self, rows: Rows) -> Batch:
-        shape = self._shape(rows)
-        tokens, positions, lengths = (np.zeros(shape, np.int32) for _ in range(3))
-        segments = np.full(shape, -1, np.int32)
-        target_indices: list[np.ndarray] = []
-        targets: list[np.ndarray] = []
-        example_ids: list[np.ndarray] = []
-        sources: list[str] = []
-        for place, row in enumerate(self._mine(rows)):
-            column = 0
-            for number in row:
-                example = self.examples[number]
-                here = place, slice(column, column + example.inputs)
-                tokens[here] = example.tokens[:-1]
-                positions[here] = np.arange(example.inputs)
-                lengths[here] = example.inputs
-                segments[here] = len(sources)
-                wanted = np.flatnonzero(example.supervised[1:])
-                target_indices.append(place * shape[1] + column + wanted)
-                targets.append(example.tokens[1 + wanted])
-                example_ids.append(np.full(len(wanted), len(sources)))
-                sources.append(example.source)
-                column += example.inputs
-        count = sum(map(len, target_indices))
-        padding = np.zeros(rounded(max(count, 1), CHUNK_ROWS) - count, np.int32)
-        return Batch(
-            tokens,
-            positions,
-            segments if self.row_length is not None else None,
-            lengths,
-            np.concatenate([*target_indices, padding]).astype(np.int32),
-            np.concatenate([*targets, padding]).astype(np.int32),
-            np.repeat(np.array([1, 0], np.float32), [count, len(padding)]),
-            np.concatenate([*example_ids, padding]).astype(np.int32),
-            tuple(sources),
+        return lay_out(
+            self.examples, self._mine(rows), self._shape(rows), self.row_length is not None
         )
+
+
+def lay_out(
+    examples: Sequence[Example], rows: Rows, shape: tuple[int, int], packed: bool = False
+) -> Batch:
+    """Make a batch of rows of examples.
+
+    Args:
+        rows: the numbers of the examples in each; those that are missing are padding.
+        shape: rows and columns.
+    """
+    tokens, positions, lengths = (np.zeros(shape, np.int32) for _ in range(3))
+    segments = np.full(shape, -1, np.int32)
+    target_indices: list[np.ndarray] = []
+    targets: list[np.ndarray] = []
+    example_ids: list[np.ndarray] = []
+    numbers: list[int] = []
+    for place, row in enumerate(rows):
+        column = 0
+        for number in row:
+            example = examples[number]
+            here = place, slice(column, column + example.inputs)
+            tokens[here] = example.tokens[:-1]
+            positions[here] = np.arange(example.inputs)
+            lengths[here] = example.inputs
+            segments[here] = len(numbers)
+            wanted = np.flatnonzero(example.supervised[1:])
+            target_indices.append(place * shape[1] + column + wanted)
+            targets.append(example.tokens[1 + wanted])
+            example_ids.append(np.full(len(wanted), len(numbers)))
+            numbers.append(number)
+            column += example.inputs
+    count = sum(map(len, target_indices))
+    padding = np.zeros(rounded(max(count, 1), CHUNK_ROWS) - count, np.int32)
+    return Batch(
+        tokens,
+        positions,
+        segments if packed else None,
+        lengths,
+        np.concatenate([*target_indices, padding]).astype(np.int32),
+        np.concatenate([*targets, padding]).astype(np.int32),
+        np.repeat(np.array([1, 0], np.float32), [count, len(padding)]),
+        np.concatenate([*example_ids, padding]).astype(np.int32),
+        np.array(numbers, np.int32),
+        tuple(examples[number] for number in numbers),
+    )
 
 
 def pack(lengths: Sequence[int], capacity: int, names: Sequence[int]) -> list[tuple[int, ...]]:

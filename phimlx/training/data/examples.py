@@ -23,6 +23,7 @@ from phimlx.training.data.row_messages import RowError
 from phimlx.training.data.row_types import (
     ROW_FAULTS,
     Conversation,
+    JudgedAnswer,
     PlainText,
     PreferencePair,
     RowContent,
@@ -31,6 +32,7 @@ from phimlx.training.data.row_types import (
 )
 from phimlx.training.data.rows import Problem, Progress, Row, read_rows
 from phimlx.training.data.sources import find_splits
+from phimlx.training.methods import RowForm
 
 Overlong = Literal["refuse", "cut", "split"]
 
@@ -38,6 +40,9 @@ SHOWN = 20  # problems that are kept and told; the others are counted
 LONGEST = 1200  # characters of all that are told
 
 MOST_UNUSED = 100  # names of unused columns that are told apart
+
+WHOLE = {"pairs": "a preference", "answers": "a judged answer"}
+"""What is never split, by the form of rows."""
 
 NO_REPLY = "no reply to learn"
 CUT_AWAY = "nothing to learn is left after cutting"
@@ -58,7 +63,7 @@ class RowSettings:
             as long as fits and beginning with the system message; one question with its answer is
             never split, and refused where it is too long.
         mapping: what rows call the things in `phimlx.training.data.row_types.FIELDS`.
-        preferences: rows are pairs, a better and a worse answer.
+        form: what rows are; see `phimlx.training.methods.RowForm`.
 
     Raises:
         TrainingError: where two do not go together, or the mapping names what no row has.
@@ -68,11 +73,12 @@ class RowSettings:
     max_length: int | None = 2048
     overlong: Overlong = "refuse"
     mapping: Mapping[str, str] = field(default_factory=dict)
-    preferences: bool = False
+    form: RowForm = "examples"
 
     def __post_init__(self) -> None:
-        if self.overlong == "split" and (self.preferences or self.loss_on == "last"):
-            what = "a preference" if self.preferences else "a row of which the last reply counts"
+        judged = self.form != "examples"
+        if self.overlong == "split" and (judged or self.loss_on == "last"):
+            what = WHOLE.get(self.form, "a row of which the last reply counts")
             raise TrainingError(
                 f"Splitting would leave {what} without what it is about.",
                 hint="Have rows that are too long cut or refused.",
@@ -136,6 +142,7 @@ class Dataset:
             digest.update(len(example.tokens).to_bytes(8, "little"))
             digest.update(example.tokens.astype("<i4").tobytes())
             digest.update(np.packbits(example.supervised).tobytes())
+            digest.update(b"" if example.desirable else b"undesirable")
         return digest.hexdigest()
 
     def hold_out(self, amount: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -252,7 +259,7 @@ def tokenize(
             continue
         try:
             content, unused = read_content(
-                row.values, settings.mapping, settings.preferences, thinks=encoder.thinks
+                row.values, settings.mapping, settings.form, thinks=encoder.thinks
             )
         except ROW_FAULTS as error:
             data.note(Problem(row.place, str(error), error.hint))
@@ -273,6 +280,7 @@ KINDS: dict[type[RowContent], str] = {
     Conversation: "conversations",
     PlainText: "texts",
     PreferencePair: "preferences",
+    JudgedAnswer: "judged answers",
 }
 
 
@@ -309,7 +317,12 @@ def _examples(
     if isinstance(content, PreferencePair):
         for which, said in (("chosen", content.chosen), ("rejected", content.rejected)):
             tokens, supervised = encoder.conversation(said)
-            yield _fit(Example(tokens, supervised, f"{place}, {which}"), settings)
+            example = Example(tokens, supervised, f"{place}, {which}", which == "chosen")
+            yield _fit(example, settings)
+        return
+    if isinstance(content, JudgedAnswer):
+        tokens, supervised = encoder.conversation(content.said)
+        yield _fit(Example(tokens, supervised, place, content.desirable), settings)
         return
     parts = _parts(content, encoder, settings)
     for part, (tokens, supervised) in enumerate(parts, 1):
@@ -340,7 +353,9 @@ def _fit(example: Example, settings: RowSettings) -> _Encoded:
         return _Encoded(example)
     if settings.overlong == "cut":
         length = learned_length(example.supervised[:longest])
-        short = Example(example.tokens[:length], example.supervised[:length], example.source)
+        short = replace(
+            example, tokens=example.tokens[:length], supervised=example.supervised[:length]
+        )
         return _Encoded(short, is_cut=True)
     what = "A question with its answer" if settings.overlong == "split" else "It"
     raise RowError(

@@ -1,4 +1,4 @@
-"""A row -> what is to be learned from it: a conversation, a text, or a better and a worse reply."""
+"""A row -> what is to be learned from it: a conversation, a text, or replies that were judged."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 from phimlx.errors import PromptError, TrainingError, shortened
 from phimlx.prompt.messages import Message
 from phimlx.training.data.row_messages import RowError, Turn, is_filled, read_turns
+from phimlx.training.methods import RowForm
 
 # What a row's keys may be called otherwise; `role` and `content` are those of its messages.
 FIELDS = (
@@ -22,6 +23,7 @@ FIELDS = (
     "text",
     "chosen",
     "rejected",
+    "label",
     "role",
     "content",
 )
@@ -37,6 +39,12 @@ KNOWN = (
 KNOWN_PAIR = (
     "A row has prompt, chosen and rejected; other names need a mapping, such as chosen=better."
 )
+KNOWN_ANSWER = (
+    "A row has prompt, completion and label, or prompt, chosen and rejected; other names need a "
+    "mapping, such as label=good."
+)
+# What a label may be, in files that know no other values too.
+LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 # A row's fault, whether this module finds it or reading messages and templates does.
@@ -82,7 +90,15 @@ class PreferencePair:
     rejected: Conversation
 
 
-RowContent = Conversation | PlainText | PreferencePair
+@dataclass(frozen=True)
+class JudgedAnswer:
+    """A conversation whose last reply is one to give, or one not to give."""
+
+    said: Conversation
+    desirable: bool
+
+
+RowContent = Conversation | PlainText | PreferencePair | JudgedAnswer
 
 
 def check_mapping(mapping: Mapping[str, str]) -> None:
@@ -105,18 +121,19 @@ class ReadRow(NamedTuple):
 def read_content(
     values: Mapping[str, Any],
     mapping: Mapping[str, str],
-    preferences: bool = False,
+    form: RowForm = "examples",
     *,
     thinks: bool = False,
 ) -> ReadRow:
     """Read what a row says.
 
     Its keys tell what it is: `messages` (or `conversations`), else `prompt` and `completion`, else
-    Alpaca's `instruction` and `output`, else `text`; with `preferences` it is `chosen` and
-    `rejected`. A mapping tells it where it names one of these. `messages` and `tools` may be the
-    JSON text of a list, as they have to in CSV. A prompt or an answer is a text, which is one
-    message, or a list of messages; `system` is a text that comes before all of them. Alpaca's
-    `input`, or what a mapping calls so, follows the prompt after an empty line.
+    Alpaca's `instruction` and `output`, else `text`. Of the form "pairs" it has `chosen` and
+    `rejected`; of the form "answers" `label` beside an answer, or a pair, which is two answers. A
+    mapping tells it where it names one of these. `messages` and `tools` may be the JSON text of a
+    list, as they have to in CSV. A prompt or an answer is a text, which is one message, or a list
+    of messages; `system` is a text that comes before all of them. Alpaca's `input`, or what a
+    mapping calls so, follows the prompt after an empty line.
 
     Args:
         mapping: the row's own key by the name in `FIELDS`.
@@ -126,7 +143,7 @@ def read_content(
         RowError, PromptError: with the reason.
     """
     unused: set[str] = set()
-    row, read = _form(values, mapping, preferences)
+    row, read = _reader(values, mapping, form)
     fields = _Fields(values, row, thinks, unused)
     content = read(fields)
     unused.update(
@@ -137,31 +154,28 @@ def read_content(
     return ReadRow(content, frozenset(unused))
 
 
-def _form(
-    values: Mapping[str, Any], mapping: Mapping[str, str], preferences: bool
+def _reader(
+    values: Mapping[str, Any], mapping: Mapping[str, str], form: RowForm
 ) -> tuple[Mapping[str, str], Callable[[_Fields], RowContent]]:
     """Choose what reads a row, and the names that it reads.
 
-    A form that the row has comes first; of several one that the mapping speaks of.
+    A kind of row that the row is comes first; of several one that the mapping speaks of.
     """
-    forms = [
-        (needed, others | dict(mapping), read)
-        for needed, others, read in (_PREFERENCE_READERS if preferences else _READERS)
-    ]
+    readers, known = _READERS[form]
+    forms = [(needed, others | dict(mapping), read) for needed, others, read in readers]
     named = [form for form in forms if any(name in mapping for name in form[0])]
     for needed, names, read in [*named, *forms]:
         if all(names.get(name, name) in values for name in needed):
             return names, read
     if named:
         return mapping, named[0][2]  # which says what is missing
-    if preferences:
-        raise _unknown(values, KNOWN_PAIR)
-    if all(mapping.get(name, name) in values for name in ("chosen", "rejected")):
+    pair = all(mapping.get(name, name) in values for name in ("chosen", "rejected"))
+    if pair and form == "examples":
         raise RowError(
             "This is a better and a worse answer, which only training by preference takes.",
             hint="Train with --dpo, or name the answer: completion=chosen.",
         )
-    raise _unknown(values, KNOWN)
+    raise _unknown(values, known)
 
 
 def _unknown(values: Mapping[str, Any], known: str) -> RowError:
@@ -313,17 +327,51 @@ def _pair(row: _Fields) -> PreferencePair:
     return PreferencePair(replace(chosen, given=shared), replace(rejected, given=shared))
 
 
-# For each form the names that a row must have, what it calls them, and what reads it.
-_Form = tuple[tuple[str, ...], dict[str, str], Callable[[_Fields], RowContent]]
-_READERS: tuple[_Form, ...] = (
+def _judged(row: _Fields) -> JudgedAnswer:
+    label = row.need("label")
+    found = LABELS.get(label.strip().lower()) if isinstance(label, str) else label
+    if found not in (0, 1):
+        raise RowError(
+            f"{shortened(row.names['label'])} is {shortened(label)}; it must be true or false.",
+            hint="True stands by an answer to give, false by one not to give.",
+        )
+    said = _messages(row) if row.has("messages") else _answer(row)
+    if said.messages[-1].role != "assistant":
+        raise RowError("Its last message is no reply, which the label could be about.")
+    return JudgedAnswer(replace(said, given=max(said.given, _last_question(said))), bool(found))
+
+
+def _last_question(said: Conversation) -> int:
+    """Count the messages up to the last one of the user."""
+    asked = (i for i, message in enumerate(said.messages, 1) if message.role == "user")
+    return max(asked, default=0)
+
+
+# Of each kind of row the names that it must have, what it calls them, and what reads it.
+_Kind = tuple[tuple[str, ...], dict[str, str], Callable[[_Fields], RowContent]]
+_PAIRS: tuple[_Kind, ...] = (
+    (("prompt", "chosen", "rejected"), {}, _pair),
+    (("prompt", "chosen", "rejected"), ALPACA, _pair),
+    (("chosen", "rejected"), {}, _pair),
+)
+_EXAMPLES: tuple[_Kind, ...] = (
     (("messages",), {}, _messages),
     (("prompt", "completion"), {}, _answer),
     (("prompt", "completion"), ALPACA, _answer),
     (("text",), {}, _text),
     (("messages",), SHAREGPT, _messages),
 )
-_PREFERENCE_READERS: tuple[_Form, ...] = (
-    (("prompt", "chosen", "rejected"), {}, _pair),
-    (("prompt", "chosen", "rejected"), ALPACA, _pair),
-    (("chosen", "rejected"), {}, _pair),
+_ANSWERS: tuple[_Kind, ...] = (
+    *(
+        ((*needed, "label"), others, _judged)
+        for needed, others, read in _EXAMPLES
+        if read is not _text
+    ),
+    *_PAIRS,
 )
+_READERS: dict[RowForm, tuple[tuple[_Kind, ...], str]] = {
+    "examples": (_EXAMPLES, KNOWN),
+    "pairs": (_PAIRS, KNOWN_PAIR),
+    "answers": (_ANSWERS, KNOWN_ANSWER),
+}
+"""Kinds of rows, and the hint where a row is none of them."""

@@ -97,13 +97,13 @@ class _Window:
 
     def add(self, result: StepResult, seconds: float) -> None:
         self.steps += 1
-        self.weighted += result.loss * result.supervised_tokens
-        self.weight += result.supervised_tokens
+        self.weighted += result.loss * result.weight
+        self.weight += result.weight
         self.tokens += result.real_tokens
         self.norm = max(self.norm, result.gradient_norm)
         self.seconds += seconds
         for name, value in result.metrics.items():
-            summed = self.metrics.get(name, 0.0) + value * result.supervised_tokens
+            summed = self.metrics.get(name, 0.0) + value * result.weight
             self.metrics[name] = summed
 
 
@@ -324,18 +324,19 @@ def make_step(
     settings: TrainSettings,
     processes: ProcessGroup,
 ) -> TrainingStep:
-    """Make what takes the steps: of plain examples, or of preferences."""
+    """Make what takes the steps by the method of the settings; the model is as it was before."""
     options: dict[str, Any] = {
         "clip": settings.clip or None,
         "checkpointing": settings.grad_checkpoint,
         "seed": settings.seed,
         "group": processes.group,
     }
-    if not settings.dpo:
+    if settings.method == "sft":
         return TrainingStep(model, optimizer, **options)
-    from phimlx.training.preference import PreferenceStep
+    from phimlx.training.preference import STEPS
 
-    return PreferenceStep(model, optimizer, beta=settings.beta, **options)
+    kind = STEPS[settings.learns_by.rows]
+    return kind(model, optimizer, settings.method, settings.numbers, **options)
 
 
 def make_batches(
@@ -346,10 +347,10 @@ def make_batches(
 ) -> Batches:
     """Make the batches of some examples, in an order that the seed decides if `shuffled`."""
     kind = Batches
-    if settings.dpo:
-        from phimlx.training.preference import PairBatches
+    if settings.method != "sft":
+        from phimlx.training.preference import BATCHES
 
-        kind = PairBatches
+        kind = BATCHES[settings.learns_by.rows]
     return kind(
         examples,
         settings.batch_size,

@@ -22,13 +22,14 @@ from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
 from phimlx.hub.layout import model_name
 from phimlx.models.config import ModelConfig
-from phimlx.options import override, read
+from phimlx.options import flags_of, override, read
 from phimlx.training.data.batches import Batches
 from phimlx.training.data.examples import Dataset, RowSettings, load_data
 from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Progress
 from phimlx.training.distributed import ProcessGroup
 from phimlx.training.memory_estimate import LargestBatch, MemoryEstimate, estimate_memory, remedies
+from phimlx.training.methods import NUMBERS, takers
 from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
 from phimlx.training.run.loop import TrainingPlan, TrainingRun, make_batches, make_step
 from phimlx.training.settings import TrainSettings
@@ -91,13 +92,8 @@ class Session:
                 f"max_seq_length is {settings.max_seq_length:,}, but the model holds {longest:,} "
                 "tokens."
             )
-        for name, conflict in (("pack", settings.pack), ("full", settings.trains_whole_layers)):
-            if settings.dpo and conflict:
-                raise TrainingError(
-                    f"dpo does not go with {name}.",
-                    hint="Pairs stay together, and are measured against the model without its "
-                    "adapter.",
-                )
+        if self.resumed is None:
+            _check_numbers(settings)
         if self.resumed is None and self.processes.is_main:
             self.run_folder.refuse_existing()
 
@@ -109,7 +105,7 @@ class Session:
             max_length=settings.max_seq_length,
             overlong=settings.overlong,
             mapping=settings.mapping,
-            preferences=settings.dpo,
+            form=settings.learns_by.rows,
         )
         found = load_data(
             settings.data or "",
@@ -304,6 +300,19 @@ def fingerprint(folder: Path) -> str:
         for path in [*filter(is_file, names), *Checkpoint(folder).files]:
             digest.update(f"{path.relative_to(folder)} {content_hash(path)}\n".encode())
     return digest.hexdigest()
+
+
+def _check_numbers(settings: TrainSettings) -> None:
+    """Raise TrainingError for a number that the method's loss does not have, or cannot have."""
+    for name in NUMBERS:
+        flag = flags_of(TrainSettings, name)[0]
+        if getattr(settings, name) is not None and name not in settings.learns_by.numbers:
+            raise TrainingError(
+                f"{flag} does not go with --method {settings.method}.",
+                hint=f"It goes with {', '.join(takers(name))}.",
+            )
+    if settings.numbers.get("beta") == 0:
+        raise TrainingError(f"--beta is 0, which leaves --method {settings.method} nothing to do.")
 
 
 def _check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:

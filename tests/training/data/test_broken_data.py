@@ -386,7 +386,7 @@ def test_what_is_said_of_broken_preferences(tmp_path: Path, name: str) -> None:
     content, reason, hint = PAIRS[name]
     (tmp_path / "d.jsonl").write_bytes(content)
     with pytest.raises(DataError) as caught:
-        load_data(tmp_path / "d.jsonl", ENCODER, RowSettings(preferences=True))
+        load_data(tmp_path / "d.jsonl", ENCODER, RowSettings(form="pairs"))
     assert (str(caught.value), caught.value.hint) == (f"d.jsonl, line 1: {reason}", hint)
 
 

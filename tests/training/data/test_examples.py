@@ -496,7 +496,7 @@ BETTER = [
 
 @pytest.mark.parametrize("values", BETTER)
 def test_preferences_share_their_prompt(values: dict[str, Any]) -> None:
-    data = tokenize([Row("d", values)], ENCODER, RowSettings(preferences=True))
+    data = tokenize([Row("d", values)], ENCODER, RowSettings(form="pairs"))
     assert not data.problems
     chosen, rejected = data.examples
     prompt = ENCODER.template.encode([{"role": "user", "content": "Hi"}])
@@ -513,7 +513,7 @@ def test_only_where_answers_part_is_learned() -> None:
         "chosen": [*talk, {"role": "assistant", "content": "Yes."}, *exchange(1)],
         "rejected": [*talk, {"role": "assistant", "content": "No."}],
     }
-    data = tokenize([Row("d", values)], ENCODER, RowSettings(preferences=True))
+    data = tokenize([Row("d", values)], ENCODER, RowSettings(form="pairs"))
     chosen, rejected = data.examples
     assert learned(chosen) == ["Yes.<|end|>", "Answer 1.<|end|>"]
     assert learned(rejected) == ["No.<|end|>"]
@@ -521,9 +521,9 @@ def test_only_where_answers_part_is_learned() -> None:
 
 def test_a_pair_is_skipped_as_a_whole() -> None:
     rows = [Row("1", {"prompt": "Hi", "chosen": "Ho", "rejected": "What a lot of words to cut!"})]
-    data = tokenize(rows, ENCODER, RowSettings(preferences=True, max_length=7, overlong="cut"))
+    data = tokenize(rows, ENCODER, RowSettings(form="pairs", max_length=7, overlong="cut"))
     assert (len(data.examples), data.cut) == (2, 1)
-    data = tokenize(rows, ENCODER, RowSettings(preferences=True, max_length=3, overlong="cut"))
+    data = tokenize(rows, ENCODER, RowSettings(form="pairs", max_length=3, overlong="cut"))
     assert data.examples == []
     assert data.skipped == {"nothing to learn is left after cutting": 1}
 
@@ -605,7 +605,7 @@ def test_the_fingerprint_tells_tokens_masks_and_order() -> None:
             "Splitting would leave a row of which the last reply counts without what it is about.",
         ),
         (
-            {"overlong": "split", "preferences": True},
+            {"overlong": "split", "form": "pairs"},
             "Splitting would leave a preference without what it is about.",
         ),
         (

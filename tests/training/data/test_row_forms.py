@@ -71,7 +71,7 @@ def test_alpaca_without_a_column_of_inputs_and_with_a_system() -> None:
     alike(
         {"instruction": "a", "input": "i", "chosen": "b", "rejected": "c"},
         {"prompt": "a\n\ni", "chosen": "b", "rejected": "c"},
-        preferences=True,
+        form="pairs",
     )
 
 
@@ -120,7 +120,7 @@ PAIR: dict[str, Any] = {"prompt": "a", "chosen": "b", "rejected": "c"}
 @pytest.mark.parametrize("form", [*FORMS, PAIR])
 @pytest.mark.parametrize("extra", ["Unnamed: 0", "__index_level_0__", "id", "source", "history"])
 def test_other_columns_change_nothing_and_are_told(form: dict[str, Any], extra: str) -> None:
-    options = {"preferences": form is PAIR}
+    options = {"form": "pairs" if form is PAIR else "examples"}
     rows = [form | {extra: value} for value in (0, 1, "x", [1], *EMPTY)]
     data = dataset(*rows, **options)
     assert data.fingerprint == dataset(*[form] * len(rows), **options).fingerprint
@@ -130,7 +130,7 @@ def test_other_columns_change_nothing_and_are_told(form: dict[str, Any], extra: 
 @pytest.mark.parametrize("form", [*FORMS, PAIR])
 def test_columns_that_hold_nothing_are_not_told(form: dict[str, Any]) -> None:
     rows = [form | {"extra": value} for value in EMPTY]
-    assert unused_notes([dataset(*rows, preferences=form is PAIR)]) == []
+    assert unused_notes([dataset(*rows, form="pairs" if form is PAIR else "examples")]) == []
 
 
 def test_other_keys_of_messages_change_nothing_and_are_counted_once_a_row() -> None:

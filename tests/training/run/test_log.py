@@ -59,7 +59,7 @@ def test_a_line_for_each_report(tmp_path: Path) -> None:
         },
     ]
     assert log.curves() == {"train": [(10, 2.0)], "validation": [(10, 1.75)]}
-    assert row_of(StepTaken(1, StepResult(1.0, 1, 1, 1.0, {}))) is None
+    assert row_of(StepTaken(1, StepResult(1.0, 1, 1, 1, 1.0, {}))) is None
 
 
 def test_a_resumed_run_takes_out_what_it_will_write_again(tmp_path: Path) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -122,6 +123,31 @@ def test_killed_and_resumed_equals_uninterrupted(place: Path, how: str, step: in
     check_same(place, how)
     names = os.listdir(place / how / "checkpoints")
     assert sorted(names) == ["step-0000008", "step-0000012"]
+
+
+@pytest.mark.parametrize("method", ["kto", "dpo"])
+def test_judged_answers_resume_to_the_same_losses(place: Path, method: str) -> None:
+    """All weights are trained, so that those from before have to be found again."""
+    pairs = [{"prompt": f"Say {i}.", "chosen": f"{i}", "rejected": f"{i} or so"} for i in range(5)]
+    data = place / "pairs.jsonl"
+    data.write_text("".join(json.dumps(pair) + "\n" for pair in pairs))
+    run = [
+        *("train", "--model", str(place / "model"), "--data", str(data), "--method", method),
+        *("--fine-tune-type", "full", "--iters", "4", "--batch-size", "3", "--save-every", "2"),
+        *("--learning-rate", "0.01", "--steps-per-report", "1", "--valid-fraction", "0"),
+    ]
+    names = [f"{method}-whole", f"{method}-cut"]
+    for name in names:
+        begun = CliRunner().invoke(cli, [*run, "--adapter-path", str(place / name)])
+        assert begun.exit_code == 0, begun.output
+    cut = place / names[1]
+    shutil.rmtree(cut / "checkpoints" / "step-0000004")
+    about = json.loads((cut / "run.json").read_text())
+    (cut / "run.json").write_text(json.dumps({k: v for k, v in about.items() if k != "ended"}))
+    assert resume(cut).exit_code == 0
+    assert rows(cut) == rows(place / names[0])
+    expected, found = (arrays(place / name / ADAPTER) for name in names)
+    assert all(mx.array_equal(found[key], array) for key, array in expected.items())
 
 
 def test_ended_before_the_first_checkpoint_it_begins_anew(
