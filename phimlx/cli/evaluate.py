@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +33,13 @@ COUNT = click.IntRange(min=1)
 @dtype_option
 @rope_scaling_option
 @kv_bits_option
+@click.option(
+    "--compare",
+    "sides",
+    nargs=2,
+    metavar="A B",
+    help="Measure two models, or two adapters of --model, on the same rows of --data.",
+)
 @click.option(
     "--data",
     metavar="DATA",
@@ -108,6 +116,7 @@ def command(
     dtype: str | None,
     rope_scaling: dict[str, Any] | None,
     kv_bits: int | None,
+    sides: tuple[str, str] | None,
     data: str | None,
     split: str | None,
     loss_on: str,
@@ -131,6 +140,7 @@ def command(
       phimlx evaluate --model nano --data test.jsonl
       phimlx evaluate --model nano --adapter-path adapters --data test.jsonl --answers
       phimlx evaluate --model phi-4-mini --tasks arc_easy,winogrande --limit 200
+      phimlx evaluate --model nano --compare nano adapters --data test.jsonl --answers
 
     Rows are those that phimlx train takes. Perplexity is e to the mean loss of a token that
     training would teach. Answers are compared as SQuAD does it, without case, punctuation and
@@ -152,7 +162,35 @@ def command(
     ):
         if value is not None and tasks is None:
             raise click.UsageError(f"{name} goes with --tasks.")
+    for name, is_given in (
+        ("--adapter-path", adapter is not None),
+        ("--tasks", tasks is not None),
+        ("--save-answers", save_answers is not None),
+    ):
+        if sides and is_given:
+            raise click.UsageError(f"{name} does not go with --compare.")
+    if sides and data is None:
+        raise click.UsageError("--compare goes with --data.")
     columns = _pairs(mapping)
+    if sides:
+        from phimlx.cli.compare import compare_on_data
+
+        assert data is not None
+        load = partial(load_or_download, output=output, dtype=dtype, rope_scaling=rope_scaling)
+        rows = {"loss_on": loss_on, "overlong": overlong, "mapping": columns}
+        told = (max_tokens, kv_bits) if answers else None
+        compare_on_data(
+            sides,
+            model,
+            load,
+            (data, split, limit),
+            rows,
+            max_seq_length,
+            batch_size,
+            told,
+            output,
+        )
+        return
     phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
     found: dict[str, Any] = {"model": phi.name, "adapter": adapter}
     if data is not None:

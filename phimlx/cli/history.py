@@ -101,7 +101,7 @@ def search_command(words: tuple[str, ...], limit: int, as_json: bool) -> None:
 
 
 @command.command("export")
-@click.argument("id", metavar="[ID]", type=ID, required=False)
+@click.argument("ids", metavar="[ID…]", type=ID, nargs=-1)
 @click.option("--format", "form", type=click.Choice(["json", "md"]), help="[default: json]")
 @click.option(
     "--output",
@@ -111,23 +111,45 @@ def search_command(words: tuple[str, ...], limit: int, as_json: bool) -> None:
     type=click.Path(path_type=Path),
     help="Write it here.",
 )
+@click.option(
+    "--train",
+    is_flag=True,
+    help="Write rows that phimlx train takes, after asking about each conversation.",
+)
+@click.option("--yes", "-y", is_flag=True, help="With --train and IDs: do not ask about these.")
 @json_option
 def export_command(
-    id: int | str | None, form: str | None, target: Path | None, as_json: bool
+    ids: tuple[int | str, ...],
+    form: str | None,
+    target: Path | None,
+    train: bool,
+    yes: bool,
+    as_json: bool,
 ) -> None:
     """Write a conversation, the last one where no ID is given, to stdout or to a file.
 
     As an object of JSON, which chat --load reads, or as Markdown: --format md, or FILE.md.
+
+    With --train it is a line of JSON for each conversation, of those named or else of all, and
+    only of those that you agree to, one by one.
+
+    \b
+      phimlx history export --train -o chats.jsonl
     """
-    from phimlx.errors import HistoryError
-    from phimlx.files import translate_write_errors, write_file
     from phimlx.history.export import markdown, session_object
     from phimlx.history.store import History
     from phimlx.terminal.output import encode_json
 
     output = Output(json=as_json)
+    if train:
+        if form is not None:
+            raise click.UsageError("--format does not go with --train.")
+        _export_rows(ids, target, yes, output)
+        return
+    if yes or len(ids) > 1:
+        raise click.UsageError("--yes and several IDs go with --train.")
     with History() as history:
-        kept = history.read(resolve_id(history, id))
+        kept = history.read(resolve_id(history, ids[0] if ids else None))
     suffix = "" if target is None else target.suffix.lower()
     form = form or ("md" if suffix in MARKDOWN else "json")
     text = markdown(kept) if form == "md" else encode_json(session_object(kept), indent=2) + "\n"
@@ -135,12 +157,77 @@ def export_command(
         output.json({"id": kept.place.id, "format": form, "text": text})
         output.write(text)
         return
-    if target.exists():
-        raise HistoryError(f"{target} exists already.", "Choose another name, or remove it.")
-    with translate_write_errors(target, HistoryError):
-        write_file(target, text.encode("utf-8", "replace"), private=True)
+    _write(target, text)
     output.json({"id": kept.place.id, "format": form, "output": str(target)})
     output.text(f"Conversation {kept.place.id} is in {target}.")
+
+
+def _export_rows(
+    ids: tuple[int | str, ...], target: Path | None, yes: bool, output: Output
+) -> None:
+    """Write rows of training data, of the conversations that somebody agrees to."""
+    from phimlx.errors import HistoryError
+    from phimlx.history.export import training_row
+    from phimlx.history.store import History
+    from phimlx.terminal.output import encode_json
+
+    if yes and not ids:
+        raise click.UsageError("--yes goes with IDs: each conversation is agreed to by its own.")
+    if not yes and not output.can_ask:
+        raise click.UsageError(
+            "Nobody can be asked here: name conversations by their IDs, and add --yes."
+        )
+    if target is not None:
+        _refuse_existing(target)
+    lines: list[str] = []
+    written: list[int] = []
+    left_out: dict[int, str] = {}
+    with History() as history:
+        chosen = dict.fromkeys(resolve_id(history, id) for id in ids)
+        for id in chosen or [each.id for each in history.conversations()]:
+            kept = history.read(id)
+            about = kept.about
+            try:
+                row = training_row(kept)
+            except HistoryError as error:
+                left_out[id] = str(error)
+                output.note(f"Conversation {id}, “{about.title}”, is left out: {error}.")
+                continue
+            told = f"{about.id}  “{about.title}” ({about.model}, {about.messages} messages, "
+            if not yes and not output.confirm(f"Learn from {told}{when(about.updated)})?"):
+                left_out[id] = "not agreed to"
+                continue
+            lines.append(encode_json(row) + "\n")
+            written.append(id)
+    if not lines:
+        raise HistoryError(
+            "No conversation is written.", "phimlx history list shows what there is."
+        )
+    if target is None:
+        output.json({"ids": written, "left_out": left_out, "text": "".join(lines)})
+        output.write("".join(lines))
+        return
+    _write(target, "".join(lines))
+    output.json({"ids": written, "left_out": left_out, "output": str(target)})
+    output.text(f"{conversations(len(written))} for training: {target}")
+    output.note(f"Look at them: phimlx train --data {target} --check")
+
+
+def _refuse_existing(target: Path) -> None:
+    from phimlx.errors import HistoryError
+
+    if target.exists():
+        raise HistoryError(f"{target} exists already.", "Choose another name, or remove it.")
+
+
+def _write(target: Path, text: str) -> None:
+    """Write a new file that its owner alone may read."""
+    from phimlx.errors import HistoryError
+    from phimlx.files import translate_write_errors, write_file
+
+    _refuse_existing(target)
+    with translate_write_errors(target, HistoryError):
+        write_file(target, text.encode("utf-8", "replace"), private=True)
 
 
 @command.command("delete")

@@ -11,12 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlx.core as mx
+import numpy as np
 
 from phimlx.api import Phi
 from phimlx.errors import TrainingError
 from phimlx.generation.nonfinite import nonfinite_error
 from phimlx.generation.reply import Reply
-from phimlx.machine.reductions import long_sum
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.data.examples import SHOWN, DataError, Dataset, RowSettings, tokenize
@@ -159,20 +159,32 @@ def measure_loss(
     Raises:
         GenerationError: where the model computes no numbers.
     """
-    total, tokens = 0.0, 0
+    losses = example_losses(model, examples, batch_size, advance)
+    tokens = sum(int(example.supervised[1:].sum()) for example in examples)
+    return Loss(math.fsum(losses) / tokens, tokens, len(examples))
+
+
+def example_losses(
+    model: CausalLM,
+    examples: Sequence[Example],
+    batch_size: int = 4,
+    advance: Advance = lambda count: None,
+) -> list[float]:
+    """The loss of each example, summed over its supervised tokens; see `measure_loss`."""
+    found = np.zeros(len(examples))
     key = mx.random.key(0)  # nothing is drawn: adapters drop only what training gives a key
     for batch in Batches(examples, batch_size).epoch(0):
         inputs = inputs_of(batch, model.config.rope)
         states = supervised_states(model, inputs, key)
         losses = measured_losses(model.output_layer, states, inputs["targets"])
-        summed = float(long_sum(losses * inputs["weights"]))
-        if not math.isfinite(summed):
+        weighted = np.array(losses * inputs["weights"], np.float64)
+        summed = np.bincount(batch.example_ids, weighted, len(batch.examples))
+        if not np.isfinite(summed).all():
             raise nonfinite_error(model, batch.tokens[0].tolist())
-        total += summed
-        tokens += batch.supervised_tokens
+        found[batch.numbers] = summed
         mx.clear_cache()
-        advance(len(batch.sources))
-    return Loss(total / tokens, tokens, len(examples))
+        advance(len(batch.examples))
+    return list(map(float, found))
 
 
 def questions_of(

@@ -6,8 +6,9 @@ import json
 from datetime import UTC, datetime
 from typing import Any
 
-from phimlx.history.messages import FORMAT, VERSION, text_of
-from phimlx.history.records import Kept, Match, Summary
+from phimlx.errors import HistoryError
+from phimlx.history.messages import FORMAT, VERSION, Message, files_of, text_of
+from phimlx.history.records import Kept, Match, Summary, writable
 
 NAMES = {"system": "System prompt", "user": "You", "tool": "Result"}
 
@@ -65,3 +66,36 @@ def markdown(kept: Kept) -> str:
             arguments = json.dumps(call["arguments"], ensure_ascii=False)
             lines += [f"`{call['name']} {arguments}`", ""]
     return "\n".join(lines)
+
+
+def training_row(kept: Kept) -> dict[str, Any]:
+    """Make a row of training data: the messages up to the last reply, and the tools.
+
+    Raises `HistoryError` that says why training could not take the conversation.
+    """
+    messages = kept.messages
+    while messages and messages[-1]["role"] != "assistant":
+        messages = messages[:-1]
+    if not messages:
+        raise HistoryError("nothing was answered in it")
+    if any(files_of(message) for message in messages):
+        raise HistoryError("pictures, sounds or videos are in it, and training takes text alone")
+    roles = [message["role"] for message in messages if message["role"] != "system"]
+    if roles[0] == "assistant":
+        raise HistoryError("it begins with a reply")
+    for message in messages:
+        if message["role"] == "assistant" and not (
+            text_of(message["content"]).strip() or message.get("tool_calls")
+        ):
+            raise HistoryError("a reply in it is empty")
+    row: dict[str, Any] = {"messages": list(map(_training_message, messages))}
+    return row | ({"tools": list(kept.head.tools)} if kept.head.tools else {})
+
+
+def _training_message(message: Message) -> dict[str, Any]:
+    found = {"role": message["role"], "content": writable(text_of(message["content"]))}
+    if message.get("reasoning"):
+        found["reasoning_content"] = writable(message["reasoning"])
+    if message.get("tool_calls"):
+        found["tool_calls"] = message["tool_calls"]
+    return found

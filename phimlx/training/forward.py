@@ -10,6 +10,7 @@ import mlx.nn as nn
 from mlx.utils import tree_map
 
 from phimlx.models.base import CausalLM, ForwardPass
+from phimlx.models.lora import Routing
 from phimlx.models.rope import Rope
 from phimlx.training.data.batches import Batch
 
@@ -69,7 +70,10 @@ def supervised_states(
     """
     mask = _mask(inputs, model.config.sliding_window)
     x = model.embed(inputs["tokens"])
-    forward = ForwardPass(inputs["positions"], mask, (inputs["cos"], inputs["sin"]))
+    adapter = model.default_adapter  # one that the model was loaded with, where it is measured
+    routing = None if adapter is None else Routing([adapter] * x.shape[0])
+    rope = inputs["cos"], inputs["sin"]
+    forward = ForwardPass(inputs["positions"], mask, rope, routing=routing)
     for layer, layer_key in zip(model.layers, mx.random.split(key, len(model.layers)), strict=True):
         x = _run(layer, x, forward, layer_key, checkpointing)
     x = x.reshape(-1, x.shape[-1])[inputs["target_indices"]]

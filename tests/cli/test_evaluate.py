@@ -130,3 +130,73 @@ def test_wrong_usage(
         assert result.stderr.startswith("Error: There is no data none.jsonl.\n")
     else:
         assert result.stderr.endswith(message)
+
+
+@pytest.fixture
+def adapter(rows: Path, tmp_path: Path) -> Path:
+    """One that has been taught other answers."""
+    out = tmp_path / "taught"
+    words = ["train", "--model", "nano", "--data", rows, "--adapter-path", out, "--iters", "3"]
+    words += ["--learning-rate", "1e-2", "--rank", "2", "--valid-fraction", "0.5"]
+    assert CliRunner().invoke(cli, list(map(str, words))).exit_code == 0
+    return out
+
+
+def test_an_adapter_is_measured_as_training_measured_it(rows: Path, adapter: Path) -> None:
+    """Loss and answers are those with it, the loss of the model alone another."""
+    with_it = json.loads(run("--data", rows, "--adapter-path", adapter, "--json").stdout)
+    alone = json.loads(run("--data", rows, "--json").stdout)
+    assert abs(with_it["loss"] - alone["loss"]) > 0.1
+    fused = adapter.parent / "fused"
+    words = ["fuse", "--model", "nano", "--adapter-path", adapter, "--save-path", fused]
+    assert CliRunner().invoke(cli, list(map(str, words))).exit_code == 0
+    phi = phimlx.load(fused)
+    examples = examples_of(phi, read_data(rows), RowSettings()).examples
+    assert with_it["loss"] == pytest.approx(measure_loss(phi.model, examples).loss, rel=2e-2)
+
+
+def test_two_are_compared_on_the_same_rows(rows: Path, adapter: Path) -> None:
+    flags = ("--data", rows, "--answers", "--max-tokens", "8", "--compare", "nano", adapter)
+    result = run(*flags, "--json")
+    assert result.exit_code == 0, result.output
+    found = json.loads(result.stdout)
+    assert (found["a"]["adapter"], found["b"]["adapter"], found["rows"]) == (False, True, 4)
+    for flag, side in (((), "a"), (("--adapter-path", adapter), "b")):
+        alone = json.loads(
+            run("--data", rows, "--answers", "--max-tokens", "8", *flag, "--json").stdout
+        )
+        assert found["measures"]["loss per token"][side] == pytest.approx(alone["loss"], rel=1e-3)
+        assert found["measures"]["exact match"][side] == alone["exact_match"]
+    assert [each["place"] for each in found["results"]] == [
+        f"rows.jsonl, line {line}" for line in (1, 2, 3, 4)
+    ]
+    differ = [
+        each["place"]
+        for each in found["results"]
+        if each["a"]["answer"]["exact"] != each["b"]["answer"]["exact"]
+    ]
+    text = run(*flags).stdout
+    assert f"One of the two is right in {len(differ)} of 4 rows." in text
+    assert all(place in text for place in differ)
+
+
+def test_a_model_and_itself_do_not_differ(rows: Path) -> None:
+    result = run("--data", rows, "--compare", "nano", "nano", "--json")
+    (measure,) = json.loads(result.stdout)["measures"].values()
+    assert (measure["difference"], measure["interval"], measure["clear"]) == (0, [0, 0], False)
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--compare", "nano", "nano", "--tasks", "x"), "--tasks does not go with --compare."),
+        (
+            ("--compare", "nano", "nano", "--data", "x", "--adapter-path", "y"),
+            "--adapter-path does not go with --compare.",
+        ),
+    ],
+)
+def test_what_does_not_go_with_comparing(flags: tuple[str, ...], message: str) -> None:
+    result = run(*flags)
+    assert result.exit_code == 2
+    assert message in result.stderr

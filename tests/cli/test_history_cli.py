@@ -15,7 +15,10 @@ from phimlx.cli.group import cli
 from phimlx.errors import GenerationError
 from phimlx.history.records import Head
 from phimlx.history.store import History
+from phimlx.hub.resolve import NANO
 from phimlx.terminal.conversation import Conversation
+from phimlx.training.data.examples import load_data
+from phimlx.training.data.loss_mask import RowEncoder
 from tests.terminal.fake_phi import INTERRUPT, FakePhi, Script
 
 HEAD = Head("nano")
@@ -301,3 +304,77 @@ def test_a_conversation_with_an_address_is_not_kept(loaded: Loaded) -> None:
     loaded(["A cat."], "generate", "--image", "https://x.example/cat.png", "What is it?")
     with History() as history:
         assert history.conversations() == []
+
+
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"name": "f", "arguments": {"x": 1}}]}
+TOOLS = [{"name": "f", "description": "F", "parameters": {"type": "object", "properties": {}}}]
+RESULT = {"role": "tool", "content": "2"}
+PICTURE = {"type": "image", "path": "/a.png", "sha256": "0"}
+
+
+def test_rows_for_training_are_what_train_takes(run: Run, tmp_path: Path) -> None:
+    thought = {**ANSWER, "reasoning": "MLX it is"}
+    with History() as history:
+        history.append(history.create(Head("nano", system="Be brief.")), USER, thought, USER)
+        tools = Head("nano", tools=TOOLS)
+        history.append(history.create(tools), USER, CALL, RESULT, ANSWER)
+        odd = {"role": "user", "content": "half \ud800 \x1b[31m"}
+        history.append(history.create(HEAD), odd, ANSWER)
+    target = tmp_path / "rows.jsonl"
+    result = run("history", "export", "--train", "1", "2", "3", "--yes", "-o", str(target))
+    assert result.exit_code == 0, result.output
+    rows = [json.loads(line) for line in target.read_text().splitlines()]
+    assert [len(row["messages"]) for row in rows] == [3, 4, 2]
+    assert rows[0]["messages"][0] == {"role": "system", "content": "Be brief."}
+    assert rows[0]["messages"][2]["reasoning_content"] == "MLX it is"
+    assert rows[1]["tools"] == TOOLS
+    assert oct(target.stat().st_mode & 0o777) == "0o600"
+    for name in (None, "phi-4-mini-reasoning"):
+        data = load_data(target, RowEncoder.load(NANO, name))["train"]
+        assert (data.faults, len(data.examples), dict(data.skipped)) == (0, 3, {})
+    assert all(each.supervised.any() for each in data.examples)
+
+
+def test_each_conversation_is_asked_about(
+    run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("phimlx.terminal.output.Output.can_ask", True)
+    with History() as history:
+        for text in ("first", "second", "third"):
+            history.append(history.create(HEAD), {"role": "user", "content": text}, ANSWER)
+        unanswered = history.create(HEAD)
+        history.append(unanswered, USER)
+        shown = {"role": "user", "content": [{"type": "text", "text": "this"}, PICTURE]}
+        history.append(history.create(HEAD), shown, ANSWER)
+    target = tmp_path / "rows.jsonl"
+    result = run("history", "export", "--train", "-o", str(target), input="y\nn\ny\n")
+    assert result.exit_code == 0, result.output
+    said = [json.loads(line)["messages"][0]["content"] for line in target.open()]
+    assert said == ["third", "first"]  # the one that went on last first
+    assert result.stderr.count("Learn from ") == 3
+    assert "is left out: nothing was answered in it." in result.stderr
+    assert "pictures, sounds or videos are in it, and training takes text alone." in result.stderr
+    refused = run("history", "export", "--train", "-o", str(target) + "2", input="n\nn\nn\n")
+    assert refused.exit_code == 1
+    assert not Path(str(target) + "2").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (("--train", "--yes"), 2, "--yes goes with IDs"),
+        (("--train", "1"), 2, "Nobody can be asked here"),
+        (("1", "2"), 2, "--yes and several IDs go with --train."),
+        (("--train", "1", "--yes", "--format", "md"), 2, "--format does not go with --train."),
+        (("--train", "7", "--yes"), 1, "There is no conversation 7."),
+    ],
+)
+def test_nothing_is_written_without_consent(
+    run: Run, arguments: tuple[str, ...], code: int, message: str
+) -> None:
+    with History() as history:
+        history.append(history.create(HEAD), USER, ANSWER)
+    result = run("history", "export", *arguments)
+    assert result.exit_code == code
+    assert message in result.stderr
+    assert ANSWER["content"] not in result.stdout
