@@ -9,16 +9,17 @@ from itertools import takewhile
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import PromptError
+from phimlx.media.audio_file import AudioSource, AudioStream
 from phimlx.media.cues import Cue
 from phimlx.media.limits import Limits
 from phimlx.media.log_mel import frame_count, token_count
 from phimlx.media.segments import split_audio
+from phimlx.media.speech import split_live
 from phimlx.prompt.media_parts import no_media
 
 if TYPE_CHECKING:
     from phimlx.generation.reply import Reply
     from phimlx.generation.stream import Stream
-    from phimlx.media.audio_file import AudioSource
     from phimlx.media.segments import Segment
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
@@ -87,7 +88,7 @@ def question(prompt: str | None = None, translate_to: str | None = None) -> str:
 
 def transcribe(
     phi: SpeechModel,
-    source: AudioSource,
+    source: AudioSource | AudioStream,
     *,
     prompt: str | None = None,
     translate_to: str | None = None,
@@ -101,7 +102,8 @@ def transcribe(
     Decoding is greedy, so that a recording always has the same transcript.
 
     Args:
-        source: path, https URL, bytes, file object or (samples, rate), of any length.
+        source: path, https URL, bytes, file object or (samples, rate), of any length; or a stream,
+            as of a microphone, whose pieces end where its speaker pauses.
         prompt: what to ask about each segment; to transcribe it where None.
         translate_to: the language of the text, such as "French", where it is not that of the
             speech.
@@ -120,7 +122,12 @@ def transcribe(
         raise no_media(phi.name, phi.takes_media)
     limits = limits or Limits(max_seconds=math.inf)
     cache = phi.new_cache(kv_bits)
-    return _segments(phi, split_audio(source, limits, segment_seconds, on_open), asked, cache)
+    segments = (
+        split_live(source, segment_seconds)
+        if isinstance(source, AudioStream)
+        else split_audio(source, limits, segment_seconds, on_open)
+    )
+    return _segments(phi, segments, asked, cache)
 
 
 def _segments(

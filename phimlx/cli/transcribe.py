@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
@@ -33,7 +33,8 @@ if TYPE_CHECKING:
 
 
 @click.command()
-@click.argument("files", metavar="FILE...", nargs=-1, required=True)
+@click.argument("files", metavar="FILE...", nargs=-1)
+@click.option("--live", is_flag=True, help="Write down what the microphone hears, until Ctrl-C.")
 @click.option(
     "--model",
     metavar="MODEL",
@@ -80,6 +81,7 @@ if TYPE_CHECKING:
 @json_option
 def command(
     files: tuple[str, ...],
+    live: bool,
     model: str,
     dtype: str | None,
     kv_bits: int | None,
@@ -104,13 +106,17 @@ def command(
       phimlx transcribe movie.mp4 --format vtt -o movie.vtt
       phimlx transcribe *.wav --output-dir transcripts
       phimlx transcribe speech.flac --translate-to French
+      phimlx transcribe --live -o talk.srt
     """
     from phimlx.prompt.media_parts import no_media
+    from phimlx.terminal.live import MICROPHONE, transcribe_live
     from phimlx.transcription import question
 
+    check_source(files, live, output_dir, settings)
     question(prompt, translate_to)
     format_name = format_name or format_of(output)
-    transcripts = plan_transcripts(files, format_name, output, output_dir, overwrite, as_json)
+    named = (MICROPHONE,) if live else files
+    transcripts = plan_transcripts(named, format_name, output, output_dir, overwrite, as_json)
     screen = Output(json=as_json)
     limits = pop_limits(settings, max_seconds=math.inf)
     options = {
@@ -120,7 +126,7 @@ def command(
         "kv_bits": kv_bits,
     }
     for transcript in transcripts:
-        if transcript.name != STDIN:
+        if transcript.name != STDIN and not live:
             with _reporting_errors(transcript, screen):
                 check_files([transcript.name])
     found = [transcript for transcript in transcripts if transcript.error is None]
@@ -136,14 +142,33 @@ def command(
                 screen.text(f"{gap}==> {transcript.label} <==")
             with (
                 _reporting_errors(transcript, screen),
-                TranscriptWriter(transcript, FORMATS[format_name], screen) as writer,
+                TranscriptWriter(transcript, FORMATS[format_name], screen, live) as writer,
             ):
+                if live:
+                    transcribe_live(partial(phi.transcribe, **options), transcript, writer, screen)
+                    continue
                 listen = partial(phi.transcribe, transcript.source, limits=limits, **options)
                 _transcribe(listen, transcript, writer, screen)
     finally:
         screen.json({"model": model, "files": [each.as_object() for each in transcripts]})
     if any(transcript.error for transcript in transcripts):
         raise click.exceptions.Exit(1)
+
+
+def check_source(
+    files: Sequence[str], live: bool, output_dir: Path | None, limits: Mapping[str, Any]
+) -> None:
+    """Raise `click.UsageError` where there is nothing to transcribe, or more than one means."""
+    if not live and not files:
+        raise click.UsageError("Missing argument 'FILE...'; --live hears the microphone.")
+    if not live:
+        return
+    if files:
+        raise click.UsageError("--live hears the microphone: it takes no FILE.")
+    given = [f"--{name.replace('_', '-')}" for name, value in limits.items() if value is not None]
+    unused = ["--output-dir"] if output_dir is not None else given
+    if unused:
+        raise click.UsageError(f"{unused[0]} is for files, not for --live.")
 
 
 def format_of(target: Path | None) -> str:

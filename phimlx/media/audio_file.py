@@ -100,7 +100,7 @@ def open_audio(source: AudioSource, limits: Limits | None = None) -> Iterator[Au
         return
     with _open_recorded(source, limits) as recorded:
         rate = model_rate(recorded.rate)
-        blocks = _resampled(_to_mono(recorded, limits), recorded.rate, rate)
+        blocks = resampled(_to_mono(recorded, limits), recorded.rate, rate)
         yield AudioStream(rate, blocks, recorded.seconds)
 
 
@@ -389,8 +389,8 @@ def _to_mono(recorded: _RecordedAudio, limits: Limits) -> Iterator[Samples]:
         raise _no_sound(recorded.name)
 
 
-def _resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:
-    """The same numbers as resampling all at once."""
+def resampled(blocks: Iterable[Samples], rate: int, target: int) -> Iterator[Samples]:
+    """Resample block by block (soxr HQ): the same numbers as all at once."""
     if rate == target:
         yield from blocks
         return

@@ -51,7 +51,7 @@ class Segment:
     def spoken(self) -> tuple[Span, ...]:
         """Where somebody speaks, in seconds as `start` is: what lies between pauses."""
         step = round(STEP * self.rate)
-        loudness = _loudness(self.samples, step)
+        loudness = mean_squares(self.samples, step)
         pauses = _runs(loudness < _quiet_level(loudness), round(PAUSE / STEP))
         edges = [0, *(edge for pause in pauses for edge in pause), len(loudness)]
         spans = [pair for pair in zip(edges[::2], edges[1::2], strict=True) if pair[0] < pair[1]]
@@ -87,17 +87,17 @@ def split_audio(
     Args:
         on_open: called with the recording's length in seconds, None where it does not say.
     """
-    _check_seconds(segment_seconds)
+    check_seconds(segment_seconds)
     with open_audio(source, limits) as sound:
         if on_open is not None:
             on_open(sound.seconds)
         failures: list[MediaError] = []
-        yield from _pieces(_up_to_failure(sound.blocks, failures), sound.rate, segment_seconds)
+        yield from _pieces(up_to_failure(sound.blocks, failures), sound.rate, segment_seconds)
         if failures:
             raise failures[0]
 
 
-def _up_to_failure(blocks: Iterable[Samples], failures: list[MediaError]) -> Iterator[Samples]:
+def up_to_failure(blocks: Iterable[Samples], failures: list[MediaError]) -> Iterator[Samples]:
     """Yield what can be read; what ends it early goes into `failures`."""
     try:
         yield from blocks
@@ -105,7 +105,8 @@ def _up_to_failure(blocks: Iterable[Samples], failures: list[MediaError]) -> Ite
         failures.append(error)
 
 
-def _check_seconds(segment_seconds: float) -> None:
+def check_seconds(segment_seconds: float) -> None:
+    """Raise MediaError where the model cannot hear pieces of that length."""
     if not SHORTEST_PIECE <= segment_seconds <= TRAINED_SECONDS:
         raise MediaError(
             f"Pieces of {segment_seconds:g} s cannot be transcribed.",
@@ -123,32 +124,32 @@ def _pieces(blocks: Iterable[Samples], rate: int, segment_seconds: float) -> Ite
     for block in blocks:
         held = np.concatenate((held, block)) if len(held) else block
         while len(held) >= longest + rest:
-            end = _cut_point(_loudness(held[:longest], step), step)
+            end = cut_point(mean_squares(held[:longest], step), step)
             yield from _trimmed(held[:end], start, rate)
             held = held[end:]
             start += end
     if len(held) > longest:
         window = held[: min(longest, len(held) - rest)]
-        end = _cut_point(_loudness(window, step), step)
+        end = cut_point(mean_squares(window, step), step)
         yield from _trimmed(held[:end], start, rate)
         held = held[end:]
         start += end
     if start == 0:
-        if len(held) and np.max(_loudness(held, step)) > SILENCE:
+        if len(held) and np.max(mean_squares(held, step)) > SILENCE:
             yield Segment(0.0, len(held) / rate, held.copy(), rate)
     else:
         yield from _trimmed(held, start, rate)
 
 
-def _loudness(samples: Samples, step: int) -> NDArray[np.float64]:
-    """Mean square of each step; of the last one what there is of it. `[steps]`"""
+def mean_squares(samples: Samples, step: int) -> NDArray[np.float64]:
+    """Compute the mean square of each step; of the last one what there is of it. `[steps]`"""
     squares = np.square(samples, dtype=np.float64)
     edges = np.arange(0, len(samples), step)
     return np.add.reduceat(squares, edges) / np.diff(np.append(edges, len(samples)))
 
 
-def _cut_point(loudness: NDArray[np.float64], step: int) -> int:
-    """The sample to cut at, within the steps looked at."""
+def cut_point(loudness: NDArray[np.float64], step: int) -> int:
+    """Find the sample to cut at, within the steps looked at."""
     steps = len(loudness)
     pauses = _runs(loudness < _quiet_level(loudness), round(PAUSE / STEP))
     half, quarter = steps // 2, 3 * steps // 4
@@ -177,7 +178,7 @@ def _trimmed(samples: Samples, start: int, rate: int) -> Iterator[Segment]:
     step = round(STEP * rate)
     if not len(samples):
         return
-    heard = np.flatnonzero(_loudness(samples, step) > SILENCE)
+    heard = np.flatnonzero(mean_squares(samples, step) > SILENCE)
     if not len(heard):
         return
     first, last = int(heard[0]) * step, min((int(heard[-1]) + 1) * step, len(samples))

@@ -162,6 +162,34 @@ class Chat:
 
         self.attach(paste_files(self._limits))
 
+    def record(self, text: str) -> None:
+        """Let the user speak, and answer that, with a text where there is one.
+
+        Raises `PromptError` where the model does not hear, `MediaError` where nothing is recorded.
+        """
+        if not self.phi.hears:
+            raise no_media(self.phi.name, sees=self.phi.takes_media)
+        if not self.screen.interactive:
+            raise PhimlxError(
+                "/record needs a terminal, at which a key ends it.",
+                hint="Send a file instead: /audio FILE",
+            )
+        from phimlx.media.limits import Limits
+        from phimlx.terminal.recording import record_clip
+
+        try:
+            clip = record_clip(self.output, (self._limits or Limits()).max_seconds)
+        except KeyboardInterrupt:
+            self.output.note("Dropped what was recorded.")
+            return
+        if clip.failure is not None:
+            self.attach([("audio", str(clip.path))])
+            raise clip.failure
+        sound = Attachment.read("audio", str(clip.path), self._limits)
+        self.output.note(f"Recorded {sound.about}.")
+        self.pending = [*self.pending, sound]
+        self.say(text)
+
     def say(self, text: str) -> None:
         """Answer what the user says, with the files that wait for it."""
         attachments, self.pending = self.pending, []

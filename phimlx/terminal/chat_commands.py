@@ -313,6 +313,10 @@ def _paste(chat: Chat, argument: str) -> None:
         chat.say(argument)
 
 
+def _record(chat: Chat, argument: str) -> None:
+    chat.record(argument)
+
+
 def _drop(chat: Chat, argument: str) -> None:
     if argument:
         if not (argument.isascii() and argument.isdigit() and len(argument) < 10):
@@ -340,6 +344,7 @@ COMMANDS = {
     "audio": ChatCommand(_attach("audio"), "FILE [TEXT]", "play a sound", "files"),
     "video": ChatCommand(_attach("video"), "FILE [TEXT]", "show pictures of a video", "files"),
     "paste": ChatCommand(_paste, "[TEXT]", "show a screenshot, or files, from the clipboard"),
+    "record": ChatCommand(_record, "[TEXT]", "speak instead of typing; Enter or silence ends it"),
     "drop": ChatCommand(_drop, "[N]", "send no file after all, or forget the N oldest turns"),
     "compact": ChatCommand(_compact, "", "let the model sum up the oldest turns"),
     "edit": ChatCommand(_edit, "[TEXT]", "change your last message and ask again"),

@@ -15,7 +15,14 @@ from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
 from phimlx.errors import PhimlxError, shortage
-from phimlx.terminal.progress import Progress, beside_bars, progress, prompt_progress, status
+from phimlx.terminal.progress import (
+    Progress,
+    beside_bars,
+    live_line,
+    progress,
+    prompt_progress,
+    status,
+)
 from phimlx.terminal.sink import UNPRINTABLE, drawing, indented, one_line, printable
 
 __all__ = ["Output", "encode_json", "printable", "progress", "status", "style"]
@@ -189,6 +196,10 @@ class Output:
     def prompt_progress(self) -> AbstractContextManager[Callable[[int, int], None]]:
         """Draw a bar on stderr while a long prompt is read: see `phimlx.terminal.progress`."""
         return prompt_progress(quiet=self.as_json)
+
+    def live_line(self) -> AbstractContextManager[Callable[[str], None]]:
+        """Replace one line on stderr again and again: see `phimlx.terminal.progress`."""
+        return live_line(quiet=self.as_json)
 
     def status(self, label: str) -> AbstractContextManager[None]:
         """Show a line on stderr while the block runs: see `phimlx.terminal.progress`."""

@@ -94,6 +94,27 @@ def status(label: str, quiet: bool = False) -> Iterator[None]:
 
 
 @contextlib.contextmanager
+def live_line(quiet: bool = False) -> Iterator[Callable[[str], None]]:
+    """Make a function that replaces one printable line on stderr; "" takes it away.
+
+    It shows nothing off a terminal or when `quiet`.
+    """
+    if quiet or not sys.stderr.isatty():
+        yield lambda text: None
+        return
+    screen = drawing(sys.stderr)
+
+    def show(text: str) -> None:
+        screen.write(ERASE_LINE + text)
+        screen.flush()
+
+    try:
+        yield show
+    finally:
+        show("")
+
+
+@contextlib.contextmanager
 def beside_bars() -> Iterator[None]:
     """Take bars away while the block prints, and draw them again below it."""
     if not sys.stderr.isatty():

@@ -81,7 +81,19 @@ class TranscriptWriter:
     was to be in it goes to stdout and the error is raised.
     """
 
-    def __init__(self, transcript: Transcript, format: TranscriptFormat, output: Output) -> None:
+    def __init__(
+        self,
+        transcript: Transcript,
+        format: TranscriptFormat,
+        output: Output,
+        echoes: bool = False,
+    ) -> None:
+        """Begin a transcript.
+
+        Args:
+            echoes: whether somebody who watches is shown what goes into a file.
+        """
+        self._echoes = echoes and output.is_watched
         self._transcript = transcript
         self._format = format
         self._output = output
@@ -102,6 +114,8 @@ class TranscriptWriter:
                 self._show(piece)
             else:
                 self._keep(transcript.target)
+                if self._echoes and piece.text:
+                    output.note(piece.text, style_name=None)
             if piece.finish_reason in REMARKS:
                 place = f"{transcript.label}, from {piece.start:.1f} to {piece.end:.1f} s"
                 output.warning(f"{place}: the text {REMARKS[piece.finish_reason]}")
