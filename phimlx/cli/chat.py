@@ -45,6 +45,7 @@ from phimlx.cli.options import (
 from phimlx.cli.preferences import preferences
 from phimlx.cli.remote import Servers, pop_servers, server_options
 from phimlx.cli.shapes import pop_shape, shape_options
+from phimlx.errors import PhimlxError
 from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
 
@@ -168,6 +169,11 @@ def command(
     )
     chat.keep_in(loader.prefix_store(phi))
     chat.reply_options = given({"prompt_lookup": prompt_lookup, **shape})
+    if preferences().get("speak"):
+        try:
+            chat.speak(True)
+        except PhimlxError as error:
+            output.warning(f"{error} {error.hint or ''}".strip())
     chat.check(conversation)
     chat.saved_as = session_file
     if interactive:

@@ -73,31 +73,32 @@ def _spoken_pieces(
     speech: NDArray[np.bool_] = np.empty(0, np.bool_)  # of the steps of `held`
     start = 0  # the step at which `held` begins
 
-    def piece(end: int) -> Iterator[Segment]:
-        """What is spoken up to a step."""
+    def piece(end: int, quiet: int) -> Iterator[Segment]:
+        """What is spoken up to a step; nobody speaks until another."""
         loud = np.flatnonzero(speech[:end])
         if len(loud) * STEP >= SHORTEST:
             first, last = max(int(loud[0]) - margin, 0), min(int(loud[-1]) + 1 + margin, end)
             samples = held[first * step : last * step].copy()
-            times = [(start + edge) * STEP for edge in (first, last, end)]
+            times = [(start + edge) * STEP for edge in (first, last, quiet)]
             yield Segment(times[0], times[1], samples, rate, times[2])
 
     for block in blocks:
         held = np.concatenate((held, block))
         speech = np.concatenate((speech, detector.add(block)))
         loud = np.flatnonzero(speech)
-        end = 0  # up to where `held` is done with
+        end = quiet = 0  # up to where `held` is done with, and nobody speaks
         if not len(loud):
             end = max(len(speech) - margin, 0)
         elif (len(speech) - 1 - loud[-1]) * STEP >= _pause((loud[-1] - loud[0]) * STEP):
-            end = len(speech)
+            quiet = len(speech)
+            end = max(int(loud[-1]) + 1, quiet - margin)  # the rest leads in what comes next
         elif len(speech) - max(loud[0] - margin, 0) >= longest:
             begin = max(int(loud[0]) - margin, 0)
             window = held[begin * step : (begin + longest) * step]
             end = begin + cut_point(mean_squares(window, step), step) // step
-        yield from piece(end)
+        yield from piece(end, max(end, quiet))
         held, speech, start = held[end * step :], speech[end:], start + end
-    yield from piece(len(speech))
+    yield from piece(len(speech), len(speech))
 
 
 def _pause(seconds: float) -> float:

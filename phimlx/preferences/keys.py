@@ -46,6 +46,7 @@ _OF_MACHINE = (
     _setting("cache_limit", FiniteRange(min=0), "GB for prompts that are kept; 0 for none."),
     _setting("theme", click.Choice(THEMES), "Colours of the terminal."),
     _setting("history", Switch(), "Whether conversations are kept."),
+    _setting("speak", Switch(), "Whether a chat reads answers aloud."),
 )
 
 TOP = {key.keyword: key for key in (_MODEL, *_OF_MODEL, *_OF_MACHINE)}

@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from phimlx.history.store import History
     from phimlx.media.limits import Limits
     from phimlx.terminal.keeper import Keeper
+    from phimlx.terminal.speaker import Speaker
 
 FULL = 0.8  # of the context, from where on it is told
 LAST_TURNS = 2  # that are shown of a conversation that goes on
@@ -98,11 +99,19 @@ class Chat:
         self._kv_bits = kv_bits
         self._keeper = keeper
         self._loader = loader
+        self.speaker: Speaker | None = None
+        screen.on_interrupt = self._hush
         self._prefixes: PrefixStore | None = None
         self.forget()
 
     def run(self) -> None:
         """Take turns until the user leaves."""
+        try:
+            self._take_turns()
+        finally:
+            self._hush()
+
+    def _take_turns(self) -> None:
         while not self.left and (line := self.screen.read()) is not None:
             try:
                 self.take(line)
@@ -254,7 +263,8 @@ class Chat:
             turn = self._ask_for_results(reply) if reply else None
 
     def _reply(self, turn: Turn) -> Reply | None:
-        conversation = self.conversation
+        conversation, speaker = self.conversation, self.speaker
+        self._hush()
         if turn.new and turn.kept == len(conversation.messages):
             self._keep(turn.new)
         try:
@@ -267,11 +277,16 @@ class Chat:
                     **self.reply_options,
                     **conversation.settings,
                 )
-                answer = Interruptible(stream)
+                answer = Interruptible(stream, *([] if speaker is None else [speaker.hear]))
                 reply = self.screen.show(answer)
         except BaseException:
+            self._hush()
             conversation.abandon(turn)
             raise
+        if answer.interrupted:
+            self._hush()
+        elif speaker is not None:
+            self._speak_to_end(speaker)
         if answer.cut:
             self.forget()
         if answer.interrupted and not self.screen.interactive:
@@ -302,6 +317,34 @@ class Chat:
                 f"The context is {used / room:.0%} full: /compact lets the model sum up the oldest "
                 "turns, /drop N forgets N of them, /clear all."
             )
+
+    def speak(self, wanted: bool) -> None:
+        """Read answers aloud from here on, or no more.
+
+        Raises `PhimlxError` where nothing here can.
+        """
+        self._hush()
+        self.speaker = None
+        if wanted:
+            from phimlx.terminal.speaker import Speaker
+
+            self.speaker = Speaker()
+
+    def _hush(self) -> bool:
+        """Let the voice stop; whether it was speaking."""
+        was_speaking = self.speaker is not None and self.speaker.is_speaking
+        if self.speaker is not None:
+            self.speaker.stop()
+        return was_speaking
+
+    def _speak_to_end(self, speaker: Speaker) -> None:
+        """Let the voice finish what is said while the next line is typed; a pipe waits for it."""
+        speaker.end()
+        if not self.screen.interactive:
+            speaker.wait()
+        if speaker.failure is not None:
+            self.speaker = None
+            self.output.warning(f"{speaker.failure} Answers are read aloud no more.")
 
     def is_last(self, reply: Reply) -> bool:
         """Whether a reply is what the conversation ends with."""

@@ -26,7 +26,7 @@ from phimlx.terminal.turns import show_turns
 
 LISTED = 10  # conversations at once
 CODE = "code"
-OFF = "off"
+ON, OFF = "on", "off"
 DEFAULT = "default"
 
 
@@ -317,6 +317,15 @@ def _record(chat: Chat, argument: str) -> None:
     chat.record(argument)
 
 
+def _speak(chat: Chat, argument: str) -> None:
+    if argument not in ("", ON, OFF):
+        raise PhimlxError("Shall answers be read aloud?", "Say /speak on, or /speak off.")
+    if argument:
+        chat.speak(argument == ON)
+    speaker = chat.speaker
+    _say(chat, f"Answers are read aloud by {speaker.program.name}." if speaker else "No voice.")
+
+
 def _drop(chat: Chat, argument: str) -> None:
     if argument:
         if not (argument.isascii() and argument.isdigit() and len(argument) < 10):
@@ -345,6 +354,7 @@ COMMANDS = {
     "video": ChatCommand(_attach("video"), "FILE [TEXT]", "show pictures of a video", "files"),
     "paste": ChatCommand(_paste, "[TEXT]", "show a screenshot, or files, from the clipboard"),
     "record": ChatCommand(_record, "[TEXT]", "speak instead of typing; Enter or silence ends it"),
+    "speak": ChatCommand(_speak, "[on|off]", "read answers aloud; Ctrl-C stops the voice"),
     "drop": ChatCommand(_drop, "[N]", "send no file after all, or forget the N oldest turns"),
     "compact": ChatCommand(_compact, "", "let the model sum up the oldest turns"),
     "edit": ChatCommand(_edit, "[TEXT]", "change your last message and ask again"),

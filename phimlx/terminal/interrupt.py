@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from types import FrameType
 from typing import TYPE_CHECKING
 
@@ -20,8 +20,12 @@ class Interruptible:
     in at once, `cut` is set, and a cache that the stream was filling should be dropped.
     """
 
-    def __init__(self, stream: ReplyStream) -> None:
+    def __init__(
+        self, stream: ReplyStream, on_chunk: Callable[[Chunk], None] = lambda chunk: None
+    ) -> None:
+        """Take a stream; `on_chunk` is called with each chunk before it is handed on."""
         self.stream = stream
+        self._on_chunk = on_chunk
         self.interrupted = False
         self.cut = False
         self._begun = False
@@ -33,6 +37,7 @@ class Interruptible:
         try:
             for chunk in self.stream:
                 self._begun = True
+                self._on_chunk(chunk)
                 yield chunk
                 if self.interrupted:
                     break

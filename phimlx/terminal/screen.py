@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import PromptError
@@ -22,6 +22,8 @@ class Screen(Protocol):
     """The place where a chat happens: it reads, asks and shows."""
 
     interactive: bool
+    on_interrupt: Callable[[], bool]
+    """Called for Ctrl-C while a line is typed; whether that was what it was for."""
 
     def read(self) -> str | None:
         """Read what the user says next; None once there is no more."""
@@ -45,6 +47,7 @@ class PipedScreen:
     interactive = False
 
     def __init__(self, output: Output) -> None:
+        self.on_interrupt: Callable[[], bool] = lambda: False
         self._output = output
         self._lines = enumerate(() if sys.stdin is None else sys.stdin.buffer, 1)
 
@@ -79,6 +82,7 @@ class TerminalScreen:
     def __init__(self, output: Output, candidates: Candidates, theme: str = "auto") -> None:
         from phimlx.terminal.line import LineEditor
 
+        self.on_interrupt: Callable[[], bool] = lambda: False
         self._output = output
         self._theme = theme
         self._line = LineEditor(candidates, output)
@@ -89,6 +93,8 @@ class TerminalScreen:
             try:
                 return self._line.read()
             except KeyboardInterrupt:
+                if self.on_interrupt():
+                    continue
                 if interrupted:
                     self._output.note("Ctrl-D leaves.")
                 interrupted = True

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -36,6 +37,7 @@ class ScriptedScreen:
 
     def __init__(self, lines: list[str], results: list[str | None], interactive: bool) -> None:
         self.interactive = interactive
+        self.on_interrupt: Callable[[], bool] = lambda: False
         self._lines = iter(lines)
         self._results = iter(results)
 
