@@ -46,7 +46,7 @@ def transcribe_live(
     ):
         output.note("Listening; Ctrl-C ends it.")
         remarks = _Remarks(microphone, output, line)
-        blocks = remarks.watched(metered(microphone.sound, line, ""))
+        blocks = remarks.watched(metered(microphone.sound, line))
         for piece in listen(replace(microphone.sound, blocks=blocks)):
             line("")
             writer.add(piece)

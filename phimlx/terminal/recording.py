@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 QUIET_SECONDS = 2.0  # after speech, which end a clip
 UNHEARD_SECONDS = 10.0  # without any, after which nobody will speak
-BARS = 20
+BARS = 20  # with the time, less than a terminal of 40 columns
 LOWEST_DB = -60.0  # under full scale, where the meter begins
 
 
@@ -62,7 +62,8 @@ def record_clip(output: Output, max_seconds: float) -> Clip:
     with open_microphone() as microphone, output.live_line() as line, _keys() as pressed:
         heard.rate = microphone.sound.rate
         try:
-            for block in metered(microphone.sound, line, " · Enter sends, Ctrl-C drops it"):
+            output.note("Speak. Enter sends it, Ctrl-C drops it.")
+            for block in metered(microphone.sound, line):
                 heard.add(block)
                 ended = pressed()
                 if ended or heard.is_over or heard.seconds >= max_seconds:
@@ -76,13 +77,13 @@ def record_clip(output: Output, max_seconds: float) -> Clip:
     return Clip(_keep(heard.everything() if ended else heard.speech(), heard.rate), failure)
 
 
-def metered(sound: AudioStream, line: Callable[[str], None], about: str) -> Iterator[Samples]:
+def metered(sound: AudioStream, line: Callable[[str], None]) -> Iterator[Samples]:
     """Yield the blocks of a sound, and show how long and how loud it is."""
     samples = 0
     for block in sound.blocks:
         samples += len(block)
         if len(block):
-            line(f"● {clock(samples / sound.rate)} {meter(block)}{about}")
+            line(f"● {clock(samples / sound.rate)} {meter(block)}")
         yield block
 
 

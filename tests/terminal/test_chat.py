@@ -391,7 +391,7 @@ def test_completion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "chats").mkdir()
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("HOME", str(tmp_path))
-    assert candidates("/s") == ["/system", "/show", "/save", "/set", "/stats"]
+    assert candidates("/s") == ["/system", "/speak", "/show", "/save", "/set", "/stats"]
     monkeypatch.setenv("PHIMLX_CONFIG_DIR", str(tmp_path))
     (tmp_path / "config.toml").write_text("alias.phi-work = 'x'")
     (tmp_path / "personas").mkdir()

@@ -72,7 +72,7 @@ def test_a_key_ends_it_and_ctrl_c_drops_it(tmp_path: Path) -> None:
     samples = recording(0.5, 200.0, rate=16_000)
     with with_microphone(tmp_path, ["Heard."], samples, 16_000, then="silence") as terminal:
         terminal.type("/record", ENTER)
-        terminal.expect("Ctrl-C drops it")
+        terminal.expect("● 0:0")
         terminal.type(CTRL_C)
         terminal.expect("Dropped what was recorded.")
         terminal.expect("> ")
