@@ -14,10 +14,12 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.quantization import stored_form
 from phimlx.checkpoint.tensors import FLOATING_DTYPES, PACKED_DTYPES, Tensor, Tensors
 from phimlx.errors import CheckpointError, some, translate_shortage
+from phimlx.machine.exiting import COMPUTING
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
 
 
+@COMPUTING
 def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> CausalLM:
     """The model of a folder, with its weights read.
 

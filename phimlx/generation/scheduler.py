@@ -19,6 +19,7 @@ from phimlx.generation.prompts import Prompts
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
 from phimlx.machine.device import prefill_tokens
+from phimlx.machine.exiting import COMPUTING
 from phimlx.machine.kv_bits import KV_BITS, kv_group_size
 from phimlx.machine.memory import (
     cache_bytes,
@@ -122,6 +123,7 @@ class Scheduler:
             self._check(request)
         self._waiting.extend(requests)
 
+    @COMPUTING
     def step(self) -> list[tuple[Request, Chunk]]:
         """Compute a piece of a prompt, and a token of every row.
 

@@ -7,6 +7,7 @@ to the event loop at once.
 from __future__ import annotations
 
 import asyncio
+import atexit
 import logging
 import threading
 import time
@@ -14,10 +15,12 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from queue import SimpleQueue
 from typing import TypeVar
+from weakref import WeakSet
 
 from phimlx.generation.engine import Engine
 from phimlx.generation.reply import Chunk
 from phimlx.generation.request import Request
+from phimlx.machine.exiting import COMPUTING
 from phimlx.server.errors import shutting_down
 
 STOP_SECONDS = 10.0  # for a step to end when the thread is to stop
@@ -80,7 +83,12 @@ class Worker:
         return 0.0 if since is None else time.monotonic() - since
 
     def start(self) -> None:
+        _started.add(self)
         self._thread.start()
+
+    def hold(self) -> None:
+        """Let the thread stand still after the step that runs, for the process ends."""
+        self._tasks.put(COMPUTING.hold)
 
     def stop(self) -> None:
         """End every request, then the thread; returns when it has ended, or hangs."""
@@ -146,7 +154,8 @@ class Worker:
                 if task is None:
                     return
                 self._busy_since = time.monotonic()
-                task()
+                with COMPUTING:
+                    task()
                 self._deliver({})
                 self._busy_since = None
             for engine in {generation.engine: None for generation in self._active.values()}:
@@ -184,6 +193,15 @@ class Worker:
             del self._active[request]
         if deliveries and not self.loop.is_closed():
             self.loop.call_soon_threadsafe(_put_all, deliveries)
+
+
+_started: WeakSet[Worker] = WeakSet()
+
+
+@atexit.register
+def _hold_all() -> None:
+    for worker in _started:
+        worker.hold()
 
 
 def _put_all(deliveries: list[tuple[Generation, list[Chunk], bool]]) -> None:

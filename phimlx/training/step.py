@@ -15,6 +15,7 @@ from mlx.utils import tree_flatten, tree_map
 
 from phimlx.errors import TrainingError
 from phimlx.machine.device import on_gpu
+from phimlx.machine.exiting import COMPUTING
 from phimlx.machine.reductions import euclidean_norm, long_sum
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch
@@ -76,6 +77,7 @@ class TrainingStep:
         if on_gpu():
             self._traced = mx.compile(self._traced)
 
+    @COMPUTING
     def __call__(self, number: int, batches: Sequence[Batch]) -> StepResult:
         """Learn from the micro-batches of step `number`, this machine's part of each.
 
@@ -107,6 +109,7 @@ class TrainingStep:
         told = dict(zip(self.metrics, metrics, strict=True))
         return StepResult(loss, weight, supervised, real, norm, told)
 
+    @COMPUTING
     def evaluate(self, batches: Iterable[Batch]) -> StepResult:
         """The mean loss over batches, this machine's part of each; nothing is learned or dropped.
 
