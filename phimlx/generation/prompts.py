@@ -20,6 +20,8 @@ from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
 from phimlx.models.features import TEXT, Features
 
+SHARED = 64  # tokens from which on a prompt waits for another that begins as it does
+
 
 class Prompts:
     """Prompts of requests, each a row of one cache; a reply that has begun belongs to its prompt.
@@ -64,7 +66,7 @@ class Prompts:
         """Take in those of other prompts that one piece can compute together with these.
 
         They are prompts of text that have not begun, all with a known prefix or all without one,
-        for a row is padded to the longest.
+        for a row is padded to the longest. One that begins as these do goes on from them later.
 
         Returns:
             Those that were taken in.
@@ -78,6 +80,8 @@ class Prompts:
                 continue
             if _wants_scores(other.requests[0]) != _wants_scores(self.requests[0]):
                 continue  # a prompt that is scored takes longer
+            if other._waits_for(self):
+                continue
             if self._has_prefix or rows * other.left <= prefill_tokens():
                 try:
                     other.begin()
@@ -127,6 +131,19 @@ class Prompts:
     @property
     def _has_prefix(self) -> bool:
         return any(prefix.computed for _, prefix, _ in self._rows)
+
+    def _waits_for(self, others: Prompts) -> bool:
+        """Whether others are about to compute so much of this prompt that it is copied then."""
+        own = self.requests[0]
+        if self._rows or own.cache is None:
+            return False
+        for request, prefix in others._pairs():
+            enough = prefix.computed + SHARED
+            if request.cache is None or request.adapter != own.adapter:
+                continue
+            if len(own.tokens) > enough and own.tokens[:enough] == request.tokens[:enough]:
+                return True
+        return False
 
     def _pairs(self) -> Iterator[tuple[Request, Prefix]]:
         for request, (_, prefix, _) in zip(self.requests, self._rows, strict=True):
