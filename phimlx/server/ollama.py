@@ -8,6 +8,7 @@ Source: Ollama's description of its API, the types of its Python client, and its
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime
@@ -41,7 +42,7 @@ def answered(kind: type[ReplyBody]) -> Callable[[Request], Any]:
         if body.only_loads:
             return Json(await _load(service, body))
         ask = body.ask()
-        _check_think(service, body)
+        await _check_think(service, body)
         async with AsyncExitStack() as stack:
             answer = await stack.enter_async_context(service.answer(ask))
             lines = Lines(body, answer, started)
@@ -140,10 +141,11 @@ async def _load(service: Service, body: ReplyBody) -> dict[str, Any]:
     return {**_head(body), **body.piece(""), "done": True, "done_reason": reason}
 
 
-def _check_think(service: Service, body: ReplyBody) -> None:
+async def _check_think(service: Service, body: ReplyBody) -> None:
     if not body.think:
         return
-    if not ollama_models.reasons(service.models.find(own_name(body.model))):
+    served = service.models.find(own_name(body.model))
+    if not await asyncio.to_thread(ollama_models.reasons, served):
         raise bad_request(f"{body.model} does not support thinking.", "think")
     if body.think is not True:
         raise bad_request(f"think value {body.think} is not supported for this model.", "think")

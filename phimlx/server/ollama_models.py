@@ -8,6 +8,7 @@ import math
 import threading
 from collections.abc import AsyncIterator, Iterator
 from contextlib import AsyncExitStack, contextmanager, suppress
+from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import cache
 from typing import Any
@@ -64,9 +65,9 @@ def known_model(served: Served) -> Model | None:
 
 
 def reasons(served: Served) -> bool:
-    """Whether a model thinks before it answers."""
+    """Whether a model thinks before it answers, or may; reads its folder, which takes a while."""
     known = known_model(served)
-    return known is not None and known.reasoning
+    return (known is not None and known.reasoning) or _prompt_form(served).reasons
 
 
 async def list_models(request: Request) -> Response:
@@ -145,11 +146,11 @@ async def show(request: Request) -> Response:
 
 def _describe(served: Served) -> dict[str, Any]:
     config, known = served.config, known_model(served)
-    template, takes_tools = _template(served)
+    form = _prompt_form(served)
     takes = of_config(config).takes
     capabilities = {
         "completion": True,
-        "tools": takes_tools,
+        "tools": form.takes_tools,
         "vision": "image" in takes,
         "audio": "audio" in takes,
         "thinking": reasons(served),
@@ -175,7 +176,7 @@ def _describe(served: Served) -> dict[str, Any]:
     return {
         "modelfile": f"FROM {served.name}\n",
         "parameters": "\n".join(parameters),
-        "template": template,
+        "template": form.template,
         "license": known.licence if known else "",
         "details": _details(served),
         "model_info": {
@@ -189,19 +190,30 @@ def _describe(served: Served) -> dict[str, Any]:
     }
 
 
+@dataclass(frozen=True)
+class PromptForm:
+    """A model's chat template: its text, whether it has a place for tools, whether replies reason.
+
+    Nothing of it where there is none.
+    """
+
+    template: str = ""
+    takes_tools: bool = False
+    reasons: bool = False
+
+
 @cache
-def _template(served: Served) -> tuple[str, bool]:
-    """The chat template's text, and whether it has a place for tools; empty where there is none."""
+def _prompt_form(served: Served) -> PromptForm:
     from phimlx.prompt.chat_template import ChatTemplate
     from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 
     try:
-        template = ChatTemplate.load(
+        form = ChatTemplate.load(
             served.folder, Tokenizer.load(served.folder), model_name(served.folder)
         )
-        return template.text, template.takes_tools
+        return PromptForm(form.text, form.takes_tools, form.reasons)
     except PhimlxError:
-        return "", False
+        return PromptForm()
 
 
 async def version(request: Request) -> Response:

@@ -56,6 +56,7 @@ DIALECTS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
         ("anthropic", {"thinking": {"type": "enabled", "budget_tokens": 1024}}, "on"),
         ("ollama", {}, "auto"),
         ("ollama", {"think": False}, "off"),
+        ("ollama", {"think": True}, "on"),
     ],
 )
 def test_a_choice_reaches_the_prompt(
@@ -69,3 +70,9 @@ def test_a_choice_reaches_the_prompt(
     for key in place:
         found = found[key]
     assert found == prompts[flag]
+
+
+def test_ollamas_programs_are_told_of_what_the_folder_says(open_model: Running) -> None:
+    name = open_model.app.service.models.list()[0].name
+    capabilities = open_model.post("/api/show", {"model": name}).json()["capabilities"]
+    assert "thinking" in capabilities
