@@ -18,28 +18,7 @@ import pytest
 from phimlx.errors import MediaError
 from phimlx.media.limits import Limits, raising, source_name
 from phimlx.media.source import read_bytes
-
-# For localhost and pictures.example, until 2120; nothing but these tests trusts it.
-CERTIFICATE = """\
------BEGIN CERTIFICATE-----
-MIIBhjCCASygAwIBAgIUXCpq3XriYPzhD0zrzRJWfWbP/fIwCgYIKoZIzj0EAwIw
-FDESMBAGA1UEAwwJbG9jYWxob3N0MCAXDTIwMDEwMTAwMDAwMFoYDzIxMjAwMTAx
-MDAwMDAwWjAUMRIwEAYDVQQDDAlsb2NhbGhvc3QwWTATBgcqhkjOPQIBBggqhkjO
-PQMBBwNCAASTVxJX6albUaQisFH9ChJtO2qh3VLsCwNZ7WCksMMzBfc0lSBq7e51
-b8Vylk/+dSdMbZZ7vtP/x6Fa28G2kIFXo1owWDAPBgNVHRMBAf8EBTADAQH/MCYG
-A1UdEQQfMB2CCWxvY2FsaG9zdIIQcGljdHVyZXMuZXhhbXBsZTAdBgNVHQ4EFgQU
-0dtSthUpuSxoCXyoXk9Y5ttjxyUwCgYIKoZIzj0EAwIDSAAwRQIhAMaMKqw40z+J
-w8s5ZjMQxoRkeBLSbanSZo3ncGVgEVCvAiBVWz7Lewl58KP+HfR/ZpiDgHD91g7o
-7QboM30Zo651Zg==
------END CERTIFICATE-----
-"""
-KEY = """\
------BEGIN PRIVATE KEY-----
-MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgyO6HfYSxdhNn3wfM
-41YKOr1jFvWoEhBYSc+NvLXwlgWhRANCAASTVxJX6albUaQisFH9ChJtO2qh3VLs
-CwNZ7WCksMMzBfc0lSBq7e51b8Vylk/+dSdMbZZ7vtP/x6Fa28G2kIFX
------END PRIVATE KEY-----
-"""
+from tests.certificate import CERTIFICATE, KEY
 
 CONTENT = bytes(range(256)) * 40
 LOCAL = Limits(allow_private=True, download_seconds=20)
