@@ -31,6 +31,7 @@ ASSETS = ROOT / "phimlx" / "assets"
 SECONDS = 900  # for all that is tried with a tool
 START_SECONDS = 120
 LONG_CONTEXT = 131072
+LATER_LAYER = re.compile(r"\.layers\.[1-9]")
 SERVING = re.compile(r"Serving at (http://[^/]+)/")
 
 
@@ -81,6 +82,8 @@ TOOLS = (
     ),
     Tool("llm", "llm_cli.py", "llm", "pip llm llm-ollama"),
     Tool("aider", "aider_cli.py", "aider", "pip aider-chat, in an environment of its own"),
+    Tool("Continue", "continue_cli.py", "cn", "npm @continuedev/cli"),
+    Tool("Cline", "cline_cli.py", "cline", "npm cline"),
     Tool("Codex", "codex_cli.py", "codex", "npm @openai/codex"),
     Tool("Claude Code", "claude_code_cli.py", "claude", "npm @anthropic-ai/claude-code"),
 )
@@ -110,12 +113,24 @@ def main() -> None:
 
 
 def lengthened(folder: str) -> Path:
-    """Make a copy of nano that takes long prompts, which agents have; its replies mean nothing."""
+    """Make of nano's first layer a model that takes long prompts, which agents have.
+
+    Its replies mean nothing; it reads such a prompt on a few cores before an agent gives up.
+    """
+    import mlx.core as mx
+
     copy = Path(folder) / "nano-long"
     shutil.copytree(ASSETS / "nano", copy)
+    weights = copy / "model.safetensors"
+    tensors = {
+        name: tensor
+        for name, tensor in mx.load(str(weights)).items()
+        if not LATER_LAYER.search(name)
+    }
+    mx.save_safetensors(str(weights), tensors, {"format": "mlx"})
     config = copy / "config.json"
-    changed = {**json.loads(config.read_text()), "max_position_embeddings": LONG_CONTEXT}
-    config.write_text(json.dumps(changed))
+    changed = {"max_position_embeddings": LONG_CONTEXT, "num_hidden_layers": 1}
+    config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))
     return copy
 
 
