@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 import subprocess
 import tempfile
 
@@ -34,7 +35,7 @@ def ask(model=LONG):
 @attempt("plan")
 def _():
     found = ask()
-    check('"say"' in found or '"text"' in found, found[-800:])
+    check(re.search(r'"type":"run_result".*"inputTokens":[1-9]', found), found[-800:])
 
 
 @attempt("error")
