@@ -24,6 +24,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
 PROGRAMS = ROOT / "scripts" / "clients"
@@ -122,12 +123,9 @@ def lengthened(folder: str) -> Path:
     copy = Path(folder) / "nano-long"
     shutil.copytree(ASSETS / "nano", copy)
     weights = copy / "model.safetensors"
-    tensors = {
-        name: tensor
-        for name, tensor in mx.load(str(weights)).items()
-        if not LATER_LAYER.search(name)
-    }
-    mx.save_safetensors(str(weights), tensors, {"format": "mlx"})
+    tensors: Any = mx.load(str(weights))
+    first = {name: each for name, each in tensors.items() if not LATER_LAYER.search(name)}
+    mx.save_safetensors(str(weights), first, {"format": "mlx"})
     config = copy / "config.json"
     changed = {"max_position_embeddings": LONG_CONTEXT, "num_hidden_layers": 1}
     config.write_text(json.dumps({**json.loads(config.read_text()), **changed}))

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 
 from phimlx.api import Phi, load
+from phimlx.generation import prompts
 from phimlx.generation.options import GenerationOptions
+from phimlx.generation.prefill import prefill
 from phimlx.generation.request import Request
 from phimlx.models.base import CausalLM
 
@@ -20,14 +23,12 @@ def nano() -> Phi:
 def computed(phi: Phi, requests: list[Request], monkeypatch: pytest.MonkeyPatch) -> int:
     """Answer requests; the tokens of their prompts that passed through the model."""
     passed: list[int] = []
-    usual = CausalLM.hidden_states
 
-    def count(model: CausalLM, ids: Any, *given: Any, **more: Any) -> Any:
-        if not any(request.reply.tokens for request in requests):
-            passed.append(ids.size)
-        return usual(model, ids, *given, **more)
+    def count(model: CausalLM, ids: np.ndarray, *given: Any, **more: Any) -> Any:
+        passed.append(ids.size)
+        return prefill(model, ids, *given, **more)
 
-    monkeypatch.setattr(CausalLM, "hidden_states", count)
+    monkeypatch.setattr(prompts, "prefill", count)
     phi.engine.forget_prefixes()
     phi.engine.add(*requests)
     while phi.engine.busy:

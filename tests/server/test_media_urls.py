@@ -61,11 +61,9 @@ def test_nothing_is_fetched_from_here(fetching: Running, path: str, url: str) ->
 
 @pytest.mark.parametrize("url", ["https://example.com/a.png", "/etc/passwd", "file:///etc/passwd"])
 def test_ollamas_pictures_have_no_addresses(fetching: Running, url: str) -> None:
-    chat = {"messages": [{"role": "user", "content": "What?", "images": [url]}]}
-    for path, body in {
-        "/api/chat": chat,
-        "/api/generate": {"prompt": "What?", "images": [url]},
-    }.items():
+    chat: dict[str, Any] = {"messages": [{"role": "user", "content": "What?", "images": [url]}]}
+    bodies = {"/api/chat": chat, "/api/generate": {"prompt": "What?", "images": [url]}}
+    for path, body in bodies.items():
         answer = fetching.post(path, {"model": MODEL, **body})
         assert answer.status_code == 400, answer.text
         assert isinstance(answer.json()["error"], str)
