@@ -104,7 +104,7 @@ def test_only_the_row_that_crosses_the_step_is_computed_again(
     alone = [greedy(model, [prompt], 8)[0] for prompt in prompts]
     passes.clear()
     assert greedy(model, prompts, 8) == alone
-    # The first row leaves when its third token would be fed, and joins the others for the next pass.
+    # The first row leaves when its third token would be fed, and is back for the next pass.
     assert [shape for shape in passes if shape[1] > 1] == [(3, 30), (1, 33), (1, 33)]
     assert [shape[0] for shape in passes if shape[1] == 1] == [3, 3, 2, 3, 3, 2, 3]
 
