@@ -131,6 +131,39 @@ def shortage(error: BaseException) -> PhimlxError | None:
     return None
 
 
+def system_error(error: BaseException) -> PhimlxError | None:
+    """Find what the system lacks, or which file or folder it refuses; None for other errors.
+
+    Where something is read or written that a user names, the error is of the kind that this is
+    for; here ends what nobody foresaw.
+    """
+    if (known := shortage(error)) is not None:
+        return known
+    if not isinstance(error, OSError) or not error.strerror:
+        return None
+    if error.filename is None:
+        if not error.strerror.startswith("No usable temporary directory"):
+            return None
+        return ResourceError(
+            "There is no folder for temporary files.",
+            "Set TMPDIR to a folder that can be written.",
+        )
+    return ResourceError(
+        f"{clipped(os.fsdecode(error.filename))} cannot be used: {error.strerror.lower()}.",
+        _NEXT_STEPS.get(error.errno or 0),
+    )
+
+
+_OWNER = "Make it yours to read and write, or name another place."
+_FULL_DISK = "Free some space, then try again."
+_NEXT_STEPS = {
+    **dict.fromkeys((errno.EACCES, errno.EPERM, errno.EROFS), _OWNER),
+    **dict.fromkeys((errno.ENOSPC, errno.EDQUOT, errno.EFBIG), _FULL_DISK),
+    **dict.fromkeys((errno.ENOENT, errno.ENOTDIR, errno.ELOOP), "Check the path."),
+    errno.EIO: "Check the disk.",
+}
+
+
 @contextmanager
 def translate_shortage() -> Iterator[None]:
     """Raise what `shortage` finds behind a RuntimeError of MLX's in the block."""

@@ -17,7 +17,7 @@ from phimlx.media.kinds import kind_of
 from phimlx.prompt_file import Answers, Line, Parsed, Result, answer_lines, refuse_existing
 
 FORMATS = ("jsonl", "csv")
-MAX_TEXT = 16 << 20  # bytes of a text file
+MAX_TEXT = 16_000_000  # bytes of a text file
 TASK = "Read out what this schema asks for, and answer with JSON that is valid under it:"
 
 OPTIONS = {"image": "images", "audio": "audio", "video": "video"}

@@ -23,8 +23,9 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from phimlx.errors import ConfigError, PhimlxError, clipped
+from phimlx.sizes import size_text
 
-MAX_BYTES = 64 << 20  # Phi-4-mini's tokenizer.json has 16 MB
+MAX_BYTES = 64_000_000  # Phi-4-mini's tokenizer.json has 16 MB
 
 _LARGEST = int(sys.float_info.max)
 _MOST_VALUES = 200_000  # in a file of settings
@@ -54,8 +55,7 @@ def read_bytes(
     with _opened(path, error, hint) as (file, size):
         data = file.read() if size <= limit else None
     if data is None or len(data) > limit:
-        allowed = f"{limit >> 20} MB" if limit >= 1 << 20 else f"{limit >> 10} kB"
-        raise error(f"{path} is larger than {allowed}.", hint)
+        raise error(f"{path} is larger than {size_text(limit)}.", hint)
     return data
 
 
@@ -133,7 +133,7 @@ def read_json(
     Args:
         missing_ok: whether a file that is not there is an empty object.
     """
-    if missing_ok and not os.path.lexists(path):
+    if missing_ok and is_absent(path):
         return {}
     data = read_bytes(path, error, hint=hint, limit=limit)
     return parse_json_object(data, path, error, hint=hint)
@@ -254,6 +254,20 @@ def is_file(path: Path) -> bool:
         if failure.errno in (errno.ELOOP, errno.ENAMETOOLONG):  # where no file can be
             return False
         raise
+
+
+def is_absent(path: Path) -> bool:
+    """Whether nothing is there, not even a link.
+
+    What may not be looked at is taken to be there: reading it says what is wrong.
+    """
+    try:
+        os.lstat(path)
+    except (FileNotFoundError, ValueError):  # a NUL names nothing
+        return True
+    except OSError:
+        return False
+    return False
 
 
 @contextmanager

@@ -42,7 +42,7 @@ from pydantic import (
 from phimlx.errors import PhimlxError, SettingsError, shortened
 from phimlx.files import parse_toml, parse_yaml, read_text
 
-MAX_FILE_BYTES = 1 << 20
+MAX_FILE_BYTES = 1_000_000
 MOST_NAMED = 12  # unknown settings in one message
 
 Text = Annotated[str, Field(min_length=1)]

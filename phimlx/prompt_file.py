@@ -18,8 +18,9 @@ from phimlx.generation.engine import Engine
 from phimlx.generation.options import SHAPES, GenerationOptions
 from phimlx.generation.prompt_reader import Prompt
 from phimlx.generation.request import Request
+from phimlx.sizes import size_text
 
-MAX_LINE = 64 << 20  # bytes
+MAX_LINE = 64_000_000  # bytes
 FORMS = '"…", {"prompt": "…"} or {"messages": [{"role": "user", "content": "…"}]}'
 
 # What a line may say of its own reply; as `GenerationOptions` has it.
@@ -197,7 +198,7 @@ def read_lines(source: Path, identity: str) -> Iterator[Line]:
                 number += 1
                 if len(text) > MAX_LINE:
                     raise PromptError(
-                        f"{source}: line {number} is longer than {MAX_LINE >> 20} MB."
+                        f"{source}: line {number} is longer than {size_text(MAX_LINE)}."
                     )
                 if text := text.removeprefix(b"\xef\xbb\xbf" if number == 1 else b"").strip():
                     digest = hashlib.sha256(identity.encode() + b"\0" + text).hexdigest()

@@ -52,13 +52,13 @@ def mode_of(path: Path) -> int:
         (b"[" + b"1" * 5000 + b"]", "{path} holds a number that is too long."),
         (b"[]", "{path} is not a JSON object."),
         (b"null", "{path} is not a JSON object."),
-        (b'{"a": "' + b"b" * 2000 + b'"}', "{path} is larger than 1 kB."),
+        (b'{"a": "' + b"b" * 2000 + b'"}', "{path} is larger than 1.00 kB."),
     ],
 )
 def test_what_is_no_json_object_is_said(content: bytes, reason: str, tmp_path: Path) -> None:
     path = tmp_path / "some.json"
     path.write_bytes(content)
-    limit = 1 << 10 if b"bbb" in content else 1 << 20
+    limit = 1_000 if b"bbb" in content else 1_000_000
     with pytest.raises(SessionError) as caught:
         read_json(path, SessionError, hint="Do that.", limit=limit)
     assert str(caught.value).startswith(reason.format(path=path))

@@ -2,9 +2,15 @@
 
 from __future__ import annotations
 
+import re
+from pathlib import Path
+
 import pytest
 
 from phimlx.sizes import size_text
+
+HOME = Path(__file__).parents[1]
+SOURCES = [path for room in ("phimlx", "convert") for path in sorted((HOME / room).rglob("*.py"))]
 
 
 @pytest.mark.parametrize(
@@ -26,3 +32,11 @@ from phimlx.sizes import size_text
 )
 def test_three_figures_and_a_unit(nbytes: int, text: str) -> None:
     assert size_text(nbytes) == text
+
+
+OTHERS = re.compile(r"\{[^{}\n]*(?:>>|/ ?1024|/ ?2 ?\*\* ?[123]0)[^{}\n]*\}|[KMG]iB\b")
+
+
+def test_no_message_counts_bytes_in_another_way() -> None:
+    found = {path.name: OTHERS.findall(path.read_text(encoding="utf-8")) for path in SOURCES}
+    assert {name: texts for name, texts in found.items() if texts} == {}

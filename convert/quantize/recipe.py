@@ -20,7 +20,7 @@ from phimlx.models.registry import Architecture, part_of
 # What mlx-lm takes where nothing is said.
 DEFAULTS = {"affine": (64, 4), "mxfp4": (32, 4), "mxfp8": (32, 8), "nvfp4": (16, 4)}
 
-MAX_RECIPE_BYTES = 1 << 20
+MAX_RECIPE_BYTES = 1_000_000
 
 PARTS = ("adapters", "encoders")  # of a multimodal model beside the language model
 PART_BITS = 8  # where they are quantized

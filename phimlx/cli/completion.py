@@ -9,6 +9,7 @@ from pathlib import Path
 
 import click
 
+from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
 SHELLS = ("bash", "zsh", "fish")
@@ -20,7 +21,8 @@ BEFORE = {"zsh": "(( $+functions[compdef] )) || { autoload -Uz compinit && compi
 @click.command()
 @click.argument("shell", metavar="[bash|zsh|fish]", type=click.Choice(SHELLS), required=False)
 @click.option("--install", is_flag=True, help="Put it in place, for every shell from now on.")
-def command(shell: str | None, install: bool) -> None:
+@json_option
+def command(shell: str | None, install: bool, as_json: bool) -> None:
     """Print what lets a shell complete commands, flags, files, models and settings.
 
     Without a name it is for your shell, as SHELL says.
@@ -30,11 +32,14 @@ def command(shell: str | None, install: bool) -> None:
       eval "$(phimlx completion zsh)"     in this shell alone
     """
     shell = shell or usual_shell()
-    output = Output()
+    output = Output(json=as_json)
     if not install:
+        output.json({"shell": shell, "script": script(shell)})
         output.text(script(shell).rstrip("\n"))
         return
-    for path in put_in_place(shell):
+    written = put_in_place(shell)
+    output.json({"shell": shell, "written": list(map(str, written))})
+    for path in written:
         output.text(f"Wrote {path}.")
     output.note(f"It works in the next {shell} that you open.")
 
@@ -84,7 +89,7 @@ def put_in_place(shell: str) -> list[Path]:
     own = start_file(shell)
     quoted = shlex.quote(str(path))
     line = f"[ -r {quoted} ] && . {quoted}  # completion of phimlx"
-    before = read_text(own, SettingsError, limit=1 << 24) if own.exists() else ""
+    before = read_text(own, SettingsError, limit=16_000_000) if own.exists() else ""
     if line in before.split("\n"):
         return [path]
     with translate_write_errors(own, SettingsError), own.open("a", encoding="utf-8") as file:

@@ -37,46 +37,53 @@ def command(context: click.Context, as_json: bool) -> None:
 @command.command("set")
 @click.argument("name", metavar="SETTING")
 @click.argument("value", metavar="VALUE")
-def set_command(name: str, value: str) -> None:
+@json_option
+def set_command(name: str, value: str, as_json: bool) -> None:
     """Set SETTING, such as temperature, models.phi-4.system or alias.work, to VALUE."""
     from phimlx.preferences.edit import set_value
     from phimlx.preferences.file import config_path
 
-    output, path = Output(), config_path()
+    output, path = Output(json=as_json), config_path()
     found = set_value(path, name, value)
+    output.json({"name": name, "value": found, "path": str(path)})
     output.text(f"{name} = {literal(found)}  in {path}")
 
 
 @command.command("unset")
 @click.argument("name", metavar="SETTING")
-def unset_command(name: str) -> None:
+@json_option
+def unset_command(name: str, as_json: bool) -> None:
     """Take SETTING out of the file: a setting, or all of models.phi-4 or alias.work."""
     from phimlx.preferences.edit import unset_value
     from phimlx.preferences.file import config_path
 
-    path = config_path()
+    output, path = Output(json=as_json), config_path()
     gone = unset_value(path, name)
-    Output().text(f"{name} is no longer set in {path}." if gone else f"{name} was not set.")
+    output.json({"name": name, "was_set": gone, "path": str(path)})
+    output.text(f"{name} is no longer set in {path}." if gone else f"{name} was not set.")
 
 
 @command.command("edit")
-def edit_command() -> None:
+@json_option
+def edit_command(as_json: bool) -> None:
     """Open the file in $EDITOR, and look afterwards whether it holds."""
     from phimlx.preferences.edit import TEMPLATE
     from phimlx.preferences.file import config_path, read_preferences
 
-    path = config_path()
+    output, path = Output(json=as_json), config_path()
     edit_file(path, TEMPLATE)
     read_preferences()
-    Output().text(f"{path} holds.")
+    output.json({"path": str(path)})
+    output.text(f"{path} holds.")
 
 
 def edit_file(path: Path, template: str) -> None:
     """Open a file in $EDITOR, made of a template where it is not there."""
     from phimlx.errors import SettingsError
     from phimlx.files import translate_write_errors, write_file
+    from phimlx.preferences.file import WRITABLE
 
-    with translate_write_errors(path, SettingsError):
+    with translate_write_errors(path, SettingsError, WRITABLE):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         if not path.exists():
             write_file(path, template, private=True)
@@ -90,21 +97,23 @@ def edit_file(path: Path, template: str) -> None:
 
 def show(output: Output) -> None:
     """Show the path and the values that count."""
+    from phimlx.files import is_absent
     from phimlx.preferences.file import read_preferences
 
     found = read_preferences()
+    there = not is_absent(found.path)
     rows = [(name, literal(value), source) for name, value, source in listed(found)]
     output.json(
         {
             "path": str(found.path),
-            "exists": found.path.exists(),
+            "exists": there,
             "settings": [
                 {"name": name, "value": value, "source": source}
                 for name, value, source in listed(found)
             ],
         }
     )
-    output.text(f"{found.path}{'' if found.path.exists() else ', which is not there yet'}")
+    output.text(f"{found.path}{'' if there else ', which is not there yet'}")
     if rows:
         output.text()
         output.table(["setting", "value", "from"], rows)

@@ -14,7 +14,7 @@ from click.core import ParameterSource
 
 from phimlx.cli.calibration import CalibrationFlags, run_calibrated
 from phimlx.cli.flags import flag, flag_group
-from phimlx.cli.options import adapter_option, json_option
+from phimlx.cli.options import adapter_option, json_option, own_adapter
 from phimlx.cli.publish import PublishFlags
 from phimlx.cli.report import ReportFlags
 from phimlx.errors import DownloadError, ModelAbsentError
@@ -247,6 +247,8 @@ def command(
     from phimlx.hub.resolve import resolve
 
     name = source or named or ""
+    if adapter is None and (own := own_adapter(name)) is not None:
+        output.note(f"The adapter of {name} is left out; to fuse it: --adapter-path {own}")
     request = ConversionRequest(
         name,
         out,

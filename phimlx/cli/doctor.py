@@ -6,13 +6,13 @@ Shows findings; `phimlx.machine.doctor` and `phimlx.evaluation.parity` make them
 from __future__ import annotations
 
 import contextlib
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
 from phimlx.cli.options import json_option
 from phimlx.cli.preferences import apply, preferences
-from phimlx.errors import SettingsError
+from phimlx.errors import SettingsError, some
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -60,7 +60,14 @@ def examine_machine(output: Output) -> bool:
     for finding in hints:
         output.text(f"{MARKS[finding.state]} {finding.subject}: {finding.hint}")
     problems = [finding for finding in findings if finding.state == "problem"]
-    output.json({"healthy": not problems, "findings": [vars(finding) for finding in findings]})
+    about: dict[str, Any] = {
+        "healthy": not problems,
+        "findings": [vars(finding) for finding in findings],
+    }
+    if problems:
+        message = f"There is a problem with: {some([each.subject for each in problems])}."
+        about["error"] = {"message": message, "hint": problems[0].hint}
+    output.json(about)
     return not problems
 
 
@@ -106,14 +113,15 @@ def test_numbers(output: Output) -> bool:
         f"{len(results) - len(failed)} of {len(results)} cases equal the reference on this "
         f"machine's {device.upper()}."
     )
-    output.json(
-        {
-            "device": device,
-            "passed": not failed,
-            "cases": [
-                {"model": model, **vars(result), "passed": result.passed}
-                for model, result in results
-            ],
-        }
-    )
+    about: dict[str, Any] = {
+        "device": device,
+        "passed": not failed,
+        "cases": [
+            {"model": model, **vars(result), "passed": result.passed} for model, result in results
+        ],
+    }
+    if failed:
+        message = f"{len(failed)} of {len(results)} cases differ from the reference."
+        about["error"] = {"message": message, "hint": None}
+    output.json(about)
     return not failed

@@ -17,8 +17,10 @@ from phimlx.cli.options import (
     kv_bits_option,
     load_or_download,
     model_option,
+    own_adapter,
     rope_scaling_option,
 )
+from phimlx.cli.preferences import preferences
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -192,6 +194,7 @@ def command(
         )
         return
     phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
+    adapter = adapter or own_adapter(preferences().choose(model).name)
     found: dict[str, Any] = {"model": phi.name, "adapter": adapter}
     if data is not None:
         from phimlx.training.data.examples import RowSettings

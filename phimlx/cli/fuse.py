@@ -8,7 +8,7 @@ from typing import Any
 import click
 
 from phimlx.cli.convert import DTYPES, as_object, print_summary
-from phimlx.cli.options import adapter_option, json_option
+from phimlx.cli.options import adapter_option, json_option, own_adapter
 from phimlx.terminal.output import Output
 
 EXPORTS = ("peft", "mlx-lm")
@@ -64,6 +64,7 @@ def command(
     how much is told. OUT appears when it is complete.
     """
     output = Output(json=as_json)
+    adapter = adapter or own_adapter(model)
     if adapter is None:
         raise click.UsageError("--adapter-path is missing: name the adapter's folder.")
     if export is not None:

@@ -15,6 +15,11 @@ def main() -> None:
     """Run the command line; the process ends with 0 done, 1 failed, 2 usage or 130 interrupted."""
     try:
         leave_working_directory()
+        import warnings
+
+        if not sys.warnoptions and "--debug" not in sys.argv:
+            warnings.simplefilter("ignore")  # they are for those who write programs
+
         from phimlx.terminal.sink import guard_streams
 
         guard_streams()
@@ -24,12 +29,12 @@ def main() -> None:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except (ImportError, OSError, MemoryError) as error:  # before there is a command
-        from phimlx.errors import shortage
+        from phimlx.errors import system_error
         from phimlx.terminal.output import Output
 
-        if shortage(error) is None:
+        if system_error(error) is None:
             raise
-        Output().error(error)
+        Output(json="--json" in sys.argv).failure(error)
         sys.exit(1)
 
 

@@ -205,12 +205,21 @@ def limit_options(
 def check_files(sources: Iterable[str]) -> None:
     """Raise `MediaError` for a path that leads nowhere, before a model is loaded for nothing."""
     from phimlx.errors import MediaError
+    from phimlx.files import reason
     from phimlx.media.limits import source_name
     from phimlx.media.source import is_url
 
     for source in sources:
-        if not is_url(source) and not os.path.exists(source):
-            raise MediaError(f"There is no file {source_name(source)}.", hint="Check the path.")
+        if is_url(source):
+            continue
+        try:
+            os.stat(source)
+        except (FileNotFoundError, ValueError):  # a NUL names nothing
+            name = source_name(source)
+            raise MediaError(f"There is no file {name}.", hint="Check the path.") from None
+        except OSError as error:
+            why = reason(error)
+            raise MediaError(f"{source_name(source)} cannot be read: {why}.") from error
 
 
 def pop_limits(values: dict[str, Any], **usual: Any) -> Limits:
@@ -276,6 +285,12 @@ def split_adapters(given: Iterable[str]) -> tuple[str | None, dict[str, str]]:
     return usual[0] if usual else None, named
 
 
+def own_adapter(model: str | None) -> str | None:
+    """Return the adapter that goes with a name of the user's own; None where there is none."""
+    found: str | None = preferences().alias.get(model or "", {}).get("adapter")
+    return found
+
+
 def load_or_download(
     model: str | None,
     output: Output,
@@ -305,8 +320,7 @@ def load_or_download(
     from phimlx.hub.resolve import resolve_adapter
 
     choice = preferences().choose(model)
-    if adapter is None and choice.name in preferences().alias:
-        adapter = choice.get("adapter")
+    adapter = adapter or own_adapter(choice.name)
     model, adapters = choice.model, adapters or {}
     for source in (*([] if adapter is None else [adapter]), *adapters.values()):
         try:

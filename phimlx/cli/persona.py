@@ -65,12 +65,14 @@ def show_command(name: str, as_json: bool) -> None:
 
 @command.command("edit")
 @click.argument("name", metavar="PERSONA")
-def edit_command(name: str) -> None:
+@json_option
+def edit_command(name: str, as_json: bool) -> None:
     """Open a persona's file in $EDITOR, made where it is not there; look whether it holds."""
     from phimlx.cli.config import edit_file
     from phimlx.preferences.personas import TEMPLATE, persona_path, read_persona
 
-    path = persona_path(name)
+    output, path = Output(json=as_json), persona_path(name)
     edit_file(path, TEMPLATE.format(name=name))
     read_persona(name)
-    Output().text(f"{path} holds.")
+    output.json({"name": name, "path": str(path)})
+    output.text(f"{path} holds.")

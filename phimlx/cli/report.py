@@ -16,7 +16,7 @@ from phimlx.terminal.output import Output, encode_json
 if TYPE_CHECKING:
     from convert import ConversionResult
 
-MAX_TEXT_BYTES = 1 << 30
+MAX_TEXT_BYTES = 1_000_000_000
 
 
 @dataclass(frozen=True)

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from phimlx.cli.options import model_argument
+from phimlx.cli.options import json_option, model_argument
+from phimlx.cli.preferences import preferences
 from phimlx.cli.remote import KEY_VARIABLE
 from phimlx.options import click_options, from_flags, to_flags
 from phimlx.server.settings import ServerSettings
@@ -31,7 +32,8 @@ FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
 )
 @click.option("--uninstall", "action", flag_value="uninstall", help="Stop that service for good.")
 @click.option("--status", "action", flag_value="status", help="Say whether it runs.")
-def command(action: str | None, opens: bool, **flags: Any) -> None:
+@json_option
+def command(action: str | None, opens: bool, as_json: bool, **flags: Any) -> None:
     """Serve models to programs that speak OpenAI's, Anthropic's or Ollama's API.
 
     \b
@@ -42,7 +44,9 @@ def command(action: str | None, opens: bool, **flags: Any) -> None:
 
     Without a key only this machine is served. PHIMLX_API_KEY may hold the key.
     """
-    settings, output = from_flags(ServerSettings, flags), Output()
+    settings, output = from_flags(ServerSettings, flags), Output(json=as_json)
+    if preferences().alias.get(settings.model or "", {}).get("system") is not None:
+        output.note(f"Clients say what the model is told, not {settings.model}'s system prompt.")
     if action is None:
         run(settings, output, read_key(settings), opens=opens)
     else:
@@ -72,7 +76,6 @@ def run(
     """
     import webbrowser
 
-    from phimlx.cli.preferences import preferences
     from phimlx.files import reason
     from phimlx.remote.notes import Note
     from phimlx.server.app import App
@@ -87,6 +90,7 @@ def run(
         def announce() -> None:
             where = address(settings, opened)
             page = f"{where}/#token={token}" if token else f"{where}/"
+            output.json({"url": f"{where}/v1", "page": page})
             output.text(f"Serving at {where}/v1, and a chat page at {page}")
             output.flush()
             if opens and not webbrowser.open(page):
@@ -103,7 +107,15 @@ def run(
 
 
 def check(settings: ServerSettings, output: Output) -> None:
-    """Check the settings as far as that goes without loading a model, and say what they mean."""
+    """Check the settings, and say what they mean."""
+    output.json(checked(settings, output))
+
+
+def checked(settings: ServerSettings, output: Output) -> dict[str, Any]:
+    """Check the settings as far as that goes without loading a model, and say what they mean.
+
+    Returns what `--json` prints of it.
+    """
     from phimlx.server.run import address, listen, read_certificate
     from phimlx.server.served import list_served
     from phimlx.sizes import size_text
@@ -116,6 +128,8 @@ def check(settings: ServerSettings, output: Output) -> None:
     output.text(f"Would serve at {where}/v1, {'with' if key else 'without'} a key:")
     for model in models:
         output.text(f"  {model.name}  {size_text(model.nbytes)}")
+    named = [{"name": model.name, "bytes": model.nbytes} for model in models]
+    return {"url": f"{where}/v1", "needs_key": key is not None, "models": named}
 
 
 def install(settings: ServerSettings, output: Output) -> None:
@@ -127,8 +141,7 @@ def install(settings: ServerSettings, output: Output) -> None:
             "A service's key would lie in its description: give it with --api-key-file FILE."
         )
     manager = service_manager()
-    if not manager.is_running():
-        check(settings, output)
+    would = {} if manager.is_running() else checked(settings, output)
     whole = {
         name: str(Path(value).resolve())
         for name in FILES
@@ -141,6 +154,7 @@ def install(settings: ServerSettings, output: Output) -> None:
     )
     command = serve_command(to_flags(settings.model_copy(update={**whole, "adapters": found})))
     manager.install(command, kept_environment())
+    output.json({**would, "path": str(manager.path), "command": command})
     output.text(f"Installed as {manager.path}.")
     output.note(f"{manager.logs[0].upper()}{manager.logs[1:]}.")
 
@@ -150,6 +164,7 @@ def uninstall(settings: ServerSettings, output: Output) -> None:
     from phimlx.server.installed import service_manager
 
     removed = service_manager().uninstall()
+    output.json({"removed": removed})
     output.text("The service is gone." if removed else "There is no service.")
 
 
@@ -158,13 +173,22 @@ def status(settings: ServerSettings, output: Output) -> None:
     from phimlx.server.installed import service_manager
 
     manager = service_manager()
-    if not manager.is_installed():
+    installed = manager.is_installed()
+    running = installed and manager.is_running()
+    place = str(manager.path) if installed else None
+    found = {"installed": installed, "running": running, "path": place}
+    wrong = None
+    if not installed:
+        wrong = {"message": "There is no service.", "hint": "Make it: phimlx serve --install"}
         output.text("There is no service; phimlx serve --install makes one.")
-        raise click.exceptions.Exit(1)
-    running = manager.is_running()
-    output.text(f"The service {'runs' if running else 'does not run'}: {manager.path}")
-    output.note(f"{manager.logs[0].upper()}{manager.logs[1:]}.")
-    if not running:
+    else:
+        logs = f"{manager.logs[0].upper()}{manager.logs[1:]}."
+        if not running:
+            wrong = {"message": "The service does not run.", "hint": logs}
+        output.text(f"The service {'runs' if running else 'does not run'}: {manager.path}")
+        output.note(logs)
+    output.json(found if wrong is None else {**found, "error": wrong})
+    if wrong is not None:
         raise click.exceptions.Exit(1)
 
 

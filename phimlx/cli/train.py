@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import json_option
+from phimlx.cli.options import json_option, own_adapter
 from phimlx.errors import ModelAbsentError, PhimlxError
 from phimlx.options import click_options, from_file, from_flags
 from phimlx.terminal.output import Output
@@ -95,6 +95,8 @@ def command(
         output = Silent()
     with processes.watched(partial(_end_at_once, output)):
         session = _open(given, resume, processes, output)
+        if not resume and (own := own_adapter(given.model)) is not None:
+            output.note(f"A new adapter is trained; that of {given.model}, {own}, is left out.")
         session.check()
         data = _read(session, output)
         note_unused(data, output)

@@ -26,6 +26,7 @@ from phimlx.errors import PhimlxError
 from phimlx.media.subtitles import FORMATS
 from phimlx.preferences.sampling import FiniteRange
 from phimlx.terminal.output import Output
+from phimlx.terminal.sink import StreamError
 from phimlx.terminal.transcripts import STDIN, Transcript, TranscriptWriter
 
 if TYPE_CHECKING:
@@ -149,8 +150,10 @@ def command(
                     continue
                 listen = partial(phi.transcribe, transcript.source, limits=limits, **options)
                 _transcribe(listen, transcript, writer, screen)
-    finally:
-        screen.json({"model": model, "files": [each.as_object() for each in transcripts]})
+    except KeyboardInterrupt:
+        screen.json(as_object(model, transcripts))
+        raise
+    screen.json(as_object(model, transcripts))
     if any(transcript.error for transcript in transcripts):
         raise click.exceptions.Exit(1)
 
@@ -169,6 +172,19 @@ def check_source(
     unused = ["--output-dir"] if output_dir is not None else given
     if unused:
         raise click.UsageError(f"{unused[0]} is for files, not for --live.")
+
+
+def as_object(model: str, transcripts: Sequence[Transcript]) -> dict[str, Any]:
+    """Make the object that `--json` prints; with what went wrong, where something did."""
+    found = {"model": model, "files": [each.as_object() for each in transcripts]}
+    failed = [each for each in transcripts if each.error is not None]
+    if not failed:
+        return found
+    message, hint = failed[0].error, failed[0].hint
+    if len(failed) > 1:
+        message = f"{len(failed)} of {len(transcripts)} recordings were not transcribed."
+        hint = "The file of each has the reason."
+    return {**found, "error": {"message": message, "hint": hint}}
 
 
 def format_of(target: Path | None) -> str:
@@ -234,9 +250,12 @@ def _reporting_errors(transcript: Transcript, output: Output) -> Iterator[None]:
     """Tell of an error, with the file's name, and go on."""
     try:
         yield
+    except StreamError:
+        raise
     except PhimlxError as error:
         text = str(error)
         transcript.error = text if transcript.label in text else f"{transcript.label}: {text}"
+        transcript.hint = error.hint
         output.error(PhimlxError(transcript.error, error.hint))
 
 

@@ -6,6 +6,7 @@ import secrets
 
 import click
 
+from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
 
@@ -13,7 +14,8 @@ from phimlx.terminal.output import Output
 @click.option("--model", metavar="MODEL", help="Use this model alone; else any on this machine.")
 @click.option("--port", metavar="N", type=click.IntRange(0, 65535), default=0, help="Port to use.")
 @click.option("--no-open", is_flag=True, help="Print the address, and open no browser.")
-def command(model: str | None, port: int, no_open: bool) -> None:
+@json_option
+def command(model: str | None, port: int, no_open: bool, as_json: bool) -> None:
     """Chat on a page in the browser, until Ctrl-C.
 
     The address is good for one browser, once: nobody else on this machine can chat along.
@@ -23,4 +25,4 @@ def command(model: str | None, port: int, no_open: bool) -> None:
 
     settings = ServerSettings(port=port, model=model)
     key, token = secrets.token_urlsafe(24), secrets.token_urlsafe(24)
-    run(settings, Output(), key, token, opens=not no_open)
+    run(settings, Output(json=as_json), key, token, opens=not no_open)

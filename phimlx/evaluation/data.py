@@ -19,7 +19,8 @@ from phimlx.generation.nonfinite import nonfinite_error
 from phimlx.generation.reply import Reply
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.data.examples import SHOWN, DataError, Dataset, RowSettings, tokenize
+from phimlx.training.data.examples import Dataset, RowSettings, tokenize
+from phimlx.training.data.faults import DataError, Faults
 from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.row_types import Conversation, read_content
 from phimlx.training.data.rows import Problem, Row, read_rows
@@ -138,8 +139,8 @@ def examples_of(phi: Phi, rows: Iterable[Row | Problem], settings: RowSettings) 
         TrainingError: where nothing is left to predict.
     """
     data = tokenize(rows, RowEncoder.of(phi), settings)
-    if data.faults:
-        raise DataError(data.problems[:SHOWN], data.faults)
+    if data.faults.count:
+        raise DataError(data.faults)
     if not data.examples:
         raise TrainingError("The data holds no token to predict.")
     return data
@@ -199,7 +200,9 @@ def questions_of(
     questions, without = [], 0
     for row in rows:
         if isinstance(row, Problem):
-            raise DataError([row], 1)
+            faults = Faults()
+            faults.note(row)
+            raise DataError(faults)
         said, _ = read_content(row.values, settings.mapping, thinks=encoder.thinks)
         if not isinstance(said, Conversation) or not _ends_in_text(said):
             without += 1

@@ -15,7 +15,7 @@ from phimlx.files import parse_json_object, read_bytes
 from phimlx.generation.sampler import RANGES
 
 NAME = "generation_config.json"
-LARGEST = 1 << 20  # bytes
+LARGEST = 1_000_000  # bytes
 MOST_STOP_TOKENS = 1000
 
 # A text of JSON, ended or not, or a comma before the end of a list or table.

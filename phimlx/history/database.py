@@ -67,6 +67,8 @@ _INDEX = """
 """
 _NO_INDEX = "DROP TRIGGER message_added;\nDROP TRIGGER message_removed;"
 
+WRITABLE = "Make the folder and its files writable."
+
 
 def open_database(path: Path) -> sqlite3.Connection:
     """Open the database, made where it is not there, its tables of this version.
@@ -77,7 +79,7 @@ def open_database(path: Path) -> sqlite3.Connection:
         HistoryError: where it cannot be opened or written, is damaged, another program's, or of a
             later version.
     """
-    with translate_write_errors(path, HistoryError):
+    with translate_write_errors(path, HistoryError, WRITABLE):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         # Its log and the log's index get the same mode from SQLite. A file that is there is not
         # opened here: closing it would end the locks that other connections of this process hold.
@@ -192,8 +194,8 @@ def translate_errors(path: Path) -> Iterator[None]:
 _ASIDE = "Move it elsewhere; the next chat begins a new one."
 _REASONS = {
     sqlite3.SQLITE_BUSY: ("is being written by another process", "Try again in a moment."),
-    sqlite3.SQLITE_READONLY: ("cannot be written", "Make the folder and its files writable."),
-    sqlite3.SQLITE_CANTOPEN: ("cannot be opened", "Make the folder and its files writable."),
+    sqlite3.SQLITE_READONLY: ("cannot be written", WRITABLE),
+    sqlite3.SQLITE_CANTOPEN: ("cannot be opened", WRITABLE),
     sqlite3.SQLITE_FULL: ("could not be written: the disk is full", "Free some space."),
     sqlite3.SQLITE_IOERR: ("cannot be read or written", "Check the disk."),
     sqlite3.SQLITE_CORRUPT: ("is damaged", _ASIDE),

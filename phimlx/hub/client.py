@@ -12,6 +12,7 @@ from __future__ import annotations
 import errno
 import hashlib
 import json
+import os
 import re
 import time
 from collections.abc import Callable, Iterator, Mapping
@@ -344,7 +345,7 @@ def translate_errors(
     repo: str,
     revision: str | None = None,
     place: Path | None = None,
-    elsewhere: str = "",
+    elsewhere: str = "set HF_HOME to",
     type: RepositoryType = "model",
 ) -> Iterator[None]:
     """Turn what huggingface_hub and the disk raise into a sentence and the next step.
@@ -392,8 +393,10 @@ def translate_errors(
                 f"The disk of {place} is full.",
                 hint=f"Free some space and run it again, or {elsewhere} a folder on a larger disk.",
             ) from error
+        named = str(error.filename or "")
+        which = named if os.path.isabs(named) else place  # others are within a folder that is open
         raise DownloadError(
-            f"{error.filename or place} cannot be used: {reason(error)}.",
+            f"{which} cannot be used: {reason(error)}.",
             hint=f"Make it yours to read and write, or {elsewhere} another folder.",
         ) from error
 

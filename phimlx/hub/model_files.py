@@ -14,6 +14,7 @@ from phimlx.errors import ConfigError, ConversionError
 from phimlx.files import MAX_BYTES, is_file, read_json
 from phimlx.hub import layout
 from phimlx.models import registry
+from phimlx.sizes import size_text
 
 # What a model needs of a repository's top folder.
 WANTED = (
@@ -152,6 +153,6 @@ def companions(folder: Path) -> dict[str, Path]:
                 hint="Put the file itself there.",
             )
         if file.stat().st_size > MAX_BYTES:
-            raise ConversionError(f"{name} is larger than {MAX_BYTES >> 20} MB.")
+            raise ConversionError(f"{name} is larger than {size_text(MAX_BYTES)}.")
         found[name] = file
     return found

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import SettingsError, clipped, shortened
-from phimlx.files import parse_toml, read_text, translate_write_errors, write_file
-from phimlx.preferences.file import MAX_BYTES, MEND, TABLES, check_table
+from phimlx.files import is_absent, parse_toml, translate_write_errors, write_file
+from phimlx.preferences.file import MEND, TABLES, WRITABLE, check_table, read_settings
 from phimlx.preferences.keys import TOP, find_key, parse_value, spelled
 from phimlx.preferences.sampling import Setting
 
@@ -100,9 +100,9 @@ def unset_value(path: Path, name: str) -> bool:
 def _read(path: Path) -> TOMLDocument:
     import tomlkit
 
-    if not path.exists():
+    if is_absent(path):
         return tomlkit.document()
-    text = read_text(path, SettingsError, hint=MEND, limit=MAX_BYTES)
+    text = read_settings(path, MEND)
     try:
         check_table(parse_toml(text))
         return tomlkit.parse(text)
@@ -149,6 +149,6 @@ def _write(path: Path, document: Mapping[str, Any]) -> None:
         check_table(parse_toml(text))
     except SettingsError as error:  # such as an alias that has lost its model
         raise SettingsError(str(error), error.hint) from None
-    with translate_write_errors(path, SettingsError):
+    with translate_write_errors(path, SettingsError, WRITABLE):
         path.parent.mkdir(mode=0o700, parents=True, exist_ok=True)
         write_file(path, text, private=True)

@@ -10,7 +10,7 @@ from typing import Any
 
 from phimlx import catalog
 from phimlx.errors import SettingsError, shortened
-from phimlx.files import parse_toml, read_text
+from phimlx.files import is_absent, parse_toml, read_text
 from phimlx.folders import config_folder
 from phimlx.preferences.keys import (
     ALIAS,
@@ -28,8 +28,10 @@ PREFIX = "PHIMLX_"
 TABLES = {"models": SECTION, "alias": ALIAS}
 """Tables of tables, by name, and the keys in each."""
 
-MAX_BYTES = 1 << 20
+MAX_BYTES = 1_000_000
 MEND = "Mend it: phimlx config edit"
+WRITABLE = "Make it yours to write, or set PHIMLX_CONFIG_DIR to another folder."
+READABLE = "Make it yours to read, or set PHIMLX_CONFIG_DIR to another folder."
 
 Values = dict[str, Any]
 
@@ -136,15 +138,26 @@ def read_preferences() -> Preferences:
     """
     path = config_path()
     environment = dict(_environment())
-    if not os.path.lexists(path):
+    if is_absent(path):
         return Preferences(path, environment=environment)
-    text = read_text(path, SettingsError, hint=MEND, limit=MAX_BYTES)
+    text = read_settings(path, MEND)
     try:
         return Preferences(path, **check_table(parse_toml(text)), environment=environment)
     except SettingsError as error:
         raise SettingsError(f"{path}: {error}", hint=_both(error.hint, MEND)) from None
     except ValueError as error:
         raise SettingsError(f"{path} is not TOML ({error}).", hint=MEND) from None
+
+
+def read_settings(path: Path, mend: str) -> str:
+    """Read a file of settings; `mend` says how one that can be read is changed.
+
+    Raises:
+        SettingsError: where it cannot be read, or is no text.
+    """
+    effective = os.access in os.supports_effective_ids
+    readable = os.access(path, os.R_OK, effective_ids=effective)
+    return read_text(path, SettingsError, hint=mend if readable else READABLE, limit=MAX_BYTES)
 
 
 def read_alias(name: str | Path) -> Values:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -10,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.errors import SettingsError, clipped, shortened
-from phimlx.files import parse_toml, read_text
+from phimlx.files import is_absent, parse_toml, translate_read_errors
 from phimlx.folders import config_folder
-from phimlx.preferences.file import MAX_BYTES, check_values
+from phimlx.preferences.file import READABLE, check_values, read_settings
 from phimlx.preferences.keys import ALIAS
 from phimlx.preferences.sampling import NonEmpty, Setting
 
@@ -64,9 +65,17 @@ def persona_path(name: str) -> Path:
 
 
 def list_personas() -> list[str]:
-    """List the names of the personas that there are."""
+    """List the names of the personas that there are.
+
+    Raises:
+        SettingsError: where their folder cannot be read.
+    """
     folder = config_folder() / FOLDER
-    names = (path.stem for path in folder.glob(f"*{SUFFIX}"))
+    if is_absent(folder):
+        return []
+    with translate_read_errors(folder, SettingsError, READABLE):
+        paths = [folder / name for name in os.listdir(folder)]
+    names = (path.stem for path in paths if path.suffix == SUFFIX)
     return sorted(name for name in names if _NAME.fullmatch(name))
 
 
@@ -78,13 +87,13 @@ def read_persona(name: str) -> Persona:
             file does not hold.
     """
     path = persona_path(name)
-    if not path.exists():
+    if is_absent(path):
         close = difflib.get_close_matches(name, list_personas(), 1)
         make = f"Make it: phimlx persona edit {name}"
         hint = f"Did you mean {close[0]}?" if close else make
         raise SettingsError(f"There is no persona {clipped(name)}.", hint)
     mend = f"Mend it: phimlx persona edit {name}"
-    text = read_text(path, SettingsError, hint=mend, limit=MAX_BYTES)
+    text = read_settings(path, mend)
     try:
         return Persona(name, path, check_values(parse_toml(text), KEYS))
     except SettingsError as error:

@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from phimlx.server.errors import CLOSE, RequestError, explain
 from phimlx.server.http import Json
 from phimlx.server.settings import ServerSettings
+from phimlx.sizes import size_text
 
 log = logging.getLogger("phimlx.server")
 access = logging.getLogger("phimlx.access")
@@ -205,7 +206,7 @@ class Guard:
 
 
 def _too_large(most: int) -> RequestError:
-    message = f"The body is larger than {most >> 20} MiB."
+    message = f"The body is larger than {size_text(most)}."
     return RequestError(413, message, code="too_large", headers=CLOSE)
 
 

@@ -17,11 +17,12 @@ from starlette.types import Receive, Scope, Send
 
 from phimlx.files import json_levels
 from phimlx.server.errors import CLOSE, RequestError, bad_request, json_type_error
+from phimlx.sizes import size_text
 
 PING_SECONDS = 10.0
 MAX_MESSAGES = 4096  # of a conversation: an agent adds one for each call and each result
 DEEPEST = 100  # levels of a body's JSON
-MAX_TEXT = 8 << 20  # bytes of a body's JSON without the media in it
+MAX_TEXT = 8_000_000  # bytes of a body's JSON without the media in it
 MEDIA_KEYS = frozenset({"url", "image_url", "data", "images"})  # that hold media, in any dialect
 
 
@@ -84,7 +85,7 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
     if sum(1 for _ in islice(json_levels(value), DEEPEST)) == DEEPEST:
         raise bad_request(f"The body is nested more than {DEEPEST} deep.", code="invalid_json")
     if len(raw) > MAX_TEXT and len(raw) - _media_size(value) > MAX_TEXT:
-        message = f"The body without its media is larger than {MAX_TEXT >> 20} MiB."
+        message = f"The body without its media is larger than {size_text(MAX_TEXT)}."
         raise RequestError(413, message, code="too_large", headers=CLOSE)
     return validate(kind, value)
 

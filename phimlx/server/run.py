@@ -32,7 +32,7 @@ def find_key(settings: ServerSettings, environment: str | None) -> str | None:
     """
     key = settings.api_key or environment or None
     if settings.api_key_file is not None:
-        key = read_text(Path(settings.api_key_file), SettingsError, limit=1 << 14).strip()
+        key = read_text(Path(settings.api_key_file), SettingsError, limit=16_000).strip()
         if not key:
             raise SettingsError(f"{settings.api_key_file} holds no key.", hint="Write one into it.")
     if key is None and not is_loopback(settings.host) and not settings.no_auth:

@@ -21,6 +21,7 @@ from phimlx.hub.model_files import ADAPTER_CONFIG
 from phimlx.hub.resolve import NANO, NANO_MULTIMODAL, resolve, resolve_adapter
 from phimlx.machine.memory import Footprint, footprint
 from phimlx.models.registry import of_config
+from phimlx.preferences.file import read_alias
 from phimlx.server.settings import ServerSettings
 
 SHARE = 8192  # tokens whose keys and values a forecast counts
@@ -104,6 +105,8 @@ class Served:
 def list_served(settings: ServerSettings) -> list[Served]:
     """List what may be asked for: the model of the settings, or all on this machine; and adapters.
 
+    Where the settings name a model by a name of the user's own, that name means its adapter too.
+
     Raises:
         ModelNotFoundError, CheckpointError: where that one is none, or an adapter is none.
         ConfigError: where phimlx does not run it.
@@ -121,6 +124,12 @@ def list_served(settings: ServerSettings) -> list[Served]:
             Served.of(folder, each.repository) for each, folder in cached if not each.is_adapter
         ]
     found = {model.name: model for model in models}
+    own = read_alias(settings.model) if settings.model is not None else {}
+    if settings.model is not None and "adapter" in own:
+        label = settings.model if NAME.fullmatch(settings.model) else "own"
+        folder = resolve_adapter(own["adapter"])
+        whole = models[0].with_adapter(label, folder, settings.model)
+        found[whole.name] = whole
     for given in settings.adapters:
         adapter = _read_given(given, models)
         if adapter.name in found:

@@ -9,8 +9,6 @@ from pydantic import BeforeValidator, Field
 from phimlx.options import Count, Options, Positive, PositiveCount, Text, option
 from phimlx.server.duration import read_seconds
 
-MIB = 1 << 20
-
 
 class ServerSettings(Options):
     """Settings of `phimlx serve`: flags, and a configuration file's names."""
@@ -73,4 +71,4 @@ class ServerSettings(Options):
     @property
     def max_body(self) -> int:
         """Bytes that the body of a request may have."""
-        return 64 * MIB
+        return 64_000_000

@@ -97,9 +97,16 @@ def _aliases() -> list[str]:
     return [*own, *(model.alias for model in catalog.FAMILY)]
 
 
+def _personas() -> list[str]:
+    try:
+        return list_personas()
+    except PhimlxError:
+        return []
+
+
 NAMES: dict[str, Callable[[], list[str]]] = {
     "models": _aliases,
-    "personas": lambda: list_personas(),
+    "personas": _personas,
 }
 """What completes a word besides files and settings."""
 

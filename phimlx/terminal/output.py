@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, TextIO
 
-from phimlx.errors import PhimlxError, shortage
+from phimlx.errors import PhimlxError, system_error
 from phimlx.terminal.progress import (
     Progress,
     beside_bars,
@@ -157,7 +157,7 @@ class Output:
 
     def _explained(self, error: BaseException) -> tuple[str, str | None]:
         """Return a sentence about an error, and the next step."""
-        known = error if isinstance(error, PhimlxError) else shortage(error)
+        known = error if isinstance(error, PhimlxError) else system_error(error)
         if known is not None:
             return str(known), known.hint
         message = f"unexpected {type(error).__name__}: {error}".removesuffix(": ")

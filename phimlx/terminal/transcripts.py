@@ -40,6 +40,7 @@ class Transcript:
     pieces: list[TranscriptSegment] = field(default_factory=list)
     seconds: float | None = None
     error: str | None = None
+    hint: str | None = None
     complete: bool = False
 
     def __post_init__(self) -> None:

@@ -59,7 +59,7 @@ def test_config_that_is_no_object(tmp_path: Path, content: bytes, message: str) 
 def test_a_config_without_end(tmp_path: Path) -> None:
     write_config(tmp_path, PHI_4)
     os.truncate(tmp_path / "config.json", (64 << 20) + 1)
-    assert str(loading(tmp_path)) == f"{tmp_path / 'config.json'} is larger than 64 MB."
+    assert str(loading(tmp_path)) == f"{tmp_path / 'config.json'} is larger than 64.0 MB."
 
 
 def test_a_config_that_links_to_itself(tmp_path: Path) -> None:

@@ -55,6 +55,7 @@ def test_a_problem_fails(monkeypatch: pytest.MonkeyPatch) -> None:
     assert json.loads(result.stdout) == {
         "healthy": False,
         "findings": [vars(finding) for finding in (*FINDINGS, PROBLEM, NONE)],
+        "error": {"message": "There is a problem with: memory.", "hint": "Add some."},
     }
 
 

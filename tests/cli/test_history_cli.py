@@ -331,7 +331,7 @@ def test_rows_for_training_are_what_train_takes(run: Run, tmp_path: Path) -> Non
     assert oct(target.stat().st_mode & 0o777) == "0o600"
     for name in (None, "phi-4-mini-reasoning"):
         data = load_data(target, RowEncoder.load(NANO, name))["train"]
-        assert (data.faults, len(data.examples), dict(data.skipped)) == (0, 3, {})
+        assert (data.faults.count, len(data.examples), dict(data.skipped)) == (0, 3, {})
     assert all(each.supervised.any() for each in data.examples)
 
 

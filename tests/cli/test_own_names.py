@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,9 @@ from click.testing import CliRunner, Result
 import phimlx
 from phimlx.cli.group import cli
 from phimlx.errors import ModelNotFoundError, SettingsError
+from tests.convert.test_fuse import SETTINGS, adapter_for
 from tests.terminal.fake_phi import FakePhi
+from tests.training.folder import write_tiny
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +63,9 @@ def test_every_command_takes_it_for_the_model(arguments: tuple[str, ...], config
 
 
 def without_port(text: str) -> str:
-    return " ".join(word for word in text.split() if not word.startswith(("http:", "out")))
+    """A text without what differs from run to run: ports, seconds."""
+    words = re.sub(r"\d+\.\d s\b", "", text).split()
+    return " ".join(word for word in words if not word.startswith(("http:", "out")))
 
 
 @pytest.fixture
@@ -84,6 +89,40 @@ def test_its_adapter_goes_with_it(config: Path, loaded: list[tuple[Any, Any]]) -
     run("evaluate", "--model", "home", "--data", DATA)
     run("evaluate", "--model", "home", "--adapter-path", adapter, "--data", DATA)
     assert [(model, Path(of).resolve()) for model, of in loaded] == [("nano", Path(adapter))] * 3
+
+
+def test_its_adapter_is_fused(config: Path) -> None:
+    write_tiny(config.parent / "tiny")
+    adapter_for(config.parent / "tiny", config.parent / "letters", SETTINGS["lora"])
+    config.write_text('[alias.home]\nmodel = "./tiny"\nadapter = "letters"\n')
+    (config.parent / "rows.jsonl").write_text('{"prompt": "2 +", "completion": "4"}\n' * 4)
+    assert run("fuse", "--model", "home", "--save-path", "one").exit_code == 0
+    assert (
+        run("fuse", "--model", "./tiny", "--adapter-path", "letters", "--save-path", "two")
+    ).exit_code == 0
+    one, two = (
+        (config.parent / name / "model.safetensors").read_bytes() for name in ("one", "two")
+    )
+    assert one == two
+    served = json.loads(run("serve", "home", "--check", "--port", "0", "--json").stdout)["models"]
+    assert [model["name"] for model in served] == ["tiny", "tiny:home"]
+    measured = run("evaluate", "--model", "home", "--data", "rows.jsonl", "--json")
+    assert json.loads(measured.stdout)["adapter"] == "letters"
+
+
+def test_where_it_is_left_out_that_is_said(config: Path) -> None:
+    write_tiny(config.parent / "tiny")
+    config.write_text('[alias.home]\nmodel = "./tiny"\nadapter = "letters"\nsystem = "Be kind."\n')
+    (config.parent / "rows.jsonl").write_text('{"prompt": "2 +", "completion": "4"}\n' * 4)
+    done = run("convert", "home", "--mlx-path", "out")
+    assert done.exit_code == 0
+    assert "The adapter of home is left out; to fuse it: --adapter-path letters\n" in done.stderr
+    done = run("train", "--model", "home", "--data", "rows.jsonl", "--check")
+    assert done.exit_code == 0
+    assert "A new adapter is trained; that of home, letters, is left out.\n" in done.stderr
+    config.write_text('[alias.home]\nmodel = "./tiny"\nsystem = "Be kind."\n')
+    done = run("serve", "home", "--check", "--port", "0")
+    assert done.stderr == "Clients say what the model is told, not home's system prompt.\n"
 
 
 def test_python_knows_it_too() -> None:

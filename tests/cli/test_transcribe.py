@@ -173,6 +173,7 @@ def test_no_model_is_loaded_where_no_file_is_there(transcribe: Transcribe) -> No
                 "error": "There is no file none.wav.",
             }
         ],
+        "error": {"message": "There is no file none.wav.", "hint": "Check the path."},
     }
     assert transcribe.sources == []
 

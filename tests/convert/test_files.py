@@ -117,7 +117,7 @@ def test_a_companion_without_end(tmp_path: Path) -> None:
     source = write_model(tmp_path / "source")
     (source / "tokenizer.json").touch()
     os.truncate(source / "tokenizer.json", (64 << 20) + 1)
-    assert str(failing(source, tmp_path / "out")) == "tokenizer.json is larger than 64 MB."
+    assert str(failing(source, tmp_path / "out")) == "tokenizer.json is larger than 64.0 MB."
 
 
 CARD = """\

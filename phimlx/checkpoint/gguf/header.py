@@ -18,12 +18,13 @@ from phimlx.checkpoint.gguf.blocks import BY_NUMBER, TYPE_NAMES, BlockType
 from phimlx.checkpoint.gguf.find import MAGIC
 from phimlx.errors import CheckpointError, shortened
 from phimlx.files import read_beginning
+from phimlx.sizes import size_text
 
 VERSIONS = (2, 3)
 ALIGNMENT = 32  # where the file says nothing of it
 
 # A header of Phi-4-mini's has 12 MB, and 400,000 strings.
-MAX_HEADER = 64 << 20  # bytes
+MAX_HEADER = 64_000_000  # bytes
 MAX_COUNT = 1 << 16  # settings, or tensors
 MAX_STRINGS = 1 << 21  # in all lists together
 MAX_NAME = 256  # bytes; llama.cpp's have at most 63
@@ -197,7 +198,7 @@ class _Reader:
         if count > len(self._data) - begin:
             if len(self._data) == self._size:
                 raise damaged(self._file, "it ends within its header")
-            raise damaged(self._file, f"its header is larger than {MAX_HEADER >> 20} MB")
+            raise damaged(self._file, f"its header is larger than {size_text(MAX_HEADER)}")
         self.position += count
         return begin
 

@@ -6,10 +6,11 @@ import re
 from typing import Any
 
 from phimlx.errors import GrammarError
+from phimlx.sizes import size_text
 
-MAX_BYTES = 256 << 10  # of a schema
-MAX_RULES_BYTES = 64 << 10  # of a grammar
-MAX_EXPRESSION_BYTES = 16 << 10  # of a regular expression; each step costs time in its length
+MAX_BYTES = 256_000  # of a schema
+MAX_RULES_BYTES = 64_000  # of a grammar
+MAX_EXPRESSION_BYTES = 16_000  # of a regular expression; each step costs time in its length
 MAX_COUNT = 4096  # repetitions that an expression counts, likewise
 MAX_DEPTH = 64  # of objects, lists and brackets within each other
 MAX_REACH = 4096  # levels of a schema, and of each place that it refers to, together
@@ -35,7 +36,7 @@ _COUNT = re.compile(r"\{(\d*)(?:,(\d*))?\}")
 def check_expression(name: str, text: str, most: int = MAX_EXPRESSION_BYTES) -> None:
     """Raise GrammarError for an expression, or a grammar of them, that is beyond the limits."""
     if len(text.encode(errors="replace")) > most:
-        raise GrammarError(f"The {name} has more than {most >> 10} kB.")
+        raise GrammarError(f"The {name} has more than {size_text(most)}.")
     depth = deepest = 0
     for character in text:
         depth += (character in "([{") - (character in ")]}")

@@ -17,6 +17,7 @@ from phimlx.generation.grammar.limits import (
     MAX_REACH,
     check_expression,
 )
+from phimlx.sizes import size_text
 
 # JSON on one line as Python and the models write it. White space that the model may choose could
 # go on without end.
@@ -50,7 +51,7 @@ def read_schema(schema: Any) -> dict[str, Any]:
     except (TypeError, ValueError, RecursionError) as error:
         raise GrammarError(f"The schema cannot be written as JSON: {error}.") from None
     if len(text) > MAX_BYTES:
-        raise GrammarError(f"The schema has more than {MAX_BYTES >> 10} kB.")
+        raise GrammarError(f"The schema has more than {size_text(MAX_BYTES)}.")
     plain: dict[str, Any] = json.loads(text)
     depth = _depth(plain)
     if depth > MAX_DEPTH:

@@ -26,6 +26,7 @@ from phimlx.folders import cache_folder as own_cache_folder
 from phimlx.prompt.tokenizer.added_tokens import AddedToken
 from phimlx.prompt.tokenizer.bpe import LibraryVocabulary, Vocabulary, byte_alphabet
 from phimlx.prompt.tokenizer.description import HINT
+from phimlx.sizes import size_text
 
 if TYPE_CHECKING:
     import tokenizers
@@ -64,7 +65,7 @@ def load_vocabulary(path: Path) -> tuple[Vocabulary, list[AddedToken]]:
     """
     size = path.stat().st_size
     if size > MAX_BYTES:
-        raise TokenizerError(f"{path} is larger than {MAX_BYTES >> 20} MB.", hint=HINT)
+        raise TokenizerError(f"{path} is larger than {size_text(MAX_BYTES)}.", hint=HINT)
     if size < MIN_SOURCE:
         return LibraryVocabulary.load(path)
     file = cache_folder() / f"{_digest(path)}.{FORMAT}"

@@ -3,20 +3,19 @@
 from __future__ import annotations
 
 import hashlib
-from bisect import bisect
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
-from itertools import accumulate
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
 
-from phimlx.errors import TrainingError, clipped
+from phimlx.errors import TrainingError
 from phimlx.hub.client import Remote
 from phimlx.hub.download import ProgressContext, without_progress
 from phimlx.training.data.batches import Example
+from phimlx.training.data.faults import DataError, Faults
 from phimlx.training.data.lengths import Tokens, exchanges, windows
 from phimlx.training.data.loss_mask import LossOn, RowEncoder, learned_length
 from phimlx.training.data.row_messages import RowError
@@ -86,30 +85,6 @@ class RowSettings:
         check_mapping(self.mapping)
 
 
-class DataError(TrainingError):
-    """Rows that cannot be learned from.
-
-    Attributes:
-        problems: the first of them, at most `SHOWN`.
-        count: how many there are.
-    """
-
-    def __init__(self, problems: list[Problem], count: int) -> None:
-        self.problems, self.count = problems, count
-        told = [clipped(str(problem)) for problem in problems]
-        message = told[0]
-        if count > 1:
-            ends = list(accumulate(map(len, told)))
-            told = told[: max(1, bisect(ends, LONGEST))]
-            lines = [f"The data has {count:,} faults:", *told]
-            if count > len(told):
-                lines.append(f"… and {count - len(told):,} more.")
-            message = "\n  ".join(lines)
-        hints = {problem.hint for problem in problems}
-        usual = "Mend what is named, or leave it out of the data."
-        super().__init__(message, (hints.pop() if len(hints) == 1 else None) or usual)
-
-
 @dataclass
 class Dataset:
     """Examples that some rows have become.
@@ -121,7 +96,7 @@ class Dataset:
         skipped: how many had nothing to learn in them, by reason.
         cut, split: how many were too long, and what became of them.
         unused: what rows hold that nothing is made of, and how many do, by the file's name.
-        problems: the first rows that are at fault, at most `SHOWN`; `faults` counts all.
+        faults: of rows that cannot be learned from.
     """
 
     examples: list[Example] = field(default_factory=list)
@@ -131,8 +106,7 @@ class Dataset:
     cut: int = 0
     split: int = 0
     unused: dict[str, Counter[str]] = field(default_factory=dict)
-    problems: list[Problem] = field(default_factory=list)
-    faults: int = 0
+    faults: Faults = field(default_factory=Faults)
 
     @property
     def fingerprint(self) -> str:
@@ -184,12 +158,6 @@ class Dataset:
         for name in names:
             counts[name if name in counts or len(counts) < MOST_UNUSED else "others"] += 1
 
-    def note(self, problem: Problem) -> None:
-        """Count a problem, and keep it where there are few."""
-        self.faults += 1
-        if len(self.problems) < SHOWN:
-            self.problems.append(problem)
-
 
 def load_data(
     source: str | Path,
@@ -229,10 +197,11 @@ def load_data(
 
         found[split] = tokenize(read_rows(files, report), encoder, settings)
         before += sum(file.path.stat().st_size for file in files)
-    faults = sum(data.faults for data in found.values())
-    if faults:
-        problems = [problem for data in found.values() for problem in data.problems]
-        raise DataError(problems[:SHOWN], faults)
+    faults = Faults()
+    for data in found.values():
+        faults.include(data.faults)
+    if faults.count:
+        raise DataError(faults)
     for split, data in found.items():
         if not data.examples:
             raise _nothing(splits[split][0].name, data)
@@ -255,21 +224,21 @@ def tokenize(
     data = Dataset()
     for number, row in enumerate(rows):
         if isinstance(row, Problem):
-            data.note(row)
+            data.faults.note(row)
             continue
         try:
             content, unused = read_content(
                 row.values, settings.mapping, settings.form, thinks=encoder.thinks
             )
         except ROW_FAULTS as error:
-            data.note(Problem(row.place, str(error), error.hint))
+            data.faults.note(Problem(row.place, str(error), error.hint))
             continue
         if not isinstance(content, PlainText):
             _ = encoder.template  # its absence is no row's fault
         try:
             made = list(_examples(content, row.place, encoder, settings))
         except ROW_FAULTS as error:
-            data.note(Problem(row.place, str(error), error.hint))
+            data.faults.note(Problem(row.place, str(error), error.hint))
             continue
         data.note_unused(row.file, unused)
         _add(data, number, made, content)

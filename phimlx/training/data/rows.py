@@ -20,6 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 from phimlx.errors import TrainingError, shortened
 from phimlx.extras import import_extra
 from phimlx.files import is_file, read_whole
+from phimlx.sizes import size_text
 
 DELIMITERS = (",", ";", "\t", "|")
 RECORDS_TRIED = 20  # records after the header that tell one delimiter from another
@@ -28,7 +29,7 @@ _SEP = re.compile(r"sep=([,;\t|])[\r\n]", re.IGNORECASE)  # a first line by whic
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
 PARQUET_ROWS = 1024  # rows that are in memory at one time
 
-LONGEST_LINE = 16 << 20  # bytes of a row, of which no model takes a tenth
+LONGEST_LINE = 16_000_000  # bytes of a row, of which no model takes a tenth
 
 Progress = Callable[[int, int], object]
 """Takes the bytes that have been read, and how many there are."""
@@ -62,6 +63,17 @@ class Problem:
     place: str
     reason: str
     hint: str | None = None
+
+    @property
+    def kind(self) -> tuple[str, str]:
+        """What it has in common with the same fault of other rows: file and reason."""
+        return self.place.rstrip("0123456789").rstrip(), self.reason
+
+    @property
+    def number(self) -> str | None:
+        """The line or row; None for a file as a whole."""
+        found = re.search(r", (?:line|row) (\d+)\Z", self.place)
+        return found and found[1]
 
     def __str__(self) -> str:
         return f"{self.place}: {self.reason}"
@@ -158,7 +170,7 @@ def _bounded(file: BinaryIO) -> Iterator[bytes]:
     while line := file.readline(LONGEST_LINE + 1):
         number += 1
         if len(line) > LONGEST_LINE:
-            size = f"{LONGEST_LINE >> 20} MB"
+            size = size_text(LONGEST_LINE)
             raise _BadFileError(f"This is longer than {size}.", f", line {number}")
         yield line
 

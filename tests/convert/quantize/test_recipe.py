@@ -231,7 +231,7 @@ def test_recipes_that_are_none(tmp_path: Path) -> None:
         read_recipe(file)
     assert str(caught.value) == f"{file} is not UTF-8 text."
     with file.open("wb") as opened:
-        opened.truncate((1 << 20) + 1)
+        opened.truncate(1_000_001)
     with pytest.raises(ConversionError) as caught:
         read_recipe(file)
-    assert str(caught.value) == f"{file} is larger than 1 MB."
+    assert str(caught.value) == f"{file} is larger than 1.00 MB."

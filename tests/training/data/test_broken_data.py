@@ -11,7 +11,8 @@ import pytest
 
 from phimlx.errors import TrainingError
 from phimlx.hub.resolve import NANO
-from phimlx.training.data.examples import SHOWN, DataError, RowSettings, load_data
+from phimlx.training.data.examples import RowSettings, load_data
+from phimlx.training.data.faults import FIRST, SHOWN, DataError
 from phimlx.training.data.loss_mask import RowEncoder
 
 ENCODER = RowEncoder.load(NANO)
@@ -425,10 +426,33 @@ def test_of_many_faults_the_first_are_told_and_all_counted(tmp_path: Path) -> No
     first, *others = str(caught.value).splitlines()
     assert first == "The data has 1,500 faults:"
     assert others == [
-        *(f"  d.jsonl, line {i}: 'text' is empty." for i in range(1, SHOWN + 1)),
-        "  … and 1,480 more.",
+        "  d.jsonl, lines 1, 2, 3 and 1,497 more: 'text' is empty.",
     ]
-    assert (caught.value.count, len(caught.value.problems)) == (1500, SHOWN)
+    assert (caught.value.count, len(caught.value.problems)) == (1500, FIRST)
+
+
+@pytest.mark.parametrize(
+    ("rows", "lines"), [(2, "1, 2"), (3, "1, 2, 3"), (4, "1, 2, 3 and 1 more")]
+)
+def test_the_same_fault_is_said_once(rows: int, lines: str, tmp_path: Path) -> None:
+    (tmp_path / "train.jsonl").write_bytes(line(text="") * rows + GOOD + b"{}")
+    (tmp_path / "valid.jsonl").write_bytes(line(text="") * rows)
+    with pytest.raises(DataError) as caught:
+        load_data(tmp_path, ENCODER)
+    first, one, other, last = str(caught.value).splitlines()
+    assert first == f"The data has {2 * rows + 1} faults:"
+    assert one == f"  train.jsonl, lines {lines}: 'text' is empty."
+    assert other.startswith(f"  train.jsonl, line {rows + 2}: ")
+    assert last == f"  valid.jsonl, lines {lines}: 'text' is empty."
+
+
+def test_faults_that_all_differ_are_counted_beyond_those_shown(tmp_path: Path) -> None:
+    (tmp_path / "d.jsonl").write_bytes(b"".join(line(text=number) for number in range(1000)))
+    with pytest.raises(DataError) as caught:
+        load_data(tmp_path / "d.jsonl", ENCODER)
+    first, *told, rest = str(caught.value).splitlines()
+    assert (first, rest) == ("The data has 1,000 faults:", f"  … and {1000 - len(told):,} more.")
+    assert len(told) <= SHOWN
 
 
 @pytest.mark.parametrize(

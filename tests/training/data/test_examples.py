@@ -50,7 +50,7 @@ def user(content: str) -> dict[str, str]:
 def made(values: dict[str, Any], encoder: RowEncoder = ENCODER, **options: Any) -> list[Example]:
     """The examples of one row."""
     data = tokenize([Row("here", values)], encoder, RowSettings(**options))
-    assert not data.problems
+    assert not data.faults.problems
     return data.examples
 
 
@@ -303,7 +303,7 @@ ENDLESS = MINI.replace("+ '<|end|>'", "").replace("{{ eos_token }}", "")
 def test_a_template_that_cannot_be_learned_with(source: str, reason: str) -> None:
     row = Row("d.jsonl, line 1", {"prompt": "Hi", "completion": "Ho"})
     data = tokenize([row], codec_with(source))
-    assert [str(problem) for problem in data.problems] == [f"d.jsonl, line 1: {reason}"]
+    assert [str(problem) for problem in data.faults.problems] == [f"d.jsonl, line 1: {reason}"]
 
 
 def test_a_reply_that_begins_as_the_prompt_opens_it() -> None:
@@ -314,7 +314,7 @@ def test_a_reply_that_begins_as_the_prompt_opens_it() -> None:
 
 def test_phi4s_template_has_no_place_for_tools(data: Path) -> None:
     row = Row("d.jsonl, line 1", {"messages": TALK, "tools": TOOLS})
-    assert str(tokenize([row], codec_with(PHI4, data)).problems[0]) == (
+    assert str(tokenize([row], codec_with(PHI4, data)).faults.problems[0]) == (
         "d.jsonl, line 1: The model's chat template has no place for tools: it was not trained to "
         "call them."
     )
@@ -364,7 +364,7 @@ LONG = {"text": "one two three four five six seven eight nine ten"}
 def test_too_long_rows_are_refused_with_their_lengths() -> None:
     length = len(made(LONG)[0].tokens)
     data = tokenize([Row("d.jsonl, line 3", LONG)], ENCODER, RowSettings(max_length=length - 1))
-    assert [str(problem) for problem in data.problems] == [
+    assert [str(problem) for problem in data.faults.problems] == [
         f"d.jsonl, line 3: It has {length} tokens, but {length - 1} are allowed."
     ]
     assert len(made(LONG, max_length=length)) == 1
@@ -414,7 +414,7 @@ def test_conversations_are_split_between_exchanges() -> None:
     data = tokenize(
         [Row("d", {"messages": messages})], ENCODER, RowSettings(max_length=two, overlong="split")
     )
-    assert not data.problems
+    assert not data.faults.problems
     assert [learned(example) for example in data.examples] == [
         ["Answer 0.<|end|>", "Answer 1.<|end|>"],
         ["Answer 2.<|end|>", "Answer 3.<|end|>"],
@@ -429,7 +429,7 @@ def test_conversations_are_split_between_exchanges() -> None:
         ENCODER,
         RowSettings(max_length=one - 1, overlong="split"),
     )
-    assert [str(problem) for problem in refused.problems] == [
+    assert [str(problem) for problem in refused.faults.problems] == [
         f"d: A question with its answer has {one} tokens, but {one - 1} are allowed."
     ]
 
@@ -497,7 +497,7 @@ BETTER = [
 @pytest.mark.parametrize("values", BETTER)
 def test_preferences_share_their_prompt(values: dict[str, Any]) -> None:
     data = tokenize([Row("d", values)], ENCODER, RowSettings(form="pairs"))
-    assert not data.problems
+    assert not data.faults.problems
     chosen, rejected = data.examples
     prompt = ENCODER.template.encode([{"role": "user", "content": "Hi"}])
     for example, reply in ((chosen, "Hello!<|end|>"), (rejected, "What?<|end|>")):

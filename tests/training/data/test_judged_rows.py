@@ -35,7 +35,7 @@ def dataset(*rows: dict[str, Any], form: Any = "answers", **options: Any) -> Dat
 )  # fmt: skip
 def test_forms_that_say_the_same(row: dict[str, Any]) -> None:
     data = dataset(row)
-    assert not data.problems
+    assert not data.faults.problems
     assert data.fingerprint == dataset(GOOD).fingerprint
     assert data.kinds == ["judged answers"]
     assert unused_notes([data]) == []
@@ -79,7 +79,7 @@ def test_of_a_conversation_the_last_reply_is_judged() -> None:
     ],
 )  # fmt: skip
 def test_faults_are_told(row: dict[str, Any], message: str) -> None:
-    (problem,) = dataset(row).problems
+    (problem,) = dataset(row).faults.problems
     assert str(problem) == f"d.jsonl, line 1: {message}"
 
 

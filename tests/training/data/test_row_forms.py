@@ -29,7 +29,7 @@ EMPTY: list[Any] = [None, "", "  ", [], {}, float("nan")]
 def dataset(*rows: dict[str, Any], encoder: RowEncoder = ENCODER, **options: Any) -> Dataset:
     places = (Row(f"d.jsonl, line {i}", row) for i, row in enumerate(rows, 1))
     data = tokenize(places, encoder, RowSettings(**options))
-    assert not data.problems
+    assert not data.faults.problems
     return data
 
 
@@ -213,7 +213,7 @@ def test_weights_of_what_is_no_reply() -> None:
         "d.jsonl: not used: the key 'weight' of messages that are no replies (1 row)."
     ]
     row = [Row("d.jsonl, line 1", talk([1], weight=0))]
-    (problem,) = tokenize(row, ENCODER, RowSettings(loss_on="all")).problems
+    (problem,) = tokenize(row, ENCODER, RowSettings(loss_on="all")).faults.problems
     assert str(problem) == (
         "d.jsonl, line 1: messages[1] has the weight 0, but is no reply, and all is to be learned."
     )
