@@ -98,12 +98,12 @@ def command(
         if not resume and (own := own_adapter(given.model)) is not None:
             output.note(f"A new adapter is trained; that of {given.model}, {own}, is left out.")
         session.check()
-        data = _read(session, output)
+        data = read_data(session, output)
         note_unused(data, output)
         if check:
             _check(session, data, output)
             return
-        _train(session, data, ignore_memory, output)
+        run(session, data, ignore_memory, output)
 
 
 def _end_at_once(output: Output, error: PhimlxError) -> None:
@@ -137,10 +137,10 @@ def _open(given: TrainSettings, resume: bool, processes: ProcessGroup, output: O
         folder = {"adapter_path": given.adapter_path}  # wherever the run's folder was before
         settings = resumed_settings(about, given.model_copy(update=folder))
     check_trackers(settings.report_to)
-    return Session(settings, _model_folder(settings.model, output), processes, about)
+    return Session(settings, model_folder(settings.model, output), processes, about)
 
 
-def _model_folder(model: str | None, output: Output) -> Path:
+def model_folder(model: str | None, output: Output) -> Path:
     """Find the folder of a model, which comes here where it is not and somebody can say so."""
     from phimlx.hub.resolve import resolve
 
@@ -153,7 +153,8 @@ def _model_folder(model: str | None, output: Output) -> Path:
     return resolve(model)
 
 
-def _read(session: Session, output: Output) -> dict[str, Dataset]:
+def read_data(session: Session, output: Output) -> dict[str, Dataset]:
+    """Read all data of a run, with a bar."""
     seen = 0
     with output.progress(100, "Reading the data", "%") as bar:
 
@@ -197,9 +198,8 @@ def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> Non
     )
 
 
-def _train(
-    session: Session, data: Mapping[str, Dataset], ignore_memory: bool, output: Output
-) -> None:
+def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, output: Output) -> None:
+    """Train, from the beginning or from where a run was stopped."""
     from phimlx import api
     from phimlx.cli.bars import logger
     from phimlx.errors import TrainingError
@@ -239,7 +239,9 @@ def _train(
 
 
 def _again(session: Session) -> str:
-    return f"phimlx train --resume --adapter-path {session.settings.adapter_path}"
+    return (
+        f"phimlx {session.settings.command} --resume --adapter-path {session.settings.adapter_path}"
+    )
 
 
 def _as_object(session: Session, outcome: Outcome) -> dict[str, Any]:

@@ -1,12 +1,13 @@
-"""The training loss: output head and cross-entropy in one, chunk by chunk, over supervised rows."""
+"""The training loss: output head and criterion in one, chunk by chunk, over supervised rows."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import cast
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
+from mlx.utils import tree_flatten
 
 from phimlx.machine.order import after
 from phimlx.machine.reductions import long_sum, split_logsumexp
@@ -14,6 +15,10 @@ from phimlx.machine.reductions import long_sum, split_logsumexp
 CHUNK_ROWS = 128  # rows whose logits exist at one time
 
 Head = Callable[[mx.array], mx.array]
+Values = Sequence[mx.array]
+Criterion = Callable[[mx.array, slice], tuple[Values, mx.array]]
+"""Makes of logits `[rows, vocab]`, and of where these rows stand among all, values of each row,
+float32 `[rows]`, and the gradient of the first, the loss, with respect to the logits."""
 
 
 def token_losses(
@@ -34,29 +39,10 @@ def token_losses(
 
     Returns:
         float32 `[n]`.
-
-    Source: the gradient of cross-entropy over a linear layer, (softmax(xWᵀ) − onehot) W; chunked as
-    in Liger Kernel (arXiv 2410.10989), section 3.2.
     """
     if "weight" in head.trainable_parameters():
         return _trained_head_losses(head, hidden, targets, rows)
-    project = _projection(head)
-
-    @mx.custom_function
-    def losses(hidden: mx.array) -> tuple[mx.array, mx.array]:
-        found: list[mx.array] = []
-        gradients: list[mx.array] = []
-        for here, x in _chunks(hidden, rows, [found, gradients]):
-            loss, excess = _cross_entropy(project(x), targets[here])
-            found.append(loss)
-            gradients.append(mx.vjp(project, [x], [excess])[1][0])
-        return mx.concatenate(found), mx.concatenate(gradients)
-
-    @losses.vjp
-    def _(primal, cotangents, outputs):  # type: ignore[no-untyped-def]
-        return (cotangents[0][:, None] * outputs[1]).astype(primal.dtype)
-
-    return cast(Sequence[mx.array], losses(hidden))[0]
+    return _row_values(head, hidden, cross_entropy_to(targets), rows)[0]
 
 
 def _trained_head_losses(
@@ -68,7 +54,7 @@ def _trained_head_losses(
     def losses(hidden: mx.array, weight: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
         found: list[mx.array] = []
         for here, x in _chunks(hidden, rows, [found]):
-            found.append(_cross_entropy(sum(bias, x @ weight.T), targets[here])[0])
+            found.append(cross_entropy(sum(bias, x @ weight.T), targets[here])[0])
         return (mx.concatenate(found),)
 
     @losses.vjp
@@ -77,7 +63,7 @@ def _trained_head_losses(
         gradients: list[mx.array] = []
         summed: list[mx.array] = []
         for here, x in _chunks(hidden, rows, [gradients, summed]):
-            excess = _cross_entropy(sum(bias, x @ weight.T), targets[here])[1]
+            excess = cross_entropy(sum(bias, x @ weight.T), targets[here])[1]
             excess = (excess * cotangents[0][here, None]).astype(excess.dtype)
             gradients.append(excess @ weight)
             _add_head_gradients(summed, x, excess, len(bias))
@@ -97,10 +83,7 @@ def measured_losses(
     head: nn.Module, hidden: mx.array, targets: mx.array, rows: int = CHUNK_ROWS
 ) -> mx.array:
     """Compute what `token_losses` does for half the work, where no gradient will be asked for."""
-    found: list[mx.array] = []
-    for here, x in _chunks(hidden, rows, [found]):
-        found.append(_cross_entropy(_projection(head)(x), targets[here])[0])
-    return mx.concatenate(found)
+    return measured_values(head, hidden, cross_entropy_to(targets), rows)[0]
 
 
 def linear_cross_entropy(
@@ -114,32 +97,107 @@ def linear_cross_entropy(
     Returns:
         The sum, float32 scalar.
     """
+    return linear_loss(head, hidden, cross_entropy_to(targets), weights, rows)[0]
+
+
+def cross_entropy_to(targets: mx.array) -> Criterion:
+    """Make the criterion of cross-entropy with the token `[n]` that each row should predict."""
+
+    def criterion(logits: mx.array, here: slice) -> tuple[Values, mx.array]:
+        loss, excess = cross_entropy(logits, targets[here])
+        return (loss,), excess
+
+    return criterion
+
+
+def measured_values(
+    head: nn.Module, hidden: mx.array, criterion: Criterion, rows: int = CHUNK_ROWS
+) -> Values:
+    """A criterion's values of all rows, float32 `[n]` each, where no gradient is asked for."""
+    found: list[Values] = []
+    for here, x in _chunks(hidden, rows, [found]):
+        found.append(criterion(_projection(head)(x), here)[0])
+    return [mx.concatenate(list(values)) for values in zip(*found, strict=True)]
+
+
+def linear_loss(
+    head: nn.Module,
+    hidden: mx.array,
+    criterion: Criterion,
+    weights: mx.array,
+    rows: int = CHUNK_ROWS,
+) -> Values:
+    """Sum up weights · each value of a criterion of the logits that a head makes.
+
+    The gradients of the first sum reach `hidden` and a head that is trained; arguments as
+    `linear_cross_entropy`.
+
+    Returns:
+        The sums, float32 scalars.
+    """
     if "weight" not in head.trainable_parameters():
-        return long_sum(token_losses(head, hidden, targets, rows) * weights)
+        found = _row_values(head, hidden, criterion, rows)
+        return [long_sum(values * weights) for values in found]
+
+    sums = 0  # how many there are, which the first call tells
 
     @mx.custom_function
     def losses(hidden: mx.array, weight: mx.array, *bias: mx.array) -> tuple[mx.array, ...]:
-        found: list[mx.array] = []
+        nonlocal sums
+        found: list[Values] = []
         gradients: list[mx.array] = []
         summed: list[mx.array] = []
         for here, x in _chunks(hidden, rows, [found, gradients, summed]):
-            loss, excess = _cross_entropy(sum(bias, x @ weight.T), targets[here])
+            values, excess = criterion(sum(bias, x @ weight.T), here)
             excess = (excess * weights[here, None]).astype(excess.dtype)
-            found.append(loss)
+            found.append(values)
             gradients.append(excess @ weight)
             _add_head_gradients(summed, x, excess, len(bias))
-        total = long_sum(mx.concatenate(found) * weights)
-        return total, mx.concatenate(gradients), *summed
+        totals = [
+            long_sum(mx.concatenate(list(each)) * weights) for each in zip(*found, strict=True)
+        ]
+        sums = len(totals)
+        return *totals, mx.concatenate(gradients), *summed
 
     @losses.vjp
     def _(primals, cotangents, outputs):  # type: ignore[no-untyped-def]
         return [
             (cotangents[0] * gradient).astype(primal.dtype)
-            for gradient, primal in zip(outputs[1:], primals, strict=True)
+            for gradient, primal in zip(outputs[sums:], primals, strict=True)
         ]
 
     bias = (head.bias,) if "bias" in head else ()
-    return cast(Sequence[mx.array], losses(hidden, head.weight, *bias))[0]
+    outputs = cast(Sequence[mx.array], losses(hidden, head.weight, *bias))
+    return outputs[:sums]
+
+
+def _row_values(head: nn.Module, hidden: mx.array, criterion: Criterion, rows: int) -> Values:
+    """A criterion's values of all rows; the gradient of the first reaches `hidden` alone.
+
+    It is computed in the forward pass, chunk by chunk, while the logits are there; the backward
+    pass only scales it.
+
+    Source: the gradient of a loss over a linear layer, ∂L/∂logits · W; chunked as in Liger Kernel
+    (arXiv 2410.10989), section 3.2.
+    """
+    project = _projection(head)
+
+    @mx.custom_function
+    def losses(hidden: mx.array) -> tuple[mx.array, ...]:
+        found: list[Values] = []
+        gradients: list[mx.array] = []
+        for here, x in _chunks(hidden, rows, [found, gradients]):
+            values, excess = criterion(project(x), here)
+            found.append(values)
+            gradients.append(mx.vjp(project, [x], [excess])[1][0])
+        values = [mx.concatenate(list(each)) for each in zip(*found, strict=True)]
+        return *values, mx.concatenate(gradients)
+
+    @losses.vjp
+    def _(primal, cotangents, outputs):  # type: ignore[no-untyped-def]
+        return (cotangents[0][:, None] * outputs[-1]).astype(primal.dtype)
+
+    return cast(Sequence[mx.array], losses(hidden))[:-1]
 
 
 def _projection(head: nn.Module) -> Head:
@@ -148,7 +206,7 @@ def _projection(head: nn.Module) -> Head:
 
 
 def _chunks(
-    hidden: mx.array, rows: int, results: Sequence[list[mx.array]]
+    hidden: mx.array, rows: int, results: Sequence[list[Any]]
 ) -> Iterator[tuple[slice, mx.array]]:
     """The rows a chunk at a time, each waiting for the last results of the one before it.
 
@@ -156,11 +214,13 @@ def _chunks(
     """
     for start in range(0, hidden.shape[0], rows):
         here = slice(start, start + rows)
-        yield here, after(hidden[here], *(result[-1] for result in results if result))
+        last = [result[-1] for result in results if result]
+        arrays: dict[str, mx.array] = dict(tree_flatten(last))
+        yield here, after(hidden[here], *arrays.values())
 
 
-def _cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
-    """Each row's loss, and softmax(logits) − onehot(targets) in the logits' own type."""
+def cross_entropy(logits: mx.array, targets: mx.array) -> tuple[mx.array, mx.array]:
+    """Each row's loss, and softmax(logits) − onehot(targets), its gradient, in the logits' type."""
     wide = logits.astype(mx.float32)  # [rows, vocab]
     largest, log_total = split_logsumexp(wide)
     target = mx.take_along_axis(wide, targets[:, None], axis=-1)

@@ -82,6 +82,7 @@ class TrainSettings(Options):
     on with it.
     """
 
+    command: ClassVar[str] = "train"  # that a run is begun and gone on with by
     error: ClassVar[type[PhimlxError]] = TrainingError
     hint: ClassVar[str | None] = "See phimlx train --help."
     exclusive: ClassVar[tuple[tuple[str, str], ...]] = (
@@ -337,7 +338,7 @@ class TrainSettings(Options):
         old, new = before.as_object(), self.as_object()
         return [
             f"{name} was {shortened(old[name])}, is {shortened(new[name])}"
-            for name, schema in schemas(TrainSettings).items()
+            for name, schema in schemas(type(self)).items()
             if schema.get("decides", True) and old[name] != new[name]
         ]
 

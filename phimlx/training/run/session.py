@@ -10,7 +10,9 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
+
+from mlx.optimizers import Optimizer
 
 import phimlx
 from phimlx import catalog
@@ -21,6 +23,7 @@ from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
 from phimlx.hub.layout import model_name
+from phimlx.models.base import CausalLM
 from phimlx.models.config import ModelConfig
 from phimlx.options import flags_of, override, read
 from phimlx.training.data.batches import Batches
@@ -33,12 +36,16 @@ from phimlx.training.methods import NUMBERS, takers
 from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
 from phimlx.training.run.loop import TrainingPlan, TrainingRun, make_batches, make_step
 from phimlx.training.settings import TrainSettings
+from phimlx.training.step import TrainingStep
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
 
 MAX_TOKENS = 2048  # of a row, where nothing is said and the model holds as many
 VALID_FRACTION = 0.05  # of the rows, where nothing is said and the data has no valid file
+COMMANDS = ("train", "distill")
+AnySettings = TypeVar("AnySettings", bound=TrainSettings)
+
 ROOMY = 0.85  # part of the memory below which a forecast is no matter for a warning
 
 
@@ -100,17 +107,10 @@ class Session:
     def load_data(self, on_progress: Progress = lambda done, total: None) -> dict[str, Dataset]:
         """Read and check all data; see `phimlx.training.data.examples.load_data`."""
         settings = self.settings
-        rows = RowSettings(
-            loss_on=settings.loss_on,
-            max_length=settings.max_seq_length,
-            overlong=settings.overlong,
-            mapping=settings.mapping,
-            form=settings.learns_by.rows,
-        )
         found = load_data(
-            settings.data or "",
+            self.source,
             self.encoder,
-            rows,
+            self.row_settings,
             held_out=settings.valid_fraction or None,
             seed=settings.seed,
             on_progress=on_progress,
@@ -119,6 +119,29 @@ class Session:
         if "valid" not in found and settings.valid_fraction is None and several:
             found["train"], found["valid"] = found["train"].hold_out(VALID_FRACTION, settings.seed)
         return found
+
+    # What another kind of run replaces.
+
+    @property
+    def source(self) -> str:
+        """The data to learn from, as a person names it."""
+        return self.settings.data or ""
+
+    @property
+    def row_settings(self) -> RowSettings:
+        """How its rows become examples."""
+        settings = self.settings
+        return RowSettings(
+            loss_on=settings.loss_on,
+            max_length=settings.max_seq_length,
+            overlong=settings.overlong,
+            mapping=settings.mapping,
+            form=settings.learns_by.rows,
+        )
+
+    def make_step(self, model: CausalLM, optimizer: Optimizer) -> TrainingStep:
+        """Make what takes the steps."""
+        return make_step(model, optimizer, self.settings, self.processes)
 
     def batches(self, data: Mapping[str, Dataset]) -> tuple[Batches, Batches | None]:
         """Make the batches to learn from, shuffled, and those to validate on, in a fixed order."""
@@ -185,6 +208,7 @@ class Session:
         """Describe the run, as its folder keeps it."""
         return {
             "phimlx": phimlx.__version__,
+            "command": self.settings.command,
             "settings": self.settings.as_object(),
             "model": fingerprint(self.folder),
             "data": {name: each.fingerprint for name, each in data.items() if name != "test"},
@@ -213,9 +237,7 @@ class Session:
         attach(phi.model, self.settings)
         train, valid = self.batches(data)
         steps = TrainingPlan.of(self.settings, len(train)).steps
-        step = make_step(
-            phi.model, make_optimizer(self.settings, steps), self.settings, self.processes
-        )
+        step = self.make_step(phi.model, make_optimizer(self.settings, steps))
         sample_replies = None
         if self.settings.sample_prompts and "valid" in data:
             assert phi.tokenizer is not None  # the codec has found one
@@ -264,19 +286,27 @@ class Session:
         return needed_tensors(self.checkpoint, build_model(self.checkpoint.config))
 
 
-def resumed_settings(about: Mapping[str, Any], given: TrainSettings) -> TrainSettings:
+def resumed_settings(about: Mapping[str, Any], given: AnySettings) -> AnySettings:
     """Return the settings of a run to go on with, and what was given now in their place.
 
     Raises:
-        TrainingError: where something else was given that decides about losses.
+        TrainingError: where something else was given that decides about losses, or the run is
+            another command's.
     """
-    defaults = TrainSettings().as_object()
+    kind, command = type(given), about.get("command", TrainSettings.command)
+    if command != kind.command:
+        other = command if command in COMMANDS else "another command"
+        raise TrainingError(
+            f"The run to go on with was begun by phimlx {other}.",
+            hint=f"Go on with it by the same: phimlx {other} --resume",
+        )
+    defaults = kind().as_object()
     kept = {
         name: value
         for name, value in about["settings"].items()
         if name in defaults and value != defaults[name]
     }
-    before = read(TrainSettings, kept, RUN)
+    before = read(kind, kept, RUN)
     settings = override(before, given)
     differences = settings.differences(before)
     if differences:

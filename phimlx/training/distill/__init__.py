@@ -1,0 +1,1 @@
+"""Learning from a teacher: its answers, or its probabilities, which are on disk by then."""
