@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phimlx.prompt.messages import Message
-from phimlx.training.data.examples import SHOWN, DataError
+from phimlx.training.data.faults import DataError, Faults
 from phimlx.training.data.row_messages import RowError
 from phimlx.training.data.row_types import ALPACA, ROW_FAULTS, Conversation, read_content
 from phimlx.training.data.rows import Problem, Row
@@ -72,17 +72,17 @@ def read_questions(
         DataError: naming the rows that ask nothing.
     """
     questions: list[Question] = []
-    problems: list[Problem] = []
+    faults = Faults()
     for row in rows:
         if isinstance(row, Problem):
-            problems.append(row)
+            faults.note(row)
             continue
         try:
             questions.append(_question(row, mapping, thinks))
         except ROW_FAULTS as error:
-            problems.append(Problem(row.place, str(error), error.hint))
-    if problems:
-        raise DataError(problems[:SHOWN], len(problems))
+            faults.note(Problem(row.place, str(error), error.hint))
+    if faults.count:
+        raise DataError(faults)
     return questions
 
 

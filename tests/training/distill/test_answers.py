@@ -10,7 +10,7 @@ import pytest
 
 from phimlx.errors import GrammarError, TrainingError
 from phimlx.hub.resolve import NANO
-from phimlx.training.data.examples import DataError
+from phimlx.training.data.faults import DataError
 from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.row_types import read_content
 from phimlx.training.data.rows import Row
