@@ -290,12 +290,13 @@ class _Lines:
 
     def fit(self, first: int, last: int) -> bool:
         """Tell whether they fit on two lines."""
-        return self._break(first, last) is not None
+        longest = self._ends[first] + self._units[first].blank + COLUMNS
+        middle = bisect_right(self._ends, longest) - 1  # where a full first line ends
+        return middle >= last or self.width(middle, last) <= COLUMNS
 
     def text(self, first: int, last: int) -> str:
         """Write them on one line, or on two of which the first ends where that reads well."""
         middle = self._break(first, last)
-        assert middle is not None
         edges = [(first, middle), (middle, last)] if middle > first else [(first, last)]
         return "\n".join(self._line(*edge) for edge in edges)
 
@@ -303,8 +304,8 @@ class _Lines:
         units = self._units[first:last]
         return "".join(" " * unit.blank + unit.text for unit in units).lstrip(" ")
 
-    def _break(self, first: int, last: int) -> int | None:
-        """Where the second line begins; `first` where one will do; None where two will not."""
+    def _break(self, first: int, last: int) -> int:
+        """Where the second line begins; `first` where one will do. They must `fit`."""
         if self.width(first, last) <= COLUMNS:
             return first
         fitting = [
@@ -312,7 +313,7 @@ class _Lines:
             for middle in range(first + 1, last)
             if self.width(first, middle) <= COLUMNS and self.width(middle, last) <= COLUMNS
         ]
-        return min(fitting, key=lambda middle: self._rag(first, middle, last), default=None)
+        return min(fitting, key=lambda middle: self._rag(first, middle, last))
 
     def _rag(self, first: int, middle: int, last: int) -> float:
         """How badly a pair of lines reads: uneven, or parted within a clause."""

@@ -24,7 +24,7 @@ class Microphone:
     Attributes:
         sound: what it hears, mono `[samples]` at the model's rate, until `stop`. MediaError where
             the device goes away; what it heard before comes first.
-        lost: seconds that never came here, because the machine or the reader was too slow.
+        lost: seconds, about, that never came here, for the machine or the reader was too slow.
     """
 
     def __init__(self, rate: int) -> None:
@@ -39,6 +39,11 @@ class Microphone:
     def waiting(self) -> float:
         """Seconds of sound that nobody has read yet, about."""
         return self._blocks.qsize() * BLOCK_SECONDS
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether it was told to stop; what waits still comes."""
+        return self._stopped
 
     def stop(self) -> None:
         """End the sound; a signal handler may call it."""

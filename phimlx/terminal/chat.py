@@ -186,6 +186,7 @@ class Chat:
         from phimlx.media.limits import Limits
         from phimlx.terminal.recording import record_clip
 
+        self._hush()  # it would be heard
         try:
             clip = record_clip(self.output, (self._limits or Limits()).max_seconds)
         except KeyboardInterrupt:
@@ -285,8 +286,6 @@ class Chat:
             raise
         if answer.interrupted:
             self._hush()
-        elif speaker is not None:
-            self._speak_to_end(speaker)
         if answer.cut:
             self.forget()
         if answer.interrupted and not self.screen.interactive:
@@ -297,6 +296,8 @@ class Chat:
             return None
         conversation.record(turn, reply)
         self._keep(stats=reply_stats(reply))
+        if speaker is not None and not answer.interrupted:
+            self._speak_to_end(speaker)
         self.last_reply, self._replied = reply, conversation.messages
         for warning in reply.warnings:
             self.output.warning(warning)

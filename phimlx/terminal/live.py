@@ -75,14 +75,24 @@ class _Remarks:
             if not heard and self.seconds >= UNHEARD_SECONDS:
                 error = only_zeros()
                 self._warn("zeros", f"{error} {error.hint}")
+            self._note_rest()
             yield block
+        self._note_rest()
+
+    def _note_rest(self) -> None:
+        """Tell, once it was stopped, that the last words are still on their way."""
+        if self._microphone.is_stopped and "rest" not in self._told:
+            self._told.add("rest")
+            self._line("")
+            self._output.note("Writing down the last words; Ctrl-C does without them.")
 
     def tell(self) -> None:
         """Tell what was lost, and that the model is behind."""
         lost, self._lost = self._microphone.lost - self._lost, self._microphone.lost
         if lost:
             self._line("")
-            self._output.warning(f"{lost:.1f} s of sound were lost before {clock(self.seconds)}.")
+            moment = clock(self.seconds)
+            self._output.warning(f"about {lost:.1f} s of sound were lost before {moment}.")
         if self._microphone.waiting > LATE:
             self._warn(
                 "late",

@@ -73,7 +73,7 @@ def record_clip(output: Output, max_seconds: float) -> Clip:
                 raise
             failure = error
     if microphone.lost:
-        output.warning(f"{microphone.lost:.1f} s of what was said were lost.")
+        output.warning(f"about {microphone.lost:.1f} s of what was said were lost.")
     return Clip(_keep(heard.everything() if ended else heard.speech(), heard.rate), failure)
 
 

@@ -73,6 +73,7 @@ class Speaker:
         self._text = SpokenText()
         self._waiting: deque[str] = deque()
         self._process: subprocess.Popen[bytes] | None = None
+        self._ended: subprocess.Popen[bytes] | None = None  # that was told to stop
         self._changed = threading.Condition()
         threading.Thread(target=self._speak, daemon=True).start()
 
@@ -99,6 +100,7 @@ class Speaker:
             self._waiting.clear()
             if self._process is not None:
                 self._process.terminate()
+                self._ended = self._process
         if was_speaking and self.program.stop:
             self._run_stop()
 
@@ -109,7 +111,7 @@ class Speaker:
                 self._changed.wait(0.1)
 
     def _is_speaking(self) -> bool:
-        return bool(self._waiting) or self._process is not None
+        return bool(self._waiting) or self._process not in (None, self._ended)
 
     def _add(self, sentences: list[str]) -> None:
         with self._changed:

@@ -99,6 +99,7 @@ class TranscriptWriter:
         self._format = format
         self._output = output
         self._number = 0
+        self._written: list[str] = []  # cues, as the format writes them
         self._failed = False
 
     def __enter__(self) -> Self:
@@ -110,9 +111,11 @@ class TranscriptWriter:
         """Put the next piece into the transcript."""
         transcript, output = self._transcript, self._output
         transcript.pieces.append(piece)
+        cues = self._cues(piece)
+        self._written += cues
         with output.beside_bars():
             if transcript.target is None:
-                self._show(piece)
+                output.write("".join(cues))
             else:
                 self._keep(transcript.target)
                 if self._echoes and piece.text:
@@ -140,10 +143,12 @@ class TranscriptWriter:
         if isinstance(error, KeyboardInterrupt):
             output.note(stopped(transcript))
 
-    def _show(self, piece: TranscriptSegment) -> None:
+    def _cues(self, piece: TranscriptSegment) -> list[str]:
+        cues = []
         for cue in self._format.split(_clean(piece)):
             self._number += 1
-            self._output.write(self._format.cue(self._number, cue))
+            cues.append(self._format.cue(self._number, cue))
+        return cues
 
     def _keep(self, target: Path) -> None:
         try:
@@ -158,7 +163,7 @@ class TranscriptWriter:
             write_file(target, self._text())
 
     def _text(self) -> str:
-        return self._format.write(map(_clean, self._transcript.pieces))
+        return "".join((self._format.head, *self._written, self._format.tail))
 
 
 def stopped(transcript: Transcript) -> str:

@@ -312,7 +312,7 @@ def test_a_model_that_does_not_hear_says_so_once(transcribe: Transcribe) -> None
 @pytest.mark.parametrize(
     ("arguments", "error"),
     [
-        ([], "Missing argument 'FILE...'."),
+        ([], "Missing argument 'FILE...'; --live hears the microphone."),
         (
             ["a.wav", "-o", "x", "--output-dir", "y"],
             "The transcript goes to --output or into --output-dir, not both.",

@@ -10,8 +10,10 @@ import pytest
 
 from phimlx.errors import PhimlxError
 from phimlx.generation.reply import Chunk
+from phimlx.terminal.output import Output
+from phimlx.terminal.screen import TerminalScreen
 from phimlx.terminal.speaker import OTHERS, Program, Speaker, find_program
-from tests.terminal.fake_phi import FakePhi, Script
+from tests.terminal.fake_phi import INTERRUPT, FakePhi, Script
 from tests.terminal.test_chat import chat
 
 DEADLINE = 60.0
@@ -158,6 +160,39 @@ def test_the_next_question_and_the_end_stop_it(voices: Voices) -> None:
     voices.install("espeak", "exec sleep 60")
     chat(FakePhi("One.", "Two."), "/speak on", "a", "b")
     assert voices.said.splitlines() in (["espeak --stdin"], ["espeak --stdin"] * 2, [])
+
+
+def test_ctrl_c_in_a_reply_stops_it(voices: Voices) -> None:
+    voices.install("espeak", "exec sleep 60")
+    phi = FakePhi(Script(["One. Two. Three", INTERRUPT, " four. Five."]))
+    chat(phi, "/speak on", "count", "/stats")
+    assert voices.said in ("", "espeak --stdin\n")
+
+
+def test_ctrl_c_at_the_prompt_stops_the_voice_first(
+    voices: Voices, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    voices.install("espeak", "exec sleep 60")
+    held = chat(FakePhi("One."), "/speak on", "count")
+    speaker = Speaker()
+    held.speaker = speaker
+    screen = TerminalScreen(Output(), lambda line: [])
+    keys = iter([None, None, None, "next"])
+
+    def read() -> str:
+        key = next(keys)
+        if key is None:
+            raise KeyboardInterrupt
+        return key
+
+    monkeypatch.setattr(screen._line, "read", read)
+    screen.on_interrupt = held._hush
+    speaker.hear(Chunk("Two. Three. Four", 1, "text"))
+    until(lambda: voices.said.count("espeak") >= 1 and speaker.is_speaking)
+    capsys.readouterr()
+    assert screen.read() == "next"
+    speaker.wait()
+    assert capsys.readouterr().err == "Ctrl-D leaves.\n"
 
 
 def test_what_speak_takes(voices: Voices, capsys: pytest.CaptureFixture[str]) -> None:
