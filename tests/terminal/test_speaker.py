@@ -7,6 +7,9 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from prompt_toolkit.application import create_app_session
+from prompt_toolkit.input import DummyInput
+from prompt_toolkit.output import DummyOutput
 
 from phimlx.errors import PhimlxError
 from phimlx.generation.reply import Chunk
@@ -176,7 +179,8 @@ def test_ctrl_c_at_the_prompt_stops_the_voice_first(
     held = chat(FakePhi("One."), "/speak on", "count")
     speaker = Speaker()
     held.speaker = speaker
-    screen = TerminalScreen(Output(), lambda line: [])
+    with create_app_session(input=DummyInput(), output=DummyOutput()):
+        screen = TerminalScreen(Output(), lambda line: [])
     keys = iter([None, None, None, "next"])
 
     def read() -> str:
