@@ -99,6 +99,10 @@ class HistoryError(PhimlxError):
     """A history that cannot be opened, read or written, or a conversation that is not in it."""
 
 
+class ToolError(PhimlxError):
+    """An MCP server that cannot be named, started or asked."""
+
+
 class ResourceError(PhimlxError):
     """The system gives this process too little: memory, or open files."""
 

@@ -31,6 +31,8 @@ from phimlx.cli.options import (
     kv_bits_option,
     limit_options,
     load_or_download,
+    max_rounds_option,
+    mcp_option,
     model_argument,
     model_option,
     pop_limits,
@@ -41,6 +43,7 @@ from phimlx.cli.options import (
     sampling_options,
     system_option,
     tools_option,
+    yes_option,
 )
 from phimlx.cli.preferences import preferences
 from phimlx.cli.remote import Servers, pop_servers, server_options
@@ -64,6 +67,9 @@ if TYPE_CHECKING:
 @persona_option
 @system_option
 @tools_option
+@mcp_option
+@yes_option
+@max_rounds_option
 @shape_options
 @prompt_form_option
 @click.option(
@@ -99,6 +105,9 @@ def command(
     persona: str | None,
     system: str | None,
     tools_file: Path | None,
+    mcp: tuple[str, ...],
+    allow_all: bool,
+    max_rounds: int,
     prompt_form: str | None,
     session_file: Path | None,
     continued: int | str | None,
@@ -115,6 +124,12 @@ def command(
     they are, and the first error ends the chat. With --json the whole conversation goes there, as
     one object, when it ends.
 
+    With --mcp the model calls tools of servers. Each call is shown and asked for; elsewhere than on
+    a terminal nothing is run without --yes.
+
+    \b
+      phimlx chat --mcp "npx -y @modelcontextprotocol/server-filesystem ."
+
     A model that sees and hears takes files too: /image, /audio and /video, a file dropped on the
     terminal, or /paste for a screenshot in the clipboard. They go with what is said next.
     """
@@ -122,6 +137,7 @@ def command(
     from phimlx.terminal.chat_commands import candidates, run_command
     from phimlx.terminal.conversation import Conversation
     from phimlx.terminal.screen import PipedScreen, TerminalScreen
+    from phimlx.terminal.toolbox import Toolbox
 
     if session_file is not None and continued is not None:
         raise click.UsageError("--load and --continue exclude each other.")
@@ -139,7 +155,7 @@ def command(
     elif continued is not None:
         saved = Conversation.from_history(read_kept(continued, keeper), limits, screen.agree)
     named_by_file = session_file is not None and model is None
-    flags = Flags(model, persona, adapter, system, tools_file, kv_bits)
+    flags = Flags(model, persona, adapter, system, tools_file, kv_bits, mcp=mcp)
     begun = furnish(flags, settings, saved)
     conversation = begun.conversation
     loader = ChatLoader(
@@ -166,7 +182,9 @@ def command(
         begun.kv_bits,
         keeper,
         loader,
+        toolbox := Toolbox(screen, output, allow_all, max_rounds),
     )
+    click.get_current_context().call_on_close(toolbox.close)
     chat.keep_in(loader.prefix_store(phi))
     chat.reply_options = given({"prompt_lookup": prompt_lookup, **shape})
     if preferences().get("speak"):
@@ -186,6 +204,7 @@ def command(
         output.note("Each line is a turn; Ctrl-D ends the chat.")
     if typed and phi.is_base:
         output.note(f"{phi.name} is a base model: it completes text, and was not trained to chat.")
+    chat.connect(begun.mcp)
     del phi  # the chat may give it up for another
     chat.run()
     output.json({"model": chat.conversation.model, "messages": chat.conversation.messages})

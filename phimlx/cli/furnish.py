@@ -38,6 +38,7 @@ class Flags:
     tools_file: Path | None = None
     kv_bits: int | None = None
     usual_model: str | None = None
+    mcp: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,7 @@ class Furnished:
     model: str | None
     adapter: str | None
     kv_bits: int | None
+    mcp: tuple[str, ...] = ()
 
 
 def furnish(flags: Flags, settings: dict[str, Any], saved: Conversation | None) -> Furnished:
@@ -84,7 +86,7 @@ def furnish(flags: Flags, settings: dict[str, Any], saved: Conversation | None) 
     conversation.model = model_name(model)
     conversation.adapter = None if adapter is None else lasting_name(adapter)
     kv_bits = flags.kv_bits or persona.get("kv_bits") or choice.get("kv_bits")
-    return Furnished(conversation, model, adapter, kv_bits)
+    return Furnished(conversation, model, adapter, kv_bits, flags.mcp or persona.mcp)
 
 
 def read(name: str | None) -> Persona:

@@ -217,6 +217,8 @@ def command(
     flags = Flags(model, persona, adapter, system, tools_file, kv_bits, usual)
     begun = furnish(flags, settings, saved)
     conversation, kv_bits = begun.conversation, begun.kv_bits
+    if begun.mcp:
+        output.note(f"MCP servers are called in a chat alone: phimlx chat --persona {persona}")
     begin = Exchange.next if continued else Exchange.first
     exchange = begin(conversation, text, files, limits, frames, keeper)
     # Those of this answer alone; the others stay with the conversation.

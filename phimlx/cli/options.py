@@ -114,6 +114,24 @@ tools_option = click.option(
     type=click.Path(path_type=Path),
     help="Functions that the model may call: a JSON list of their definitions.",
 )
+mcp_option = click.option(
+    "--mcp",
+    metavar="CONFIG|COMMAND|URL",
+    multiple=True,
+    help="Let the model call the tools of MCP servers: a JSON file as Claude Desktop has it, a "
+    "command line, or an address. May be given again.",
+)
+yes_option = click.option(
+    "--yes", "-y", "allow_all", is_flag=True, help="Run every tool that is called, without asking."
+)
+max_rounds_option = click.option(
+    "--max-rounds",
+    metavar="N",
+    type=click.IntRange(min=1),
+    default=10,
+    show_default=True,
+    help="Replies in a row that may call tools; the next one answers.",
+)
 
 
 def batch_size_option(text: str) -> Callable[[AnyCallable], AnyCallable]:

@@ -14,8 +14,8 @@ def command() -> None:
     """List, show or edit personas: named system prompts with settings, tools, model and adapter.
 
     Each is a file NAME.toml in the folder personas beside config.toml, with the keys of a model's
-    section there and tools, a JSON file. chat and generate take one by --persona, a chat also by
-    /persona.
+    section there, tools, a JSON file, and mcp, servers as of chat --mcp. chat and generate take one
+    by --persona, a chat also by /persona.
     """
 
 

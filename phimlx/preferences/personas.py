@@ -19,7 +19,11 @@ from phimlx.preferences.sampling import NonEmpty, Setting
 
 FOLDER = "personas"
 SUFFIX = ".toml"
-KEYS = {**ALIAS, "tools": Setting("tools", "--tools", NonEmpty(), "Functions to call.")}
+KEYS = {
+    **ALIAS,
+    "tools": Setting("tools", "--tools", NonEmpty(), "Functions to call."),
+    "mcp": Setting("mcp", "--mcp", NonEmpty(), "MCP servers to call.", multiple=True),
+}
 
 TEMPLATE = """\
 # A persona: phimlx chat --persona {name}
@@ -30,6 +34,7 @@ system = "You are …"
 # model = "phi-4-mini"
 # adapter = "~/adapters/letters"
 # tools = "tools.json"  # beside this file, or a whole path
+# mcp = "mcp.json"  # likewise; or a command line, or an address; or a list of these
 """
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
@@ -52,6 +57,14 @@ class Persona:
         """The file of its tools."""
         named = self.values.get("tools")
         return None if named is None else self.path.parent / Path(named).expanduser()
+
+    @property
+    def mcp(self) -> tuple[str, ...]:
+        """Its MCP servers: files, command lines and addresses."""
+        return tuple(
+            str(self.path.parent / Path(each).expanduser()) if each.endswith(".json") else each
+            for each in self.values.get("mcp") or ()
+        )
 
 
 def persona_path(name: str) -> Path:

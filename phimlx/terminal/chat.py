@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from phimlx.media.limits import Limits
     from phimlx.terminal.keeper import Keeper
     from phimlx.terminal.speaker import Speaker
+    from phimlx.terminal.toolbox import Toolbox
 
 FULL = 0.8  # of the context, from where on it is told
 LAST_TURNS = 2  # that are shown of a conversation that goes on
@@ -72,6 +73,7 @@ class Chat:
         kv_bits: int | None = None,
         keeper: Keeper | None = None,
         loader: Loader | None = None,
+        toolbox: Toolbox | None = None,
     ) -> None:
         """Begin a chat.
 
@@ -82,6 +84,7 @@ class Chat:
             kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
             keeper: writes the chat down; None where nothing of it is kept.
             loader: finds and loads other models.
+            toolbox: runs tools that the model calls; the person gives results of all others.
         """
         self.phi = phi
         self.conversation = conversation
@@ -101,6 +104,7 @@ class Chat:
         self._loader = loader
         self.speaker: Speaker | None = None
         screen.on_interrupt = self._hush
+        self.toolbox = toolbox
         self._prefixes: PrefixStore | None = None
         self.forget()
 
@@ -259,11 +263,33 @@ class Chat:
 
     def answer(self, turn: Turn | None) -> None:
         """Let the model answer, and go on for as long as it calls tools and gets results."""
+        more: dict[str, Any] = {}
+        rounds = 0
         while turn is not None:
-            reply = self._reply(turn)
+            reply = self._reply(turn, more)
             turn = self._ask_for_results(reply) if reply else None
+            rounds += 1
+            box = self.toolbox
+            if turn and box and rounds % box.max_rounds == 0 and not box.goes_on(rounds):
+                more = {"tool_choice": "none"}
 
-    def _reply(self, turn: Turn) -> Reply | None:
+    @property
+    def tools(self) -> list[dict[str, Any]] | None:
+        """What the model may call: the conversation's own tools, and those of the toolbox."""
+        own = self.conversation.tools
+        return own if self.toolbox is None else self.toolbox.offered(own)
+
+    def connect(self, sources: Sequence[str]) -> None:
+        """Begin MCP servers, whose tools the model may call; errors as of `Toolbox.connect`.
+
+        Raises:
+            PromptError: where the model was not trained to call tools.
+        """
+        if sources and self.toolbox is not None:
+            self.phi.encode([{"role": "user", "content": "?"}], tools=[{"name": "any"}])
+            self.toolbox.connect(sources)
+
+    def _reply(self, turn: Turn, more: Mapping[str, Any]) -> Reply | None:
         conversation, speaker = self.conversation, self.speaker
         self._hush()
         if turn.new and turn.kept == len(conversation.messages):
@@ -272,11 +298,12 @@ class Chat:
             with self.output.prompt_progress() as report:
                 stream = self.phi.stream(
                     conversation.prompt(turn),
-                    tools=conversation.tools,
+                    tools=self.tools,
                     cache=self.cache,
                     on_prefill=report,
                     **self.reply_options,
                     **conversation.settings,
+                    **more,
                 )
                 answer = Interruptible(stream, *([] if speaker is None else [speaker.hear]))
                 reply = self.screen.show(answer)
@@ -359,7 +386,7 @@ class Chat:
         if not conversation.messages:
             return 0
         whole = conversation.prompt(Turn(len(conversation.messages), ()))
-        return len(self.phi.encode(whole, tools=conversation.tools))
+        return len(self.phi.encode(whole, tools=self.tools))
 
     def use_model(self, name: str, adapter: str | None = None) -> None:
         """Go on with another model; the one before is given up first, for both may not fit.
@@ -400,7 +427,11 @@ class Chat:
     def _ask_for_results(self, reply: Reply) -> Turn | None:
         results: list[str] = []
         for call in reply.tool_calls:
-            result = self.screen.read_result(call.name)
+            own = self.conversation.tools
+            if self.toolbox is not None and self.toolbox.has(call.name, own):
+                result = self.toolbox.run(call)
+            else:
+                result = self.screen.read_result(call.name)
             if result is None:
                 return None
             results.append(result)

@@ -259,6 +259,7 @@ def _persona(chat: Chat, argument: str) -> None:
     if (model or adapter) and (model, adapter) != (conversation.model, conversation.adapter):
         chat.use_model(model or conversation.model, adapter)
     conversation.wear(persona)
+    chat.connect(persona.mcp)
     _done(chat, f"{persona.name} goes on.")
 
 
@@ -295,13 +296,17 @@ def _show(chat: Chat, argument: str) -> None:
 
 
 def _tools(chat: Chat, argument: str) -> None:
-    conversation = chat.conversation
+    conversation, box = chat.conversation, chat.toolbox
+    if argument in (OFF, ON) and box is not None:
+        box.offers = argument == ON
     if argument == OFF:
         conversation.tools = None
-    elif argument:
+    elif argument and argument != ON:
         conversation.tools = load_tools(_path(argument))
     names = [tool["name"] for tool in conversation.tools or ()]
-    _say(chat, f"The model may call {', '.join(names)}." if names else "There are no tools.")
+    lines = [f"The model may call {', '.join(names)}."] if names else []
+    lines += [] if box is None else box.lines()
+    _say(chat, "\n".join(lines or ["There are no tools."]))
 
 
 def _attach(kind: str) -> Callable[[Chat, str], None]:
@@ -375,7 +380,7 @@ COMMANDS = {
     "stats": ChatCommand(_stats, "", "tokens and speed of the last reply, context used"),
     "model": ChatCommand(_model, "[NAME]", "show the model, or go on with another", "models"),
     "persona": ChatCommand(_persona, "[NAME]", "list personas, or go on as one", "personas"),
-    "tools": ChatCommand(_tools, "[FILE|off]", "show, load or drop tools to call", "files"),
+    "tools": ChatCommand(_tools, "[FILE|off|on]", "show, load or drop tools to call", "files"),
     "exit": ChatCommand(_exit, "", "leave"),
 }
 

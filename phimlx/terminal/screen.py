@@ -34,6 +34,9 @@ class Screen(Protocol):
     def agree(self, question: str) -> bool:
         """Ask a question to be answered by yes or no; False where nobody can be asked."""
 
+    def ask(self, question: str) -> str:
+        """Ask a question; empty where nobody can be asked, or the user leaves it."""
+
     def edit(self, text: str) -> str | None:
         """Let the user change a text; None where nobody can, or nothing is left of it."""
 
@@ -66,6 +69,9 @@ class PipedScreen:
 
     def agree(self, question: str) -> bool:
         return False
+
+    def ask(self, question: str) -> str:
+        return ""
 
     def edit(self, text: str) -> str | None:
         return None
@@ -102,10 +108,10 @@ class TerminalScreen:
                 return None
 
     def read_result(self, name: str) -> str | None:
-        return self._ask(f"result of {name} (empty to skip): ") or None
+        return self.ask(f"result of {name} (empty to skip): ") or None
 
     def agree(self, question: str) -> bool:
-        return self._ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
+        return self.ask(f"{question} [y/N] ").strip().lower() in ("y", "yes")
 
     def edit(self, text: str) -> str | None:
         try:
@@ -113,10 +119,9 @@ class TerminalScreen:
         except (KeyboardInterrupt, EOFError):
             return None
 
-    def _ask(self, label: str) -> str:
-        """Read the answer to a question; empty where the user leaves it."""
+    def ask(self, question: str) -> str:
         try:
-            return self._line.ask(label)
+            return self._line.ask(question)
         except (KeyboardInterrupt, EOFError):
             return ""
 

@@ -12,7 +12,7 @@ from phimlx.prompt.functions import ArgumentsError, Function, awaitable, value_t
 from phimlx.prompt.messages import read_messages
 from phimlx.prompt.tools import ToolCall, read_tools
 from phimlx.tools.background import Background
-from phimlx.tools.results import capped, error_text
+from phimlx.tools.results import ToolResult, capped, error_text
 
 if TYPE_CHECKING:
     from phimlx.generation.answerer import Answerer
@@ -26,7 +26,7 @@ NOT_HERE = ("raw", "continue_final_message")
 
 @runtime_checkable
 class Tool(Protocol):
-    """What a model may call: a `Function`, or anything that is like one."""
+    """What a model may call: a `Function`, or anything like one, such as a tool of `Servers`."""
 
     @property
     def definition(self) -> dict[str, Any]: ...
@@ -131,8 +131,8 @@ class Chats:
         begun: Any = messages
         if isinstance(messages, str):
             begun = [{"role": "user", "content": messages}]
+        read_messages(begun)
         result = ChatResult(list(begun))
-        read_messages(result.messages)
         if functions:
             options["tools"] = functions
         if options.get("cache") is None and options.get("prompt_logprobs") is None:
@@ -205,7 +205,7 @@ def _results(
     begun = [_begin(tools[call.name], call.arguments, background) for call in calls]
     try:
         for result in begun:
-            yield capped(result.result() if isinstance(result, Future) else result)
+            yield result.result() if isinstance(result, Future) else result
     finally:
         for result in begun:
             if isinstance(result, Future):
@@ -215,7 +215,11 @@ def _results(
 def _begin(tool: Tool, arguments: Mapping[str, Any], background: Background) -> str | Future[str]:
     try:
         value = tool.call(arguments)
-        return background.start(_awaited, value) if awaitable(value) else value_text(value)
+        if isinstance(value, ToolResult):
+            return value.text
+        if awaitable(value):
+            return background.start(_awaited, value)
+        return capped(value_text(value))
     except ArgumentsError as error:
         return f"Error: these arguments do not fit: {error}"
     except Exception as error:
@@ -224,6 +228,6 @@ def _begin(tool: Tool, arguments: Mapping[str, Any], background: Background) -> 
 
 async def _awaited(value: Any) -> str:
     try:
-        return value_text(await value)
+        return capped(value_text(await value))
     except Exception as error:
         return error_text(error)

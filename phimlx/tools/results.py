@@ -2,7 +2,17 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 MAX_CHARACTERS = 20_000  # of one result: some 5,000 tokens
+
+
+@dataclass(frozen=True)
+class ToolResult:
+    """What came of a call: a text for the model, and whether it tells of a failure."""
+
+    text: str
+    failed: bool = False
 
 
 def capped(text: str, most: int = MAX_CHARACTERS) -> str:
@@ -16,4 +26,4 @@ def capped(text: str, most: int = MAX_CHARACTERS) -> str:
 def error_text(error: BaseException) -> str:
     """An error as the model is told of it."""
     said = f"{type(error).__name__}: {error}".removesuffix(": ")
-    return f"Error: {said}"
+    return capped(f"Error: {said}")

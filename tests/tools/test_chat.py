@@ -174,6 +174,7 @@ def test_a_definition_without_a_function_is_the_callers_to_run() -> None:
         ({"tools": ["look"]}, "tools[0] is not an object."),
         ({"messages": []}, "The conversation is empty."),
         ({"messages": [3]}, "messages[0] is not an object."),
+        ({"messages": 3}, "The conversation must be a list of messages."),
     ],
 )
 def test_what_a_chat_does_not_take(options: dict[str, Any], problem: str) -> None:

@@ -80,7 +80,7 @@ class GrammarCompiler:
                 self._form = self._make_form()
             matcher = self._matchers.get(grammar)
         if matcher is None:
-            matcher = _compile(self._form, grammar)
+            matcher = compile_grammar(self._form, grammar)
         with self._lock:
             self._matchers[grammar] = matcher
             self._matchers.move_to_end(grammar)
@@ -103,8 +103,12 @@ class GrammarCompiler:
         )
 
 
-def _compile(form: LLTokenizer, grammar: str) -> LLMatcher:
-    """Compile a grammar on a thread, whose stack is large enough for any, within a time."""
+def compile_grammar(form: LLTokenizer, grammar: str) -> LLMatcher:
+    """Compile a grammar on a thread, whose stack is large enough for any, within a time.
+
+    Raises:
+        GrammarError: where it cannot be held, or takes more than its limits.
+    """
     from llguidance import LLMatcher, LLParserLimits
 
     made: list[LLMatcher] = []

@@ -1,0 +1,49 @@
+"""The HTTP client that MCP servers are asked with: what they answer has a size."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Mapping
+from typing import Any
+
+import httpx2
+
+MAX_BYTES = 16 << 20  # of one answer
+SECONDS = 30.0
+SILENT_SECONDS = 300.0  # within a stream
+
+
+def http_client(headers: Mapping[str, str]) -> httpx2.AsyncClient:
+    """Make a client, with the headers of a server's entry; errors of HTTP are the caller's."""
+    return httpx2.AsyncClient(
+        headers={**headers, "accept-encoding": "identity"},
+        timeout=httpx2.Timeout(SECONDS, read=SILENT_SECONDS),
+        transport=_Limited(),
+    )
+
+
+class _Limited(httpx2.AsyncHTTPTransport):
+    """Refuses answers that are packed, and the rest of one that is too long."""
+
+    async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
+        response = await super().handle_async_request(request)
+        if response.headers.get("content-encoding", "identity") != "identity":
+            await response.aclose()
+            raise httpx2.RemoteProtocolError("the answer is packed, and nobody asked for that")
+        response.stream = _Measured(response.stream)
+        return response
+
+
+class _Measured(httpx2.AsyncByteStream):
+    def __init__(self, stream: Any) -> None:
+        self._stream = stream
+        self._left = MAX_BYTES
+
+    async def __aiter__(self) -> AsyncIterator[bytes]:
+        async for part in self._stream:
+            self._left -= len(part)
+            if self._left < 0:
+                raise httpx2.RemoteProtocolError(f"the answer has more than {MAX_BYTES >> 20} MB")
+            yield part
+
+    async def aclose(self) -> None:
+        await self._stream.aclose()
