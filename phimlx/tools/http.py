@@ -14,18 +14,28 @@ SILENT_SECONDS = 300.0  # within a stream
 
 def http_client(headers: Mapping[str, str]) -> httpx2.AsyncClient:
     """Make a client, with the headers of a server's entry; errors of HTTP are the caller's."""
+    given = httpx2.Headers(dict(headers))
+    given["accept-encoding"] = "identity"
     return httpx2.AsyncClient(
-        headers={**headers, "accept-encoding": "identity"},
+        headers=given,
         timeout=httpx2.Timeout(SECONDS, read=SILENT_SECONDS),
         transport=_Limited(),
     )
 
 
 class _Limited(httpx2.AsyncHTTPTransport):
-    """Refuses answers that are packed, and the rest of one that is too long."""
+    """Refuses answers that are packed, and the rest of one that is too long; tells of locked doors.
+
+    The package makes one error of all statuses.
+    """
 
     async def handle_async_request(self, request: httpx2.Request) -> httpx2.Response:
         response = await super().handle_async_request(request)
+        if response.status_code in (401, 403):
+            await response.aclose()
+            raise httpx2.RemoteProtocolError(
+                f"it answers {response.status_code}; headers in its entry may say who asks"
+            )
         if response.headers.get("content-encoding", "identity") != "identity":
             await response.aclose()
             raise httpx2.RemoteProtocolError("the answer is packed, and nobody asked for that")

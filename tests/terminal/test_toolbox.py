@@ -215,6 +215,20 @@ def test_a_server_that_does_not_begin(held: Held, capsys: pytest.CaptureFixture[
         held(FakePhi("Hello."), "hi", sources=[f"{RAW} dies"], interactive=False)
 
 
+def test_ctrl_c_while_a_server_begins(
+    held: Held, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(self: Server) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(Server, "start", interrupted)
+    chat, _ = held(FakePhi("Hello."), "hi")
+    assert chat.conversation.messages[-1]["content"] == "Hello."
+    assert capsys.readouterr().err == "Goes on without raw_server.\n"
+    with pytest.raises(KeyboardInterrupt):
+        held(FakePhi("Hello."), "hi", interactive=False)
+
+
 def test_a_model_that_calls_nothing_begins_no_server(
     held: Held, monkeypatch: pytest.MonkeyPatch
 ) -> None:
