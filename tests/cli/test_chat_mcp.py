@@ -7,7 +7,9 @@ import sys
 from pathlib import Path
 
 import pytest
+from click.testing import CliRunner
 
+from phimlx.cli.group import cli
 from phimlx.prompt.tools import ToolCall
 from tests.cli.terminal import CTRL_C, CTRL_D, ENTER
 from tests.cli.test_chat import Piped, chat  # noqa: F401
@@ -112,6 +114,16 @@ def test_without_the_package(chat: Piped, monkeypatch: pytest.MonkeyPatch) -> No
         "Error: MCP servers need the package mcp.\n"
         "Hint: Install it with: pip install 'phimlx[mcp]'\n"
     )
+
+
+@pytest.mark.slow
+def test_nano_calls_a_tool_of_the_packages_server() -> None:
+    real = f"{sys.executable} {TOOLS / 'mcp_server.py'}"
+    arguments = ["chat", "--model", "nano", "--no-server", "--private", "--mcp", real, "--yes"]
+    result = CliRunner().invoke(cli, [*arguments, "--temp", "0"], input="What is 12 + 5?\n")
+    call = {"name": "add", "arguments": {"a": 12, "b": 5}}
+    assert (result.exit_code, result.stdout) == (0, f"{json.dumps(call)}\n17\n")
+    assert result.stderr.endswith("= 17\n")
 
 
 @pytest.mark.slow

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import signal
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -236,7 +235,7 @@ def test_what_a_tool_says_is_text_to_the_model(nano: phimlx.Phi) -> None:
     }
 
 
-def test_a_model_that_was_not_trained_to_call(data: Path, nano: phimlx.Phi) -> None:
+def test_a_model_that_was_not_trained_to_call(nano: phimlx.Phi) -> None:
     from phimlx.prompt.chat_template import ChatTemplate
     from phimlx.prompt.published_templates import named_template
 
