@@ -42,20 +42,24 @@ class Toolbox:
         self._output = output
         self._allow_all = allow_all
         self._always: set[str] = set()
+        self._sources: list[str] = []
         self._servers: Servers | None = None
 
     def connect(self, sources: Sequence[str]) -> None:
-        """Begin servers; on a terminal the chat goes on without one that does not answer.
+        """Begin servers, unless they are; on a terminal it goes on without one that is not there.
 
         Raises:
             ToolError: for what names no server, and elsewhere for one that does not answer.
         """
+        sources = [source for source in sources if source not in self._sources]
         if not sources:
             return
         from phimlx.tools.servers import Servers
 
         self._servers = self._servers or Servers()
-        for server in self._servers.add(sources):
+        added = self._servers.add(sources)
+        self._sources += sources
+        for server in added:
             notes: list[str] = []
             try:
                 with self._output.status(f"Starting {server.name} …"):
@@ -124,8 +128,8 @@ class Toolbox:
     def goes_on(self, rounds: int) -> bool:
         """Ask whether the model may call on."""
         if self._screen.interactive and not self._allow_all:
-            return self._screen.agree(f"{rounds} replies in a row have called tools. Go on?")
-        self._output.note(f"{rounds} replies in a row have called tools; the next one answers.")
+            return self._screen.agree(f"Tools were called {rounds}× in a row. Go on?")
+        self._output.note(f"Tools were called {rounds}× in a row; now the model has to answer.")
         return False
 
     @property
@@ -154,5 +158,6 @@ def folded(text: str) -> list[str]:
     lines = text.strip("\n").split("\n")
     shown = [line[:FOLDED_WIDTH] for line in lines[:FOLDED_LINES]]
     if shown != lines:
-        shown.append(f"… {len(text):,} characters in {len(lines):,} lines; /show shows all.")
+        count = "1 line" if len(lines) == 1 else f"{len(lines):,} lines"
+        shown.append(f"… {len(text):,} characters in {count}; /show shows all.")
     return [f"= {shown[0]}", *(f"  {line}" for line in shown[1:])]

@@ -84,7 +84,7 @@ def test_a_persona_names_servers(
     result = chat("--persona", "counter", "--yes", "--private", lines="go\n")
     assert (result.exit_code, result.stdout) == (0, f"{json.dumps(COUNT)}\nDone.\n")
     chat.phi = counting()
-    result = chat("--yes", "--private", lines="/persona again\ngo\n/tools\n")
+    result = chat("--yes", "--private", lines="/persona again\n/persona again\ngo\n/tools\n")
     assert (result.exit_code, result.stdout) == (0, f"{json.dumps(COUNT)}\nDone.\n")
     assert "raw_server: count, look, " in result.stderr
 
