@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict
 from functools import partial
@@ -97,6 +97,7 @@ def command(
         session = _open(given, resume, processes, output)
         if not resume and (own := own_adapter(given.model)) is not None:
             output.note(f"A new adapter is trained; that of {given.model}, {own}, is left out.")
+        check_consent(session.settings.reward, flags["reward"])
         session.check()
         data = read_data(session, output)
         note_unused(data, output)
@@ -104,6 +105,23 @@ def command(
             _check(session, data, output)
             return
         run(session, data, ignore_memory, output)
+
+
+def check_consent(rewards: Sequence[str], named: Sequence[str]) -> None:
+    """Raise TrainingError where a Python file would be run that the command line does not name.
+
+    Files of settings and folders of runs may come from anybody.
+    """
+    from phimlx.errors import TrainingError
+    from phimlx.training.rewards import names_file
+
+    unnamed = [each for each in rewards if names_file(each) and each not in named]
+    if unnamed:
+        arguments = " ".join(f"--reward {each}" for each in unnamed)
+        raise TrainingError(
+            f"The reward {unnamed[0]} is Python to be run, which the command line has to name.",
+            hint=f"Look at the file; if you trust it, add: {arguments}",
+        )
 
 
 def _end_at_once(output: Output, error: PhimlxError) -> None:
@@ -204,7 +222,7 @@ def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, outp
     from phimlx.cli.bars import logger
     from phimlx.errors import TrainingError
     from phimlx.machine.memory import machine_memory
-    from phimlx.terminal.training import RunDisplay
+    from phimlx.terminal.training import RunDisplay, answers_bar
     from phimlx.training.run.loop import INTERRUPTED
 
     try:
@@ -220,6 +238,7 @@ def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, outp
             stack.enter_context(session.run_folder.locked())
         with output.status("Loading the model…"):
             phi = api.load(session.folder)
+            session.on_answers = answers_bar(output)
             run = session.run(phi, data)
         log = logger(output)
         # A terminal has shown ^C where the cursor stood.
@@ -239,8 +258,13 @@ def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, outp
 
 
 def _again(session: Session) -> str:
+    from phimlx.training.rewards import names_file
+
+    settings = session.settings
+    rewards = [f" --reward {each}" for each in settings.reward if names_file(each)]
     return (
-        f"phimlx {session.settings.command} --resume --adapter-path {session.settings.adapter_path}"
+        f"phimlx {settings.command} --resume --adapter-path {settings.adapter_path}"
+        f"{''.join(rewards)}"
     )
 
 

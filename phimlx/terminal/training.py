@@ -113,6 +113,25 @@ class RunDisplay:
             self.output.note(f"Try it: phimlx chat{model} --adapter-path {self.folder}")
 
 
+def answers_bar(output: Output) -> Callable[[int, int], None]:
+    """Make a function to call with the answers that a step has and will have: it draws a bar."""
+    stack = ExitStack()
+    bar: Progress | None = None
+    seen = 0
+
+    def report(done: int, total: int) -> None:
+        nonlocal bar, seen
+        if bar is None:
+            bar, seen = stack.enter_context(output.progress(total, "Answering", " answers")), 0
+        bar.update(done - seen)
+        seen = done
+        if done >= total:
+            stack.close()
+            bar = None
+
+    return report
+
+
 def note_unused(data: Mapping[str, Dataset], output: Output) -> None:
     """Say what the rows of each file hold that nothing is made of."""
     from phimlx.training.data.statistics import unused_notes

@@ -150,7 +150,7 @@ def estimate_memory(
         activations=activations,
         working=round(max(loss, back, update)),
         masks=3 * batch.rows * batch.length**2 if batch.packed else 0,
-        reference=trained if full and settings.learns_by.has_reference else 0,
+        reference=trained if full and settings.has_reference else 0,
     )
 
 

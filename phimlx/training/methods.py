@@ -64,6 +64,13 @@ METHODS: dict[str, Method] = {
         numbers={"beta": 0.1, "desirable_weight": 1.0, "undesirable_weight": 1.0},
         metrics=("accuracy", "margin", "kl"),
     ),
+    "grpo": Method(
+        "prompts",
+        "arXiv 2402.03300, equations 3 and 4, and its section 4.2; ε of PPO, 1707.06347",
+        has_reference=True,
+        numbers={"beta": 0.04, "epsilon": 0.2},
+        metrics=("reward", "reward_std", "length", "kl", "clipped"),
+    ),
 }
 
 NUMBERS = tuple(dict.fromkeys(name for method in METHODS.values() for name in method.numbers))

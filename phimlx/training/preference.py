@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -17,7 +16,7 @@ from phimlx.training.data.batches import Batch, Batches, Example, Rows, lay_out,
 from phimlx.training.forward import supervised_states
 from phimlx.training.loss import measured_losses, token_losses
 from phimlx.training.methods import METHODS
-from phimlx.training.reference import Reference
+from phimlx.training.reference import Reference, evaluating
 from phimlx.training.step import TrainingStep, Tree
 
 Numbers = Mapping[str, float]
@@ -197,7 +196,7 @@ class _JudgedStep(TrainingStep):
         inputs["answers"] = mx.array(ids.astype(np.int32))
         inputs["before"] = mx.zeros(size)  # which tells the loss how many places there are
         if self.reference is not None:
-            with self.reference.used(), _evaluating(self.model):
+            with self.reference.used(), evaluating(self.model):
                 inputs["before"] = self._logps(inputs).logps
                 mx.eval(inputs["before"])
         return inputs
@@ -268,7 +267,7 @@ class AnswerStep(_JudgedStep):
         assert isinstance(batch, AnswerBatch)
         inputs = super().inputs(batch, weight)
         count, size = len(batch.examples), inputs["before"].shape[0]
-        with _evaluating(self.model):
+        with evaluating(self.model):
             others = super().inputs(batch.mismatched, weight)
             gains = self._logps(others).gains[: max(count, 1)].sum() if count else mx.array(0.0)
         total, everybody = self._totals(mx.stack([gains, mx.array(float(count))]))
@@ -291,17 +290,6 @@ class AnswerStep(_JudgedStep):
         loss = inputs["value"] * (1 - mx.sigmoid(margin))
         told = (loss, margin > 0, margin, inputs["kl"])
         return tuple((each * inputs["share"]).sum() for each in told)
-
-
-@contextmanager
-def _evaluating(model: CausalLM) -> Iterator[None]:
-    """Drop nothing while the block runs."""
-    training = model.training
-    model.eval()
-    try:
-        yield
-    finally:
-        model.train(training)
 
 
 STEPS: dict[str, type[_JudgedStep]] = {"pairs": PairStep, "answers": AnswerStep}

@@ -54,3 +54,14 @@ def without_adapter(model: CausalLM) -> Iterator[None]:
 
 def _put(model: CausalLM, modules: Sequence[tuple[str, nn.Module]]) -> None:
     model.update_modules(tree_unflatten(list(modules)))
+
+
+@contextmanager
+def evaluating(model: CausalLM) -> Iterator[None]:
+    """Drop nothing while the block runs."""
+    training = model.training
+    model.eval()
+    try:
+        yield
+    finally:
+        model.train(training)

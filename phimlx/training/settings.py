@@ -99,6 +99,8 @@ class TrainSettings(Options):
         "grad_accumulation": "grad_accumulation_steps",
         "mask_prompt": "loss_on",
         "lambda": "lambda_",
+        "num_generations": "group_size",
+        "max_completion_length": "max_tokens",
     }
 
     model: Text | None = option(
@@ -194,16 +196,17 @@ class TrainSettings(Options):
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "For everything drawn.")
 
-    method: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto"] = option(
+    method: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "grpo"] = option(
         "sft",
-        "Imitate answers (sft); prefer chosen answers to rejected ones (dpo, orpo, simpo, cpo); or "
-        "tell good answers from bad ones by their label (kto).",
+        "Imitate answers (sft); prefer chosen answers to rejected ones (dpo, orpo, simpo, cpo); "
+        "tell good answers from bad ones by their label (kto); or answer prompts, and learn from "
+        "what --reward says of the answers (grpo).",
     )
     dpo: bool = option(False, "The same as --method dpo.")
     beta: NonNegative | None = option(
         None,
-        "How far dpo and kto hold on to the model before training, and the scale of what simpo and "
-        "cpo prefer by  [default: 0.1, of simpo 2]",
+        "How far dpo, kto and grpo hold on to the model before training, and the scale of what "
+        "simpo and cpo prefer by  [default: 0.1, of simpo 2, of grpo 0.04]",
     )
     gamma: NonNegative | None = option(
         None, "By how much simpo wants a chosen answer to be ahead  [default: 1]"
@@ -220,6 +223,19 @@ class TrainSettings(Options):
     undesirable_weight: NonNegative | None = option(
         None, "Weight of bad answers in kto, λ_U  [default: 1]"
     )
+    reward: tuple[Text, ...] = option(
+        (),
+        "What grpo gives an answer: exact (it is the row's), regex:PATTERN, schema:FILE, length:N "
+        "(1 up to N tokens, 0 from 2 N on), or FILE.py:NAME, a function of your own. Given again, "
+        "they add up.",
+        metavar="REWARD",
+    )
+    group_size: Annotated[int, Field(ge=2)] = option(8, "Answers of grpo to each prompt.")
+    max_tokens: PositiveCount = option(256, "Of an answer, in grpo.")
+    epsilon: Annotated[float, Field(gt=0, lt=1)] | None = option(
+        None, "How far grpo lets an answer's probability move in a step  [default: 0.2]"
+    )
+    updates: PositiveCount = option(1, "Updates of grpo from the answers of a step.")
 
     steps_per_report: PositiveCount = option(10, "Steps from report to report.", decides=False)
     steps_per_eval: PositiveCount | None = option(
@@ -314,6 +330,11 @@ class TrainSettings(Options):
         given = {name: getattr(self, name) for name in self.learns_by.numbers}
         usual = self.learns_by.numbers
         return {name: usual[name] if value is None else value for name, value in given.items()}
+
+    @property
+    def has_reference(self) -> bool:
+        """Whether the loss compares with the model as it was before training."""
+        return self.learns_by.has_reference and self.numbers.get("beta") != 0
 
     @property
     def trains_whole_layers(self) -> bool:

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 
@@ -16,18 +17,35 @@ STEPS_AN_OCTAVE = 16  # how finely sizes are rounded up: at most 1/16 of a batch
 
 
 @dataclass(frozen=True)
+class Task:
+    """What a prompt's answers are judged by.
+
+    Attributes:
+        prompt: as the row has it: text, or messages.
+        expected: the answer that the row has, if any.
+        values: the row.
+    """
+
+    prompt: Any
+    expected: str | None
+    values: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
 class Example:
     """One thing to learn from.
 
     `tokens` are int32 `[length]`; `supervised` bool `[length]` says which of them the model should
     learn to predict from those before it. The first never is. `source` names the row it came from.
-    `desirable`: False of an answer that is not to be given.
+    `desirable`: False of an answer that is not to be given. `task`: of a prompt that the model is
+    to answer itself.
     """
 
     tokens: np.ndarray
     supervised: np.ndarray
     source: str = ""
     desirable: bool = True
+    task: Task | None = None
 
     @property
     def inputs(self) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
@@ -14,7 +15,7 @@ import numpy as np
 from phimlx.errors import TrainingError
 from phimlx.hub.client import Remote
 from phimlx.hub.download import ProgressContext, without_progress
-from phimlx.training.data.batches import Example
+from phimlx.training.data.batches import Example, Task
 from phimlx.training.data.faults import DataError, Faults
 from phimlx.training.data.lengths import Tokens, exchanges, windows
 from phimlx.training.data.loss_mask import LossOn, RowEncoder, learned_length
@@ -23,6 +24,7 @@ from phimlx.training.data.row_types import (
     ROW_FAULTS,
     Conversation,
     JudgedAnswer,
+    OpenPrompt,
     PlainText,
     PreferencePair,
     RowContent,
@@ -75,6 +77,10 @@ class RowSettings:
     form: RowForm = "examples"
 
     def __post_init__(self) -> None:
+        if self.overlong != "refuse" and self.form == "prompts":
+            raise TrainingError(
+                "A prompt that is too long is always refused.", hint="Leave --overlong out."
+            )
         judged = self.form != "examples"
         if self.overlong == "split" and (judged or self.loss_on == "last"):
             what = WHOLE.get(self.form, "a row of which the last reply counts")
@@ -117,6 +123,9 @@ class Dataset:
             digest.update(example.tokens.astype("<i4").tobytes())
             digest.update(np.packbits(example.supervised).tobytes())
             digest.update(b"" if example.desirable else b"undesirable")
+            if example.task is not None:
+                row = json.dumps(dict(example.task.values), sort_keys=True, default=str)
+                digest.update(row.encode())
         return digest.hexdigest()
 
     def hold_out(self, amount: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -236,7 +245,7 @@ def tokenize(
         if not isinstance(content, PlainText):
             _ = encoder.template  # its absence is no row's fault
         try:
-            made = list(_examples(content, row.place, encoder, settings))
+            made = list(_examples(content, row, encoder, settings))
         except ROW_FAULTS as error:
             data.faults.note(Problem(row.place, str(error), error.hint))
             continue
@@ -250,6 +259,7 @@ KINDS: dict[type[RowContent], str] = {
     PlainText: "texts",
     PreferencePair: "preferences",
     JudgedAnswer: "judged answers",
+    OpenPrompt: "prompts",
 }
 
 
@@ -261,7 +271,7 @@ class _Encoded(NamedTuple):
 
     @property
     def is_empty(self) -> bool:
-        return not self.example.supervised.any()
+        return not self.example.supervised.any() and self.example.task is None
 
 
 def _add(data: Dataset, number: int, made: list[_Encoded], content: RowContent) -> None:
@@ -281,8 +291,15 @@ def _add(data: Dataset, number: int, made: list[_Encoded], content: RowContent) 
 
 
 def _examples(
-    content: RowContent, place: str, encoder: RowEncoder, settings: RowSettings
+    content: RowContent, row: Row, encoder: RowEncoder, settings: RowSettings
 ) -> Iterator[_Encoded]:
+    place = row.place
+    if isinstance(content, OpenPrompt):
+        ids = encoder.template.encode(content.said.messages, content.said.tools)
+        task = Task(content.prompt, content.expected, row.values)
+        nothing = np.zeros(len(ids), bool)
+        yield _fit(Example(np.array(ids, np.int32), nothing, place, task=task), settings)
+        return
     if isinstance(content, PreferencePair):
         for which, said in (("chosen", content.chosen), ("rejected", content.rejected)):
             tokens, supervised = encoder.conversation(said)
@@ -318,7 +335,8 @@ def _parts(
 
 def _fit(example: Example, settings: RowSettings) -> _Encoded:
     length, longest = len(example.tokens), settings.max_length
-    if longest is None or length <= longest or not example.supervised.any():
+    learned = example.supervised.any() or example.task is not None
+    if longest is None or length <= longest or not learned:
         return _Encoded(example)
     if settings.overlong == "cut":
         length = learned_length(example.supervised[:longest])

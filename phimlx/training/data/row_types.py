@@ -43,6 +43,10 @@ KNOWN_ANSWER = (
     "A row has prompt, completion and label, or prompt, chosen and rejected; other names need a "
     "mapping, such as label=good."
 )
+KNOWN_PROMPT = (
+    "A row has prompt, or messages, and whatever its answer is judged by; other names need a "
+    "mapping, such as prompt=question."
+)
 # What a label may be, in files that know no other values too.
 LABELS = {"true": True, "false": False, "1": True, "0": False}
 
@@ -98,7 +102,16 @@ class JudgedAnswer:
     desirable: bool
 
 
-RowContent = Conversation | PlainText | PreferencePair | JudgedAnswer
+@dataclass(frozen=True)
+class OpenPrompt:
+    """A conversation that waits for its answer, and the answer that the row has, if any."""
+
+    said: Conversation
+    prompt: Any
+    expected: str | None
+
+
+RowContent = Conversation | PlainText | PreferencePair | JudgedAnswer | OpenPrompt
 
 
 def check_mapping(mapping: Mapping[str, str]) -> None:
@@ -129,8 +142,9 @@ def read_content(
 
     Its keys tell what it is: `messages` (or `conversations`), else `prompt` and `completion`, else
     Alpaca's `instruction` and `output`, else `text`. Of the form "pairs" it has `chosen` and
-    `rejected`; of the form "answers" `label` beside an answer, or a pair, which is two answers. A
-    mapping tells it where it names one of these. `messages` and `tools` may be the JSON text of a
+    `rejected`; of the form "answers" `label` beside an answer, or a pair, which is two answers; of
+    the form "prompts" a prompt, or messages whose last reply is only compared with. A mapping
+    tells it where it names one of these. `messages` and `tools` may be the JSON text of a
     list, as they have to in CSV. A prompt or an answer is a text, which is one message, or a list
     of messages; `system` is a text that comes before all of them. Alpaca's `input`, or what a
     mapping calls so, follows the prompt after an empty line.
@@ -347,6 +361,33 @@ def _last_question(said: Conversation) -> int:
     return max(asked, default=0)
 
 
+def _open(row: _Fields) -> OpenPrompt:
+    """Whatever else a row holds is there for rewards."""
+    row.used.update(row.values)
+    expected = None
+    if row.has("messages"):
+        said = _messages(row)
+        asked = said.messages
+        if asked[-1].role == "assistant":
+            expected = asked[-1].content
+            said = said.excerpt(0, 0, len(asked) - 1)
+        listed = row.listed("messages") or []
+        prompt: Any = listed[: len(listed) - (expected is not None)]
+    else:
+        said = _conversation(_question(row), row.listed("tools"))
+        prompt = row.need("prompt")
+        if row.has("completion"):
+            answer = row.need("completion")
+            if isinstance(answer, int | float) and not isinstance(answer, bool):
+                answer = f"{answer}"  # of a sum, as data sets have it
+            elif isinstance(answer, list):
+                answer = row.turns("completion", "assistant")[-1].message.content
+            expected = answer if isinstance(answer, str) else row.text("completion")
+    if not said.messages or said.messages[-1].role == "assistant":
+        raise RowError("It asks nothing that could be answered.")
+    return OpenPrompt(said, prompt, expected)
+
+
 # Of each kind of row the names that it must have, what it calls them, and what reads it.
 _Kind = tuple[tuple[str, ...], dict[str, str], Callable[[_Fields], RowContent]]
 _PAIRS: tuple[_Kind, ...] = (
@@ -369,9 +410,16 @@ _ANSWERS: tuple[_Kind, ...] = (
     ),
     *_PAIRS,
 )
+_PROMPTS: tuple[_Kind, ...] = (
+    (("messages",), {}, _open),
+    (("prompt",), {}, _open),
+    (("prompt",), ALPACA, _open),
+    (("messages",), SHAREGPT, _open),
+)
 _READERS: dict[RowForm, tuple[tuple[_Kind, ...], str]] = {
     "examples": (_EXAMPLES, KNOWN),
     "pairs": (_PAIRS, KNOWN_PAIR),
     "answers": (_ANSWERS, KNOWN_ANSWER),
+    "prompts": (_PROMPTS, KNOWN_PROMPT),
 }
 """Kinds of rows, and the hint where a row is none of them."""

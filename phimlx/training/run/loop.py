@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
 from itertools import count, islice
-from typing import Annotated, Any, ClassVar
+from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
@@ -38,6 +38,9 @@ from phimlx.training.run.events import (
 )
 from phimlx.training.settings import TrainSettings
 from phimlx.training.step import StepResult, TrainingStep
+
+if TYPE_CHECKING:
+    from phimlx.training.policy import Answering
 
 EVALUATIONS = 10  # of a run, where nothing is said
 CACHE_SHARE = 8  # freed buffers that MLX keeps for the next batch: at most 1/8 of the memory
@@ -323,8 +326,13 @@ def make_step(
     optimizer: optim.Optimizer,
     settings: TrainSettings,
     processes: ProcessGroup,
+    answering: Answering | None = None,
 ) -> TrainingStep:
-    """Make what takes the steps by the method of the settings; the model is as it was before."""
+    """Make what takes the steps by the method of the settings; the model is as it was before.
+
+    Args:
+        answering: how prompts are answered, where the method learns from that.
+    """
     options: dict[str, Any] = {
         "clip": settings.clip or None,
         "checkpointing": settings.grad_checkpoint,
@@ -333,6 +341,11 @@ def make_step(
     }
     if settings.method == "sft":
         return TrainingStep(model, optimizer, **options)
+    if answering is not None:
+        from phimlx.training.policy import PolicyStep
+
+        updates = settings.updates
+        return PolicyStep(model, optimizer, settings.numbers, answering, updates, **options)
     from phimlx.training.preference import STEPS
 
     kind = STEPS[settings.learns_by.rows]
@@ -350,7 +363,7 @@ def make_batches(
     if settings.method != "sft":
         from phimlx.training.preference import BATCHES
 
-        kind = BATCHES[settings.learns_by.rows]
+        kind = BATCHES.get(settings.learns_by.rows, Batches)
     return kind(
         examples,
         settings.batch_size,

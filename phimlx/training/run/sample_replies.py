@@ -46,8 +46,15 @@ class SampleReplies:
             self.model.train()
 
     def _answer(self, step: int, example: Example) -> SampleReply:
+        if example.task is not None:
+            tokens = self.tokenizer.encode(example.task.expected or "")
+            example = Example(
+                np.concatenate([example.tokens, np.array(tokens, np.int32)]),
+                np.repeat([False, True], [len(example.tokens), len(tokens)]),
+                example.source,
+            )
         learned = np.flatnonzero(example.supervised)
-        begin = max(1, int(learned[0]))
+        begin = max(1, int(learned[0])) if len(learned) else len(example.tokens)
         gaps = np.flatnonzero(~example.supervised[begin:])
         end = begin + int(gaps[0]) if len(gaps) else len(example.tokens)
         prompt = example.tokens[:begin].tolist()

@@ -6,7 +6,7 @@ What costs nothing is found and checked first.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -22,24 +22,27 @@ from phimlx.checkpoint.tensors import Tensor
 from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
-from phimlx.hub.layout import model_name
+from phimlx.hub.layout import cache_folder, model_name
 from phimlx.models.base import CausalLM
 from phimlx.models.config import ModelConfig
-from phimlx.options import flags_of, override, read
-from phimlx.training.data.batches import Batches
+from phimlx.options import override, read
+from phimlx.training.data.batches import Batches, rounded
 from phimlx.training.data.examples import Dataset, RowSettings, load_data
 from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Progress
 from phimlx.training.distributed import ProcessGroup
+from phimlx.training.loss import CHUNK_ROWS
 from phimlx.training.memory_estimate import LargestBatch, MemoryEstimate, estimate_memory, remedies
-from phimlx.training.methods import NUMBERS, takers
+from phimlx.training.rewards import Reward, fingerprints, needs_answers, read_rewards
 from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
+from phimlx.training.run.checks import check_answers, check_numbers, check_prompts
 from phimlx.training.run.loop import TrainingPlan, TrainingRun, make_batches, make_step
 from phimlx.training.settings import TrainSettings
 from phimlx.training.step import TrainingStep
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
+    from phimlx.training.policy import Answering
 
 MAX_TOKENS = 2048  # of a row, where nothing is said and the model holds as many
 VALID_FRACTION = 0.05  # of the rows, where nothing is said and the data has no valid file
@@ -56,12 +59,18 @@ class Session:
     Attributes:
         folder: the model's.
         resumed: what the folder of a run to go on with says of it; None for a new run.
+        rewards: of answers, once they have been checked.
+        on_answers: told how far the answers of a step have come, and how many there will be.
+        answering: how prompts are answered, once there is a model, where the method does that.
     """
 
     settings: TrainSettings
     folder: Path
     processes: ProcessGroup
     resumed: Mapping[str, Any] | None = None
+    rewards: Sequence[Reward] = ()
+    on_answers: Callable[[int, int], object] = lambda done, total: None
+    answering: Answering | None = None
 
     def __post_init__(self) -> None:
         if self.settings.max_seq_length is None:
@@ -100,7 +109,9 @@ class Session:
                 "tokens."
             )
         if self.resumed is None:
-            _check_numbers(settings)
+            check_numbers(settings)
+            check_prompts(settings)
+        self.rewards = read_rewards(settings.reward, self._strangers)
         if self.resumed is None and self.processes.is_main:
             self.run_folder.refuse_existing()
 
@@ -115,6 +126,8 @@ class Session:
             seed=settings.seed,
             on_progress=on_progress,
         )
+        if needs_answers(settings.reward):
+            check_answers(found)
         several = len(set(found["train"].rows)) > 1
         if "valid" not in found and settings.valid_fraction is None and several:
             found["train"], found["valid"] = found["train"].hold_out(VALID_FRACTION, settings.seed)
@@ -133,7 +146,7 @@ class Session:
         settings = self.settings
         return RowSettings(
             loss_on=settings.loss_on,
-            max_length=settings.max_seq_length,
+            max_length=(settings.max_seq_length or 0) - self._room,
             overlong=settings.overlong,
             mapping=settings.mapping,
             form=settings.learns_by.rows,
@@ -141,7 +154,7 @@ class Session:
 
     def make_step(self, model: CausalLM, optimizer: Optimizer) -> TrainingStep:
         """Make what takes the steps."""
-        return make_step(model, optimizer, self.settings, self.processes)
+        return make_step(model, optimizer, self.settings, self.processes, self.answering)
 
     def batches(self, data: Mapping[str, Dataset]) -> tuple[Batches, Batches | None]:
         """Make the batches to learn from, shuffled, and those to validate on, in a fixed order."""
@@ -155,8 +168,17 @@ class Session:
         """Return the largest batch: the first in the order that is not shuffled."""
         examples = [example for name in ("train", "valid") if name in data
                     for example in data[name].examples]  # fmt: skip
+        if self._room:
+            size = self.settings.group_size
+            longest = max(example.inputs for example in examples) + self._room
+            return LargestBatch(size, rounded(longest, 8), rounded(size * self._room, CHUNK_ROWS))
         batches = make_batches(examples, self.settings, self.processes, shuffled=False)
         return LargestBatch.of(next(batches.epoch(0)))
+
+    @property
+    def _room(self) -> int:
+        """Tokens that the model adds to a row."""
+        return self.settings.max_tokens if self.settings.learns_by.rows == "prompts" else 0
 
     @property
     def itemsize(self) -> int:
@@ -213,6 +235,7 @@ class Session:
             "model": fingerprint(self.folder),
             "data": {name: each.fingerprint for name, each in data.items() if name != "test"},
             "machines": self.processes.size,
+            "rewards": fingerprints(self.settings.reward),
         }
 
     def run(self, phi: Phi, data: Mapping[str, Dataset]) -> TrainingRun:
@@ -236,7 +259,8 @@ class Session:
             skipped = self.run_folder.damaged(saved.step if saved else 0)
         attach(phi.model, self.settings)
         train, valid = self.batches(data)
-        steps = TrainingPlan.of(self.settings, len(train)).steps
+        steps = TrainingPlan.of(self.settings, len(train)).steps * self.settings.updates
+        self.answering = self._answering(phi) if self._room else None
         step = self.make_step(phi.model, make_optimizer(self.settings, steps))
         sample_replies = None
         if self.settings.sample_prompts and "valid" in data:
@@ -265,6 +289,27 @@ class Session:
             adapter = adapter_of(phi.model, self.settings, base)
             self.run_folder.begin(description, adapter_config(adapter))
         return run
+
+    def _answering(self, phi: Phi) -> Answering:
+        from phimlx.training.policy import Answering
+
+        assert phi.tokenizer is not None  # the codec has found one
+        settings = self.settings
+        return Answering(
+            phi.tokenizer,
+            phi.eos,
+            self.rewards,
+            settings.group_size,
+            settings.max_tokens,
+            settings.seed,
+            self.on_answers,
+        )
+
+    @property
+    def _strangers(self) -> list[Path]:
+        """Folders from which no code is run: models and data sets come from anywhere."""
+        data = Path(self.settings.data or "").expanduser()
+        return [self.folder, *([data] if data.is_dir() else []), cache_folder()]
 
     def _last_checkpoint(self) -> SavedCheckpoint | None:
         """Return the newest whole checkpoint."""
@@ -332,23 +377,12 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def _check_numbers(settings: TrainSettings) -> None:
-    """Raise TrainingError for a number that the method's loss does not have, or cannot have."""
-    for name in NUMBERS:
-        flag = flags_of(TrainSettings, name)[0]
-        if getattr(settings, name) is not None and name not in settings.learns_by.numbers:
-            raise TrainingError(
-                f"{flag} does not go with --method {settings.method}.",
-                hint=f"It goes with {', '.join(takers(name))}.",
-            )
-    if settings.numbers.get("beta") == 0:
-        raise TrainingError(f"--beta is 0, which leaves --method {settings.method} nothing to do.")
-
-
 def _check_same_run(before: Mapping[str, Any], now: Mapping[str, Any]) -> None:
     hint = "Take what the run began with, or choose another --adapter-path for a new run."
     if before["model"] != now["model"]:
         raise TrainingError("The model is not the one that the run began with.", hint=hint)
+    if before.get("rewards", {}) != now["rewards"]:
+        raise TrainingError("A file that rewards answers has changed.", hint=hint)
     for name, what in (("train", "training"), ("valid", "validation")):
         if before["data"].get(name) != now["data"].get(name):
             raise TrainingError(
