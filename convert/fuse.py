@@ -17,6 +17,7 @@ from convert.quantize.tensor import TensorTransform, TransformedRows
 from convert.tensor_plan import TensorConversion, TensorPlan, stored_quantizations
 from phimlx.adapters.adapter import Adapter, Change
 from phimlx.adapters.fit import check_fit
+from phimlx.adapters.mlx_lm import MODALITIES
 from phimlx.adapters.read import read_adapter
 from phimlx.adapters.resolve import resolved
 from phimlx.adapters.split import fused
@@ -75,6 +76,13 @@ class AdapterFusion:
         folder = resolve_adapter(source)
         model = map_model(checkpoint)
         adapter = fused(read_adapter(folder), model)
+        if set(adapter.modalities) not in (set(), set(MODALITIES)):
+            raise CheckpointError(
+                f"The adapter is for rows of {' and '.join(adapter.modalities)} alone, and fused "
+                "weights are used for all.",
+                hint="Use it beside the model (--adapter-path), or train a copy of the model's own "
+                "adapter, which can be fused: --train vision-adapter or speech-adapter.",
+            )
         check_fit(adapter, model, checkpoint.folder, checkpoint.config)
         vocabulary = adapter.vocabulary
         if vocabulary not in (None, model.config.vocab_size):
@@ -118,7 +126,10 @@ class AdapterFusion:
         """Write a section for the model card."""
         adapter = self.adapter
         what = "A full fine-tuning"
-        if adapter.layers:
+        if adapter.own:
+            what = f"The {' and the '.join(sorted(adapter.own))} adapter, trained further"
+            what += " with projections" if adapter.shared_weights else ""
+        elif adapter.layers:
             name = {"lora": "LoRA", "dora": "DoRA"}[adapter.kind]
             ranks = sorted({layer.rank for layer in adapter.layers.values()})
             what = f"A {name} of rank {', '.join(map(str, ranks))} on {len(adapter.layers)} layers"

@@ -43,6 +43,7 @@ from phimlx.preferences.file import read_alias
 from phimlx.tools.chat import Chats
 
 if TYPE_CHECKING:
+    from phimlx.generation.placed_media import Media
     from phimlx.generation.prefix_file import Source
     from phimlx.generation.prefix_store import PrefixStore
     from phimlx.prompt.chat_template import ChatTemplate
@@ -249,6 +250,7 @@ class Phi(Chats):
         prompts: Sequence[Prompt],
         *,
         max_tokens: int,
+        media: Sequence[Media | None] = (),
         batch_size: int = 8,
         kv_bits: int | None = None,
         adapter: str | None = DEFAULT,
@@ -258,6 +260,7 @@ class Phi(Chats):
 
         Args:
             max_tokens: of each reply.
+            media: what stands among the tokens of each prompt, where that is given as ids.
             batch_size: prompts that are answered together.
             kv_bits, adapter: as for `stream`.
             advance: called with the number of prompts that have been answered.
@@ -267,6 +270,8 @@ class Phi(Chats):
         """
         options = GenerationOptions(max_tokens=max_tokens, seed=0, kv_bits=kv_bits, adapter=adapter)
         requests = [self.request(prompt, options, GREEDY) for prompt in prompts]
+        for request, shown in zip(requests, media, strict=False):
+            request.media = shown
         self.engine.run_all(requests, batch_size, advance)
         return [request.reply for request in requests]
 

@@ -134,7 +134,7 @@ def option(default: Any, text: str, *flags: str, **more: Any) -> Any:
         more: what JSON Schema keeps of it. `metavar` stands for the value in help, and `what`
             completes "it must be", where the type does not tell; with `commas` a list is one flag
             whose items are joined by commas, else the flag is given again for each item; what is
-            `in_files_only` has no flag.
+            `in_files_only` has no flag; what is `bare` may be given without a value, for none.
     """
     return Field(default, description=text, json_schema_extra={"flags": list(flags), **more})
 
@@ -295,6 +295,8 @@ class FlagType(click.ParamType[Any]):
 
     def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> Any:
         schema = self.schema["items"] if self.several else self.schema
+        if value == "" and schema.get("bare"):
+            return ()
         named = {str(each): each for each in schema.get("enum", ())}
         given = named.get(value, value)
         try:
@@ -361,7 +363,10 @@ def _click_option(model: type[Options], name: str, schema: Schema) -> Callable[[
     if schema.get("type") == "boolean":
         return click.option(*flags, is_flag=True, default=None, help=text)
     kind = FlagType(model, name)
-    return click.option(*flags, type=kind, metavar=kind.name, multiple=kind.several, help=text)
+    bare: dict[str, Any] = {"is_flag": False, "flag_value": ""} if schema.get("bare") else {}
+    return click.option(
+        *flags, type=kind, metavar=kind.name, multiple=kind.several, help=text, **bare
+    )
 
 
 def _parse(path: Path, failure: type[PhimlxError]) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from phimlx.models.token_rows import TokenRows
 
 KINDS = ("lora", "dora", "full")
 LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+COPY = re.compile(r"(?P<path>.+)\.lora_(?P<part>[AB])\.(?P<own>\w+)\.weight")
 
 
 @dataclass(frozen=True)
@@ -88,6 +89,10 @@ class Adapter:
         tied: whether what changes the embedding changes a head that is tied to it.
         own_head: whether a head that was tied is parted from the embedding; `resolved` says so.
         start: the method that took the first A and B out of the base weights; None for none.
+        own: rank and scale of the checkpoint's own adapters of which `weights` holds a copy that
+            was trained further, under the names that the checkpoint gives them.
+        modalities: "text", "audio" and "image", what the rows hold that `layers` are for; empty for
+            all rows.
         remarks: what a person should know of how it was read.
     """
 
@@ -101,14 +106,37 @@ class Adapter:
     tied: bool = True
     own_head: bool = False
     start: str | None = None
+    own: Mapping[str, tuple[int, float]] = field(default_factory=dict)
+    modalities: tuple[str, ...] = ()
     remarks: tuple[str, ...] = ()
 
     @property
     def kind(self) -> str:
         """`lora`, `dora` or `full`."""
         if not self.layers:
-            return "full"
+            return "lora" if self.own else "full"
         return "lora" if next(iter(self.layers.values())).magnitude is None else "dora"
+
+    @property
+    def copied(self) -> dict[str, dict[str, LoRA]]:
+        """The copies of the checkpoint's own adapters: layers by path, by the adapter's name."""
+        found: dict[str, dict[str, LoRA]] = {name: {} for name in self.own}
+        for name, array in self.weights.items():
+            match = COPY.fullmatch(name)
+            if match is not None and match["part"] == "A" and match["own"] in self.own:
+                path, own = match["path"], match["own"]
+                b = self.weights[f"{path}.lora_B.{own}.weight"]
+                found[own][path] = LoRA(array.T, b.T, self.own[own][1])
+        return found
+
+    @property
+    def shared_weights(self) -> dict[str, mx.array]:
+        """Those of `weights` that are no copy of an adapter: all rows use them."""
+        return {
+            name: array
+            for name, array in self.weights.items()
+            if (match := COPY.fullmatch(name)) is None or match["own"] not in self.own
+        }
 
     @property
     def vocabulary(self) -> int | None:

@@ -19,7 +19,14 @@ from phimlx.adapters.split import fused
 from phimlx.checkpoint.head import EMBEDDING, HEAD
 from phimlx.errors import CheckpointError, some
 from phimlx.models.base import CausalLM
-from phimlx.models.lora import DEFAULT, EmbeddingLoRA, LoRA, LoRAEmbedding, LoRALinear
+from phimlx.models.lora import (
+    DEFAULT,
+    EmbeddingLoRA,
+    LoRA,
+    LoRAEmbedding,
+    LoRALinear,
+    copy_name,
+)
 from phimlx.models.token_rows import RowsEmbedding, RowsLinear
 
 
@@ -63,11 +70,15 @@ def load_adapter(
     model.is_changed |= bool(shared)
     if changes.own_head:
         model.untie()
-    for parameter, values in changes.weights.items():
+    for parameter, values in changes.shared_weights.items():
         _replace(model, parameter, values)
     mx.eval(model.parameters())
     model.loaded_adapters |= {name}
+    if adapter.modalities:
+        model.loaded_routes.modalities[name] = frozenset(adapter.modalities)
     try:
+        for own, layers in changes.copied.items():
+            _put_copy(model, name, own, layers)
         for path, layer in changes.layers.items():
             _put(model, path, _adapted(model, path, layer, name))
     except BaseException:
@@ -75,13 +86,14 @@ def load_adapter(
         raise
     for path, rows in changes.rows.items():
         kind = RowsEmbedding if path == EMBEDDING else RowsLinear
-        _put(model, path, kind(_module(model, path), rows))
+        _put(model, path, kind(module_at(model, path), rows))
     return adapter
 
 
 def delete_adapter(model: CausalLM, name: str) -> None:
     """Take an adapter away that changes projections alone."""
     model.loaded_adapters -= {name}
+    model.loaded_routes.forget(name)
     for path, module in model.named_modules():
         if isinstance(module, LoRALinear):
             _put(model, path, module.without(name))
@@ -90,13 +102,13 @@ def delete_adapter(model: CausalLM, name: str) -> None:
 def _shared_changes(adapter: Adapter) -> list[str]:
     """List what an adapter changes beside the layers' projections, which no row can do without."""
     layers = [path for path in adapter.layers if path in (EMBEDDING, HEAD)]
-    return [*adapter.weights, *adapter.rows, *layers]
+    return [*adapter.shared_weights, *adapter.rows, *layers]
 
 
 def _replace(model: CausalLM, name: str, values: mx.array) -> None:
     """Give a parameter other numbers; a quantized layer's weight makes it a plain layer."""
     path, _, part = name.rpartition(".")
-    module = _module(model, path)
+    module = module_at(model, path)
     if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding) and part == "weight":
         plain: nn.Module = nn.Embedding(1, 1)
         if isinstance(module, nn.QuantizedLinear):
@@ -105,20 +117,34 @@ def _replace(model: CausalLM, name: str, values: mx.array) -> None:
                 plain.bias = module.bias
         plain.weight = values.astype(module.scales.dtype)
         _put(model, path, plain)
+    elif model.architecture.is_projector(name):
+        module[part] = values.astype(mx.float32)  # as it was trained
     else:
         module[part] = values.astype(module[part].dtype)
     if path == EMBEDDING and values.shape[0] != model.config.vocab_size:
         model.config = replace(model.config, vocab_size=values.shape[0])
 
 
+def _put_copy(model: CausalLM, name: str, own: str, layers: Mapping[str, LoRA]) -> None:
+    """Put a copy of one of the checkpoint's adapters beside it, the original where it has none."""
+    copy = copy_name(name, own)
+    model.loaded_routes.copies[name] = model.loaded_routes.copies.get(name, frozenset()) | {own}
+    for path, module in model.named_modules():
+        if isinstance(module, LoRALinear):
+            if path in layers:
+                _put(model, path, LoRALinear.adapted(module, layers[path], copy))
+            else:
+                module.alias(own, copy)
+
+
 def _adapted(model: CausalLM, path: str, layer: LoRA, name: str) -> nn.Module:
-    module = _module(model, path)
+    module = module_at(model, path)
     if isinstance(layer, EmbeddingLoRA):
         return LoRAEmbedding(module, layer)
     return LoRALinear.adapted(module, layer, name, always=path == HEAD)
 
 
-def _module(model: CausalLM, path: str) -> nn.Module:
+def module_at(model: CausalLM, path: str) -> nn.Module:
     """The layer or norm at a path."""
     module: Any = model
     for key in path.split("."):

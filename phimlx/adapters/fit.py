@@ -99,6 +99,7 @@ def _check_shapes(adapter: Adapter, model: CausalLM, names: _Names) -> None:
                 "with a bias.",
                 hint="Merge it in PEFT, and convert the model that this makes.",
             )
+    _check_own(adapter, modules, names)
     for name, array in adapter.weights.items():
         path = name.rpartition(".")[0]
         module = modules.get(path)
@@ -117,6 +118,20 @@ def _check_shapes(adapter: Adapter, model: CausalLM, names: _Names) -> None:
         else:
             raise CheckpointError(f"The adapter replaces {name}, which is quantized here.")
         names.check(name, array.shape, needed)
+
+
+def _check_own(adapter: Adapter, modules: Mapping[str, nn.Module], names: _Names) -> None:
+    """Raise CheckpointError where the model's own adapters are scaled otherwise than the copies."""
+    for own, layers in adapter.copied.items():
+        for path, layer in layers.items():
+            module = modules.get(path)
+            scale = module.scale_of(own) if isinstance(module, LoRALinear) else None
+            if scale is not None and scale != layer.scale:
+                raise CheckpointError(
+                    f"The adapter holds a copy of the model's {own} adapter at the scale "
+                    f"{layer.scale:g}, and the model has {scale:g}.",
+                    hint="Use it with the model that it was trained on.",
+                )
 
 
 def _vocabulary(adapter: Adapter, model: CausalLM) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import phimlx
-from phimlx.adapters.adapter import KINDS, LAYER, Adapter, Base
+from phimlx.adapters.adapter import COPY, KINDS, LAYER, Adapter, Base
 from phimlx.adapters.files import (
     CONFIG,
     PARTS,
@@ -22,6 +22,7 @@ from phimlx.errors import CheckpointError, ConfigError, shortened, some
 from phimlx.models.lora import EmbeddingLoRA, LoRA
 
 WEIGHTS = "adapters.safetensors"
+MODALITIES = ("text", "audio", "image")
 
 
 def read_mlx_lm(config: Mapping[str, Any], file: Path) -> Adapter:
@@ -45,6 +46,11 @@ def read_mlx_lm(config: Mapping[str, Any], file: Path) -> Adapter:
     }
     if kind == "full":
         return Adapter(weights=load_arrays(file), **about)
+    own = _own(config)
+    about |= {"own": own, "modalities": _modalities(config)}
+    beside = _beside(config) or bool(own)
+    if own and "lora_parameters" not in config:
+        return _checked_copies(Adapter(weights=load_arrays(file), **about))
     settings = config.get("lora_parameters")
     if not isinstance(settings, Mapping):
         raise ConfigError(
@@ -59,6 +65,8 @@ def read_mlx_lm(config: Mapping[str, Any], file: Path) -> Adapter:
             "1."
         )
     parts = PARTS if kind == "dora" else PARTS[:2]
+    whole = {name for name in tensors if beside and name.rpartition(".")[2] not in PARTS}
+    tensors = {name: info for name, info in tensors.items() if name not in whole}
     unknown = [name for name in tensors if name.rpartition(".")[2] not in parts]
     if unknown:
         raise CheckpointError(
@@ -74,12 +82,55 @@ def read_mlx_lm(config: Mapping[str, Any], file: Path) -> Adapter:
         )
     arrays = load_arrays(file)
     layers = {
-        path: (EmbeddingLoRA if path == EMBEDDING else LoRA)(
+        path.removesuffix(".base_layer"): (EmbeddingLoRA if path == EMBEDDING else LoRA)(
             arrays[f"{path}.lora_a"], arrays[f"{path}.lora_b"], scale, arrays.get(f"{path}.m")
         )
-        for path in dict.fromkeys(name.rpartition(".")[0] for name in arrays)
+        for path in dict.fromkeys(name.rpartition(".")[0] for name in tensors)
     }
-    return Adapter(layers, dropout=float(dropout), **about)
+    weights = {name: arrays[name] for name in whole}
+    return _checked_copies(Adapter(layers, weights, dropout=float(dropout), **about))
+
+
+def _own(config: Mapping[str, Any]) -> dict[str, tuple[int, float]]:
+    """Read of which of the checkpoint's own adapters there is a copy, with rank and scale."""
+    table = config.get("own_adapters") or {}
+    if not isinstance(table, Mapping) or not all(
+        isinstance(each, Mapping) and str(name).isidentifier() for name, each in table.items()
+    ):
+        raise ConfigError(f"{CONFIG}: own_adapters is {shortened(table)}, not a table of adapters.")
+    return {
+        name: (
+            number(f"own_adapters.{name}.rank", each.get("rank"), int),
+            number(f"own_adapters.{name}.scale", each.get("scale")),
+        )
+        for name, each in table.items()
+    }
+
+
+def _modalities(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """Read what the rows hold that an adapter is for; nothing for all rows."""
+    listed = config.get("modalities") or []
+    if not isinstance(listed, list) or any(each not in MODALITIES for each in listed):
+        raise ConfigError(
+            f"{CONFIG}: modalities is {shortened(listed)}, not a list of {', '.join(MODALITIES)}."
+        )
+    return tuple(listed)
+
+
+def _beside(config: Mapping[str, Any]) -> bool:
+    """Read whether whole tensors stand beside the layers."""
+    return config.get("whole_weights") is True
+
+
+def _checked_copies(adapter: Adapter) -> Adapter:
+    """See that the copies of the checkpoint's adapters are whole, and of the rank that is told."""
+    shapes = {
+        f"{match['path']}.{match['own']}.lora_{match['part'].lower()}": array.shape[::-1]
+        for name, array in adapter.weights.items()
+        if (match := COPY.fullmatch(name)) and match["own"] in adapter.own
+    }
+    check_ranks(shapes, lambda path: adapter.own[path.rpartition(".")[2]][0], dora=False)
+    return adapter
 
 
 def write_adapter(folder: str | Path, adapter: Adapter) -> None:
@@ -102,6 +153,8 @@ def _foreign(adapter: Adapter) -> str | None:
     """Name what mlx-lm's format has no place for; None where there is nothing."""
     if adapter.rows:
         return "rows of tokens"
+    if adapter.own or adapter.modalities:
+        return None  # ours alone, which mlx-lm's own models do not have
     if adapter.layers and adapter.weights:
         return "whole weights beside its layers"
     if any(layer.bias is not None for layer in adapter.layers.values()):
@@ -126,6 +179,14 @@ def adapter_config(adapter: Adapter) -> dict[str, Any]:
             "dropout": adapter.dropout,
             "keys": _keys(adapter, numbers),
         }
+    if adapter.own:
+        config["own_adapters"] = {
+            name: {"rank": rank, "scale": scale} for name, (rank, scale) in adapter.own.items()
+        }
+    if adapter.modalities:
+        config["modalities"] = list(adapter.modalities)
+    if adapter.layers and adapter.weights:
+        config["whole_weights"] = True
     if adapter.base is not None:
         config["base_model"] = {"name": adapter.base.name, "revision": adapter.base.revision}
     config["num_hidden_layers"] = adapter.blocks

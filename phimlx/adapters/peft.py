@@ -8,6 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,10 +19,12 @@ from phimlx.adapters.files import check_ranks, load_arrays, read_floats, write_f
 from phimlx.adapters.peft_settings import PeftSettings
 from phimlx.checkpoint.head import EMBEDDING
 from phimlx.errors import CheckpointError, some
+from phimlx.files import read_json, translate_write_errors, write_json
 from phimlx.models.lora import EmbeddingLoRA, LoRA
 from phimlx.models.token_rows import TokenRows
 
 PEFT_WEIGHTS = "adapter_model.safetensors"
+OWN_FILE = "own_adapter.json"  # beside a LoRA that is a copy of one of the checkpoint's own
 PREFIX = "base_model.model."
 PARTS = {
     "lora_A.weight": "lora_a",
@@ -112,6 +115,9 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
     Raises:
         CheckpointError: for a full fine-tuning, or where it cannot be written.
     """
+    if adapter.own:
+        write_own(Path(folder), adapter)
+        return
     if not adapter.layers:
         raise CheckpointError(
             "A full fine-tuning is no adapter that PEFT knows.",
@@ -149,6 +155,52 @@ def write_peft(folder: str | Path, adapter: Adapter) -> None:
     if len(rows) == 1 and EMBEDDING not in rows:
         config["trainable_token_indices"] = rows
     write_files(Path(folder), PEFT_WEIGHTS, _named(adapter), config)
+
+
+def write_own(folder: Path, adapter: Adapter) -> None:
+    """Write each copy of a checkpoint's own adapter as a LoRA of its own, and a new one so.
+
+    One goes into the folder itself; several into one each, as the published checkpoint has them.
+    """
+    about = replace(adapter, weights={}, layers={}, own={}, modalities=())
+    shared = adapter.shared_weights
+    saved = frozenset(shared)
+    parts = {
+        own: replace(about, layers=layers, weights=shared, copies=saved)
+        for own, layers in adapter.copied.items()
+    }
+    if adapter.layers:
+        parts[""] = replace(about, layers=adapter.layers, dropout=adapter.dropout)
+    for own, part in parts.items():
+        place = folder if len(parts) == 1 else folder / f"{own or 'new'}-lora"
+        write_peft(place, part)
+        if own:
+            with translate_write_errors(place, CheckpointError):
+                write_json(place / OWN_FILE, {"own_adapter": own})
+
+
+def as_own(adapter: Adapter, file: Path) -> Adapter:
+    """Say of a LoRA that it is a copy of one of the checkpoint's own, as a file beside it tells.
+
+    Raises:
+        CheckpointError: where it cannot be one.
+    """
+    own = read_json(file, CheckpointError).get("own_adapter")
+    if not isinstance(own, str) or not own.isidentifier() or adapter.kind != "lora":
+        raise CheckpointError(f"{file} does not go with the adapter beside it.")
+    adapter = adapter.uniform()
+    first = next(iter(adapter.layers.values()))
+    weights = dict(adapter.weights)
+    for path, layer in adapter.layers.items():
+        weights[f"{path}.lora_A.{own}.weight"] = mx.contiguous(layer.lora_a.T)
+        weights[f"{path}.lora_B.{own}.weight"] = mx.contiguous(layer.lora_b.T)
+    return replace(
+        adapter,
+        layers={},
+        weights=weights,
+        copies=frozenset(),
+        own={own: (first.rank, first.scale)},
+    )
 
 
 def _by_part(tensors: Mapping[str, Tensor], file: Path) -> dict[str, dict[str, Tensor]]:

@@ -10,7 +10,7 @@ from typing import Any
 from phimlx.adapters.adapter import Adapter
 from phimlx.adapters.files import CONFIG
 from phimlx.adapters.mlx_lm import WEIGHTS, read_mlx_lm
-from phimlx.adapters.peft import PEFT_WEIGHTS, read_peft
+from phimlx.adapters.peft import OWN_FILE, PEFT_WEIGHTS, as_own, read_peft
 from phimlx.errors import CheckpointError, ConfigError
 from phimlx.files import read_json
 
@@ -36,6 +36,8 @@ def read_adapter(folder: str | Path) -> Adapter:
     if not file.is_file():
         raise CheckpointError(f"{folder} holds no {file.name}.", hint=PICKLED)
     adapter = (read_peft if is_peft else read_mlx_lm)(config, file)
+    if is_peft and (folder / OWN_FILE).is_file():
+        adapter = as_own(adapter, folder / OWN_FILE)
     return replace(adapter, remarks=(*adapter.remarks, *remarks))
 
 

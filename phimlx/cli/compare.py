@@ -110,16 +110,19 @@ def _measure(
     from phimlx.evaluation.compare import row_results
     from phimlx.evaluation.data import ask, example_losses, examples_of, questions_of, read_data
     from phimlx.training.data.examples import RowSettings
+    from phimlx.training.data.loss_mask import RowEncoder
 
     settings = RowSettings(**rows, max_length=max_length or phi.context_length)
     read = read_data(*data)
-    examples = examples_of(phi, read, settings)
+    encoder = RowEncoder.of(phi)
+    examples = examples_of(phi, read, settings, encoder)
     with output.progress(len(examples.examples), f"Measuring {side}", " rows") as bar:
-        losses = example_losses(phi.model, examples.examples, batch_size, bar.update)
+        shown = (batch_size, bar.update, encoder.media)
+        losses = example_losses(phi.model, examples.examples, *shown)
     found = row_results(phi, examples, losses)
     if asked is None:
         return found
-    questions, _ = questions_of(phi, read, settings)
+    questions, _ = questions_of(phi, read, settings, encoder)
     questions = [question for question in questions if question.place in found]
     with output.progress(len(questions), f"{side} answers", " rows") as bar:
         answers = ask(phi, questions, asked[0], batch_size, bar.update, asked[1])

@@ -74,6 +74,14 @@ COUNT = click.IntRange(min=1)
     help="What becomes of longer rows.",
 )
 @click.option("--mapping", metavar="NAME=COLUMN,…", help="Columns of other names.")
+@click.option("--prompt", metavar="TEXT", help="What rows with an answer and no prompt ask.")
+@click.option(
+    "--media-root",
+    metavar="FOLDER",
+    type=click.Path(path_type=Path, exists=True, file_okay=False),
+    help="The folder that paths of pictures and sounds are relative to, and may not leave  "
+    "[default: that of the data file]",
+)
 @click.option(
     "--answers",
     is_flag=True,
@@ -125,6 +133,8 @@ def command(
     max_seq_length: int | None,
     overlong: str,
     mapping: str | None,
+    prompt: str | None,
+    media_root: Path | None,
     answers: bool,
     max_tokens: int,
     save_answers: Path | None,
@@ -153,8 +163,10 @@ def command(
         raise click.UsageError("There is nothing to measure: give --data or --tasks.")
     if save_answers is not None and not answers:
         raise click.UsageError("--save-answers goes with --answers.")
-    if data is None and (answers or split or mapping):
-        raise click.UsageError("--answers, --split and --mapping go with --data.")
+    if data is None and (answers or split or mapping or prompt or media_root):
+        raise click.UsageError(
+            "--answers, --split, --mapping, --prompt and --media-root go with --data."
+        )
     if kv_bits is not None and not answers and tasks is None:
         raise click.UsageError("--kv-bits goes with --answers or --tasks.")
     for name, value in (
@@ -179,7 +191,8 @@ def command(
 
         assert data is not None
         load = partial(load_or_download, output=output, dtype=dtype, rope_scaling=rope_scaling)
-        rows = {"loss_on": loss_on, "overlong": overlong, "mapping": columns}
+        rows: dict[str, Any] = {"loss_on": loss_on, "overlong": overlong, "mapping": columns}
+        rows |= {"question": prompt, "media_root": media_root}
         told = (max_tokens, kv_bits) if answers else None
         compare_on_data(
             sides,
@@ -204,6 +217,8 @@ def command(
             max_length=max_seq_length or phi.context_length,
             overlong=overlong,  # type: ignore[arg-type]
             mapping=columns,
+            question=prompt,
+            media_root=media_root,
         )
         asked = (max_tokens, save_answers, kv_bits) if answers else None
         found |= _on_data(phi, data, split, limit, settings, batch_size, asked, output)
@@ -238,14 +253,17 @@ def _on_data(
     """Loss, and where `asked` for (tokens of an answer, file to write to, bits of the
     cache) answers."""
     from phimlx.evaluation.data import ask, examples_of, measure_loss, questions_of, read_data
+    from phimlx.training.data.loss_mask import RowEncoder
     from phimlx.training.data.statistics import unused_notes
 
+    encoder = RowEncoder.of(phi)
     rows = read_data(data, split, limit)
-    examples = examples_of(phi, rows, settings)
+    examples = examples_of(phi, rows, settings, encoder)
     for line in unused_notes([examples]):
         output.note(line)
     with output.progress(len(examples.examples), "Measuring", " rows") as bar:
-        loss = measure_loss(phi.model, examples.examples, batch_size, bar.update)
+        batches = (examples.examples, batch_size, bar.update, encoder.media)
+        loss = measure_loss(phi.model, *batches)
     found: dict[str, Any] = {**asdict(loss), "perplexity": loss.perplexity}
     skipped = sum(examples.skipped.values())
     if skipped:
@@ -254,7 +272,7 @@ def _on_data(
         output.note(f"{skipped} of {len(rows)} rows were passed over: {reasons}.")
     if asked is None:
         return found
-    questions, without = questions_of(phi, rows, settings)
+    questions, without = questions_of(phi, rows, settings, encoder)
     if without:
         output.note(f"{without} of {len(rows)} rows ask nothing that is answered in words.")
     with output.progress(len(questions), "Answering", " rows") as bar:

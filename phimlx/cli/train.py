@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import json_option, own_adapter
+from phimlx.cli.options import json_option, limit_options, own_adapter, pop_limits
 from phimlx.errors import ModelAbsentError, PhimlxError
 from phimlx.options import click_options, from_file, from_flags
 from phimlx.terminal.output import Output
 from phimlx.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from phimlx.media.limits import Limits
     from phimlx.training.data.examples import Dataset
     from phimlx.training.distributed import ProcessGroup
     from phimlx.training.run.loop import Outcome
@@ -49,7 +50,7 @@ if TYPE_CHECKING:
 @click.option(
     "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
 )
-@click.option("--train", is_flag=True, hidden=True)
+@limit_options()
 @json_option
 def command(
     mask_prompt: bool,
@@ -57,7 +58,6 @@ def command(
     resume: bool,
     check: bool,
     ignore_memory: bool,
-    train: bool,
     as_json: bool,
     **flags: Any,
 ) -> None:
@@ -81,6 +81,7 @@ def command(
         loss_on = flags["loss_on"] = flags["loss_on"] or "assistant"
         if loss_on != "assistant":
             raise click.UsageError(f"--mask-prompt and --loss-on {loss_on} exclude each other.")
+    limits = pop_limits(flags)
     file = None if config is None else from_file(TrainSettings, config)
     given = from_flags(TrainSettings, flags, file)
     if given.data is None and not resume:
@@ -94,7 +95,7 @@ def command(
     if not processes.is_main:
         output = Silent()
     with processes.watched(partial(_end_at_once, output)):
-        session = _open(given, resume, processes, output)
+        session = _open(given, resume, processes, limits, output)
         if not resume and (own := own_adapter(given.model)) is not None:
             output.note(f"A new adapter is trained; that of {given.model}, {own}, is left out.")
         check_consent(session.settings.reward, flags["reward"])
@@ -143,7 +144,9 @@ class Silent(Output):
         """Nothing."""
 
 
-def _open(given: TrainSettings, resume: bool, processes: ProcessGroup, output: Output) -> Session:
+def _open(
+    given: TrainSettings, resume: bool, processes: ProcessGroup, limits: Limits, output: Output
+) -> Session:
     from phimlx.training.run.checkpoints import RunFolder
     from phimlx.training.run.session import Session, resumed_settings
     from phimlx.training.run.trackers import check_trackers
@@ -155,7 +158,7 @@ def _open(given: TrainSettings, resume: bool, processes: ProcessGroup, output: O
         folder = {"adapter_path": given.adapter_path}  # wherever the run's folder was before
         settings = resumed_settings(about, given.model_copy(update=folder))
     check_trackers(settings.report_to)
-    return Session(settings, model_folder(settings.model, output), processes, about)
+    return Session(settings, model_folder(settings.model, output), processes, about, limits)
 
 
 def model_folder(model: str | None, output: Output) -> Path:
@@ -239,7 +242,7 @@ def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, outp
         with output.status("Loading the model…"):
             phi = api.load(session.folder)
             session.on_answers = answers_bar(output)
-            run = session.run(phi, data)
+            run = session.run(phi, data, output.note)
         log = logger(output)
         # A terminal has shown ^C where the cursor stood.
         begin = "\n" if output.is_watched else ""

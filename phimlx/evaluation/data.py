@@ -16,16 +16,20 @@ import numpy as np
 from phimlx.api import Phi
 from phimlx.errors import TrainingError
 from phimlx.generation.nonfinite import nonfinite_error
+from phimlx.generation.placed_media import Media
 from phimlx.generation.reply import Reply
 from phimlx.models.base import CausalLM
+from phimlx.models.multimodal import MultimodalLM
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.data.examples import Dataset, RowSettings, tokenize
+from phimlx.training.data.examples import Dataset, RowSettings, read_row, tokenize
 from phimlx.training.data.faults import DataError, Faults
 from phimlx.training.data.loss_mask import RowEncoder
-from phimlx.training.data.row_types import Conversation, read_content
+from phimlx.training.data.media import MediaReader
+from phimlx.training.data.row_types import Conversation
 from phimlx.training.data.rows import Problem, Row, read_rows
 from phimlx.training.data.sources import SPLITS, find_splits
-from phimlx.training.forward import inputs_of, supervised_states
+from phimlx.training.features import EncodedMedia
+from phimlx.training.forward import adapters_of, inputs_of, media_inputs, supervised_states
 from phimlx.training.loss import measured_losses
 
 Advance = Callable[[int], object]
@@ -56,11 +60,13 @@ class Question:
 
     Attributes:
         place: file and line that it comes from.
+        media: pictures and sounds that stand among the tokens.
     """
 
     place: str
     tokens: list[int]
     expected: str
+    media: Media | None = None
 
 
 @dataclass(frozen=True)
@@ -131,14 +137,22 @@ def read_data(
     return [row for _, row in zip(range(limit), rows, strict=False)] if limit else list(rows)
 
 
-def examples_of(phi: Phi, rows: Iterable[Row | Problem], settings: RowSettings) -> Dataset:
+def examples_of(
+    phi: Phi,
+    rows: Iterable[Row | Problem],
+    settings: RowSettings,
+    encoder: RowEncoder | None = None,
+) -> Dataset:
     """The examples that rows make, all of them sound.
+
+    Args:
+        encoder: of the model; made where None.
 
     Raises:
         DataError: naming what is wrong, row by row.
         TrainingError: where nothing is left to predict.
     """
-    data = tokenize(rows, RowEncoder.of(phi), settings)
+    data = tokenize(rows, encoder or RowEncoder.of(phi), settings)
     if data.faults.count:
         raise DataError(data.faults)
     if not data.examples:
@@ -151,16 +165,18 @@ def measure_loss(
     examples: Sequence[Example],
     batch_size: int = 4,
     advance: Advance = lambda count: None,
+    media: MediaReader | None = None,
 ) -> Loss:
     """The mean loss over supervised tokens, never holding the logits of more than a few.
 
     Args:
         advance: called with the number of examples that have been dealt with.
+        media: opens what they show and play.
 
     Raises:
         GenerationError: where the model computes no numbers.
     """
-    losses = example_losses(model, examples, batch_size, advance)
+    losses = example_losses(model, examples, batch_size, advance, media)
     tokens = sum(int(example.supervised[1:].sum()) for example in examples)
     return Loss(math.fsum(losses) / tokens, tokens, len(examples))
 
@@ -170,13 +186,18 @@ def example_losses(
     examples: Sequence[Example],
     batch_size: int = 4,
     advance: Advance = lambda count: None,
+    media: MediaReader | None = None,
 ) -> list[float]:
     """The loss of each example, summed over its supervised tokens; see `measure_loss`."""
     found = np.zeros(len(examples))
     key = mx.random.key(0)  # nothing is drawn: adapters drop only what training gives a key
     for batch in Batches(examples, batch_size).epoch(0):
         inputs = inputs_of(batch, model.config.rope)
-        states = supervised_states(model, inputs, key)
+        if batch.media:
+            assert media is not None
+            assert isinstance(model, MultimodalLM)
+            inputs |= media_inputs(batch, model, EncodedMedia(model, media))
+        states = supervised_states(model, inputs, key, adapters=adapters_of(model, batch))
         losses = measured_losses(model.output_layer, states, inputs["targets"])
         weighted = np.array(losses * inputs["weights"], np.float64)
         summed = np.bincount(batch.example_ids, weighted, len(batch.examples))
@@ -189,27 +210,31 @@ def example_losses(
 
 
 def questions_of(
-    phi: Phi, rows: Iterable[Row | Problem], settings: RowSettings
+    phi: Phi,
+    rows: Iterable[Row | Problem],
+    settings: RowSettings,
+    encoder: RowEncoder | None = None,
 ) -> tuple[list[Question], int]:
     """Read questions and their answers from rows: the last reply, of rows that end with one.
 
     Returns:
         The questions, and how many rows have none: texts, calls of functions.
     """
-    encoder = RowEncoder.of(phi)
+    encoder = encoder or RowEncoder.of(phi)
     questions, without = [], 0
     for row in rows:
         if isinstance(row, Problem):
             faults = Faults()
             faults.note(row)
             raise DataError(faults)
-        said, _ = read_content(row.values, settings.mapping, thinks=encoder.thinks)
+        said, _ = read_row(row, encoder, settings)
         if not isinstance(said, Conversation) or not _ends_in_text(said):
             without += 1
             continue
         last = said.messages[-1]
-        tokens = encoder.template.encode(said.messages[:-1], said.tools)
-        questions.append(Question(row.place, tokens, last.content))
+        tokens, items = encoder.prompt(said.messages[:-1], said.tools)
+        media = encoder.media.placed(items) if items and encoder.media is not None else None
+        questions.append(Question(row.place, tokens, last.content, media))
     return questions, without
 
 
@@ -239,6 +264,7 @@ def ask(
         )
     replies = phi.generate_all(
         [question.tokens for question in questions],
+        media=[question.media for question in questions],
         max_tokens=max_tokens,
         batch_size=batch_size,
         kv_bits=kv_bits,

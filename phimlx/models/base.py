@@ -23,7 +23,7 @@ from phimlx.models.cache.quantized import make_store
 from phimlx.models.cache.store import Store, attention
 from phimlx.models.config import ModelConfig as ModelConfig
 from phimlx.models.features import TEXT, Features, Placeholders
-from phimlx.models.lora import DEFAULT, Routing
+from phimlx.models.lora import DEFAULT, LoadedRoutes, Routing
 from phimlx.models.registry import Architecture
 
 
@@ -94,6 +94,7 @@ class CausalLM(nn.Module):
         is_changed: whether the default one also changed what all rows share.
         longest_with_media: tokens that the model was made to read of a prompt with media; None for
             all of its context.
+        loaded_routes: which rows the loaded adapters are for.
         model: embedding, decoder layers and final norm.
     """
 
@@ -103,8 +104,13 @@ class CausalLM(nn.Module):
     loaded_adapters: frozenset[str] = frozenset()
     is_changed: bool = False
     longest_with_media: int | None = None
+    loaded_routes: LoadedRoutes
     config: ModelConfig
     model: nn.Module
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.loaded_routes = LoadedRoutes()
 
     @property
     def architecture(self) -> Architecture:

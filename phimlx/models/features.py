@@ -88,6 +88,11 @@ class Placeholders:
         """Those of them that logits are computed of, and that no reply may hold."""
         return [token for token in self.tokens if token >= 0]
 
+    @property
+    def modalities(self) -> dict[str | None, str]:
+        """What a row holds that uses each of the adapters, or none: its first kind, or text."""
+        return {None: "text"} | dict(zip(self.adapters, KINDS, strict=False))
+
     def adapter_of(self, *features: Features) -> str | None:
         """The adapter of a row that holds all these."""
         return self.adapter_for([any(f.counts[kind] for f in features) for kind in range(2)])

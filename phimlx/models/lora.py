@@ -8,7 +8,7 @@ Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5; of an embedd
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -95,6 +95,47 @@ class Routing:
         self.groups = tuple(_Groups.of(rows) for rows in kinds if any(rows))
 
 
+@dataclass
+class LoadedRoutes:
+    """Which rows of a model whose checkpoint holds adapters the loaded ones are for, by name.
+
+    Attributes:
+        modalities: "text", "audio" or "image", the kinds of rows that use an adapter; all rows use
+            one that is not named here.
+        copies: the checkpoint's own adapters of which an adapter brings a copy, trained further;
+            its rows use that in place of the original.
+    """
+
+    modalities: dict[str, frozenset[str]] = field(default_factory=dict)
+    copies: dict[str, frozenset[str]] = field(default_factory=dict)
+
+    def of_row(
+        self, loaded: str | None, own: str | None, modality: str
+    ) -> tuple[str | None, str | None]:
+        """Find what a row uses beside its own adapter and in the place of it.
+
+        Args:
+            loaded: name of the loaded adapter that the row asks for.
+            own: the checkpoint's adapter that its inputs call for.
+            modality: what the row holds.
+        """
+        if loaded is None:
+            return None, own
+        if own is not None and own in self.copies.get(loaded, ()):
+            own = copy_name(loaded, own)
+        return (loaded if modality in self.modalities.get(loaded, (modality,)) else None), own
+
+    def forget(self, name: str) -> None:
+        """Let go of what is known of an adapter."""
+        self.modalities.pop(name, None)
+        self.copies.pop(name, None)
+
+
+def copy_name(loaded: str, own: str) -> str:
+    """Name a loaded adapter's copy of one of the checkpoint's own."""
+    return f"{loaded}:{own}"
+
+
 @dataclass(frozen=True)
 class _Groups:
     """Rows that have an adapter of one kind, those of one together.
@@ -171,10 +212,22 @@ class LoRALinear(nn.Module):
             mx.eval(layer._gains)  # now: a whole weight is unpacked for it
         return layer
 
+    def scale_of(self, name: str) -> float | None:
+        """Tell the scale of an adapter; None where it is not here."""
+        return self._scales.get(name)
+
+    def alias(self, name: str, other: str) -> None:
+        """Let an adapter be there under another name too, where it is here."""
+        if name in self._scales:
+            self.lora_A[other], self.lora_B[other] = self.lora_A[name], self.lora_B[name]
+            self._scales[other] = self._scales[name]
+
     def without(self, name: str) -> nn.Module:
-        """Take an adapter away, if it is here; the plain layer where no other is left."""
+        """Take an adapter and its copies away, if it is here; the plain layer where no other is
+        left."""
         for part in (self.lora_A, self.lora_B, self._scales, self._gains):
-            part.pop(name, None)
+            for each in [each for each in part if each.partition(":")[0] == name]:
+                part.pop(each)
         return self if self._scales else self.base_layer
 
     def __call__(self, x: mx.array, routing: Routing | None = None) -> mx.array:

@@ -36,6 +36,17 @@ class MultimodalLM(CausalLM):
         store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
         return self._make_cache(store, expected_length, expected_adapters)
 
+    def encode_frozen(self, **inputs: mx.array | None) -> Features:
+        """Run the encoders as `encode_media` does, up to where training may change something.
+
+        Features of images are then `project_images`' to finish.
+        """
+        return self.encode_media(**inputs)
+
+    def project_images(self, rows: mx.array) -> mx.array:
+        """Turn what `encode_frozen` makes of images into rows of the language model."""
+        return rows
+
     def project_audio(self, rows: mx.array, adapter: str | None) -> mx.array:
         """Turn features of sounds `[tokens, width]` into rows of the language model.
 
@@ -80,6 +91,7 @@ class MultimodalLM(CausalLM):
             expected_adapters,
             self.config.sliding_window,
             self.default_adapter,
+            self.loaded_routes,
         )
 
     @staticmethod

@@ -6,7 +6,7 @@ and the catalogue ask records too.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
@@ -111,6 +111,8 @@ class Architecture:
         adapters: whether the checkpoint itself holds adapters that its inputs call for.
         parts: what stands beside the language model, "adapters" and "encoders" -> what the paths
             of its tensors hold, one of these each.
+        projectors: by what prompts hold, "image", "audio" or "image+audio", the paths of what turns
+            features into rows of the language model.
         placeholder_texts: what stands for media in a rendered prompt, by kind, where it is no token
             of the tokenizer.
         after_media: text between media and what follows them in a message.
@@ -137,6 +139,7 @@ class Architecture:
     takes: tuple[str, ...] = ("text",)
     adapters: bool = False
     parts: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    projectors: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     placeholder_texts: Mapping[str, str] = field(default_factory=dict)
     after_media: str = ""
     image_processor: str | None = None
@@ -152,6 +155,20 @@ class Architecture:
     def takes_media(self) -> bool:
         """Whether anything but text goes in."""
         return self.takes != ("text",)
+
+    def is_projector(self, name: str, held: Collection[str] | None = None) -> bool:
+        """Whether a parameter is a part of what turns features into rows of the language model.
+
+        Args:
+            held: what prompts hold; anything where None.
+        """
+        paths = [
+            path
+            for kind, paths in self.projectors.items()
+            for path in paths
+            if held is None or kind in held
+        ]
+        return any(name.startswith(f"{path}.") for path in paths)
 
     def names(self, dialect: Dialect | None, config: Config) -> Renames:
         """Make the table of tensor names of a layout.
@@ -205,12 +222,15 @@ class Architecture:
         made: Callable[..., Any] = _load(self.image_processor)(settings)
         return made
 
-    def largest_image(self, shape: Any, itemsize: int) -> dict[str, int] | None:
+    def largest_image(
+        self, shape: Any, itemsize: int, tokens: int | None = None
+    ) -> dict[str, int] | None:
         """Estimate what encoding the largest image takes; None for a model that takes none.
 
         Args:
             shape: the model's config, or what the catalogue knows of it.
             itemsize: bytes of a number in the computation.
+            tokens: of the largest that there is; as many as one may have where None.
 
         Returns:
             How many "crops" or "patches" it has, and "working", the bytes.
@@ -218,7 +238,7 @@ class Architecture:
         if self.image_memory is None:
             return None
         estimate: Callable[..., dict[str, int]] = _load(self.image_memory)
-        return estimate(shape, itemsize)
+        return estimate(shape, itemsize, tokens)
 
     def model_class(self) -> Any:
         """Import the model's class, which makes an empty model from what `read_config` gives."""
@@ -385,6 +405,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         takes=("text", "image", "audio"),
         adapters=True,
         parts={"adapters": (".lora_",), "encoders": ("model.embed_tokens_extend.",)},
+        projectors={
+            "image": ("model.embed_tokens_extend.image_embed.img_projection",),
+            "audio": ("model.embed_tokens_extend.audio_embed.audio_projection.speech",),
+            "image+audio": ("model.embed_tokens_extend.audio_embed.audio_projection.vision",),
+        },
         image_processor="phimlx.media.image:image_processor",
         image_memory="phimlx.models.phi4mm.config:image_memory",
         sensitive_layers=_PHI3_SENSITIVE,

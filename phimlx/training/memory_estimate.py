@@ -37,24 +37,45 @@ class LargestBatch:
         rows, length: of tokens.
         supervised: rows of logits, padding included.
         packed: whether a mask keeps examples apart.
+        features: rows of pictures and sounds among the tokens.
     """
 
     rows: int
     length: int
     supervised: int
     packed: bool = False
+    features: int = 0
 
     @classmethod
     def of(cls, batch: Batch) -> LargestBatch:
         """Measure a batch."""
         rows, length = batch.tokens.shape
-        return cls(rows, length, len(batch.target_indices), batch.segments is not None)
+        features = sum(each.item.tokens for each in batch.media)
+        return cls(rows, length, len(batch.target_indices), batch.segments is not None, features)
 
     def shrunk(self, rows: int, length: int) -> LargestBatch:
         """Return the same with other rows and columns, as far as all of it is learned alike."""
         share = rows * length / (self.rows * self.length)
         supervised = rounded(max(1, round(self.supervised * share)), CHUNK_ROWS)
-        return replace(self, rows=rows, length=length, supervised=supervised)
+        features = round(self.features * share)
+        return replace(self, rows=rows, length=length, supervised=supervised, features=features)
+
+
+@dataclass(frozen=True)
+class MediaPlan:
+    """What training with pictures and sounds adds.
+
+    Attributes:
+        ranks: of the adapters that are trained; the settings' alone where empty.
+        projectors: numbers of the projections that are trained.
+        encoding: bytes that encoding the largest picture takes; not while a step is taken.
+        continues: whether no new adapter is trained, which could be taken out.
+    """
+
+    ranks: tuple[int, ...] = ()
+    projectors: int = 0
+    encoding: int = 0
+    continues: bool = False
 
 
 @dataclass(frozen=True)
@@ -99,18 +120,22 @@ def estimate_memory(
     settings: TrainSettings,
     batch: LargestBatch,
     itemsize: int = 2,
+    media: MediaPlan = MediaPlan(),
 ) -> MemoryEstimate:
     """Estimate what a run needs.
 
     Args:
         weights: bytes of the model.
         itemsize: bytes of one number in the model's computation.
+        media: what pictures and sounds add.
     """
+    ranks = media.ranks or (settings.rank,)
     tokens = batch.rows * batch.length
     trained_layers = _trained_layers(config, settings)
-    layer = _kept(config, settings, batch, itemsize) * tokens
+    layer = _kept(config, settings, batch, itemsize, max(ranks)) * tokens
     full = settings.trains_whole_layers
-    trained = _trained(config, settings, trained_layers) * (itemsize if full else FLOAT32)
+    trained = _trained(config, settings, trained_layers, ranks) * (itemsize if full else FLOAT32)
+    trained += media.projectors * FLOAT32
     widest = largest = max(width * height for width, height in config.projection_shapes.values())
     head_bytes = config.vocab_size * config.hidden_size * itemsize
     if full and settings.trains_every_layer:
@@ -136,6 +161,9 @@ def estimate_memory(
     loss += HEAD_GRADIENTS * head_gradient
     if not settings.grad_checkpoint:
         loss += BACK["hidden"] * units["hidden"] * tokens
+    if media.projectors:  # what comes to the second matrix, and what comes out
+        activations += 4 * config.hidden_size * FLOAT32 * batch.features
+    holds_own = full or media.continues
     gradients = trained * (2 if settings.grad_accumulation_steps > 1 else 1)
     if full:
         back += UPDATES * widest * itemsize
@@ -148,9 +176,9 @@ def estimate_memory(
         optimizer=MOMENTS[settings.optimizer] * trained,
         gradients=gradients,
         activations=activations,
-        working=round(max(loss, back, update)),
+        working=round(max(loss, back, update, media.encoding - activations - gradients)),
         masks=3 * batch.rows * batch.length**2 if batch.packed else 0,
-        reference=trained if full and settings.has_reference else 0,
+        reference=trained if holds_own and settings.has_reference else 0,
     )
 
 
@@ -161,6 +189,7 @@ def remedies(
     batch: LargestBatch,
     itemsize: int,
     room: int,
+    media: MediaPlan = MediaPlan(),
 ) -> Iterator[tuple[str, int]]:
     """Find what to change so that a run fits, and what it would need then: the mildest first."""
     checkpointing = settings.model_copy(update={"grad_checkpoint": True})
@@ -178,13 +207,15 @@ def remedies(
         text = f"--grad-checkpoint --batch-size 1 --max-seq-length {length}"
         options.append((text, checkpointing, less, weights))
     for text, changed, less, nbytes in options:
-        needed = estimate_memory(config, nbytes, changed, less, itemsize).total
+        needed = estimate_memory(config, nbytes, changed, less, itemsize, media).total
         if needed <= room:
             yield text, needed
             return
 
 
-def _kept(config: ModelConfig, settings: TrainSettings, batch: LargestBatch, itemsize: int) -> int:
+def _kept(
+    config: ModelConfig, settings: TrainSettings, batch: LargestBatch, itemsize: int, rank: int
+) -> int:
     """Count the bytes that a layer keeps of each token for the backward pass."""
     hidden, intermediate = config.hidden_size, config.intermediate_size
     numbers = (
@@ -195,7 +226,7 @@ def _kept(config: ModelConfig, settings: TrainSettings, batch: LargestBatch, ite
     kept = numbers * itemsize
     layers = [] if settings.trains_whole_layers else config.layer_shapes
     adapted = max((_adapted(shapes, settings) for shapes in layers), key=_inputs, default=[])
-    kept += len(adapted) * settings.rank * FLOAT32
+    kept += len(adapted) * rank * FLOAT32
     if itemsize < FLOAT32:
         kept += _inputs(adapted) * FLOAT32  # the adapters' input in their type
     if settings.fine_tune_type == "dora":
@@ -222,14 +253,16 @@ def _trained_layers(config: ModelConfig, settings: TrainSettings) -> int:
     return config.num_hidden_layers if settings.num_layers < 0 else settings.num_layers
 
 
-def _trained(config: ModelConfig, settings: TrainSettings, layers: int) -> int:
+def _trained(
+    config: ModelConfig, settings: TrainSettings, layers: int, ranks: Sequence[int]
+) -> int:
     """Count the numbers that are trained, given how many layers from the first of them on."""
     first = config.num_hidden_layers - layers
     last = config.num_hidden_layers if settings.layers is None else settings.layers[1] + 1
     chosen = config.layer_shapes[first:last]
     if not settings.trains_whole_layers:
         return sum(
-            settings.rank * (width + height) + (height if settings.fine_tune_type == "dora" else 0)
+            sum(ranks) * (width + height) + (height if settings.fine_tune_type == "dora" else 0)
             for shapes in chosen
             for width, height in _adapted(shapes, settings)
         )

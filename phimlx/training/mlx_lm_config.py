@@ -86,8 +86,8 @@ CheckedSchedule = Annotated[Schedule, AfterValidator(_check_schedule)]
 OptimizerTables = Annotated[dict[str, dict[str, Any]], AfterValidator(_check_optimizers)]
 
 # Keys that change nothing here: evaluation that is not asked for, memory, trust in code that is
-# never run, and the word for training.
-IDLE = ("train", "test_batches", "clear_cache_threshold", "trust_remote_code")
+# never run.
+IDLE = ("test_batches", "clear_cache_threshold", "trust_remote_code")
 # Keys that are followed only where they ask for nothing, and what does what they ask for.
 ADVICE = {
     "test": "evaluate afterwards: phimlx evaluate",
@@ -123,6 +123,8 @@ def translate(table: dict[str, Any], known: Collection[str]) -> dict[str, Any]:
         OptionError: naming everything at once that cannot be followed.
     """
     found = {key: value for key, value in table.items() if value is not None and key not in IDLE}
+    if isinstance(found.get("train"), bool):  # mlx-lm's word for training, which this is
+        del found["train"]
     unfollowed: list[str] = []
     for key, advice in ADVICE.items():
         value = found.pop(key, None)

@@ -205,7 +205,7 @@ class _JudgedStep(TrainingStep):
         """Those of the answers; nothing is learned from them where there is no key."""
         drawn = mx.random.key(0) if key is None else key
         checkpointing = self.checkpointing and key is not None
-        states = supervised_states(self.model, inputs, drawn, checkpointing)
+        states = supervised_states(self.model, inputs, drawn, checkpointing, self._adapters)
         losses_of = measured_losses if key is None else token_losses
         losses = losses_of(self.model.output_layer, states, inputs["targets"])
         nothing = mx.zeros(inputs["before"].shape[0])

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from fnmatch import fnmatchcase
-from typing import Annotated, Any, ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal, get_args
 
 from pydantic import (
     AfterValidator,
@@ -33,6 +33,8 @@ from phimlx.options import (
 from phimlx.training.methods import METHODS, Method
 from phimlx.training.mlx_lm_config import CheckedSchedule, OptimizerTables, translate
 
+Part = Literal["vision-adapter", "speech-adapter", "new", "projector"]
+PARTS: tuple[str, ...] = get_args(Part)
 MAX_RANK = 1 << 14  # as of adapters in configurations, which are read where MLX is loaded
 
 
@@ -135,6 +137,33 @@ class TrainSettings(Options):
         "Part of the rows kept for validation where the data has no valid file  [default: 0.05]",
     )
     pack: bool = option(False, "Put several examples into each row of --max-seq-length tokens.")
+
+    train: tuple[Part, ...] = option(
+        (),
+        "What of a model that sees and hears is trained: a copy of its own adapter for either, a "
+        "new one beside, what turns features into tokens  [default: the adapters of what the rows "
+        "hold, of text a new one]",
+        metavar="|".join(PARTS) + ",…",
+        commas=True,
+        bare=True,
+    )
+    prompt: Text | None = option(
+        None, "What rows with an answer and no prompt ask, such as 'What does the sign say?'"
+    )
+    media_root: Text | None = option(
+        None,
+        "The folder that paths of pictures and sounds are relative to, and may not leave  "
+        "[default: that of the data file]",
+        metavar="FOLDER",
+        decides=False,
+    )
+    feature_store: NonNegative = option(
+        20.0,
+        "GB of the disk for features of pictures and sounds, which are then computed once; 0 for "
+        "none.",
+        metavar="GB",
+        decides=False,
+    )
 
     fine_tune_type: Literal["lora", "dora", "full"] = option("lora", "Adapters, or all weights.")
     rank: Annotated[int, Field(ge=1, le=MAX_RANK)] = option(

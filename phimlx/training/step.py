@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,10 +19,18 @@ from phimlx.machine.exiting import COMPUTING
 from phimlx.machine.reductions import euclidean_norm, long_sum
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch
-from phimlx.training.forward import inputs_of, supervised_states
+from phimlx.training.forward import (
+    Adapters,
+    Features,
+    adapters_of,
+    inputs_of,
+    media_inputs,
+    supervised_states,
+)
 from phimlx.training.loss import linear_cross_entropy, measured_losses
 
 Tree = dict[str, Any]
+Traced = Callable[[Tree, Mapping[str, mx.array], mx.array], tuple[Sequence[mx.array], Tree]]
 
 NAME_BYTES = 400  # of an example's name, told to the other machines
 
@@ -54,6 +62,7 @@ class TrainingStep:
         checkpointing: trade time for memory; see `supervised_states`.
         seed: for dropout; a step draws the same numbers whenever it is run.
         group: the machines that share each step; None for this one alone.
+        features: of the pictures and sounds in batches; None where there are none.
     """
 
     def __init__(
@@ -65,6 +74,7 @@ class TrainingStep:
         checkpointing: bool = False,
         seed: int = 0,
         group: mx.distributed.Group | None = None,
+        features: Features | None = None,
     ) -> None:
         self.model = model
         self.optimizer = optimizer
@@ -73,9 +83,9 @@ class TrainingStep:
         self.seed = seed
         self.group = group
         self._rank = 0 if group is None else group.rank()
-        self._traced = mx.value_and_grad(self._loss)
-        if on_gpu():
-            self._traced = mx.compile(self._traced)
+        self.features = features
+        self._adapters: Adapters = ()  # of the batch whose inputs were made last
+        self._traces: dict[Adapters, Traced] = {}
 
     @COMPUTING
     def __call__(self, number: int, batches: Sequence[Batch]) -> StepResult:
@@ -149,14 +159,19 @@ class TrainingStep:
     def inputs(self, batch: Batch, weight: int) -> dict[str, mx.array]:
         """Make the inputs of `_loss`, of a batch that is part of `weight` things to learn from."""
         weighted = replace(batch, weights=batch.weights / np.float32(weight))
-        return inputs_of(weighted, self.model.config.rope)
+        self._adapters = adapters_of(self.model, batch)
+        inputs = inputs_of(weighted, self.model.config.rope)
+        if batch.media:
+            assert self.features is not None
+            inputs |= media_inputs(batch, self.model, self.features)
+        return inputs
 
     def _loss(
         self, parameters: Tree, inputs: Mapping[str, mx.array], key: mx.array, learning: bool = True
     ) -> tuple[mx.array, ...]:
         """The batch's part of the loss, and of each of `metrics`."""
         self.model.update(parameters)
-        states = supervised_states(self.model, inputs, key, self.checkpointing)
+        states = supervised_states(self.model, inputs, key, self.checkpointing, self._adapters)
         head, targets, weights = self.model.output_layer, inputs["targets"], inputs["weights"]
         if learning:
             return (linear_cross_entropy(head, states, targets, weights),)
@@ -170,9 +185,16 @@ class TrainingStep:
         inputs = self.inputs(batch, weight)
         parameters = self.model.trainable_parameters()
         try:
-            return self._traced(parameters, inputs, mx.array(entropy.generate_state(2)))
+            return self._traced()(parameters, inputs, mx.array(entropy.generate_state(2)))
         finally:
             self.model.update(parameters)  # tracing put its own arrays in their place
+
+    def _traced(self) -> Traced:
+        """Make what computes losses and gradients where rows use the adapters that they use now."""
+        if self._adapters not in self._traces:
+            traced = mx.value_and_grad(self._loss)
+            self._traces[self._adapters] = mx.compile(traced) if on_gpu() else traced
+        return self._traces[self._adapters]
 
     def _totals(self, array: mx.array) -> list[Any]:
         """The sums over all machines."""

@@ -3,20 +3,24 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten, tree_map, tree_unflatten
 
-from phimlx.adapters.adapter import Adapter, Base
+from phimlx.adapters.adapter import COPY, Adapter, Base
+from phimlx.adapters.attach import module_at
+from phimlx.adapters.mlx_lm import MODALITIES
 from phimlx.errors import TrainingError, shortened
 from phimlx.models.base import CausalLM
-from phimlx.models.lora import LoRA, input_dims
+from phimlx.models.lora import LoRA, LoRALinear, dequantized_weight, input_dims
 from phimlx.training.forward import Dropout
-from phimlx.training.settings import TrainSettings, matches
+from phimlx.training.settings import Part, TrainSettings, matches
+
+OWN_ADAPTERS = {"vision-adapter": "vision", "speech-adapter": "speech"}
 
 
 @dataclass(frozen=True)
@@ -27,20 +31,19 @@ class Counts:
     total: int
 
 
-def attach(model: CausalLM, settings: TrainSettings) -> Counts:
+def attach(model: CausalLM, settings: TrainSettings, held: Collection[str] = ("text",)) -> Counts:
     """Freeze a model but for what is to be trained; adapters, in float32, are put in its layers.
 
     The layers are mlx-lm's LoRALinear and DoRALinear, over plain and quantized weights. Before
     the first step the model answers as it did.
 
+    Args:
+        held: what the rows hold, see `Example.held`.
+
     Raises:
         TrainingError: where a target or layer does not exist, or the model cannot be trained so.
     """
-    if model.architecture.adapters:
-        raise TrainingError(
-            "A model whose checkpoint holds adapters of its own cannot be fine-tuned yet.",
-            hint="Fine-tune one without, such as phi-4-mini.",
-        )
+    parts = trained_parts(model, settings, held)
     chosen = _chosen(settings, len(model.layers))
     paths = [path for path, _ in _targets(model, settings, chosen)]
     if settings.trains_whole_layers:
@@ -53,24 +56,163 @@ def attach(model: CausalLM, settings: TrainSettings) -> Counts:
             hint="Train more layers, or other projections.",
         )
     model.freeze()
+    for own in (own for part, own in OWN_ADAPTERS.items() if part in parts):
+        for _, module in _targets(model, settings, chosen):
+            _continue(module, own)
+    if "projector" in parts:
+        _train_projectors(model, held)
+    if "new" not in parts:
+        return counts(model)
     keys = mx.random.split(mx.random.key(settings.seed), len(paths))
     for (path, linear), key in zip(_targets(model, settings, chosen), keys, strict=True):
+        if isinstance(linear, LoRALinear):
+            # The checkpoint's own adapters come after it, as they do beside a loaded one.
+            linear.base_layer = _adapted(linear.base_layer, settings, key)
+            mx.eval(linear.base_layer.trainable_parameters())
+            continue
         adapted = _adapted(linear, settings, key)
         mx.eval(adapted.trainable_parameters())  # DoRA unpacks a whole weight for a moment
         model.update_modules(tree_unflatten([(path, adapted)]))
     return counts(model)
 
 
-def adapter_of(model: CausalLM, settings: TrainSettings, base: Base | None = None) -> Adapter:
-    """Return what has been trained in a model that `attach` prepared, ready to be written."""
-    about: dict[str, Any] = {"base": base, "blocks": len(model.layers)}
+def trained_parts(
+    model: CausalLM, settings: TrainSettings, held: Collection[str]
+) -> tuple[str, ...]:
+    """Decide what is trained of a model, given what the rows hold.
+
+    Raises:
+        TrainingError: where the model has no such part, or the rows would not reach it.
+    """
+    if settings.method == "kto" and set(held) - {"text"}:
+        raise TrainingError(
+            "--method kto puts the answers of others to each prompt, which it does for text alone.",
+            hint="Take rows of chosen and rejected answers: --method dpo, orpo, simpo or cpo.",
+        )
+    has_own, projectors = model.architecture.adapters, model.architecture.projectors
+    if settings.train:
+        for part in settings.train:
+            missing = not projectors if part == "projector" else part != "new" and not has_own
+            if missing:
+                raise TrainingError(
+                    f"The model has no {part} to train.",
+                    hint="Leave --train out: a new adapter is what is trained then.",
+                )
     if settings.trains_whole_layers:
-        return Adapter(weights=dict(tree_flatten(model.trainable_parameters())), **about)
+        if has_own or settings.train:
+            raise TrainingError(
+                "Full fine-tuning changes what all rows share, and this model's adapters belong to "
+                "it as it is.",
+                hint="Leave --fine-tune-type out: its adapters are trained then, or a new one.",
+            )
+        return ()
+    parts = settings.train
+    if not parts and has_own:
+        own: dict[str, Part] = {"image": "vision-adapter", "audio": "speech-adapter"}
+        parts = tuple(part for kind, part in own.items() if kind in held) or ("new",)
+    parts = parts or ("new",)
+    reached = {"vision-adapter": {"image"}, "speech-adapter": {"audio"}, "projector": {*projectors}}
+    for part in parts:
+        needed = reached.get(part)
+        if needed is not None and not needed & set(held):
+            what = {"image": "a picture", "audio": "a sound without a picture"}
+            lacking = " or ".join(what[each] for each in what if each in needed)
+            raise TrainingError(
+                f"No row holds {lacking}, so that the {part} would learn nothing.",
+                hint="Leave it out of --train, or add such rows.",
+            )
+    if settings.learns_by.has_reference and len(parts) > 1 and "new" in parts:
+        raise TrainingError(
+            f"--method {settings.method} compares with the model before training, and a new "
+            "adapter beside other parts is not taken out alone.",
+            hint="Train one of them: --train new, or the others without it.",
+        )
+    if "new" not in parts:
+        for name, given in (("dropout", settings.dropout), ("dora", _is_dora(settings))):
+            if given:
+                raise TrainingError(
+                    f"{name} goes with a new adapter, and the model's own is trained further.",
+                    hint="Leave it out, or train a new one: --train new",
+                )
+    return parts
+
+
+def _is_dora(settings: TrainSettings) -> bool:
+    return settings.fine_tune_type == "dora"
+
+
+def _continue(module: nn.Module, own: str) -> None:
+    """Make one of the checkpoint's adapters trainable, in float32."""
+    if not isinstance(module, LoRALinear) or module.scale_of(own) is None:
+        return
+    for part in (module.lora_A, module.lora_B):
+        weight = dequantized_weight(part[own])
+        part[own] = nn.Linear(1, 1, bias=False)
+        part[own].weight = weight
+        mx.eval(weight)
+
+
+def _train_projectors(model: CausalLM, held: Collection[str]) -> None:
+    """Make what turns features into tokens trainable, in float32, of the kinds that rows hold."""
+    modules = dict(model.named_modules())
+    for path, linear in modules.items():
+        name = f"{path}.weight"
+        if not isinstance(linear, nn.Linear | nn.QuantizedLinear):
+            continue
+        if not model.architecture.is_projector(name, held):
+            continue
+        if isinstance(linear, nn.QuantizedLinear):
+            plain = nn.Linear(1, 1, bias="bias" in linear)
+            plain.weight = dequantized_weight(linear)
+            if "bias" in linear:
+                plain.bias = linear.bias
+            model.update_modules(tree_unflatten([(path, plain)]))
+            linear = plain
+        linear.update(tree_map(lambda array: array.astype(mx.float32), linear.parameters()))
+        linear.unfreeze()
+        mx.eval(linear.parameters())
+
+
+def adapter_of(
+    model: CausalLM,
+    settings: TrainSettings,
+    base: Base | None = None,
+    held: Collection[str] = (),
+) -> Adapter:
+    """Return what has been trained in a model that `attach` prepared, ready to be written.
+
+    Args:
+        held: as for `attach`.
+    """
+    about: dict[str, Any] = {"base": base, "blocks": len(model.layers)}
+    trained = dict(tree_flatten(model.trainable_parameters()))
+    if settings.trains_whole_layers:
+        return Adapter(weights=trained, **about)
     layers = {
-        path: LoRA(module.lora_a, module.lora_b, module.scale, module.get("m"))
+        path.removesuffix(".base_layer"): LoRA(
+            module.lora_a, module.lora_b, module.scale, module.get("m")
+        )
         for path, module in _adapted_layers(model)
     }
-    return Adapter(layers, dropout=settings.dropout, **about)
+    weights = {
+        name: array
+        for name, array in trained.items()
+        if name.rpartition(".")[2] not in ("lora_a", "lora_b", "m")
+    }
+    own = {}
+    for name in weights:
+        if match := COPY.fullmatch(name):
+            module = module_at(model, match["path"])
+            assert isinstance(module, LoRALinear)
+            scale = module.scale_of(match["own"])
+            assert scale is not None
+            own[match["own"]] = (module.lora_A[match["own"]].weight.shape[0], scale)
+    modalities: tuple[str, ...] = ()
+    if layers and model.architecture.adapters:
+        modalities = tuple(each for each in MODALITIES if each in held)
+    return Adapter(
+        layers, weights, dropout=settings.dropout, own=own, modalities=modalities, **about
+    )
 
 
 def counts(model: nn.Module) -> Counts:

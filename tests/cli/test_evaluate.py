@@ -100,7 +100,7 @@ def test_columns_of_other_names_and_rows_that_ask_nothing(tmp_path: Path) -> Non
         (
             ["--tasks", "x", "--answers"],
             2,
-            "Error: --answers, --split and --mapping go with --data.\n",
+            "Error: --answers, --split, --mapping, --prompt and --media-root go with --data.\n",
         ),
         (
             ["--data", "x", "--kv-bits", "8"],

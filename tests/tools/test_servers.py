@@ -218,9 +218,7 @@ def serving(port: int) -> Iterator[subprocess.Popen[bytes]]:
 
 
 @pytest.mark.slow
-def test_a_server_over_http_that_is_lost_and_found_and_ends(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
+def test_a_server_over_http_that_ends_and_comes_again(monkeypatch: pytest.MonkeyPatch) -> None:
     port = free_port()
     with started_and_served(port) as (servers, process):
         (server,) = servers.servers
@@ -243,6 +241,8 @@ def test_a_server_over_http_that_is_lost_and_found_and_ends(
         text, failed = called(servers, "add", a=3, b=4)
         assert (failed, server.is_up) == (True, False)
         assert text == "Error: add is lost: Connection closed."
+        with serving(port):
+            assert called(servers, "add", a=3, b=4) == ("7", False)
 
 
 @contextmanager

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import gc
+import json
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
@@ -11,9 +14,12 @@ import numpy as np
 import pytest
 from mlx.utils import tree_flatten
 
+from phimlx.checkpoint.load import build_model
 from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
 from phimlx.training.data.batches import Batches, Example
+from phimlx.training.data.media import MediaItem
 from phimlx.training.memory_estimate import LargestBatch, estimate_memory, remedies
+from phimlx.training.run.media import media_plan
 from phimlx.training.schedule import make_optimizer
 from phimlx.training.settings import TrainSettings
 from phimlx.training.step import TrainingStep
@@ -84,6 +90,53 @@ def test_within_15_percent_of_the_measured_peak(name: str) -> None:
     attach(model, settings)
     step = TrainingStep(
         model, make_optimizer(settings, 3), clip=1.0, checkpointing=settings.grad_checkpoint
+    )
+    mx.reset_peak_memory()
+    for number in range(1, 4):
+        step(number, [batch])
+    measured = mx.get_peak_memory() - others
+    assert expected == pytest.approx(measured, rel=0.15)
+
+
+MM_CHANGES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 4,
+    "vocab_size": 2000,
+    "vision_lora": {"r": 32, "lora_alpha": 64},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("parts", [("vision-adapter",), ("vision-adapter", "projector"), ("new",)])
+def test_pictures_are_within_15_percent_too(parts: tuple[Any, ...], data: Path) -> None:
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    given = json.loads((data / "tiny" / "tiny-phi4mm-remote" / "config.json").read_text())
+    model = build_model({**given, **MM_CHANGES})
+    mx.eval(model.parameters())
+    settings = TrainSettings(train=parts)
+    random = np.random.default_rng(0)
+    examples = []
+    for number in range(4):
+        tokens = random.integers(0, 400, 301).astype(np.int32)
+        tokens[5:261] = given["image_token_id"]
+        item = MediaItem("image", bytes([number]), 256, None, begin=5)
+        supervised = np.arange(301) > 280
+        examples.append(Example(tokens, supervised, media=(item,)))
+    (batch,) = Batches(examples, 4).epoch(0)
+    plan = replace(media_plan(model, settings, examples, 4), encoding=0)
+    weights = weights_of(model)
+    load = LargestBatch.of(batch)
+    expected = estimate_memory(model.config, weights, settings, load, 4, plan).total
+    attach(model, settings, {"image"})
+    features = mx.zeros((256, 48))
+    mx.eval(features)
+    step = TrainingStep(
+        model, make_optimizer(settings, 3), clip=1.0, features=lambda item: features
     )
     mx.reset_peak_memory()
     for number in range(1, 4):

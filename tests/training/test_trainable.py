@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import mlx.core as mx
 import mlx.nn as nn
 import mlx.optimizers as optim
@@ -214,14 +216,28 @@ def test_what_this_model_cannot_do(settings: TrainSettings, message: str, hint: 
     assert (str(caught.value), caught.value.hint) == (message, hint)
 
 
-def test_a_model_with_adapters_of_its_own_is_not_trained_yet(
-    monkeypatch: pytest.MonkeyPatch,
+@pytest.mark.parametrize(
+    ("options", "held", "message"),
+    [
+        ({"fine_tune_type": "full"}, {"image"}, "Full fine-tuning changes what all rows share"),
+        ({"train": ("vision-adapter",)}, {"text"}, "No row holds a picture, so that the vision"),
+        ({"train": ("speech-adapter",)}, {"image"}, "No row holds a sound without a picture, so"),
+        ({"train": ("projector",)}, {"text"}, "No row holds a picture or a sound without a pict"),
+        ({"dropout": 0.1}, {"image"}, "dropout goes with a new adapter"),
+        ({"fine_tune_type": "dora"}, {"audio"}, "dora goes with a new adapter"),
+    ],
+)
+def test_what_a_model_with_adapters_of_its_own_cannot_do(
+    options: dict[str, Any], held: set[str], message: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model = tiny()
     monkeypatch.setattr(type(model), "architecture", registry.find("phi4mm"))
     with pytest.raises(TrainingError) as caught:
-        attach(model, TrainSettings())
-    assert (
-        str(caught.value)
-        == "A model whose checkpoint holds adapters of its own cannot be fine-tuned yet."
-    )
+        attach(model, TrainSettings(**options), held)
+    assert str(caught.value).startswith(message)
+
+
+def test_a_model_without_says_that_it_has_none() -> None:
+    with pytest.raises(TrainingError) as caught:
+        attach(tiny(), TrainSettings(train=("vision-adapter",)))
+    assert str(caught.value) == "The model has no vision-adapter to train."

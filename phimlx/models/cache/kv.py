@@ -17,7 +17,7 @@ from phimlx.models.rope import Rope
 T = TypeVar("T")
 
 
-class _Rows(NamedTuple):
+class Rows(NamedTuple):
     """What is known of each row."""
 
     lengths: tuple[int, ...] = ()
@@ -81,7 +81,7 @@ class Cache:
         self.expected_loaded: tuple[str | None, ...] = ()  # that each row is to use
         self.default_adapter = default_adapter
         self.features: tuple[Features, ...] = ()  # each row's, where the model takes media
-        self._pending = _Rows()  # what `commit` will make true
+        self._pending = Rows()  # what `commit` will make true
         self._routing: Routing | None = None
         self._routed: tuple[tuple[str | None, ...], ...] = ()  # the rows that it is for
 
@@ -126,7 +126,7 @@ class Cache:
         before = self.row_lengths or (0,) * batch
         row_lengths = self._lengths_after((batch, length), attention_mask)
         long = self._long_rows(row_lengths)
-        self._pending = _Rows(row_lengths, long, adapters, self._loaded_rows(batch))
+        self._pending = Rows(row_lengths, long, adapters, self._loaded_rows(batch))
         routing = self._route(self._pending)
         # A prompt that comes in pieces has room for all of it from the first on.
         expected = (self.expected_length, *self.expected_lengths)
@@ -359,13 +359,17 @@ class Cache:
     def _loaded_rows(self, batch: int) -> tuple[str | None, ...]:
         return self.expected_loaded or (self.default_adapter,) * batch
 
-    def _route(self, rows: _Rows) -> Routing | None:
+    def _route(self, rows: Rows) -> Routing | None:
         """Make the routing of rows; the last one again where they use the same adapters."""
-        kinds = rows.loaded, rows.adapters
+        kinds = self._kinds(rows)
         if kinds != self._routed:
             self._routed = kinds
             self._routing = Routing(*kinds) if any(map(any, kinds)) else None
         return self._routing
+
+    def _kinds(self, rows: Rows) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        """Name what each row uses of the loaded adapters, and of the checkpoint's own."""
+        return rows.loaded, rows.adapters
 
     def _mask(self, length: int) -> mx.array:
         """Make a mask `[batch or 1, 1, length, columns]`: causal, in the window, padding hidden.

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 import mlx.core as mx
 import numpy as np
 
-from phimlx.models.cache.kv import Cache, NewTokens, chosen
+from phimlx.models.cache.kv import Cache, NewTokens, Rows, chosen
 from phimlx.models.cache.store import Store
 from phimlx.models.features import Features, Placeholders
+from phimlx.models.lora import LoadedRoutes
 from phimlx.models.rope import Rope
 
 
@@ -30,8 +31,10 @@ class MediaCache(Cache):
         expected_adapters: tuple[str | None, ...] = (),
         window: int | None = None,
         default_adapter: str | None = None,
+        loaded_routes: LoadedRoutes | None = None,
     ) -> None:
         super().__init__(store, rope, expected_length, window, default_adapter)
+        self.loaded_routes = loaded_routes or LoadedRoutes()
         self.placeholders = placeholders
         self.expected_adapters = expected_adapters
         self._pending_features: tuple[Features, ...] = ()
@@ -92,6 +95,15 @@ class MediaCache(Cache):
         """As in `Cache`; `features` are each row's, those of earlier tokens included."""
         self._pending_features = features
         return super().extend(input_ids, attention_mask, adapters)
+
+    def _kinds(self, rows: Rows) -> tuple[tuple[str | None, ...], tuple[str | None, ...]]:
+        names = self.placeholders.modalities
+        adapters = rows.adapters or (None,) * len(rows.loaded)
+        used = [
+            self.loaded_routes.of_row(loaded, own, names[own])
+            for loaded, own in zip(rows.loaded, adapters, strict=True)
+        ]
+        return tuple(loaded for loaded, _ in used), tuple(own for _, own in used)
 
     def commit(self) -> None:
         super().commit()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -117,8 +118,11 @@ class AudioConfig:
         return made
 
 
-def image_memory(shape: Any, itemsize: int) -> dict[str, int]:
+def image_memory(shape: Any, itemsize: int, tokens: int | None = None) -> dict[str, int]:
     """Estimate what the largest image takes; arguments as in `Architecture.largest_image`."""
     # The catalogue holds published models, which have the published tower.
     vision = getattr(shape, "vision", None) or VisionConfig.from_dict({})
-    return {"crops": DYNAMIC_HD, "working": picture_bytes(vision, DYNAMIC_HD, itemsize)}
+    crops = DYNAMIC_HD
+    if tokens is not None:  # the global view's are among them
+        crops = max(1, math.ceil(tokens / (vision.side // 2) ** 2) - 1)
+    return {"crops": crops, "working": picture_bytes(vision, crops, itemsize)}

@@ -137,7 +137,13 @@ class Phi4MMForCausalLM(MultimodalLM):
     def feature_widths(self) -> tuple[int, int]:
         return self.config.hidden_size, self.config.audio.attention_dim
 
-    def encode_media(  # type: ignore[override]  # the processor's own names
+    def encode_media(self, **inputs: mx.array | None) -> Features:
+        """Run the encoders, once; arguments as for `encode_frozen`."""
+        found = self.encode_frozen(**inputs)
+        images = None if found.images is None else self.project_images(found.images)
+        return Features(images, found.audio)
+
+    def encode_frozen(  # type: ignore[override]  # the processor's own names
         self,
         *,
         input_image_embeds: mx.array | None = None,
@@ -148,6 +154,8 @@ class Phi4MMForCausalLM(MultimodalLM):
         audio_attention_mask: mx.array | None = None,
     ) -> Features:
         """Run the encoders, once, over what the checkpoint's processor makes of media.
+
+        Features of images come before their projection, as those of audio always do.
 
         Args:
             input_image_embeds: `[images, crops, 3, 448, 448]`; None or empty where there are none.
@@ -167,7 +175,8 @@ class Phi4MMForCausalLM(MultimodalLM):
                 side = self.config.vision.side
                 mask = mx.ones((*pixels.shape[:2], side, side))
             places = image_layouts(np.array(mask), np.array(sizes), self.config.vision)
-            images = mx.concatenate(extend.image_embed(pixels, places))  # [tokens, hidden]
+            rows = extend.image_embed.encode(pixels, places)
+            images = mx.concatenate(rows)  # [tokens, tower's hidden]
         frames = given(input_audio_embeds)
         if frames is not None:
             sizes = needed(audio_embed_sizes, "audio_embed_sizes", "input_audio_embeds")
@@ -178,6 +187,9 @@ class Phi4MMForCausalLM(MultimodalLM):
             clips = extend.audio_embed.encode(frames, lengths)
             audio = mx.concatenate(clips)  # [tokens, attention_dim]
         return Features(images, audio)
+
+    def project_images(self, rows: mx.array) -> mx.array:
+        return self.model.embed_tokens_extend.image_embed.project(rows)
 
     def project_audio(self, rows: mx.array, adapter: str | None) -> mx.array:
         return self.model.embed_tokens_extend.audio_embed.project(rows, adapter)

@@ -163,7 +163,13 @@ class ImageEmbedding(nn.Module):
     def __call__(
         self, input_image_embeds: mx.array, layouts: Sequence[ImageLayout]
     ) -> list[mx.array]:
-        """Features of each image, in the order of its placeholders.
+        """Features of each image `[tokens, hidden]`; arguments as for `encode`."""
+        return [self.project(rows) for rows in self.encode(input_image_embeds, layouts)]
+
+    def encode(
+        self, input_image_embeds: mx.array, layouts: Sequence[ImageLayout]
+    ) -> list[mx.array]:
+        """Features of each image before the projection, in the order of its placeholders.
 
         Args:
             input_image_embeds: `[images, crops, 3, 448, 448]`: the global view, then the grid's
@@ -171,9 +177,9 @@ class ImageEmbedding(nn.Module):
             layouts: from `image_layouts`.
 
         Returns:
-            For each image `[tokens, hidden]`: the grid's rows, each ended by `sub_GN`; `glb_GN`;
-            the global view's rows, each ended by `sub_GN`. A crop's 32 × 32 patches become
-            16 × 16 features, of which only those that show the image are kept.
+            For each image `[tokens, tower's hidden]`: the grid's rows, each ended by `sub_GN`;
+            `glb_GN`; the global view's rows, each ended by `sub_GN`. A crop's 32 × 32 patches
+            become 16 × 16 features, of which only those that show the image are kept.
         """
         features: dict[tuple[int, int], mx.array] = {}  # by (image, crop)
         pooled: list[mx.array] = []
@@ -211,7 +217,7 @@ class ImageEmbedding(nn.Module):
     def _assemble(
         self, index: int, layout: ImageLayout, features: Mapping[tuple[int, int], mx.array]
     ) -> mx.array:
-        """Features `[tokens, hidden]` of one image, of its crops' by (image, crop)."""
+        """Features of one image before the projection, of its crops' by (image, crop)."""
 
         def grid_row(row: int) -> mx.array:
             crops = [1 + row * layout.columns + column for column in range(layout.columns)]
@@ -220,9 +226,12 @@ class ImageEmbedding(nn.Module):
 
         used = math.ceil(layout.height / self.config.side)
         grid = mx.concatenate([grid_row(row) for row in range(used)], axis=0)
-        rows = mx.concatenate(
+        return mx.concatenate(
             [self._end_rows(grid), self.glb_GN[0], self._end_rows(features[index, 0])]
-        )  # [tokens, tower's hidden]
+        )
+
+    def project(self, rows: mx.array) -> mx.array:
+        """Project `[tokens, tower's hidden]` to `[tokens, hidden]`."""
         up, _, down = self.img_projection
         return down(gelu(up(rows)))
 

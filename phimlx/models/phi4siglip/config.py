@@ -104,9 +104,9 @@ class Phi4SiglipConfig(Phi3Config):
         )
 
 
-def image_memory(shape: Any, itemsize: int) -> dict[str, int]:
+def image_memory(shape: Any, itemsize: int, tokens: int | None = None) -> dict[str, int]:
     """Estimate what the largest image takes; arguments as in `Architecture.largest_image`."""
     # The catalogue holds the published model, which has the published tower.
     vision = getattr(shape, "vision", None) or VisionConfig.from_dict({})
-    patches = getattr(shape, "max_num_patches", MAX_PATCHES)
+    patches: int = getattr(shape, "max_num_patches", MAX_PATCHES) if tokens is None else tokens
     return {"patches": patches, "working": patches_bytes(vision, patches, itemsize)}

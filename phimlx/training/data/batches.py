@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 
+from phimlx.training.data.media import MediaItem, beside_each_other
 from phimlx.training.loss import CHUNK_ROWS
 
 Rows = Sequence[tuple[int, ...]]  # the numbers of the examples in each row
@@ -38,7 +39,8 @@ class Example:
     `tokens` are int32 `[length]`; `supervised` bool `[length]` says which of them the model should
     learn to predict from those before it. The first never is. `source` names the row it came from.
     `desirable`: False of an answer that is not to be given. `task`: of a prompt that the model is
-    to answer itself.
+    to answer itself. `media` are its pictures and sounds, in the order of the tokens that they
+    fill.
     """
 
     tokens: np.ndarray
@@ -46,11 +48,39 @@ class Example:
     source: str = ""
     desirable: bool = True
     task: Task | None = None
+    media: tuple[MediaItem, ...] = ()
 
     @property
     def inputs(self) -> int:
         """Count the tokens that are fed: all but the last, which is only a target."""
         return len(self.tokens) - 1
+
+    @property
+    def modality(self) -> str:
+        """What it holds, by which a model chooses among its own adapters: "image" comes first."""
+        kinds = {item.kind for item in self.media}
+        return next((kind for kind in ("image", "audio") if kind in kinds), "text")
+
+    @property
+    def held(self) -> frozenset[str]:
+        """What it holds: "text", "audio", or "image" and with it "image+audio"."""
+        both = self.modality == "image" and any(item.kind == "audio" for item in self.media)
+        return frozenset({self.modality, *(["image+audio"] if both else [])})
+
+    def beginning(self, length: int) -> Example:
+        """Cut all but the first tokens off; a picture or sound is not cut in two."""
+        kept = [item for item in self.media if item.begin + item.tokens <= length]
+        media = beside_each_other([replace(item, padded=None) for item in kept])
+        tokens, supervised = self.tokens[:length], self.supervised[:length]
+        return replace(self, tokens=tokens, supervised=supervised, media=media)
+
+
+@dataclass(frozen=True)
+class PlacedItem:
+    """A picture or a sound of a batch; `place`: of its first token, in the rows laid end to end."""
+
+    item: MediaItem
+    place: int
 
 
 @dataclass(frozen=True)
@@ -67,6 +97,8 @@ class Batch:
     example_ids: np.ndarray  # int32 [n]: which of `examples` a target belongs to
     numbers: np.ndarray  # int32 [examples]: the number that each has in the data set
     examples: tuple[Example, ...]
+    media: tuple[PlacedItem, ...]
+    modalities: tuple[str, ...]  # what each row holds, as `Example.modality`; () for text
 
     @property
     def sources(self) -> tuple[str, ...]:
@@ -141,7 +173,11 @@ class Batches:
         order = sorted(self._units, key=lambda i: self._length((i,)), reverse=True)
         if self.row_length is None:
             return [(i,) for i in order]
-        return pack([self._length((i,)) for i in order], self.row_length, order)
+        rows: list[tuple[int, ...]] = []
+        # A row uses one of a model's own adapters, by what it holds.
+        for alike in _by_modality(self.examples, order):
+            rows += pack([self._length((i,)) for i in alike], self.row_length, alike)
+        return rows
 
     def _order(self, epoch: int) -> list[Rows]:
         """The rows of each batch of an epoch."""
@@ -195,6 +231,8 @@ def lay_out(
     targets: list[np.ndarray] = []
     example_ids: list[np.ndarray] = []
     numbers: list[int] = []
+    media: list[PlacedItem] = []
+    modalities = ["text"] * shape[0]
     for place, row in enumerate(rows):
         column = 0
         for number in row:
@@ -208,6 +246,9 @@ def lay_out(
             target_indices.append(place * shape[1] + column + wanted)
             targets.append(example.tokens[1 + wanted])
             example_ids.append(np.full(len(wanted), len(numbers)))
+            start = place * shape[1] + column
+            media += [PlacedItem(item, start + item.begin) for item in example.media]
+            modalities[place] = example.modality
             numbers.append(number)
             column += example.inputs
     count = sum(map(len, target_indices))
@@ -223,7 +264,17 @@ def lay_out(
         np.concatenate([*example_ids, padding]).astype(np.int32),
         np.array(numbers, np.int32),
         tuple(examples[number] for number in numbers),
+        tuple(media),
+        tuple(modalities) if set(modalities) != {"text"} else (),
     )
+
+
+def _by_modality(examples: Sequence[Example], order: Sequence[int]) -> list[list[int]]:
+    """Part the examples of an order by what they hold, each part in that order."""
+    found: dict[str, list[int]] = {}
+    for i in order:
+        found.setdefault(examples[i].modality, []).append(i)
+    return list(found.values())
 
 
 def pack(lengths: Sequence[int], capacity: int, names: Sequence[int]) -> list[tuple[int, ...]]:

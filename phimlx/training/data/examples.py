@@ -17,8 +17,8 @@ from phimlx.hub.client import Remote
 from phimlx.hub.download import ProgressContext, without_progress
 from phimlx.training.data.batches import Example, Task
 from phimlx.training.data.faults import DataError, Faults
-from phimlx.training.data.lengths import Tokens, exchanges, windows
-from phimlx.training.data.loss_mask import LossOn, RowEncoder, learned_length
+from phimlx.training.data.lengths import exchanges, windows
+from phimlx.training.data.loss_mask import Encoded, LossOn, RowEncoder, learned_length
 from phimlx.training.data.row_messages import RowError
 from phimlx.training.data.row_types import (
     ROW_FAULTS,
@@ -27,11 +27,12 @@ from phimlx.training.data.row_types import (
     OpenPrompt,
     PlainText,
     PreferencePair,
+    ReadRow,
     RowContent,
     check_mapping,
     read_content,
 )
-from phimlx.training.data.rows import Problem, Progress, Row, read_rows
+from phimlx.training.data.rows import DataFile, Problem, Progress, Row, read_rows
 from phimlx.training.data.sources import find_splits
 from phimlx.training.methods import RowForm
 
@@ -65,6 +66,8 @@ class RowSettings:
             never split, and refused where it is too long.
         mapping: what rows call the things in `phimlx.training.data.row_types.FIELDS`.
         form: what rows are; see `phimlx.training.methods.RowForm`.
+        question: what the user asks in rows with an answer and no prompt.
+        media_root: the folder of pictures and sounds that rows name; that of the data where None.
 
     Raises:
         TrainingError: where two do not go together, or the mapping names what no row has.
@@ -75,6 +78,8 @@ class RowSettings:
     overlong: Overlong = "refuse"
     mapping: Mapping[str, str] = field(default_factory=dict)
     form: RowForm = "examples"
+    question: str | None = None
+    media_root: Path | None = None
 
     def __post_init__(self) -> None:
         if self.overlong != "refuse" and self.form == "prompts":
@@ -126,6 +131,8 @@ class Dataset:
             if example.task is not None:
                 row = json.dumps(dict(example.task.values), sort_keys=True, default=str)
                 digest.update(row.encode())
+            for item in example.media:
+                digest.update(item.key)
         return digest.hexdigest()
 
     def hold_out(self, amount: float, seed: int = 0) -> tuple[Dataset, Dataset]:
@@ -196,7 +203,7 @@ def load_data(
         TrainingError: where there is no data, or nothing in it to learn.
         DownloadError: where it cannot come from the Hub.
     """
-    splits = find_splits(source, remote, show_progress)
+    splits = find_splits(source, remote, show_progress, with_media=encoder.media is not None)
     total = sum(file.path.stat().st_size for files in splits.values() for file in files)
     found, before = {}, 0
     for split, files in splits.items():
@@ -236,9 +243,7 @@ def tokenize(
             data.faults.note(row)
             continue
         try:
-            content, unused = read_content(
-                row.values, settings.mapping, settings.form, thinks=encoder.thinks
-            )
+            content, unused = read_row(row, encoder, settings)
         except ROW_FAULTS as error:
             data.faults.note(Problem(row.place, str(error), error.hint))
             continue
@@ -254,6 +259,29 @@ def tokenize(
     return data
 
 
+def read_row(row: Row, encoder: RowEncoder, settings: RowSettings) -> ReadRow:
+    """Read what a row says, shows and plays.
+
+    Raises:
+        RowError, PromptError, MediaError: with the reason.
+    """
+    media = None
+    if encoder.media is not None and settings.form != "prompts":  # which the engine answers
+        from phimlx.training.data.row_media import RowMedia, root_of
+
+        file = row.data_file or DataFile(Path("data"), "")
+        root = root_of(file.path, file.bounds, settings.media_root)
+        media = RowMedia(encoder.media, root, row.values, settings.mapping)
+    return read_content(
+        row.values,
+        settings.mapping,
+        settings.form,
+        thinks=encoder.thinks,
+        media=media,
+        question=settings.question,
+    )
+
+
 KINDS: dict[type[RowContent], str] = {
     Conversation: "conversations",
     PlainText: "texts",
@@ -263,7 +291,7 @@ KINDS: dict[type[RowContent], str] = {
 }
 
 
-class _Encoded(NamedTuple):
+class _Fitted(NamedTuple):
     """An example, and whether tokens were cut off it."""
 
     example: Example
@@ -274,7 +302,7 @@ class _Encoded(NamedTuple):
         return not self.example.supervised.any() and self.example.task is None
 
 
-def _add(data: Dataset, number: int, made: list[_Encoded], content: RowContent) -> None:
+def _add(data: Dataset, number: int, made: list[_Fitted], content: RowContent) -> None:
     """Put in what a row has made; of a preference both or none."""
     is_cut = any(each.is_cut for each in made)
     empty = [each for each in made if each.is_empty]
@@ -292,7 +320,7 @@ def _add(data: Dataset, number: int, made: list[_Encoded], content: RowContent) 
 
 def _examples(
     content: RowContent, row: Row, encoder: RowEncoder, settings: RowSettings
-) -> Iterator[_Encoded]:
+) -> Iterator[_Fitted]:
     place = row.place
     if isinstance(content, OpenPrompt):
         ids = encoder.template.encode(content.said.messages, content.said.tools)
@@ -302,48 +330,48 @@ def _examples(
         return
     if isinstance(content, PreferencePair):
         for which, said in (("chosen", content.chosen), ("rejected", content.rejected)):
-            tokens, supervised = encoder.conversation(said)
-            example = Example(tokens, supervised, f"{place}, {which}", which == "chosen")
-            yield _fit(example, settings)
+            name, desirable = f"{place}, {which}", which == "chosen"
+            yield _fit(_example(encoder.encode(said), name, desirable), settings)
         return
     if isinstance(content, JudgedAnswer):
-        tokens, supervised = encoder.conversation(content.said)
-        yield _fit(Example(tokens, supervised, place, content.desirable), settings)
+        encoded = encoder.encode(content.said)
+        yield _fit(_example(encoded, place, content.desirable), settings)
         return
     parts = _parts(content, encoder, settings)
-    for part, (tokens, supervised) in enumerate(parts, 1):
+    for part, encoded in enumerate(parts, 1):
         name = place if len(parts) == 1 else f"{place}, part {part}"
-        yield _fit(Example(tokens, supervised, name), settings)
+        yield _fit(_example(encoded, name), settings)
+
+
+def _example(encoded: Encoded, name: str, desirable: bool = True) -> Example:
+    return Example(encoded.tokens, encoded.supervised, name, desirable, media=encoded.media)
 
 
 def _parts(
     content: Conversation | PlainText, encoder: RowEncoder, settings: RowSettings
-) -> list[Tokens]:
+) -> list[Encoded]:
     """A row's tokens and masks, in pieces where it is too long and is to be split."""
     whole = (
-        encoder.text(content.text)
+        Encoded(*encoder.text(content.text))
         if isinstance(content, PlainText)
-        else encoder.conversation(content, settings.loss_on)
+        else encoder.encode(content, settings.loss_on)
     )
     longest = settings.max_length
     if longest is None or len(whole[0]) <= longest or settings.overlong != "split":
         return [whole]
     if isinstance(content, PlainText):
-        return list(windows(*whole, longest))
-    return exchanges(content, lambda part: encoder.conversation(part, settings.loss_on), longest)
+        return list(windows(whole.tokens, whole.supervised, longest))
+    return exchanges(content, lambda part: encoder.encode(part, settings.loss_on), longest)
 
 
-def _fit(example: Example, settings: RowSettings) -> _Encoded:
+def _fit(example: Example, settings: RowSettings) -> _Fitted:
     length, longest = len(example.tokens), settings.max_length
     learned = example.supervised.any() or example.task is not None
     if longest is None or length <= longest or not learned:
-        return _Encoded(example)
+        return _Fitted(example)
     if settings.overlong == "cut":
         length = learned_length(example.supervised[:longest])
-        short = replace(
-            example, tokens=example.tokens[:length], supervised=example.supervised[:length]
-        )
-        return _Encoded(short, is_cut=True)
+        return _Fitted(example.beginning(length), is_cut=True)
     what = "A question with its answer" if settings.overlong == "split" else "It"
     raise RowError(
         f"{what} has {length:,} tokens, but {longest:,} are allowed.",

@@ -6,13 +6,11 @@ from collections.abc import Callable, Iterator
 
 import numpy as np
 
+from phimlx.training.data.loss_mask import Encoded
 from phimlx.training.data.row_types import Conversation
 
-Tokens = tuple[np.ndarray, np.ndarray]
-"""Ids int32 `[length]`, and which of them are learned, bool `[length]`."""
 
-
-def windows(tokens: np.ndarray, supervised: np.ndarray, longest: int) -> Iterator[Tokens]:
+def windows(tokens: np.ndarray, supervised: np.ndarray, longest: int) -> Iterator[Encoded]:
     """Windows of `longest` tokens, each beginning with the last one of the window before it.
 
     What a window begins with it only reads, so that every token is learned once.
@@ -20,12 +18,12 @@ def windows(tokens: np.ndarray, supervised: np.ndarray, longest: int) -> Iterato
     for start in range(0, len(tokens) - 1, longest - 1):
         mask = supervised[start : start + longest].copy()
         mask[0] = False
-        yield tokens[start : start + longest], mask
+        yield Encoded(tokens[start : start + longest], mask)
 
 
 def exchanges(
-    said: Conversation, encode: Callable[[Conversation], Tokens], longest: int
-) -> list[Tokens]:
+    said: Conversation, encode: Callable[[Conversation], Encoded], longest: int
+) -> list[Encoded]:
     """Parts of a conversation, each with as many questions and their answers as fit.
 
     A part begins with a message of the user that follows a reply, before it what the conversation
@@ -39,12 +37,12 @@ def exchanges(
         if messages[i].role == "user" and messages[i - 1].role == "assistant"
     ]
 
-    def part(start: int, stop: int) -> Tokens:
+    def part(start: int, stop: int) -> Encoded:
         return encode(said.excerpt(first, start, stop))
 
-    parts: list[Tokens] = []
+    parts: list[Encoded] = []
     start = border = first
-    fitting: Tokens | None = None
+    fitting: Encoded | None = None
     for stop in [*borders, len(messages)]:
         longer = part(start, stop)
         if len(longer[0]) > longest and fitting is not None:

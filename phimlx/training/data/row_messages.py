@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, NamedTuple
 
 from phimlx.errors import TrainingError, shortened
@@ -26,6 +27,8 @@ ROLES = {
 SHAREGPT = {"role": "from", "content": "value"}
 # What a reply was thought out with: DeepSeek's name for it, OpenRouter's and Ollama's.
 REASONING = ("reasoning_content", "reasoning", "thinking")
+
+SHOWN = re.compile(r"(input_)?(image|audio|video)(_url)?")  # types of parts that are no text
 
 
 class RowError(TrainingError):
@@ -53,6 +56,7 @@ def read_turns(
     *,
     thinks: bool = False,
     unused: set[str],
+    show: Callable[[str, Any], Any] | None = None,
 ) -> list[Turn]:
     """Read a list of messages, each checked as those that the model is asked are.
 
@@ -66,9 +70,11 @@ def read_turns(
         names: what its messages call `role` and `content`; ShareGPT's names are known without.
         thinks: whether the model's replies begin with reasoning.
         unused: gets the names of what is left out and holds something.
+        show: opens what a content shows and plays, given its message's name; None for a model that
+            reads text alone.
 
     Raises:
-        RowError, PromptError: naming the message by its index.
+        RowError, PromptError, MediaError: naming the message by its index.
     """
     plain, learned = [], []
     for index, given in enumerate(listed):
@@ -79,18 +85,31 @@ def read_turns(
             _take_calls(f"{place}[{index}]", given)
             _take_reasoning(given, thinks)
             _leave_out(given, unused)
+            content = given.get("content")
+            if show is not None and content is not None:
+                given["content"] = show(f"{place}[{index}]", content)
+            elif _shows(content):
+                raise RowError(
+                    f"{place}[{index}] has a picture or a sound, and the model reads text alone.",
+                    hint="Train nano-multimodal, which comes along, or phi-4-multimodal.",
+                )
             if weight == 1 and given.get("role") != "assistant":
                 unused.add("the key 'weight' of messages that are no replies")
         plain.append(given)
         learned.append(weight != 0)
     read = read_messages(plain)
     for index, message in enumerate(read):
-        if message.parts:
-            raise RowError(f"{place}[{index}] has a picture or a sound; training takes text alone.")
         says = message.content.strip() or message.tool_calls
         if message.role == "assistant" and not says:
             raise RowError(f"{place}[{index}] is a reply without text and without calls.")
     return list(map(Turn, read, learned))
+
+
+def _shows(content: Any) -> bool:
+    """Whether the content of a message is parts of which some are no text."""
+    parts = content if isinstance(content, list) else []
+    types = [part.get("type") for part in parts if isinstance(part, Mapping)]
+    return any(isinstance(each, str) and SHOWN.fullmatch(each) for each in types)
 
 
 def _renamed(message: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from phimlx.errors import PromptError, TrainingError, shortened
+from phimlx.errors import MediaError, PromptError, TrainingError, shortened
 from phimlx.prompt.messages import Message
 from phimlx.training.data.row_messages import RowError, Turn, is_filled, read_turns
 from phimlx.training.methods import RowForm
+
+if TYPE_CHECKING:
+    from phimlx.training.data.row_media import RowMedia
 
 # What a row's keys may be called otherwise; `role` and `content` are those of its messages.
 FIELDS = (
@@ -26,6 +29,9 @@ FIELDS = (
     "label",
     "role",
     "content",
+    "image",
+    "audio",
+    "video",
 )
 # Stanford Alpaca's names.
 # Source: https://github.com/tatsu-lab/stanford_alpaca#data-release
@@ -52,7 +58,7 @@ LABELS = {"true": True, "false": False, "1": True, "0": False}
 
 
 # A row's fault, whether this module finds it or reading messages and templates does.
-ROW_FAULTS = (RowError, PromptError)
+ROW_FAULTS = (RowError, PromptError, MediaError)
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,8 @@ def read_content(
     form: RowForm = "examples",
     *,
     thinks: bool = False,
+    media: RowMedia | None = None,
+    question: str | None = None,
 ) -> ReadRow:
     """Read what a row says.
 
@@ -152,20 +160,40 @@ def read_content(
     Args:
         mapping: the row's own key by the name in `FIELDS`.
         thinks: whether the model's replies begin with reasoning.
+        media: opens what the row shows and plays; None for a model that reads text alone.
+        question: what the user asks in a row with an answer and no prompt; None for nothing.
 
     Raises:
-        RowError, PromptError: with the reason.
+        RowError, PromptError, MediaError: with the reason.
     """
     unused: set[str] = set()
+    values = _asked(values, mapping, question)
     row, read = _reader(values, mapping, form)
-    fields = _Fields(values, row, thinks, unused)
+    fields = _Fields(values, row, thinks, unused, media)
     content = read(fields)
+    if media is not None and media.left:
+        raise RowError(
+            f"It has {media.left} that no message has a place for.",
+            hint="A row of a text alone has none: name the text as the answer, and the question: "
+            "--mapping completion=text --prompt TEXT.",
+        )
+    shown = media.used if media is not None else set()
     unused.update(
         f"the column {shortened(key, 30)}"
         for key, value in values.items()
-        if key not in fields.used and is_filled(value)
+        if key not in fields.used | shown and is_filled(value)
     )
     return ReadRow(content, frozenset(unused))
+
+
+def _asked(
+    values: Mapping[str, Any], mapping: Mapping[str, str], question: str | None
+) -> Mapping[str, Any]:
+    """Put the question into a row that has an answer, and neither a prompt nor messages."""
+    names = {name: mapping.get(name, name) for name in ("prompt", "messages", "completion")}
+    if question is None or any(names[name] in values for name in ("prompt", "messages")):
+        return values
+    return {**values, names["prompt"]: question} if names["completion"] in values else values
 
 
 def _reader(
@@ -209,6 +237,7 @@ class _Fields:
     mapping: Mapping[str, str]
     thinks: bool
     unused: set[str]
+    media: RowMedia | None = None
     used: set[str] = field(default_factory=set)
     names: Mapping[str, str] = field(init=False)
 
@@ -259,13 +288,29 @@ class _Fields:
         """Messages, given as a list of them or as the text of one."""
         value = self.need(name)
         if isinstance(value, list):
+            if value and all(map(_is_part, value)):
+                value = [{"role": role, "content": value}]  # the parts of one message
             return self.listed_turns(name, value)
+        if self.media is not None and role == "user":
+            return self.listed_turns(name, [{"role": role, "content": self.text(name)}])
         return [Turn(Message(role, self.text(name)))]
 
     def listed_turns(self, name: str, listed: list[Any]) -> list[Turn]:
         """The messages in a list."""
         key = self.names[name]
-        return read_turns(listed, key, self.names, thinks=self.thinks, unused=self.unused)
+        show = None if self.media is None else self.media.content
+        return read_turns(
+            listed, key, self.names, thinks=self.thinks, unused=self.unused, show=show
+        )
+
+    def shown(self, turns: Sequence[Turn]) -> list[Turn]:
+        """Put in what the row's columns show and play, where no place is for it."""
+        return list(turns) if self.media is None else self.media.attached(turns)
+
+
+def _is_part(value: Any) -> bool:
+    """Whether a value is a part of a message's content rather than a message."""
+    return isinstance(value, Mapping) and "type" in value and "role" not in value
 
 
 def _conversation(
@@ -287,7 +332,7 @@ def _messages(row: _Fields) -> Conversation:
                 f"It has a system message in its messages and {shortened(row.names['system'])}."
             )
         turns.insert(0, Turn(Message("system", row.text("system"))))
-    return _conversation(turns, row.listed("tools"))
+    return _conversation(row.shown(turns), row.listed("tools"))
 
 
 def _answer(row: _Fields) -> Conversation:
@@ -306,7 +351,7 @@ def _question(row: _Fields) -> list[Turn]:
                 f"{shortened(row.names['input'])} cannot be added to."
             )
         asked = [Turn(Message("user", f"{row.text('prompt')}\n\n{row.text('input')}"))]
-    return [*system, *asked]
+    return row.shown([*system, *asked])
 
 
 def _text(row: _Fields) -> PlainText:

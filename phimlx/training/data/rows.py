@@ -10,7 +10,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from functools import cache
 from itertools import islice
 from pathlib import Path
@@ -37,18 +37,26 @@ Progress = Callable[[int, int], object]
 
 @dataclass(frozen=True)
 class DataFile:
-    """A file and what people call it, which is its path inside the data set."""
+    """A file and what people call it, which is its path inside the data set.
+
+    `bounds`: the folder that its data set lies in; its own where None.
+    """
 
     path: Path
     name: str
+    bounds: Path | None = None
 
 
 @dataclass(frozen=True)
 class Row:
-    """A row at `place`, such as "train.jsonl, line 7"."""
+    """A row at `place`, such as "train.jsonl, line 7".
+
+    `data_file`: that it was read from; None where nothing says.
+    """
 
     place: str
     values: dict[str, Any]
+    data_file: DataFile | None = field(default=None, compare=False, repr=False)
 
     @property
     def file(self) -> str:
@@ -113,7 +121,7 @@ def read_rows(
         try:
             for item, done in read(file, size):
                 found = True
-                yield item
+                yield replace(item, data_file=file) if isinstance(item, Row) else item
                 on_progress(before + min(done, size), total)
         except _BadFileError as error:
             yield Problem(file.name + error.where, str(error))

@@ -15,9 +15,11 @@ from phimlx.errors import TrainingError, clipped
 from phimlx.hub.client import Remote
 from phimlx.hub.datasets import download_missing
 from phimlx.hub.download import ProgressContext, without_progress
+from phimlx.media.kinds import kind_of
 from phimlx.training.data.rows import COMPRESSED, READERS, DataFile
 
 SPLITS = ("train", "valid", "test")
+MEDIA = "media"  # pictures, sounds and videos, which are no split
 
 # What files of a split are called in a folder, before their suffix and a shard's number.
 STEMS = {"train": "train", "valid": "valid", "validation": "valid", "val": "valid", "test": "test"}
@@ -42,6 +44,7 @@ def find_splits(
     source: str | Path,
     remote: Remote | None = None,
     show_progress: ProgressContext = without_progress,
+    with_media: bool = False,
 ) -> Splits:
     """The files that `source` means, brought here from the Hub where they are not.
 
@@ -52,6 +55,7 @@ def find_splits(
             `owner/name:train_sft`. What is on this machine comes before what the Hub has under the
             same name.
         show_progress: called with the plan of a download; its context lasts as long as that.
+        with_media: bring the pictures, sounds and videos along that lie beside the files.
 
     Raises:
         TrainingError: where there is no such data, or it cannot be told what is for training.
@@ -71,11 +75,11 @@ def find_splits(
             )
         return {"train": [DataFile(path, path.name)]}
     name, config = found.groups()
-    choose = partial(_choose, name, config)
+    choose = partial(_choose, name, config, with_media)
     folder, chosen = download_missing(name, choose, remote or Remote(), show_progress)
     return _ordered(
         {
-            split: [DataFile(folder / each, each) for each in names]
+            split: [DataFile(folder / each, each, bounds=folder) for each in names]
             for split, names in chosen.items()
         }
     )
@@ -117,11 +121,15 @@ def _data_files(split: str, files: list[DataFile]) -> list[DataFile]:
 
 
 def _choose(
-    name: str, config: str | None, names: list[str], card: Mapping[str, Any]
+    name: str, config: str | None, with_media: bool, names: list[str], card: Mapping[str, Any]
 ) -> dict[str, list[str]]:
-    """Choose the files of a data set for each split."""
+    """Choose the files of a data set for each split, and what lies beside them."""
     chosen = _by_card(name, config, names, card)
-    _check_shards([each for files in chosen.values() for each in files], name)
+    files = [each for files in chosen.values() for each in files]
+    _check_shards(files, name)
+    # Parquet holds what its rows show.
+    if with_media and any(not each.lower().endswith(".parquet") for each in files):
+        chosen[MEDIA] = [each for each in names if kind_of(each) is not None]
     return chosen
 
 

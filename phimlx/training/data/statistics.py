@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -35,6 +35,7 @@ class DatasetSummary:
         padding_share: part of what an epoch computes that is padding.
         batches: in an epoch.
         fingerprint: see `Dataset.fingerprint`.
+        media: pictures and sounds, by kind.
     """
 
     examples: int
@@ -50,6 +51,7 @@ class DatasetSummary:
     padding_share: float
     batches: int
     fingerprint: str
+    media: dict[str, int] = field(default_factory=dict)
 
 
 def summarize(data: Dataset, batch_size: int, row_length: int | None = None) -> DatasetSummary:
@@ -72,6 +74,7 @@ def summarize(data: Dataset, batch_size: int, row_length: int | None = None) -> 
         padding_share=1 - batches.real_share,
         batches=len(batches),
         fingerprint=data.fingerprint,
+        media=dict(Counter(item.kind for example in data.examples for item in example.media)),
     )
 
 
@@ -83,6 +86,9 @@ def summary_table(summaries: Mapping[str, DatasetSummary]) -> list[list[str]]:
         ["rows", *(f"{s.rows:,}" for s in each)],
         ["examples", *(f"{s.examples:,}" for s in each)],
     ]
+    for kind, name in (("image", "pictures"), ("audio", "sounds")):
+        if any(s.media.get(kind) for s in each):
+            rows.append([name, *(f"{s.media.get(kind, 0):,}" for s in each)])
     for name in sorted({reason for s in each for reason in s.skipped}):
         rows.append([f"skipped: {name}", *(f"{s.skipped.get(name, 0):,}" for s in each)])
     for name in ("cut", "split"):
@@ -131,12 +137,24 @@ def rendered_samples(
 
 
 def rendered(example: Example, tokenizer: Tokenizer) -> list[MaskedText]:
-    """Return the text of an example, control tokens by name, cut where learning begins or ends."""
-    borders = np.flatnonzero(np.diff(example.supervised)) + 1
-    starts = [0, *borders.tolist()]
+    """Return the text of an example, control tokens by name, cut where learning begins or ends.
+
+    A picture or a sound is said in a word.
+    """
+    shown = {item.begin: item for item in example.media}
+    borders = {int(place) for place in np.flatnonzero(np.diff(example.supervised)) + 1}
+    for begin, item in shown.items():
+        borders |= {begin, begin + item.tokens}
+    places = sorted(borders - {0, len(example.tokens)})
+    starts = [0, *places]
     return [
-        (tokenizer.decode(tokens.tolist()), bool(example.supervised[start]))
-        for start, tokens in zip(starts, np.split(example.tokens, borders), strict=True)
+        (
+            f"[{shown[start].kind}, {shown[start].tokens} tokens]"
+            if start in shown
+            else tokenizer.decode(tokens.tolist()),
+            bool(example.supervised[start]),
+        )
+        for start, tokens in zip(starts, np.split(example.tokens, places), strict=True)
     ]
 
 

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from mlx.optimizers import Optimizer
 
@@ -67,6 +67,8 @@ class DistillSession(Session):
     teacher_folder: Path = field(kw_only=True)
     schema: Mapping[str, Any] | None = field(default=None, kw_only=True)
     teacher: TeacherLogits | None = field(default=None, kw_only=True)
+
+    takes_media: ClassVar[bool] = False  # the teacher's walk through the data is over text
 
     @cached_property
     def teacher_checkpoint(self) -> Checkpoint:

@@ -49,7 +49,7 @@ class DistillationStep(TrainingStep):
         self, parameters: Tree, inputs: Mapping[str, mx.array], key: mx.array, learning: bool = True
     ) -> tuple[mx.array, ...]:
         self.model.update(parameters)
-        states = supervised_states(self.model, inputs, key, self.checkpointing)
+        states = supervised_states(self.model, inputs, key, self.checkpointing, self._adapters)
         criterion = self.divergence.criterion(
             inputs["targets"], inputs["teacher_tokens"], inputs["teacher_logs"]
         )

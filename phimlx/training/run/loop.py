@@ -20,6 +20,7 @@ from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Example
 from phimlx.training.distributed import MachineLostError, ProcessGroup
+from phimlx.training.forward import Features
 from phimlx.training.run.checkpoints import (
     MANIFEST,
     DamagedCheckpoint,
@@ -326,6 +327,7 @@ def make_step(
     optimizer: optim.Optimizer,
     settings: TrainSettings,
     processes: ProcessGroup,
+    features: Features | None = None,
     answering: Answering | None = None,
 ) -> TrainingStep:
     """Make what takes the steps by the method of the settings; the model is as it was before.
@@ -338,6 +340,7 @@ def make_step(
         "checkpointing": settings.grad_checkpoint,
         "seed": settings.seed,
         "group": processes.group,
+        "features": features,
     }
     if settings.method == "sft":
         return TrainingStep(model, optimizer, **options)

@@ -12,6 +12,8 @@ from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.models.base import CausalLM
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.batches import Example
+from phimlx.training.data.media import MediaReader
+from phimlx.training.data.statistics import rendered
 from phimlx.training.run.events import SampleReply
 
 MAX_TOKENS = 64
@@ -22,6 +24,7 @@ class SampleReplies:
 
     Args:
         stop_tokens: that end a reply.
+        media: opens pictures and sounds of the examples; None where there are none.
     """
 
     def __init__(
@@ -30,11 +33,13 @@ class SampleReplies:
         tokenizer: Tokenizer,
         stop_tokens: frozenset[int],
         examples: Sequence[Example],
+        media: MediaReader | None = None,
     ) -> None:
         self.model = model
         self.tokenizer = tokenizer
         self.stop_tokens = stop_tokens
         self.examples = examples
+        self.media = media
 
     def __call__(self, step: int) -> Iterator[SampleReply]:
         """Answer each example; adapters drop nothing meanwhile."""
@@ -58,11 +63,15 @@ class SampleReplies:
         gaps = np.flatnonzero(~example.supervised[begin:])
         end = begin + int(gaps[0]) if len(gaps) else len(example.tokens)
         prompt = example.tokens[:begin].tolist()
-        request = Request(prompt, Sampler(Sampling(), 0), MAX_TOKENS, self.stop_tokens)
+        shown = [item for item in example.media if item.begin < begin]
+        media = self.media.placed(shown) if shown and self.media is not None else None
+        request = Request(prompt, Sampler(Sampling(), 0), MAX_TOKENS, self.stop_tokens, media)
         Engine(self.model).run_all([request])
         expected = self._shown(example.tokens[begin:end].tolist())[:MAX_TOKENS]
-        texts = (prompt, expected, self._shown(request.reply.tokens))
-        return SampleReply(step, example.source, *(self.tokenizer.decode(text) for text in texts))
+        asked = "".join(text for text, _ in rendered(example.beginning(begin), self.tokenizer))
+        texts = (expected, self._shown(request.reply.tokens))
+        said = (self.tokenizer.decode(text) for text in texts)
+        return SampleReply(step, example.source, asked, *said)
 
     def _shown(self, tokens: list[int]) -> list[int]:
         return [token for token in tokens if token not in self.stop_tokens]

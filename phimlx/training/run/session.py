@@ -7,10 +7,10 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 from mlx.optimizers import Optimizer
 
@@ -23,10 +23,11 @@ from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
 from phimlx.hub.layout import cache_folder, model_name
+from phimlx.media.limits import Limits
 from phimlx.models.base import CausalLM
 from phimlx.models.config import ModelConfig
 from phimlx.options import override, read
-from phimlx.training.data.batches import Batches, rounded
+from phimlx.training.data.batches import Batches, Example, rounded
 from phimlx.training.data.examples import Dataset, RowSettings, load_data
 from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Progress
@@ -37,11 +38,13 @@ from phimlx.training.rewards import Reward, fingerprints, needs_answers, read_re
 from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
 from phimlx.training.run.checks import check_answers, check_numbers, check_prompts
 from phimlx.training.run.loop import TrainingPlan, TrainingRun, make_batches, make_step
+from phimlx.training.run.media import encoded_media, media_plan
 from phimlx.training.settings import TrainSettings
 from phimlx.training.step import TrainingStep
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
+    from phimlx.training.features import EncodedMedia
     from phimlx.training.policy import Answering
 
 MAX_TOKENS = 2048  # of a row, where nothing is said and the model holds as many
@@ -59,6 +62,9 @@ class Session:
     Attributes:
         folder: the model's.
         resumed: what the folder of a run to go on with says of it; None for a new run.
+        limits: of pictures, sounds and videos.
+        features: finds those of pictures and sounds, from `run` on.
+        takes_media: whether rows may hold any, where the model takes them.
         rewards: of answers, once they have been checked.
         on_answers: told how far the answers of a step have come, and how many there will be.
         answering: how prompts are answered, once there is a model, where the method does that.
@@ -68,6 +74,10 @@ class Session:
     folder: Path
     processes: ProcessGroup
     resumed: Mapping[str, Any] | None = None
+    limits: Limits | None = None
+    features: EncodedMedia | None = field(default=None, init=False)
+
+    takes_media: ClassVar[bool] = True
     rewards: Sequence[Reward] = ()
     on_answers: Callable[[int, int], object] = lambda done, total: None
     answering: Answering | None = None
@@ -85,12 +95,19 @@ class Session:
 
     @cached_property
     def config(self) -> ModelConfig:
-        return build_model(self.checkpoint.config).config
+        return self._empty.config
 
     @cached_property
     def encoder(self) -> RowEncoder:
         known = catalog.by_config(self.checkpoint.config, model_name(self.folder))
-        return RowEncoder.load(self.folder, known.alias if known else self.folder.resolve().name)
+        name = known.alias if known else self.folder.resolve().name
+        model = self._empty if self.takes_media else None
+        return RowEncoder.load(self.folder, name, model, self.limits)
+
+    @cached_property
+    def _empty(self) -> CausalLM:
+        """The model without its weights."""
+        return build_model(self.checkpoint.config)
 
     @cached_property
     def run_folder(self) -> RunFolder:
@@ -150,11 +167,15 @@ class Session:
             overlong=settings.overlong,
             mapping=settings.mapping,
             form=settings.learns_by.rows,
+            question=settings.prompt,
+            media_root=None if settings.media_root is None else Path(settings.media_root),
         )
 
     def make_step(self, model: CausalLM, optimizer: Optimizer) -> TrainingStep:
         """Make what takes the steps."""
-        return make_step(model, optimizer, self.settings, self.processes, self.answering)
+        return make_step(
+            model, optimizer, self.settings, self.processes, self.features, self.answering
+        )
 
     def batches(self, data: Mapping[str, Dataset]) -> tuple[Batches, Batches | None]:
         """Make the batches to learn from, shuffled, and those to validate on, in a fixed order."""
@@ -166,8 +187,7 @@ class Session:
 
     def largest_batch(self, data: Mapping[str, Dataset]) -> LargestBatch:
         """Return the largest batch: the first in the order that is not shuffled."""
-        examples = [example for name in ("train", "valid") if name in data
-                    for example in data[name].examples]  # fmt: skip
+        examples = _learned_from(data)
         if self._room:
             size = self.settings.group_size
             longest = max(example.inputs for example in examples) + self._room
@@ -194,7 +214,10 @@ class Session:
     def estimate_memory(self, data: Mapping[str, Dataset]) -> MemoryEstimate:
         """The memory that the run will need."""
         batch = self.largest_batch(data)
-        return estimate_memory(self.config, self.weights, self.settings, batch, self.itemsize)
+        media = media_plan(self._empty, self.settings, _learned_from(data), self.itemsize)
+        return estimate_memory(
+            self.config, self.weights, self.settings, batch, self.itemsize, media
+        )
 
     def check_memory(self, data: Mapping[str, Dataset], memory: int) -> str | None:
         """A warning where the run will hardly fit into so many bytes; None where it will.
@@ -218,7 +241,8 @@ class Session:
             self.largest_batch(data),
             self.itemsize,
         )
-        found = next(remedies(*arguments, round(ROOMY * memory)), None)
+        media = media_plan(self._empty, self.settings, _learned_from(data), self.itemsize)
+        found = next(remedies(*arguments, round(ROOMY * memory), media), None)
         hint = "Take a model at 4 bits (phimlx convert -q), or a smaller one."
         if found is not None:
             hint = f"With {found[0]} it would need {size_text(found[1])}."
@@ -238,8 +262,16 @@ class Session:
             "rewards": fingerprints(self.settings.reward),
         }
 
-    def run(self, phi: Phi, data: Mapping[str, Dataset]) -> TrainingRun:
+    def run(
+        self,
+        phi: Phi,
+        data: Mapping[str, Dataset],
+        note: Callable[[str], object] = lambda text: None,
+    ) -> TrainingRun:
         """Prepare the model and its folder, which is to be held from here on.
+
+        Args:
+            note: called with a sentence where features of pictures and sounds cannot be kept.
 
         Raises:
             TrainingError: where model, data or settings are not those of the run to go on with, or
@@ -257,16 +289,22 @@ class Session:
             _check_same_run(self.resumed, description)
             saved = self._last_checkpoint()
             skipped = self.run_folder.damaged(saved.step if saved else 0)
-        attach(phi.model, self.settings)
+        held = held_by(data)
+        attach(phi.model, self.settings, held)
         train, valid = self.batches(data)
         steps = TrainingPlan.of(self.settings, len(train)).steps * self.settings.updates
         self.answering = self._answering(phi) if self._room else None
+        self.features = encoded_media(
+            phi.model, self.encoder.media, self.settings, description["model"], note
+        )
         step = self.make_step(phi.model, make_optimizer(self.settings, steps))
         sample_replies = None
         if self.settings.sample_prompts and "valid" in data:
             assert phi.tokenizer is not None  # the codec has found one
             examples = data["valid"].examples[: self.settings.sample_prompts]
-            sample_replies = SampleReplies(phi.model, phi.tokenizer, phi.eos, examples)
+            sample_replies = SampleReplies(
+                phi.model, phi.tokenizer, phi.eos, examples, self.encoder.media
+            )
         run = TrainingRun(
             step,
             train,
@@ -286,7 +324,7 @@ class Session:
                 self.run_folder.forget(best)
         elif self.processes.is_main:
             base = Base.of(self.folder, self.checkpoint.config)
-            adapter = adapter_of(phi.model, self.settings, base)
+            adapter = adapter_of(phi.model, self.settings, base, held)
             self.run_folder.begin(description, adapter_config(adapter))
         return run
 
@@ -328,7 +366,17 @@ class Session:
 
     @cached_property
     def _tensors(self) -> dict[str, Tensor]:
-        return needed_tensors(self.checkpoint, build_model(self.checkpoint.config))
+        return needed_tensors(self.checkpoint, self._empty)
+
+
+def held_by(data: Mapping[str, Dataset]) -> frozenset[str]:
+    """What the rows to learn from and to validate on hold; see `Example.held`."""
+    return frozenset().union(*(example.held for example in _learned_from(data)))
+
+
+def _learned_from(data: Mapping[str, Dataset]) -> list[Example]:
+    """The examples to learn from and those to validate on."""
+    return [each for name in ("train", "valid") if name in data for each in data[name].examples]
 
 
 def resumed_settings(about: Mapping[str, Any], given: AnySettings) -> AnySettings:
