@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import select
 import stat
 import sys
 
 import click
 
 from phimlx.errors import PromptError
+from phimlx.terminal.output import Output
 
 STDIN = "-"
 NO_PROMPT = (
@@ -17,6 +20,9 @@ NO_PROMPT = (
     "echo 'What is MLX?' | phimlx generate"
 )
 BINARY = "Give a picture with --image -, a sound with --audio -."
+
+PATIENCE = 2.0  # seconds
+WAITING = "Waiting for what is piped in to end; < /dev/null gives nothing."
 
 Source = str | bytes
 """A path, a URL, or the bytes of what was piped in."""
@@ -81,8 +87,13 @@ def read_text(raw: bool) -> str:
 
 
 def read_bytes() -> bytes:
-    """Read all of stdin."""
-    return b"" if sys.stdin is None else sys.stdin.buffer.read()
+    """Read all of stdin, and say so where nothing comes: whoever holds the pipe may say nothing."""
+    if sys.stdin is None:
+        return b""
+    with contextlib.suppress(io.UnsupportedOperation, ValueError):  # text in memory
+        if not select.select([sys.stdin.fileno()], [], [], PATIENCE)[0]:
+            Output().note(WAITING)
+    return sys.stdin.buffer.read()
 
 
 def read_files(named: dict[str, tuple[str, ...]]) -> tuple[list[tuple[str, Source]], bool]:

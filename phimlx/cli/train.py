@@ -244,14 +244,19 @@ def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, outp
             session.on_answers = answers_bar(output)
             run = session.run(phi, data, output.note)
         log = logger(output)
-        # A terminal has shown ^C where the cursor stood.
-        begin = "\n" if output.is_watched else ""
-        asked = stop_requests(lambda text: log(f"{begin}{text}"))
-        stop_requested = stack.enter_context(asked)
+
+        def announce(text: str) -> None:
+            with output.beside_bars():
+                if output.is_watched:
+                    output.note("")  # a terminal has shown ^C where the cursor stood
+                output.note(text)
+
+        stop_requested = stack.enter_context(stop_requests(announce))
         display = stack.enter_context(RunDisplay(session, run, output, log).opened())
         outcome = run.fit(display, stop_requested)
         if session.processes.is_main:
-            display.finish(outcome)
+            with output.beside_bars():
+                display.finish(outcome)
             if outcome.ending != INTERRUPTED:
                 session.run_folder.end(outcome.ending)
     if outcome.ending == INTERRUPTED:

@@ -106,7 +106,8 @@ class RunDisplay:
         best = ""
         if outcome.best_loss is not None:
             best = f", validation loss {outcome.best_loss:.4f} at step {outcome.best_step:,}"
-        self.output.text(f"{self.folder}: {outcome.ending} after {outcome.step:,} steps{best}")
+        taken = "1 step" if outcome.step == 1 else f"{outcome.step:,} steps"
+        self.output.text(f"{self.folder}: {outcome.ending} after {taken}{best}")
         if outcome.ending != INTERRUPTED:
             name = self.session.settings.model
             model = f" --model {name}" if name else ""

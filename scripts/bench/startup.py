@@ -82,16 +82,15 @@ def main() -> None:
     parser.add_argument("tokenizer", type=Path)
     parser.add_argument("--runs", type=int, default=7)
     arguments = parser.parse_args()
-    scripts = Path(sys.executable).parent
-    phimlx, mlx_lm = str(scripts / "phimlx"), str(scripts / "mlx_lm.generate")
+    phimlx, mlx_lm = ([sys.executable, "-m", name] for name in ("phimlx", "mlx_lm.generate"))
     os.environ["HF_HUB_OFFLINE"] = "1"
     with tempfile.TemporaryDirectory() as folder:
         make_model(arguments.tokenizer, Path(folder))
-        compare("--help", [phimlx, "--help"], [mlx_lm, "--help"], arguments.runs)
+        compare("--help", [*phimlx, "--help"], [*mlx_lm, "--help"], arguments.runs)
         compare(
             "command to first token",
-            [phimlx, "generate", "--model", folder, *PROMPT],
-            [mlx_lm, "--model", folder, *PROMPT],
+            [*phimlx, "generate", "--model", folder, *PROMPT],
+            [*mlx_lm, "--model", folder, *PROMPT],
             arguments.runs,
         )
 

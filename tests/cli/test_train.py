@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import sys
 import threading
@@ -18,6 +19,8 @@ from phimlx import api
 from phimlx.cli.group import cli
 from phimlx.cli.train import stop_requests
 from phimlx.training.methods import METHODS
+from tests.cli.terminal import CTRL_C, Terminal
+from tests.test_imports import HOME
 from tests.training.folder import write_rows, write_tiny
 
 USAGE = "Usage: phimlx train [OPTIONS]\nTry 'phimlx train --help' for help.\n\nError: {}\n"
@@ -214,6 +217,33 @@ def test_judged_answers_are_learned_by_other_methods(
     first, last = [line for line in lines if line["kind"] == "train"]
     assert last["loss"] < first["loss"]
     assert set(first["metrics"]) == set(METHODS[method].metrics)
+
+
+CONTROLLED = (
+    "import fcntl, sys, termios; fcntl.ioctl(0, termios.TIOCSCTTY, 0); "
+    "from phimlx.cli.main import main; sys.argv[0] = 'phimlx'; main()"
+)
+"""A program whose terminal is its own, so that Ctrl-C reaches it."""
+
+
+@pytest.mark.slow
+def test_ctrl_c_leaves_the_line_before_the_notice(model: Path, rows: Path, tmp_path: Path) -> None:
+    options = ["--model", str(model), "--data", str(rows), "--iters", "100000"]
+    arguments = [sys.executable, "-c", CONTROLLED, "train", *options, "--adapter-path", "out"]
+    with Terminal(arguments, tmp_path, PYTHONPATH=str(HOME)) as terminal:
+        terminal.expect("validation loss")
+        terminal.type(CTRL_C)
+        terminal.expect("Stopping after this step; once more stops at once.")
+        terminal.expect(": interrupted after ")
+        assert terminal.wait() == 130
+        lines = re.split(r"\r?\n", re.sub(r"\x1b\[[\d;]*[A-Za-z]", "", terminal.raw))
+    shown = [line.rpartition("\r")[2] for line in lines]
+    told = shown.index("Stopping after this step; once more stops at once.")
+    assert shown[told - 1] == ""
+    assert any(line.startswith("out: interrupted after ") for line in shown)
+    last = [line for line in shown if line][-1]
+    assert last.startswith("Stopped after step ")
+    assert last.endswith(". Go on with: phimlx train --resume --adapter-path out")
 
 
 def test_a_signal_is_noted_by_its_handler_and_told_by_another_thread() -> None:
