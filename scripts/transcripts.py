@@ -57,7 +57,7 @@ SUBJECTS: dict[str, list[tuple[str, Keys]]] = {
         ("help remove", []),
         ("show nano", []),
         ("download someone/else", []),
-        ("chat", typed("/help", "/?")),
+        ("chat --model nano", typed("/help", "/?")),
         *((f"{name} --help", []) for name in COMMANDS),
     ],
     "shapes": [

@@ -12,7 +12,7 @@ import sys
 import traceback
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from typing import Any, TextIO
+from typing import Any, Literal, TextIO
 
 from phimlx.errors import PhimlxError, system_error
 from phimlx.terminal.progress import (
@@ -241,7 +241,8 @@ def _render_table(
     for index, name in enumerate(names):
         given = [row[index] for row in rows if row[index] not in ("", None)]
         numeric = bool(given) and all(isinstance(cell, int | float) for cell in given)
-        table.add_column(Text(name), justify="right" if numeric else "left", no_wrap=index == 0)
+        justify: Literal["left", "right"] = "right" if numeric else "left"
+        table.add_column(Text(name), justify=justify, no_wrap=index == 0, overflow="fold")
     for texts in cells:
         table.add_row(*map(Text, texts))
     with console.capture() as capture:

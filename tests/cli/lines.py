@@ -9,6 +9,7 @@ import codecs
 import contextlib
 import os
 import plistlib  # noqa: F401 (what commands import later may not be read by nobody)
+import shlex
 import shutil
 import sys
 import termios  # noqa: F401
@@ -80,7 +81,7 @@ LINES = {
 
 codecs.lookup("unicode_escape")
 
-LINES = {name: line.replace("{schema}", '{"enum":["a"]}') for name, line in LINES.items()}
+LINES = {name: line.replace("{schema}", '\'{"enum": ["a"]}\'') for name, line in LINES.items()}
 
 USER = ("config", "data", "runtime", "cache", "hub")
 """Folders of this user, beside the working directory."""
@@ -212,7 +213,7 @@ class Place:
             descriptors(streams["in"], out, streams["err"], encoding),
             fault or contextlib.nullcontext(),
         ):
-            patch.setattr("sys.argv", ["phimlx", *line.split()])
+            patch.setattr("sys.argv", ["phimlx", *shlex.split(line)])
             patch.setattr("sys.path", [*sys.path])
             code = _exit_code()
         said = streams["out"].read_text("utf-8") if stdout is None else ""

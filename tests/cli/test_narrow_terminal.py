@@ -8,7 +8,20 @@ import pytest
 
 from tests.cli.in_process import Shown, run_on_terminal
 from tests.cli.terminal import CTRL_D, CTRL_E, ENTER
+from phimlx.terminal.output import _render_table
 from tests.terminal.fake_phi import FakePhi
+
+
+def test_a_table_of_a_narrow_terminal_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    path = "/a/rather/long/path"
+    monkeypatch.setattr("sys.argv", ["phimlx"])
+    for width in range(8, 60):
+        monkeypatch.setenv("COLUMNS", str(width))
+        shown = _render_table(["", "what", "found"], [["!", "model store", f"{path}, 9 GB"]], True)
+        assert "…" not in shown
+        assert max(map(len, shown.splitlines())) <= max(width, len(f"  found: {path}, 9 GB"))
+        assert path in "".join(shown.split()).replace("modelstore", "").replace("─", "")
+
 
 CTRL_R = "\x12"
 
