@@ -19,13 +19,13 @@ from pathlib import Path
 
 import pytest
 
-HOME = Path(__file__).parents[1]
-sys.path.insert(0, str(HOME))
+sys.path.insert(0, str(Path(__file__).parents[1]))
 
 from phimlx.cli.group import COMMANDS
 from tests.cli.in_process import run_on_terminal
 from tests.cli.terminal import CTRL_D, ENTER
 
+HOME = Path(__file__).parents[1]
 PICTURE = HOME / "phimlx/assets/nano-multimodal/pictures/vision-00.png"
 ROWS = '{"prompt": "Who are you?", "completion": "A small Phi."}\n' * 3 + '{"prompt": ""}\n' * 20
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 import os
+import shutil
 import sys
 from collections.abc import Sequence
 from io import StringIO
@@ -64,6 +65,9 @@ HELP = "help"
 COMPLETING = "_PHIMLX_COMPLETE"
 """The variable in which a shell asks for what completes a word."""
 
+NARROW = 50
+"""Columns of a terminal, below which help is set otherwise."""
+
 WITHOUT_SETTINGS = ("config", "persona", "completion", "doctor")
 """Commands that also run where the user's settings do not hold."""
 
@@ -90,6 +94,20 @@ def _debug_option() -> click.Option:
         callback=_set_debug,
         help="Show the traceback of an error.",
     )
+
+
+class Formatter(click.HelpFormatter):
+    """Help that fits narrow terminals too, which click gives 50 columns at least."""
+
+    def write_dl(self, rows: Any, col_max: int = 30, col_spacing: int = 2) -> None:
+        narrow = self.width < NARROW
+        super().write_dl(rows, max(8, self.width // 3) if narrow else col_max, col_spacing)
+
+
+class HelpContext(click.Context):
+    """What click knows of a run, with our formatter."""
+
+    formatter_class = Formatter
 
 
 class CommandError(Exception):
@@ -129,7 +147,9 @@ class CommandTable(click.Group):
         """Run a command, and say what is wrong; with --json as one object too."""
         output = Output(json="--json" in (sys.argv[1:] if args is None else args))
         try:
-            code = super().main(args, **settings)
+            columns = shutil.get_terminal_size().columns - 2
+            narrow = {"terminal_width": max(columns, 20)} if columns < NARROW else {}
+            code = super().main(args, **{**narrow, **settings})
             Output().flush()
         except click.ClickException as error:
             print_usage(error)
@@ -141,6 +161,8 @@ class CommandTable(click.Group):
             output.failure(error.cause)
             code = getattr(error.cause, "exit_code", 1)
         return code
+
+    context_class = HelpContext
 
     def list_commands(self, ctx: click.Context) -> list[str]:
         return list(COMMANDS)
@@ -161,6 +183,7 @@ class CommandTable(click.Group):
         command: click.Command = importlib.import_module(COMMANDS[cmd_name][0]).command
         inner = command.commands.values() if isinstance(command, click.Group) else ()
         for each in (command, *inner):
+            each.context_class = HelpContext
             if not any(parameter.name == "debug" for parameter in each.params):
                 each.params.append(_debug_option())
                 if each.callback is not None and cmd_name not in WITHOUT_SETTINGS:

@@ -5,11 +5,28 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+from click.testing import CliRunner
 
+from phimlx.cli.group import COMMANDS, cli
+from phimlx.terminal.output import _render_table
 from tests.cli.in_process import Shown, run_on_terminal
 from tests.cli.terminal import CTRL_D, CTRL_E, ENTER
-from phimlx.terminal.output import _render_table
 from tests.terminal.fake_phi import FakePhi
+
+
+@pytest.mark.parametrize("width", [40, 49])
+def test_help_of_commands_breaks_at_words(width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("COLUMNS", str(width))
+    for words in [[], *([name] for name in COMMANDS)]:
+        shown = CliRunner().invoke(cli, [*words, "--help"], prog_name="phimlx").output
+        long = [line for line in shown.split("\n") if len(line) > width]
+        assert [line for line in long if not stays_whole(line)] == []
+
+
+def stays_whole(line: str) -> bool:
+    """Whether a line is a flag's names, or an example to be copied."""
+    words = line.split()
+    return line.lstrip().startswith(("phimlx ", "eval ", "-")) or len(words) <= 2
 
 
 def test_a_table_of_a_narrow_terminal_loses_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
