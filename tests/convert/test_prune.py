@@ -26,7 +26,7 @@ from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
 from phimlx.errors import ConversionError
 from phimlx.hub.resolve import NANO
-from tests.training.folder import write_tiny
+from tests.training.folder import write_rows, write_tiny
 
 WINDOWS = [tuple(np.random.default_rng(0).integers(0, 1500, 40).tolist()) for _ in range(3)]
 TOKENS = mx.array(WINDOWS[0])[None]
@@ -142,9 +142,13 @@ def test_more_layers_than_there_are_cannot_stay(folder: Path, layers: int) -> No
 def test_the_command_says_what_is_lost(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
     arguments = ["prune", "--model", str(folder), "--layers", "1", "--mlx-path", str(out)]
-    result = CliRunner().invoke(cli, [*arguments, "--json"])
+    rows = write_rows(tmp_path / "rows.jsonl", 4)
+    result = CliRunner().invoke(cli, [*arguments, "--heal", str(rows), "--json"])
     assert result.exit_code == 0, result.output
     found = json.loads(result.stdout)
+    healed = Checkpoint(tmp_path / "out-healed")
+    assert found["healed"]["path"] == str(healed.folder)
+    assert not mx.allclose(load_model(healed)(TOKENS), load_model(Checkpoint(out))(TOKENS))
     assert len(found["kept"]) == 1
     assert found["bytes_after"] < found["bytes_before"]
     assert found["agreements"][0]["divergence"] > 0
