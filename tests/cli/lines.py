@@ -62,6 +62,7 @@ LINES = {
     "convert": "convert tiny --mlx-path out",
     "train": "train --model tiny --data rows.jsonl --check",
     "distill": "distill --teacher tiny --student tiny --via text --data rows.jsonl --check",
+    "prune": "prune --model tiny --layers 1 --mlx-path out",
     "fuse": "fuse --model tiny --adapter-path adapter --save-path out",
     "evaluate": "evaluate --model tiny --data rows.jsonl",
     "bench": "bench --model tiny --context 4 --batch-size 1 --tokens 2 --runs 1",
