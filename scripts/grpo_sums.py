@@ -1,13 +1,13 @@
 #!/usr/bin/env python3
 """Shows that GRPO raises the held-out share of right sums from what supervised training gave.
 
-    python scripts/grpo_sums.py [FOLDER] [--steps 80]
+    python scripts/grpo_sums.py [FOLDER] [--steps 40]
 
-phi-4-nano adds two numbers; here it is to add three, which it was never taught. It sees a few sums
-with their answers (SFT, fused), and then only prompts: its own answers are rewarded where they are
-right, and a little where they are near. Every step is a command of phimlx, in float32, which a CPU
-computes faster; what is there already is not done again. The last command compares both models on
-sums that neither has seen.
+phi-4-nano adds numbers when it is asked as it was taught; here it is asked in words that it never
+saw. It is shown a few sums with their answers (SFT, fused), and then only prompts: its own answers
+are rewarded where they are right, and a little where they are near. Every step is a command of
+phimlx, in float32, which a CPU computes faster; what is there already is not done again. The last
+commands compare the models on sums that none has seen.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from itertools import product
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-LARGEST, TAUGHT = 9, 200
+LARGEST, TAUGHT, ASKED, HELD_OUT = 99, 64, 1000, 120
 REWARDS = '''"""Rewards for sums: 1 for the right one, less the farther an answer is from it."""
 
 
@@ -42,13 +42,13 @@ def closeness(answer, right):
 
 def sums() -> dict[str, list[dict[str, str]]]:
     """Rows to be taught, to be asked and to be held out, which is decided by their operands."""
-    chosen = list(product(range(LARGEST + 1), repeat=3))
+    chosen = list(product(range(LARGEST + 1), repeat=2))
     random.Random(5).shuffle(chosen)
     others = [each for each in chosen if not is_held_out(each)]
     parts = {
         "taught": others[:TAUGHT],
-        "asked": others[TAUGHT:],
-        "held-out": [each for each in chosen if is_held_out(each)],
+        "asked": others[TAUGHT : TAUGHT + ASKED],
+        "held-out": [each for each in chosen if is_held_out(each)][:HELD_OUT],
     }
     return {name: [row(*each) for each in part] for name, part in parts.items()}
 
@@ -59,8 +59,8 @@ def is_held_out(operands: tuple[int, ...]) -> bool:
     return int.from_bytes(digest, "big") % 8 == 0
 
 
-def row(a: int, b: int, c: int) -> dict[str, str]:
-    return {"prompt": f"{a}+{b}+{c}", "completion": str(a + b + c)}
+def row(a: int, b: int) -> dict[str, str]:
+    return {"prompt": f"{a} and {b} make", "completion": str(a + b)}
 
 
 def phimlx(*words: object, made: Path | None = None) -> str:
@@ -81,8 +81,8 @@ def phimlx(*words: object, made: Path | None = None) -> str:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("folder", nargs="?", type=Path, default=Path("grpo-sums"))
-    parser.add_argument("--steps", type=int, default=80)
-    parser.add_argument("--epochs", type=float, default=15)
+    parser.add_argument("--steps", type=int, default=40)
+    parser.add_argument("--epochs", type=float, default=6)
     arguments = parser.parse_args()
     folder = arguments.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
@@ -96,7 +96,7 @@ def main() -> None:
     phimlx("convert", "nano", "--mlx-path", base, "--dtype", "float32", made=base)
     phimlx(
         *("train", "--model", base, "--data", files["taught"], "--adapter-path", taught),
-        *("--epochs", arguments.epochs, "--batch-size", 16, "--learning-rate", 1e-3),
+        *("--epochs", arguments.epochs, "--batch-size", 8, "--learning-rate", 3e-4),
         *("--valid-fraction", 0, "--steps-per-report", 10),
         made=taught / "README.md",
     )
@@ -104,8 +104,8 @@ def main() -> None:
     phimlx(
         *("train", "--model", sft, "--data", files["asked"], "--adapter-path", grpo),
         *("--method", "grpo", "--reward", "exact", "--reward", f"{rewards}:near"),
-        *("--iters", arguments.steps, "--batch-size", 8, "--group-size", 8, "--max-tokens", 4),
-        *("--learning-rate", 5e-4, "--lr-schedule", "constant", "--beta", 0.01),
+        *("--iters", arguments.steps, "--batch-size", 4, "--group-size", 8, "--max-tokens", 4),
+        *("--learning-rate", 1e-4, "--beta", 0.04),
         *("--valid-fraction", 0, "--steps-per-report", 5),
         made=grpo / "README.md",
     )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -111,6 +112,7 @@ class Answering:
             self.advance(done, len(requests))
 
         Engine(model).run_all(requests, min(AT_ONCE, len(requests)), advance)
+        gc.collect()  # engines refer to themselves, and hold keys and values as long as they are
         answers = [
             self._answered(example, request)
             for example, request in zip(examples, requests, strict=True)

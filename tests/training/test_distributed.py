@@ -93,6 +93,7 @@ def losses(folder: Path) -> list[tuple[tuple[str, int], float]]:
         ("plain", "rows.jsonl", ()),
         ("packed", "rows.jsonl", ("--pack", "--max-seq-length", "64")),
         ("preferences", "pairs.jsonl", ("--dpo",)),
+        ("answers", "pairs.jsonl", ("--method", "kto")),
     ],
 )
 def test_losses_are_those_of_one_process(
