@@ -7,7 +7,10 @@ phi-4-nano adds numbers when it is asked as it was taught; here it is asked in w
 saw. It is shown a few sums with their answers (SFT, fused), and then only prompts: its own answers
 are rewarded where they are right, and a little where they are near. Every step is a command of
 phimlx, in float32, which a CPU computes faster; what is there already is not done again. The last
-commands compare the models on sums that none has seen.
+commands compare the models on 120 sums that none has seen. On Linux's CPU it took three minutes:
+
+    right answers      nano 5.0 %, after SFT 80.0 %, after GRPO 90.8 %
+    GRPO less SFT      +10.8 points, +4.2 to +17.5 in 95 % of resampled rows
 """
 
 from __future__ import annotations
