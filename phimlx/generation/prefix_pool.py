@@ -129,7 +129,8 @@ class PrefixPool:
     def put(self, cache: PromptCache, tokens: Sequence[int]) -> None:
         """Take what a request has left: the keys and values of these tokens, or the first of them.
 
-        Rows that are a beginning of it go.
+        Rows that are a beginning of it go. It stays until another comes even where it alone takes
+        more than the limit, for what goes on from a long prompt is worth most.
         """
         kv = cache.kv
         if kv.length < LEAST or not kv.rope.serves(kv.long[0], kv.long[0]):
@@ -140,7 +141,7 @@ class PrefixPool:
         if kv.store.columns > kv.length:
             kv.part()
         self._rows = [row for row in self._rows if not row.begins(new)] + [new]
-        self.shrink(self.limit)
+        self.shrink(max(self.limit, new.kv.nbytes) if self.limit else 0)
 
     def shrink(self, nbytes: int) -> None:
         """Let the rows go that were used longest ago, until no more than so many bytes are left."""

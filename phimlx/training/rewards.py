@@ -5,7 +5,6 @@ from __future__ import annotations
 import hashlib
 import importlib.util
 import inspect
-import json
 import math
 import os
 import re
@@ -16,7 +15,6 @@ from pathlib import Path
 from typing import Any
 
 from phimlx.errors import PhimlxError, TrainingError, shortened
-from phimlx.extras import import_extra
 from phimlx.files import read_bytes, read_json_value
 from phimlx.prompt.reply_parser import END_THINK
 from phimlx.training.data.batches import Task
@@ -128,31 +126,17 @@ def _length(given: str) -> Reward:
 
 
 def _schema(name: str) -> Reward:
-    """1 for JSON that is valid under a schema; nothing is fetched that it refers to."""
+    """1 for JSON that is valid under a schema."""
+    from phimlx.training.json_schema import JSONSchema, NotJSONError
+
     path = Path(os.path.expanduser(name))
-    schema = read_json_value(path, TrainingError, limit=MAX_SCHEMA_BYTES)
-    without = "Judging by a JSON Schema needs jsonschema, which is not installed."
-    jsonschema = import_extra("jsonschema", "rewards", without, TrainingError)
-    referencing = import_extra("referencing", "rewards", without, TrainingError)
-    try:
-        kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-        kind.check_schema(schema)
-    except (jsonschema.SchemaError, RecursionError, AttributeError, TypeError) as error:
-        said = getattr(error, "message", str(error))
-        raise TrainingError(f"{path} is no JSON Schema: {shortened(said)}.") from None
-    validator = kind(schema, registry=referencing.Registry())
+    schema = JSONSchema(read_json_value(path, TrainingError, limit=MAX_SCHEMA_BYTES), str(path))
 
     def judge(answer: Answered) -> float:
         try:
-            value = json.loads(answer.said)
-        except (ValueError, RecursionError):
+            return float(schema.allows(answer.said))
+        except NotJSONError:
             return 0.0
-        try:
-            return float(validator.is_valid(value))
-        except RecursionError:
-            return 0.0
-        except Exception as error:
-            raise TrainingError(f"{path} cannot be applied: {shortened(str(error))}.") from error
 
     return lambda answers: list(map(judge, answers))
 

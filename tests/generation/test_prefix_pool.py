@@ -267,6 +267,19 @@ def test_what_is_kept_gives_way_before_a_request_waits(phi_4: CausalLM) -> None:
     assert answer(engine, last) == [alone(phi_4, last)]
 
 
+def test_the_last_row_is_kept_though_it_alone_is_over_the_limit(phi_4: CausalLM) -> None:
+    per_token = cache_bytes_per_token(phi_4.config, 4)
+    engine = Engine(phi_4, prefix_memory=60 * per_token)
+    for text in (words(20), words(100, 7)):
+        answer(engine, asked(text, 5))
+    assert engine.prefix_bytes == 104 * per_token
+    further = asked([*words(100, 7), 5], 5)
+    assert answer(engine, further) == [alone(phi_4, further)]
+    assert cached(further) == 100
+    answer(engine, asked(words(20, 3), 5))
+    assert engine.prefix_bytes == 24 * per_token
+
+
 def test_nothing_is_kept_where_no_memory_is_given(phi_4: CausalLM) -> None:
     engine = Engine(phi_4, prefix_memory=0)
     answer(engine, asked(words(40)))

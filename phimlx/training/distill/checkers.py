@@ -12,7 +12,7 @@ import string
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from phimlx.errors import TrainingError, shortened
+from phimlx.errors import TrainingError
 from phimlx.generation.grammar.compiler import GrammarCompiler
 from phimlx.generation.grammar.reply_form import ReplyForm
 from phimlx.generation.options import GenerationOptions
@@ -74,26 +74,15 @@ def under_schema(schema: Mapping[str, Any]) -> Checker:
     Raises:
         TrainingError: where the schema is none.
     """
-    import jsonschema
+    from phimlx.training.json_schema import JSONSchema, NotJSONError
 
-    kind = jsonschema.validators.validator_for(schema, jsonschema.Draft202012Validator)
-    try:
-        kind.check_schema(dict(schema))
-    except jsonschema.SchemaError as error:
-        raise TrainingError(f"The schema is no JSON Schema: {shortened(error.message)}.") from None
-    validator = kind(dict(schema))
+    held = JSONSchema(dict(schema), "The schema")
 
     def check(question: Question, reply: Reply) -> str | None:
         try:
-            value = json.loads(str(reply.get("text", "")))
-            valid = validator.is_valid(value)
-        except (ValueError, RecursionError):
+            valid = held.allows(str(reply.get("text", "")))
+        except NotJSONError:
             return "no JSON"
-        except Exception as error:  # a reference of the schema that leads nowhere
-            raise TrainingError(
-                f"The schema cannot be checked against: {shortened(str(error))}.",
-                hint="Put everything that it refers to into it.",
-            ) from None
         return None if valid else "not valid under the schema"
 
     return check
