@@ -148,8 +148,9 @@ class ReplyBody(OllamaBody):
     format: Annotated[Any, BeforeValidator(read_format)] = ""
     logprobs: bool = False
     top_logprobs: int = Field(default=0, ge=0, le=20)
-    truncate: bool = False
-    shift: bool = False
+    # What Ollama does by itself: here a prompt that does not fit is refused, and says so.
+    truncate: bool = True
+    shift: bool = True
 
     @property
     @abstractmethod
@@ -170,11 +171,6 @@ class ReplyBody(OllamaBody):
 
     def asked(self, prompt: Any, before: Sequence[int] = (), **more: Any) -> Ask:
         """Ask with the options of this body, and more."""
-        for name in ("truncate", "shift"):
-            if getattr(self, name):
-                raise bad_request(
-                    f"{name}: the beginning of a conversation is not left out here.", name
-                )
         schema = {"type": "object"} if self.format == "json" else self.format or None
         options = {
             **self.options.chosen(),

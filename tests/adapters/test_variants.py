@@ -119,6 +119,7 @@ def test_each_row_of_a_batch_is_that_of_its_adapter_alone(
     """Rows come and go between steps, on either side of the LongRoPE step and across it."""
     for module in (prefill, scheduler):
         monkeypatch.setattr(module, "prefill_tokens", lambda: 16)
+    monkeypatch.setattr(prefill, "SHARES", 1)
     folder = request.getfixturevalue(base)
     rng = random.Random(seed)
     phi = load(folder, adapters)

@@ -415,6 +415,38 @@ ROWS: dict[str, dict[str, Row]] = {
         ),
         "resume": Row(lambda text, at: ["train", "--resume", "--adapter-path", text], kind="text"),
     },
+    "distill": {
+        "teacher": Row(
+            lambda text, at: [
+                *("distill", "--teacher", text, "--student", "nano", "--data", rows_of("a", at)),
+            ],
+            kind="text",
+        ),
+        "student": Row(
+            lambda text, at: [
+                *("distill", "--teacher", "nano", "--student", text, "--data", rows_of("a", at)),
+            ],
+            kind="text",
+        ),
+        "rows": Row(
+            lambda text, at: [
+                *("distill", "--teacher", "nano", "--student", "nano", "--via", "text"),
+                *("--data", rows_of(text, at), "--check"),
+            ],
+            kind="json",
+            shown=False,
+        ),
+    },
+    "prune": {
+        "model": Row(
+            lambda text, at: ["prune", "--model", text, "--layers", "1", "--mlx-path", "o"]
+        ),
+        "path": Row(
+            lambda text, at: ["prune", "--model", "nano", "--layers", "99", "--mlx-path", text],
+            kind="text",
+            shown=False,
+        ),
+    },
     "fuse": {
         "adapter": Row(
             lambda text, at: ["fuse", "--model", "nano", "--adapter-path", text, "--save-path", "o"]

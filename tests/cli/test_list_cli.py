@@ -133,6 +133,7 @@ def test_a_link_that_leads_nowhere_ends_no_list(cache: Path, dangling: str) -> N
 def test_an_unreadable_model_ends_no_list(monkeypatch: pytest.MonkeyPatch, locked: str) -> None:
     with open_folder() as cache:
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("PHIMLX_CONFIG_DIR", str(cache / "config"))
         keep(cache, "mlx-community/phi-4-4bit", quantization={"bits": 4})
         home = keep(cache, "someone/tune").parents[1]
         assert json.loads(run("--json").stdout)["models"][3]["state"] == "complete"
@@ -154,6 +155,7 @@ def test_an_unreadable_store_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
         cache = folder / "hub"
         cache.mkdir()
         monkeypatch.setattr(constants, "HF_HUB_CACHE", str(cache))
+        monkeypatch.setenv("PHIMLX_CONFIG_DIR", str(folder / "config"))
         assert run().exit_code == 0
         with locked_out(cache):
             result = run()

@@ -175,7 +175,7 @@ def test_what_is_refused(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match=r"^The adapter was made for 'som") as other:
         plan(wide, tmp_path / "out", adapter=adapter)
     assert str(other.value) == (
-        "The adapter was made for 'somebody/phi', not for 'wide': model.layers.1.self_attn."
-        "qkv_proj.lora_a has shape [64, 4], and this one needs [128, 4]."
+        "The adapter was made for 'somebody/phi', not for 'wide': model.layers.0.mlp."
+        "down_proj.lora_b has shape [4, 64], and this one needs [4, 128]."
     )
     assert not (tmp_path / "out").exists()

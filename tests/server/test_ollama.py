@@ -160,6 +160,13 @@ def test_options_mean_what_they_do_here(
     assert found["done_reason"] == expected.finish_reason
 
 
+@pytest.mark.parametrize("name", ["truncate", "shift"])
+def test_what_a_prompt_that_fits_does_not_need_changes_nothing(server: Running, name: str) -> None:
+    said = [server.post("/api/chat", chat("2+2", **more)) for more in ({}, {name: True})]
+    assert [answer.status_code for answer in said] == [200, 200]
+    assert said[0].json()["message"] == said[1].json()["message"]
+
+
 def test_a_reply_that_is_cut_says_so(server: Running) -> None:
     body = chat("Tell me a story.", options={"temperature": 0, "num_predict": 2})
     assert server.post("/api/chat", body).json()["done_reason"] == "length"
@@ -498,9 +505,11 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"options": {"seed": "x"}}, "options.seed: "),
     ("/api/chat", {"options": {"mirostat": 2}}, "options.mirostat must be 0 here"),
     ("/api/chat", {"options": {"typical_p": 0.5}}, "options.typical_p must be 1 here"),
-    ("/api/chat", {"truncate": True}, "truncate: "),
-    ("/api/chat", {"shift": True}, "shift: "),
+    ("/api/chat", {"truncate": "x"}, "truncate: "),
+    ("/api/chat", {"shift": 5}, "shift: "),
     ("/api/chat", {"messages": [{"role": "user", "content": "x" * 20_000}]}, "The prompt has "),
+    ("/api/chat", {"truncate": True, "shift": True,
+                   "messages": [{"role": "user", "content": "x" * 20_000}]}, "The prompt has "),
     ("/api/generate", {"prompt": 5}, "prompt: "),
     ("/api/generate", {"suffix": "x"}, "nano does not support insert"),
     ("/api/generate", {"template": "{{ .Prompt }}"}, "template: "),
