@@ -24,12 +24,14 @@ from phimlx.generation import prefill, prompts, scheduler
 from phimlx.generation.engine import Engine
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
+from tests.everything import EVERYTHING
 from tests.server.running import LONG, SECONDS, Running
 from tests.server.test_guard import wait_until
 
 PATH = "/v1/chat/completions"
 MODEL = Path(__file__).parents[1] / "goldens" / "models" / "phi-4"
 PIECE = 512
+LONG_PROMPT = 20_000 if EVERYTHING else 4_000
 
 
 @pytest.mark.slow
@@ -50,7 +52,7 @@ def test_a_long_prompt_delays_others_by_one_piece(monkeypatch: pytest.MonkeyPatc
     engine.add(*short[:2])
     for _ in range(4):
         engine.step()
-    long = Request([7 + n % 200 for n in range(20_000)], Sampler(Sampling(), 0), 2)
+    long = Request([7 + n % 200 for n in range(LONG_PROMPT)], Sampler(Sampling(), 0), 2)
     engine.add(long)
     engine.step()
     engine.add(short[2])
@@ -64,7 +66,7 @@ def test_a_long_prompt_delays_others_by_one_piece(monkeypatch: pytest.MonkeyPatc
         pieces += any(length > 1 for _, length in passes)
         waited += not short[2].reply.tokens
     assert waited <= 3  # a piece of the long prompt, its own, and its first pass
-    assert pieces >= 20_000 // PIECE
+    assert pieces >= LONG_PROMPT // PIECE
 
 
 def ask(number: int, **more: Any) -> dict[str, Any]:
