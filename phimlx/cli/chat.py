@@ -189,7 +189,7 @@ def command(
     chat.reply_options = given({"prompt_lookup": prompt_lookup, **shape})
     if preferences().get("speak"):
         try:
-            chat.speak(True)
+            chat.voice.turn(on=True)
         except PhimlxError as error:
             output.warning(f"{error} {error.hint or ''}".strip())
     chat.check(conversation)

@@ -18,6 +18,7 @@ from phimlx.media.limits import Limits
 from phimlx.preferences.sampling import SETTINGS, FiniteRange, Setting
 from phimlx.prompt.media_parts import FRAMES
 from phimlx.terminal.output import Output
+from phimlx.tools import MAX_ROUNDS
 
 if TYPE_CHECKING:
     from phimlx.api import Phi
@@ -128,7 +129,7 @@ max_rounds_option = click.option(
     "--max-rounds",
     metavar="N",
     type=click.IntRange(min=1),
-    default=10,
+    default=MAX_ROUNDS,
     show_default=True,
     help="Replies in a row that may call tools; the next one answers.",
 )

@@ -173,6 +173,12 @@ class Reply:
         """Remarks, and what looked like a tool call and was none; its text is in `text`."""
         return [*self.remarks, *(self.content.warnings if self.content else [])]
 
+    def as_message(self) -> dict[str, Any]:
+        """Make a message of it, with its calls and without its reasoning."""
+        calls = [call.as_object() for call in self.tool_calls]
+        message: dict[str, Any] = {"role": "assistant", "content": self.text}
+        return message | ({"tool_calls": calls} if calls else {})
+
     def as_object(self, model: str) -> dict[str, Any]:
         """Make an object of JSON, as `phimlx generate --json` prints it; `model` is its name."""
         told: dict[str, Any] = {}

@@ -14,6 +14,8 @@ from phimlx.terminal.interrupt import Interruptible
 from phimlx.terminal.output import Output
 from phimlx.terminal.reply import reply_stats
 from phimlx.terminal.screen import Screen
+from phimlx.terminal.toolbox import Toolbox
+from phimlx.terminal.voice import Voice
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -25,8 +27,6 @@ if TYPE_CHECKING:
     from phimlx.history.store import History
     from phimlx.media.limits import Limits
     from phimlx.terminal.keeper import Keeper
-    from phimlx.terminal.speaker import Speaker
-    from phimlx.terminal.toolbox import Toolbox
 
 FULL = 0.8  # of the context, from where on it is told
 LAST_TURNS = 2  # that are shown of a conversation that goes on
@@ -84,7 +84,7 @@ class Chat:
             kv_bits: 8 or 4, to hold keys and values quantized; as they come where None.
             keeper: writes the chat down; None where nothing of it is kept.
             loader: finds and loads other models.
-            toolbox: runs tools that the model calls; the person gives results of all others.
+            toolbox: runs tools that the model calls; one without servers where it is None.
         """
         self.phi = phi
         self.conversation = conversation
@@ -97,14 +97,14 @@ class Chat:
         self.reply_options: dict[str, Any] = {}  # beside those that a saved chat keeps
         self.pending: list[Attachment] = []
         self._run_command = run_command
-        self._limits = limits
+        self.limits = limits
         self._frames = frames
         self._kv_bits = kv_bits
         self._keeper = keeper
         self._loader = loader
-        self.speaker: Speaker | None = None
-        screen.on_interrupt = self._hush
-        self.toolbox = toolbox
+        self.toolbox = toolbox or Toolbox(screen, output)
+        self.voice = Voice(output, waits=not screen.interactive)
+        screen.on_interrupt = self.voice.hush
         self._prefixes: PrefixStore | None = None
         self.forget()
 
@@ -113,7 +113,7 @@ class Chat:
         try:
             self._take_turns()
         finally:
-            self._hush()
+            self.voice.hush()
 
     def _take_turns(self) -> None:
         while not self.left and (line := self.screen.read()) is not None:
@@ -163,46 +163,9 @@ class Chat:
             raise no_media(self.phi.name)
         if not self.phi.hears and any(kind == "audio" for kind, _ in files):
             raise no_media(self.phi.name, sees=True)
-        read = [Attachment.read(kind, path, self._limits, self._frames) for kind, path in files]
+        read = [Attachment.read(kind, path, self.limits, self._frames) for kind, path in files]
         self.pending = [*self.pending, *read]
         self.output.note(f"With your next message: {', '.join(map(str, self.pending))}. Or /drop.")
-
-    def paste(self) -> None:
-        """Attach what the clipboard holds; raises `PhimlxError` where it is nothing to attach."""
-        if not self.phi.takes_media:
-            raise no_media(self.phi.name)
-        from phimlx.terminal.clipboard import paste_files
-
-        self.attach(paste_files(self._limits))
-
-    def record(self, text: str) -> None:
-        """Let the user speak, and answer that, with a text where there is one.
-
-        Raises `PromptError` where the model does not hear, `MediaError` where nothing is recorded.
-        """
-        if not self.phi.hears:
-            raise no_media(self.phi.name, sees=self.phi.takes_media)
-        if not self.screen.interactive:
-            raise PhimlxError(
-                "/record needs a terminal, at which a key ends it.",
-                hint="Send a file instead: /audio FILE",
-            )
-        from phimlx.media.limits import Limits
-        from phimlx.terminal.recording import record_clip
-
-        self._hush()  # it would be heard
-        try:
-            clip = record_clip(self.output, (self._limits or Limits()).max_seconds)
-        except KeyboardInterrupt:
-            self.output.note("Dropped what was recorded.")
-            return
-        if clip.failure is not None:
-            self.attach([("audio", str(clip.path))])
-            raise clip.failure
-        sound = Attachment.read("audio", str(clip.path), self._limits)
-        self.output.note(f"Recorded {sound.about}.")
-        self.pending = [*self.pending, sound]
-        self.say(text)
 
     def say(self, text: str) -> None:
         """Answer what the user says, with the files that wait for it."""
@@ -214,7 +177,7 @@ class Chat:
 
         Raises `SessionError` that says what is wrong with the file.
         """
-        self._go_on(Conversation.load(path, self._limits, self.screen.agree), str(path))
+        self._go_on(Conversation.load(path, self.limits, self.screen.agree), str(path))
         self.saved_as = path
 
     def resume_kept(self, id: int) -> None:
@@ -223,7 +186,7 @@ class Chat:
         Raises `HistoryError` where there is none, `SessionError` for what is wrong with it.
         """
         kept = self.history.read(id)
-        loaded = Conversation.from_history(kept, self._limits, self.screen.agree)
+        loaded = Conversation.from_history(kept, self.limits, self.screen.agree)
         self._go_on(loaded, f"conversation {id}")
 
     @property
@@ -264,20 +227,19 @@ class Chat:
     def answer(self, turn: Turn | None) -> None:
         """Let the model answer, and go on for as long as it calls tools and gets results."""
         more: dict[str, Any] = {}
-        rounds = 0
+        rounds, box = 0, self.toolbox
         while turn is not None:
             reply = self._reply(turn, more)
-            turn = self._ask_for_results(reply) if reply else None
+            results = box.results(reply.tool_calls, self.conversation.tools) if reply else None
+            turn = self.conversation.answer_tools(results) if results else None
             rounds += 1
-            box = self.toolbox
-            if turn and box and rounds % box.max_rounds == 0 and not box.goes_on(rounds):
+            if turn and rounds % box.max_rounds == 0 and not box.goes_on(rounds):
                 more = {"tool_choice": "none"}
 
     @property
     def tools(self) -> list[dict[str, Any]] | None:
         """What the model may call: the conversation's own tools, and those of the toolbox."""
-        own = self.conversation.tools
-        return own if self.toolbox is None else self.toolbox.offered(own)
+        return self.toolbox.offered(self.conversation.tools)
 
     def connect(self, sources: Sequence[str]) -> None:
         """Begin MCP servers, whose tools the model may call; errors as of `Toolbox.connect`.
@@ -285,13 +247,13 @@ class Chat:
         Raises:
             PromptError: where the model was not trained to call tools.
         """
-        if sources and self.toolbox is not None:
+        if sources:
             self.phi.encode([{"role": "user", "content": "?"}], tools=[{"name": "any"}])
             self.toolbox.connect(sources)
 
     def _reply(self, turn: Turn, more: Mapping[str, Any]) -> Reply | None:
-        conversation, speaker = self.conversation, self.speaker
-        self._hush()
+        conversation = self.conversation
+        self.voice.hush()
         if turn.new and turn.kept == len(conversation.messages):
             self._keep(turn.new)
         try:
@@ -305,14 +267,14 @@ class Chat:
                     **conversation.settings,
                     **more,
                 )
-                answer = Interruptible(stream, *([] if speaker is None else [speaker.hear]))
+                answer = Interruptible(stream, self.voice.hear)
                 reply = self.screen.show(answer)
         except BaseException:
-            self._hush()
+            self.voice.hush()
             conversation.abandon(turn)
             raise
         if answer.interrupted:
-            self._hush()
+            self.voice.hush()
         if answer.cut:
             self.forget()
         if answer.interrupted and not self.screen.interactive:
@@ -323,8 +285,8 @@ class Chat:
             return None
         conversation.record(turn, reply)
         self._keep(stats=reply_stats(reply))
-        if speaker is not None and not answer.interrupted:
-            self._speak_to_end(speaker)
+        if not answer.interrupted:
+            self.voice.end()
         self.last_reply, self._replied = reply, conversation.messages
         for warning in reply.warnings:
             self.output.warning(warning)
@@ -345,34 +307,6 @@ class Chat:
                 f"The context is {used / room:.0%} full: /compact lets the model sum up the oldest "
                 "turns, /drop N forgets N of them, /clear all."
             )
-
-    def speak(self, wanted: bool) -> None:
-        """Read answers aloud from here on, or no more.
-
-        Raises `PhimlxError` where nothing here can.
-        """
-        self._hush()
-        self.speaker = None
-        if wanted:
-            from phimlx.terminal.speaker import Speaker
-
-            self.speaker = Speaker()
-
-    def _hush(self) -> bool:
-        """Let the voice stop; whether it was speaking."""
-        was_speaking = self.speaker is not None and self.speaker.is_speaking
-        if self.speaker is not None:
-            self.speaker.stop()
-        return was_speaking
-
-    def _speak_to_end(self, speaker: Speaker) -> None:
-        """Let the voice finish what is said while the next line is typed; a pipe waits for it."""
-        speaker.end()
-        if not self.screen.interactive:
-            speaker.wait()
-        if speaker.failure is not None:
-            self.speaker = None
-            self.output.warning(f"{speaker.failure} Answers are read aloud no more.")
 
     def is_last(self, reply: Reply) -> bool:
         """Whether a reply is what the conversation ends with."""
@@ -423,16 +357,3 @@ class Chat:
         """Begin with an empty cache."""
         more = {} if self._prefixes is None else {"prefixes": self._prefixes}
         self.cache = self.phi.new_cache(self._kv_bits, **more)
-
-    def _ask_for_results(self, reply: Reply) -> Turn | None:
-        results: list[str] = []
-        for call in reply.tool_calls:
-            own = self.conversation.tools
-            if self.toolbox is not None and self.toolbox.has(call.name, own):
-                result = self.toolbox.run(call)
-            else:
-                result = self.screen.read_result(call.name)
-            if result is None:
-                return None
-            results.append(result)
-        return self.conversation.answer_tools(results) if results else None

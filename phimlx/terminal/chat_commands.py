@@ -17,9 +17,9 @@ from phimlx.preferences.personas import list_personas, read_persona
 from phimlx.preferences.sampling import SETTINGS, Setting, find_setting, parse_setting
 from phimlx.prompt.tools import load_tools
 from phimlx.terminal.answer_commands import copy, last_answer, last_code, save_code
-from phimlx.terminal.attachments import split_name
 from phimlx.terminal.chat import Chat
 from phimlx.terminal.compact import compact
+from phimlx.terminal.media_commands import attach, paste, record
 from phimlx.terminal.reply import reply_summary
 from phimlx.terminal.sink import one_line
 from phimlx.terminal.turns import show_turns
@@ -297,7 +297,7 @@ def _show(chat: Chat, argument: str) -> None:
 
 def _tools(chat: Chat, argument: str) -> None:
     conversation, box = chat.conversation, chat.toolbox
-    if argument in (OFF, ON) and box is not None:
+    if argument in (OFF, ON):
         box.offers = argument == ON
     if argument == OFF:
         conversation.tools = None
@@ -305,37 +305,16 @@ def _tools(chat: Chat, argument: str) -> None:
         conversation.tools = load_tools(_path(argument))
     names = [tool["name"] for tool in conversation.tools or ()]
     lines = [f"The model may call {', '.join(names)}."] if names else []
-    lines += [] if box is None else box.lines()
-    _say(chat, "\n".join(lines or ["There are no tools."]))
-
-
-def _attach(kind: str) -> Callable[[Chat, str], None]:
-    def attach(chat: Chat, argument: str) -> None:
-        name, text = split_name(argument)
-        chat.attach([(kind, name)])
-        if text:
-            chat.say(text)
-
-    return attach
-
-
-def _paste(chat: Chat, argument: str) -> None:
-    chat.paste()
-    if argument:
-        chat.say(argument)
-
-
-def _record(chat: Chat, argument: str) -> None:
-    chat.record(argument)
+    _say(chat, "\n".join([*lines, *box.lines()] or ["There are no tools."]))
 
 
 def _speak(chat: Chat, argument: str) -> None:
     if argument not in ("", ON, OFF):
         raise PhimlxError("Shall answers be read aloud?", "Say /speak on, or /speak off.")
     if argument:
-        chat.speak(argument == ON)
-    speaker = chat.speaker
-    _say(chat, f"Answers are read aloud by {speaker.program.name}." if speaker else "No voice.")
+        chat.voice.turn(on=argument == ON)
+    name = chat.voice.name
+    _say(chat, f"Answers are read aloud by {name}." if name else "No voice.")
 
 
 def _drop(chat: Chat, argument: str) -> None:
@@ -361,11 +340,11 @@ COMMANDS = {
     "clear": ChatCommand(_clear, "", "forget what was said"),
     "undo": ChatCommand(_undo, "", "take back your last message and its answer"),
     "retry": ChatCommand(_retry, "", "answer the last message again"),
-    "image": ChatCommand(_attach("image"), "FILE [TEXT]", "show a picture", "files"),
-    "audio": ChatCommand(_attach("audio"), "FILE [TEXT]", "play a sound", "files"),
-    "video": ChatCommand(_attach("video"), "FILE [TEXT]", "show pictures of a video", "files"),
-    "paste": ChatCommand(_paste, "[TEXT]", "show a screenshot, or files, from the clipboard"),
-    "record": ChatCommand(_record, "[TEXT]", "speak instead of typing; Enter or silence ends it"),
+    "image": ChatCommand(attach("image"), "FILE [TEXT]", "show a picture", "files"),
+    "audio": ChatCommand(attach("audio"), "FILE [TEXT]", "play a sound", "files"),
+    "video": ChatCommand(attach("video"), "FILE [TEXT]", "show pictures of a video", "files"),
+    "paste": ChatCommand(paste, "[TEXT]", "show a screenshot, or files, from the clipboard"),
+    "record": ChatCommand(record, "[TEXT]", "speak instead of typing; Enter or silence ends it"),
     "speak": ChatCommand(_speak, "[on|off]", "read answers aloud; Ctrl-C stops the voice"),
     "drop": ChatCommand(_drop, "[N]", "send no file after all, or forget the N oldest turns"),
     "compact": ChatCommand(_compact, "", "let the model sum up the oldest turns"),

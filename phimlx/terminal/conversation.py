@@ -124,13 +124,9 @@ class Conversation:
 
     def record(self, turn: Turn, reply: Reply) -> None:
         """End `turn` with its answer."""
-        answer: Message = {"role": "assistant", "content": reply.text}
+        answer = reply.as_message()
         if reply.reasoning:
             answer["reasoning"] = reply.reasoning
-        if reply.tool_calls:
-            answer["tool_calls"] = [
-                {"name": call.name, "arguments": call.arguments} for call in reply.tool_calls
-            ]
         self.messages = [*self.messages[: turn.kept], *turn.new, answer]
         self.unanswered = ()
 

@@ -8,13 +8,13 @@ from typing import TYPE_CHECKING, Any
 from phimlx.errors import ToolError
 from phimlx.terminal.output import Output
 from phimlx.terminal.screen import Screen
+from phimlx.tools import MAX_ROUNDS
 
 if TYPE_CHECKING:
     from phimlx.prompt.tools import ToolCall
     from phimlx.tools.results import ToolResult
     from phimlx.tools.servers import OfferedTool, Servers
 
-MAX_ROUNDS = 10
 FOLDED_LINES = 6
 FOLDED_WIDTH = 160
 
@@ -99,6 +99,22 @@ class Toolbox:
         if self.offers:
             given += [tool.definition for name, tool in self._tools.items() if name not in names]
         return given or None
+
+    def results(
+        self, calls: Sequence[ToolCall], own: Sequence[dict[str, Any]] | None
+    ) -> list[str] | None:
+        """Run calls; the user gives what comes of those that are not run here.
+
+        None where there are none, or one of them stays without a result.
+        """
+        results: list[str] = []
+        for call in calls:
+            runs = self.has(call.name, own)
+            result = self.run(call) if runs else self._screen.read_result(call.name)
+            if result is None:
+                return None
+            results.append(result)
+        return results or None
 
     def has(self, name: str, own: Sequence[dict[str, Any]] | None) -> bool:
         """Tell whether a tool is run here, and not one of the conversation's own."""

@@ -11,14 +11,13 @@ from phimlx.errors import GenerationError, shortened
 from phimlx.prompt.functions import ArgumentsError, Function, awaitable, value_text
 from phimlx.prompt.messages import read_messages
 from phimlx.prompt.tools import ToolCall, read_tools
+from phimlx.tools import MAX_ROUNDS
 from phimlx.tools.background import Background
 from phimlx.tools.results import ToolResult, capped, error_text
 
 if TYPE_CHECKING:
     from phimlx.generation.answerer import Answerer
     from phimlx.generation.reply import Chunk, Reply
-
-MAX_ROUNDS = 10
 
 NOT_HERE = ("raw", "continue_final_message")
 """Options of a reply that make no sense where there are several."""
@@ -150,7 +149,7 @@ class Chats:
                     result.limited = True
                 reply = _reply(phi, result.messages, options, on_chunk)
                 result.replies.append(reply)
-                add(_message(reply))
+                add(reply.as_message())
                 calls = reply.tool_calls
                 if not calls or not all(call.name in runs for call in calls):
                     break
@@ -189,13 +188,6 @@ def _reply(
     finally:
         stream.close()
     return stream.reply
-
-
-def _message(reply: Reply) -> dict[str, Any]:
-    message: dict[str, Any] = {"role": "assistant", "content": reply.text}
-    if reply.tool_calls:
-        message["tool_calls"] = [call.as_object() for call in reply.tool_calls]
-    return message
 
 
 def _results(

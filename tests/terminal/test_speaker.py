@@ -177,8 +177,8 @@ def test_ctrl_c_at_the_prompt_stops_the_voice_first(
 ) -> None:
     voices.install("espeak", "exec sleep 60")
     held = chat(FakePhi("One."), "/speak on", "count")
-    speaker = Speaker()
-    held.speaker = speaker
+    speaker = held.voice._speaker
+    assert speaker is not None
     with create_app_session(input=DummyInput(), output=DummyOutput()):
         screen = TerminalScreen(Output(), lambda line: [])
     keys = iter([None, None, None, "next"])
@@ -190,7 +190,7 @@ def test_ctrl_c_at_the_prompt_stops_the_voice_first(
         return key
 
     monkeypatch.setattr(screen._line, "read", read)
-    screen.on_interrupt = held._hush
+    screen.on_interrupt = held.voice.hush
     speaker.hear(Chunk("Two. Three. Four", 1, "text"))
     until(lambda: voices.said.count("espeak") >= 1 and speaker.is_speaking)
     capsys.readouterr()
