@@ -240,6 +240,34 @@ def test_no_call_where_none_is_wanted(phi: phimlx.Phi) -> None:
 
 
 @pytest.mark.parametrize(
+    ("options", "text"),
+    [
+        ({"tools": TOOLS}, '<|tool_call|>[{"name": "stop", "arguments": {}}]<|/tool_call|>'),
+        ({"tools": TOOLS}, "Paris"),
+        ({"schema": {"enum": ["Paris", "Rome"]}}, '"Paris"'),
+        ({"regex": "[0-9]+"}, "17"),
+    ],
+)
+def test_drafts_that_end_a_reply_leave_its_grammar_where_it_was(
+    options: dict[str, Any], text: str, phi: phimlx.Phi
+) -> None:
+    """Which a matcher does not that has taken an end back (llguidance 1.9)."""
+    tokenizer = phi.tokenizer
+    assert tokenizer is not None
+    tokens = tokenizer.encode(text, control=True, at_start=False)
+    for stop in request_of(phi, **options).stop_tokens:
+        for begun in range(len(tokens)):
+            constraint = request_of(phi, **options).constraint
+            assert constraint is not None
+            constraint.advance(tokens[:begun])
+            draft = constraint.fitting([*tokens[begun:], stop, *tokens])
+            assert draft == tokens[begun:]
+            assert len(constraint.allowed(tokenizer.vocab_size, draft)) == 1 + len(draft)
+            constraint.advance([*draft, stop])
+            assert (constraint.ended, constraint.error) == (True, None)
+
+
+@pytest.mark.parametrize(
     ("options", "message"),
     [
         (

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Collection, Sequence
 from typing import TYPE_CHECKING
 
@@ -52,7 +53,8 @@ class Constraint:
         """The beginning of drafted tokens that the grammar allows, before any stop token."""
         if self.ended or self.error is not None:
             return []
-        return list(draft[: self._matcher.validate_tokens(list(draft))])
+        before = [*itertools.takewhile(lambda token: token not in self._stop_tokens, draft)]
+        return before[: self._matcher.validate_tokens(before)]
 
     def allowed(self, vocab_size: int, draft: Sequence[int] = ()) -> NDArray[np.bool_]:
         """Whether each token may come next, and next behind each of the drafted ones.
