@@ -89,3 +89,14 @@ def test_contributing_names_what_is_there() -> None:
         assert (ROOT / path).exists(), path
     rooms = {path.name for path in (ROOT / "phimlx").iterdir() if (path / "__init__.py").exists()}
     assert {name for name in rooms if f"`phimlx/{name}/`" not in text} == set()
+
+
+def test_the_changelog_says_each_thing_once_in_whole_lists() -> None:
+    text = (ROOT / "CHANGELOG.md").read_text(encoding="utf-8")
+    items = re.split(r"\n(?=- )", re.sub(r"\n+#.*", "", text))[1:]
+    begins = [item[:60] for item in items]
+    assert sorted(set(begins)) == sorted(begins)
+    assert "\n\n- " not in re.sub(r"#.*\n\n- ", "", text)
+    for release in re.split(r"\n## ", text)[1:]:
+        headings = re.findall(r"\n### (\w+)\n", release)
+        assert headings == [name for name in ("Added", "Changed", "Fixed") if name in headings]
