@@ -69,9 +69,10 @@ def command(
       phimlx chat --model phi-4-mini --adapter-path adapters
 
     A row of data has messages, prompt and completion, Alpaca's instruction, input and output, or
-    text. All rows are checked before the first step. A model at 4 bits takes a quarter of the
-    memory (QLoRA). Ctrl-C ends the run after the step that it is in; --resume goes on from there,
-    or from wherever it was killed, as if it had never stopped.
+    text; a message's weight of 0 keeps it from being learned, and its reasoning_content becomes
+    <think> for a model that reasons. All rows are checked before the first step. A model at 4 bits
+    takes a quarter of the memory (QLoRA). Ctrl-C ends the run after the step that it is in;
+    --resume goes on from there, or from wherever it was killed, as if it had never stopped.
 
     --adapter-path gets adapters.safetensors, of the best checkpoint where there is validation data
     and of the last one elsewhere; a log, a curve of the loss, and checkpoints/, of which the newest
