@@ -18,6 +18,7 @@ import os
 import pty
 import select
 import shlex
+import signal
 import struct
 import subprocess
 import sys
@@ -39,6 +40,8 @@ PICTURE = HOME / "phimlx/assets/nano-multimodal/pictures/vision-00.png"
 CLIP = HOME / "phimlx/assets/nano-multimodal/clips/speech-00.flac"
 DEADLINE = 60.0  # seconds for the next thing that is waited for
 HEIGHT = 40  # lines that a program is told of
+PROMPT = "> "  # of a chat, at which a person types once nothing more comes
+QUIET = 0.3  # seconds
 LINES = 4000  # that are kept of what it writes
 ROWS = '{"prompt": "Who are you?", "completion": "A small Phi."}\n' * 3 + '{"prompt": ""}\n' * 20
 
@@ -195,20 +198,24 @@ def on_terminal(line: str, keys: Keys, width: int) -> str:
     waiting, seen, shown = list(keys), 0, b""
     child, terminal = pty.fork()
     if not child:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # which a job in the background ignores
         os.execv(sys.executable, [sys.executable, "-m", "phimlx", *shlex.split(line)])
     fcntl.ioctl(terminal, termios.TIOCSWINSZ, struct.pack("HHHH", HEIGHT, width, 0, 0))
     deadline = time.monotonic() + DEADLINE
-    while select.select([terminal], [], [], max(deadline - time.monotonic(), 0))[0]:
+    while time.monotonic() < deadline:
+        quiet = not select.select([terminal], [], [], QUIET)[0]
         try:
-            data = os.read(terminal, 65536)
+            data = b"" if quiet else os.read(terminal, 65536)
         except OSError:  # Linux's way to say that the other end is closed
             break
         stream.feed(data)
         shown += data
         text = SEQUENCE.sub("", shown.decode(errors="replace"))
-        while waiting and (found := text.find(waiting[0][0], seen)) >= 0:
+        asks = quiet and screen.display[screen.cursor.y].rstrip() == PROMPT.rstrip()
+        found = text.find(waiting[0][0], seen) if waiting else -1
+        if asks if waiting and waiting[0][0] == PROMPT else found >= 0:
             awaited, key = waiting.pop(0)
-            seen = found + len(awaited)
+            seen = len(text) if awaited == PROMPT else found + len(awaited)
             os.write(terminal, key.encode())
             deadline = time.monotonic() + DEADLINE
     os.close(terminal)  # hangs up where the deadline has passed
