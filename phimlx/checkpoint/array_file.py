@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import stat
 import zlib
 from collections.abc import Iterator, Mapping
@@ -24,7 +23,6 @@ from phimlx.checkpoint.tensors import ELEMENT_DTYPES, STORED_DTYPES, StoredRows,
 from phimlx.errors import CacheError, CheckpointError
 from phimlx.files import reason, replacing
 
-CHECKSUM = re.compile(r"[0-9a-f]{8}")
 NAMES = {dtype: name for name, dtype in {**STORED_DTYPES, "I32": mx.int32}.items()}
 
 

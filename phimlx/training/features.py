@@ -59,7 +59,6 @@ class FeatureStore:
         self._noted = False
         self._used: set[Path] = set()
         self._total: int | None = None
-        self.hits = self.misses = 0
 
     def read(self, item: MediaItem) -> mx.array | None:
         """Find the features of an item; None where they are not here."""
@@ -69,9 +68,7 @@ class FeatureStore:
         except (OSError, PhimlxError, RuntimeError, KeyError):
             found = None
         if found is None:
-            self.misses += 1
             return None
-        self.hits += 1
         if path not in self._used:
             self._used.add(path)
             with suppress(OSError):

@@ -35,7 +35,6 @@ OTHER_TYPES = {
     "input_audio": "audio",
     "video_url": "video",
 }
-SOURCES = ("path", "url", "bytes", "data", "base64", "array")
 FILE_NAME = "file_name"  # of the Hub's folders of pictures or sounds
 
 Part = dict[str, Any]
