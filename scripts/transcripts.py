@@ -139,6 +139,7 @@ SUBJECTS: dict[str, list[tuple[str, Keys]]] = {
                 ("> ", "What is 3 times 4?" + ENTER),
                 ("[N]o", "y" + ENTER),
                 ("> ", "What is 13 + 5?" + ENTER),
+                ("[N]o", ENTER),  # what the model tries once the server has ended
                 ("> ", "/tools" + ENTER),
                 ("> ", "/tools off" + ENTER),
                 ("> ", "/show" + ENTER),
