@@ -299,7 +299,7 @@ def plan_folder(request: ConversionRequest, files: WeightFiles) -> ConversionPla
     fusion = None if request.adapter is None else AdapterFusion.of(request.adapter, checkpoint)
     split = WHOLE
     if request.split_projections:
-        split = ProjectionSplit.of(checkpoint)
+        split = ProjectionSplit.of(checkpoint.config)
         registry.of_config(checkpoint.config).in_split_layout(hub_dialect(checkpoint.config))
     recipe = _recipe(request, checkpoint)
     unpacks = source.is_gguf  # whether --dequantize is given or not

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import mlx.core as mx
 
-from phimlx.checkpoint.folder import Checkpoint
 from phimlx.errors import ConversionError
 from phimlx.models import registry
 
@@ -24,19 +24,19 @@ class ProjectionSplit:
     pieces: Mapping[str, Mapping[str, int]]
 
     @classmethod
-    def of(cls, checkpoint: Checkpoint) -> ProjectionSplit:
-        """Split a model's projections.
+    def of(cls, config: Mapping[str, Any]) -> ProjectionSplit:
+        """Split the projections of a model, given its config in the architecture's own terms.
 
         Raises:
             ConversionError: where its architecture has no layout that stores them apart.
         """
-        architecture = registry.of_config(checkpoint.config)
+        architecture = registry.of_config(config)
         if architecture.split_config is None:
             raise ConversionError(
                 f"{architecture.model_type} models have no layout with split projections.",
                 hint="Leave --split-projections out.",
             )
-        rows = architecture.read_config(checkpoint.config).fused_rows
+        rows = architecture.read_config(config).fused_rows
         return cls({path: architecture.pieces(path, rows[path]) for path in rows})
 
     def parts(self, name: str, first: int, rows: mx.array) -> Iterator[tuple[str, int, mx.array]]:
@@ -59,6 +59,13 @@ class ProjectionSplit:
                 top += count
             return
         yield name, first, rows
+
+    def paths(self, path: str) -> list[str]:
+        """List the paths that take a layer's place, or its own."""
+        for fused, pieces in self.pieces.items():
+            if path.endswith(f".{fused}"):
+                return [f"{path.removesuffix(fused)}{piece}" for piece in pieces]
+        return [path]
 
 
 WHOLE = ProjectionSplit({})

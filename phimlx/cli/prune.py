@@ -1,7 +1,8 @@
-"""`phimlx prune`: a model with fewer layers."""
+"""`phimlx prune`: a model with fewer layers, mlp channels or heads."""
 
 from __future__ import annotations
 
+import gc
 from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,6 +13,8 @@ from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
+    from convert.prune.plan import PruningPlan
+    from convert.prune.report import PruneReport
     from phimlx.checkpoint.folder import Checkpoint
 
 METHODS = ("influence", "divergence")
@@ -30,9 +33,20 @@ METHODS = ("influence", "divergence")
 @click.option(
     "--layers",
     metavar="N",
-    required=True,
     type=click.IntRange(min=1),
     help="Decoder layers that stay.",
+)
+@click.option(
+    "--mlp",
+    metavar="FRACTION",
+    type=click.FloatRange(min=0, max=1, min_open=True, max_open=True),
+    help="Part of the mlp channels of each layer that stays, as a multiple of 64 of them.",
+)
+@click.option(
+    "--heads",
+    metavar="N",
+    type=click.IntRange(min=1),
+    help="Key/value heads of each layer that stay, with the query heads that read them.",
 )
 @click.option(
     "--by",
@@ -47,7 +61,7 @@ METHODS = ("influence", "divergence")
     "--calibration",
     metavar="FILE",
     type=click.Path(path_type=Path),
-    help="Text to measure layers on, like what the model will read  [default: a short one that "
+    help="Text to measure on, like what the model will read  [default: a short one that "
     "comes along]",
 )
 @click.option(
@@ -62,78 +76,124 @@ METHODS = ("influence", "divergence")
     help="Then teach the pruned model what the whole one knows, by phimlx distill on this data: "
     "OUT-adapter gets that run, OUT-healed the model.",
 )
+@click.option(
+    "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
+)
 @json_option
 def command(
     model: str | None,
     out: Path,
-    layers: int,
+    layers: int | None,
+    mlp: float | None,
+    heads: int | None,
     method: str,
     calibration: Path | None,
     report_text: Path | None,
     heal: str | None,
+    ignore_memory: bool,
     as_json: bool,
 ) -> None:
-    """Leave out the decoder layers of a model that matter least.
+    """Leave out what matters least: decoder layers, mlp channels, key/value heads.
 
     \b
-      phimlx prune --model phi-4-mini --layers 24 --mlx-path mini-24-layers
+      phimlx prune --model phi-4-mini --layers 24 --mlp 0.75 --mlx-path smaller
       phimlx prune --model phi-4-mini --layers 24 --mlx-path mini-24-layers --heal chats.jsonl
 
     What comes out is a model like any other, for phimlx, mlx-lm and transformers; what it has lost
     is shown, and much of that comes back by distillation from the whole model.
     """
     from convert.folder import refuse_existing
-    from convert.prune import check_prunable, choose_layers, compare, write_pruned
+    from convert.prune.plan import PruningPlan
+    from convert.prune.report import PruneReport, compare
+    from convert.prune.write import write_pruned
     from phimlx.checkpoint.folder import Checkpoint
     from phimlx.cli.report import read_text
     from phimlx.cli.train import model_folder
-    from phimlx.sizes import size_text
 
+    widths = {"mlp": mlp, "heads": heads}
+    wanted = {name: amount for name, amount in widths.items() if amount is not None}
+    if layers is None and not wanted:
+        raise click.UsageError("Say what is to stay: --layers, --mlp or --heads, or several.")
     output = Output(json=as_json)
     texts = [read_text(path) for path in (calibration, report_text or calibration)]
     before = Checkpoint(model_folder(model, output))
-    check_prunable(before, layers)
+    plan = PruningPlan.of(before, layers, wanted, method)
     for path in (out, *(_beside(out) if heal is not None else ())):
         refuse_existing(path)
-    with output.progress(100, "Measuring layers", "%") as bar:
-        choice = choose_layers(before, layers, method, texts[0], bar.update)
+    if plan.warning is not None:
+        output.warning(plan.warning)
+    _check_memory(plan, ignore_memory, output)
+    with output.progress(100, "Measuring", "%") as bar:
+        pruning = plan.choose(texts[0], bar.update)
     stored = sum(tensor.nbytes for tensor in before.tensors.values())
     with output.progress(stored, "Writing", "B") as bar:
-        nbytes = write_pruned(before, out, choice, bar.update)
+        nbytes = write_pruned(before, out, pruning, bar.update, plan.split)
+    after = Checkpoint(out)
     with output.progress(100, "Comparing", "%") as bar:
-        found = compare(before, Checkpoint(out), texts[1], bar.update)
-    rows = [
-        (str(layer), f"{value:.4f}", "stays" if layer in choice.kept else "goes")
-        for layer, value in enumerate(choice.importance)
-    ]
-    output.table(("Layer", method.capitalize(), ""), rows)
+        found = compare(before, after, texts[1], bar.update)
+    speeds = _speeds(before, after, output)
+    report = PruneReport(out, pruning, stored, nbytes, found, speeds)
+    output.table(*report.layer_rows())
     output.text()
-    table = [("Weights", size_text(stored), size_text(nbytes))]
-    for each in found:
-        table += [
-            ("Perplexity", f"{each.perplexity_before:.3f}", f"{each.perplexity_after:.3f}"),
-            ("KL divergence", "", f"{each.divergence:.3g} nats"),
-            ("Same likeliest token", "", f"{each.top1:.2%}"),
-        ]
-    output.table(("Measure", "Before", "After"), table)
-    output.text(f"{out}: {layers} of {len(choice.importance)} layers.")
+    output.table(("Measure", "Before", "After"), report.rows())
+    output.text(f"{out}: {report.summary}.")
+    _draw(report, output)
     healed: dict[str, Any] = {}
     if heal is None:
         whole = model or before.folder
         output.note(f"Make up for it: phimlx distill --teacher {whole} --student {out} --data DATA")
     else:
-        healed = {"healed": _heal(before, out, heal, texts[1], as_json)}
-    output.json(
-        {
-            **healed,
-            "path": str(out),
-            "kept": list(choice.kept),
-            "importance": list(choice.importance),
-            "bytes_before": stored,
-            "bytes_after": nbytes,
-            "agreements": [asdict(each) for each in found],
-        }
-    )
+        healed = {"healed": _heal(before, out, heal, texts[1], plan.split, as_json)}
+    output.json({**healed, **report.as_object()})
+
+
+def _check_memory(plan: PruningPlan, ignore_memory: bool, output: Output) -> None:
+    """Say what the work will take, and refuse what this machine does not have."""
+    from convert.prune.memory import check_memory, forecast
+    from phimlx.errors import ConversionError
+    from phimlx.machine.memory import machine_memory
+    from phimlx.sizes import size_text
+
+    memory = machine_memory()
+    needed = max(forecast(plan).values())
+    output.note(f"Takes about {size_text(needed)} of this machine's {size_text(memory)} of memory.")
+    try:
+        check_memory(plan, memory)
+    except ConversionError as error:
+        if not ignore_memory:
+            raise
+        output.warning(str(error))
+
+
+def _speeds(before: Checkpoint, after: Checkpoint, output: Output) -> tuple[float, float] | None:
+    """Measure tokens a second of both, one after the other; None where the larger has no room."""
+    from phimlx.evaluation.bench import decoding_speed
+    from phimlx.machine.memory import machine_memory
+
+    stored = sum(tensor.nbytes for tensor in before.tensors.values())
+    if stored > machine_memory():
+        output.note("Speeds were not measured: the whole model does not fit into the memory.")
+        return None
+    with output.progress(2, "Timing", " models") as bar:
+        first = decoding_speed(before.folder)
+        gc.collect()  # lets go of the whole model before the other is loaded
+        bar.update(1)
+        second = decoding_speed(after.folder)
+        bar.update(1)
+    return None if first is None or second is None else (first, second)
+
+
+def _draw(report: PruneReport, output: Output) -> None:
+    """Put the picture into the folder, where there is what draws it."""
+    from convert.prune.report import PICTURE
+    from phimlx.errors import PhimlxError
+
+    try:
+        report.draw(report.out / PICTURE)
+    except PhimlxError as error:  # the numbers are there all the same
+        output.note(f"{error} {error.hint or ''}".rstrip())
+    else:
+        output.note(f"Drawn in {report.out / PICTURE}.")
 
 
 class _Part(Output):
@@ -149,11 +209,11 @@ def _beside(out: Path) -> tuple[Path, Path]:
 
 
 def _heal(
-    before: Checkpoint, out: Path, data: str, text: str | None, as_json: bool
+    before: Checkpoint, out: Path, data: str, text: str | None, split: bool, as_json: bool
 ) -> dict[str, Any]:
     """Distill the whole model into the pruned one, and show what that brings back."""
     from convert import convert
-    from convert.prune import compare
+    from convert.prune.report import agreement_rows, compare
     from phimlx.checkpoint.folder import Checkpoint
     from phimlx.cli import distill
     from phimlx.training.distill.settings import DistillSettings
@@ -166,14 +226,10 @@ def _heal(
     session = distill.open_session(settings, False, output)
     session.check()
     distill.run(session, False, False, output)
-    convert(out, healed, adapter=adapter)
+    layout = "hf" if split else "mlx"
+    convert(out, healed, adapter=adapter, layout=layout, split_projections=split)
     with output.progress(100, "Comparing", "%") as bar:
         found = compare(before, Checkpoint(healed), text, bar.update)
-    table: list[tuple[str, str, str]] = []
-    for each in found:
-        perplexities = f"{each.perplexity_before:.3f}", f"{each.perplexity_after:.3f}"
-        table += [("Perplexity", *perplexities)]
-        table += [("KL divergence", "", f"{each.divergence:.3g} nats")]
-    output.table(("Measure", "Whole model", "Healed"), table)
+    output.table(("Measure", "Whole model", "Healed"), agreement_rows(found))
     output.text(f"{healed}: the pruned model, healed.")
     return {"path": str(healed), "agreements": [asdict(each) for each in found]}

@@ -20,13 +20,13 @@ import mlx.nn as nn
 import numpy as np
 from mlx.utils import tree_flatten
 
-from phimlx.api import Phi
+from phimlx.api import Phi, load
 from phimlx.generation.engine import Engine
 from phimlx.generation.prefill import prefill
 from phimlx.generation.request import Request
 from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.machine.active_memory import ACTIVE_MEMORY
-from phimlx.machine.bandwidth import Bandwidth
+from phimlx.machine.bandwidth import Bandwidth, memory_bandwidth
 from phimlx.machine.device import backend, device_name, prefill_tokens
 from phimlx.machine.memory import cache_bytes, longest_context, machine_memory
 from phimlx.machine.pass_cost import PassCost
@@ -235,6 +235,19 @@ def measure_context(
         _weights(phi.model) + peak,
         *their_rates,
     )
+
+
+def decoding_speed(folder: Path) -> float | None:
+    """Load a model, and measure the tokens a second that it decodes behind a short prompt.
+
+    Returns:
+        None where it has no room for one.
+    """
+    settings, phi = BenchSettings(contexts=CONTEXTS[:1]), load(folder)
+    contexts = fitting_contexts(phi, settings)
+    if not contexts:
+        return None
+    return measure_context(phi, contexts[0], settings, memory_bandwidth()).decode
 
 
 def bytes_per_token(model: CausalLM, context: int) -> int:

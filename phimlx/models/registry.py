@@ -88,6 +88,27 @@ class GGUF:
     text_split: str | None = None
 
 
+@dataclass(frozen=True)
+class Width:
+    """Units of a decoder layer that can be left out, as many in each: channels, groups of heads.
+
+    Attributes:
+        unit: what a person calls several of them.
+        sizes: keys of the config that shrink in proportion, the number of units first.
+        rows: projections whose rows the units share evenly, in each piece of a fused one.
+        columns: the projection whose columns they share evenly, and which reads what they give.
+        multiple: of which their number stays one.
+        stated: keys that the config must then state, since they no longer follow from others.
+    """
+
+    unit: str
+    sizes: tuple[str, ...]
+    rows: tuple[str, ...]
+    columns: str
+    multiple: int = 1
+    stated: tuple[str, ...] = ()
+
+
 # What modelling code computes, and older versions of it save: tables of the rotary embedding, a
 # list of positions, causal masks.
 BUFFERS = ("*.rotary_emb.*", "*.position_ids", "*.causal_mask", "*.masked_bias")
@@ -106,6 +127,7 @@ class Architecture:
             architectures -> the names of these, in the order of their rows.
         split_config: "module:function" that writes a config in the terms of a layout that stores
             the pieces of fused projections apart; None where there is no such layout.
+        widths: what can be left out of every layer, by the name of the option that says how much.
         unused: patterns of stored tensors that the architecture does without, of whatever type.
         takes: what goes in: "text", "image", "audio".
         adapters: whether the checkpoint itself holds adapters that its inputs call for.
@@ -135,6 +157,7 @@ class Architecture:
     projections: tuple[str, ...]
     fused_projections: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
     split_config: str | None = None
+    widths: Mapping[str, Width] = field(default_factory=dict)
     unused: tuple[str, ...] = BUFFERS
     takes: tuple[str, ...] = ("text",)
     adapters: bool = False
@@ -253,6 +276,26 @@ _PHI3_PROJECTIONS = (
 )
 _PHI3_FUSED = {"qkv_proj": ("q_proj", "k_proj", "v_proj"), "gate_up_proj": ("gate_proj", "up_proj")}
 
+
+def _widths(
+    channels: tuple[tuple[str, ...], str], heads: tuple[tuple[str, ...], str]
+) -> dict[str, Width]:
+    """Describe an MLP's channels and the groups of heads that share keys, by rows and columns."""
+    return {
+        "mlp": Width("mlp channels", ("intermediate_size",), *channels, multiple=64),
+        "heads": Width(
+            "key/value heads",
+            ("num_key_value_heads", "num_attention_heads"),
+            *heads,
+            stated=("head_dim",),
+        ),
+    }
+
+
+_PHI3_WIDTHS = _widths(
+    (("mlp.gate_up_proj",), "mlp.down_proj"), (("self_attn.qkv_proj",), "self_attn.o_proj")
+)
+
 # Where an error costs most: the embedding and the output head, which in a tied model are one and
 # which every logit passes; the attention's input, where the values that a query picks go through;
 # the first block, on which all others build; and in the first and last eighth of the blocks the
@@ -303,6 +346,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         projections=_PHI3_PROJECTIONS,
         fused_projections=_PHI3_FUSED,
         split_config="phimlx.models.llama:split_config",
+        widths=_PHI3_WIDTHS,
         sensitive_layers=_PHI3_SENSITIVE,
         gguf=_PHI3_GGUF,
         gguf_dialects=(_LLAMA_GGUF,),
@@ -331,6 +375,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             "self_attn.dense",
             "mlp.fc1",
             "mlp.fc2",
+        ),
+        widths=_widths(
+            (("mlp.fc1",), "mlp.fc2"),
+            (("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"), "self_attn.dense"),
         ),
         sensitive_layers=(
             SensitiveLayers("model.embed_tokens"),
@@ -429,6 +477,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         config="phimlx.models.phi4siglip.config:Phi4SiglipConfig",
         projections=_PHI3_PROJECTIONS,
         fused_projections=_PHI3_FUSED,
+        widths=_PHI3_WIDTHS,
         takes=("text", "image"),
         parts={"encoders": ("model.vision_tower.", "model.mm_projector.")},
         placeholder_texts={"image": "<image>"},

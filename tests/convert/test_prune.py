@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from importlib.util import find_spec
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -13,14 +14,9 @@ import pytest
 from click.testing import CliRunner
 from safetensors import safe_open
 
-from convert.prune import (
-    LayerChoice,
-    block_influence,
-    choose_layers,
-    divergence_without,
-    pruned_config,
-    write_pruned,
-)
+from convert.prune.layers import LayerChoice, block_influence, divergence_without
+from convert.prune.plan import Pruning, PruningPlan
+from convert.prune.write import pruned_config, write_pruned
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
@@ -75,7 +71,9 @@ def test_divergence_is_that_of_a_model_without_the_layer(folder: Path, tmp_path:
     whole = by_mlx_lm(folder)
     for gone, kept in ((0, 1), (1, 0)):
         out = tmp_path / f"without-{gone}"
-        write_pruned(checkpoint, out, LayerChoice("divergence", (), (kept,)), lambda nbytes: None)
+        write_pruned(
+            checkpoint, out, Pruning(LayerChoice("divergence", (), (kept,))), lambda nbytes: None
+        )
         without = by_mlx_lm(out)
         ours = load_model(Checkpoint(out))(TOKENS)
         assert mx.allclose(without(TOKENS), ours, atol=1e-4)
@@ -97,7 +95,7 @@ def test_what_is_written_is_the_model_without_the_layers(tmp_path: Path, quantiz
     checkpoint = Checkpoint(source)
     out = tmp_path / "out"
     choice = LayerChoice("influence", (0.4, 0.1, 0.2, 0.3), (0, 2, 3))
-    nbytes = write_pruned(checkpoint, out, choice, lambda nbytes: None)
+    nbytes = write_pruned(checkpoint, out, Pruning(choice), lambda nbytes: None)
     assert nbytes < sum(tensor.nbytes for tensor in checkpoint.tensors.values())
     expected = load_model(checkpoint)
     del expected.model.layers[1]
@@ -120,8 +118,9 @@ def _quantization() -> Any:
 def test_forms_of_single_layers_go_with_them() -> None:
     table = {"bits": 4, "model.layers.1.mlp.down_proj": {"bits": 8}, "lm_head": {"bits": 8},
              "model.layers.2.mlp.down_proj": {"bits": 6}}  # fmt: skip
-    found = pruned_config({**json.loads((NANO / "config.json").read_text()),
-                           "quantization": table, "auto_map": {}}, {0: 0, 2: 1})  # fmt: skip
+    config = json.loads((NANO / "config.json").read_text())
+    choice = Pruning(LayerChoice("influence", (), (0, 2)))
+    found = pruned_config({**config, "quantization": table, "auto_map": {}}, choice)
     assert found["quantization"] == {
         "bits": 4, "lm_head": {"bits": 8}, "model.layers.1.mlp.down_proj": {"bits": 6}
     }  # fmt: skip
@@ -135,13 +134,14 @@ def test_the_most_important_stay_in_their_order() -> None:
 @pytest.mark.parametrize("layers", [2, 3, 9])
 def test_more_layers_than_there_are_cannot_stay(folder: Path, layers: int) -> None:
     with pytest.raises(ConversionError, match=f"{layers} layers are to stay, but this model has 2"):
-        choose_layers(Checkpoint(folder), layers, "influence", None)
+        PruningPlan.of(Checkpoint(folder), layers)
 
 
 @pytest.mark.slow
 def test_the_command_says_what_is_lost(folder: Path, tmp_path: Path) -> None:
     out = tmp_path / "out"
-    arguments = ["prune", "--model", str(folder), "--layers", "1", "--mlx-path", str(out)]
+    arguments = ["prune", "--model", str(folder), "--layers", "1", "--mlp", "0.7"]
+    arguments += ["--heads", "1", "--mlx-path", str(out)]
     rows = write_rows(tmp_path / "rows.jsonl", 4)
     result = CliRunner().invoke(cli, [*arguments, "--heal", str(rows), "--json"])
     assert result.exit_code == 0, result.output
@@ -150,8 +150,15 @@ def test_the_command_says_what_is_lost(folder: Path, tmp_path: Path) -> None:
     assert found["healed"]["path"] == str(healed.folder)
     assert not mx.allclose(load_model(healed)(TOKENS), load_model(Checkpoint(out))(TOKENS))
     assert len(found["kept"]) == 1
+    assert {name: each["after"] for name, each in found["widths"].items()} == {
+        "mlp": 64,
+        "heads": 1,
+    }
     assert found["bytes_after"] < found["bytes_before"]
     assert found["agreements"][0]["divergence"] > 0
+    assert min(found["tokens_per_second"]) > 0
+    if find_spec("matplotlib"):
+        assert (out / "prune.png").read_bytes().startswith(b"\x89PNG")
     again = CliRunner().invoke(cli, arguments)
     assert again.exit_code == 1
     assert f"{out} exists already." in again.stderr

@@ -1,0 +1,1 @@
+"""Models with fewer decoder layers, narrower MLPs or fewer heads."""
