@@ -35,7 +35,7 @@ COMMANDS = {
     "convert": ("phimlx.cli.convert", "Convert and quantize a model for MLX."),
     "train": ("phimlx.cli.train", "Fine-tune a model on your own data."),
     "distill": ("phimlx.cli.distill", "Teach a small model what a large one knows."),
-    "prune": ("phimlx.cli.prune", "Leave out the layers of a model that matter least."),
+    "prune": ("phimlx.cli.prune", "Leave out layers, channels and heads that matter least."),
     "fuse": ("phimlx.cli.fuse", "Merge an adapter into a model's weights."),
     "evaluate": ("phimlx.cli.evaluate", "Measure how well a model does on data."),
     "bench": ("phimlx.cli.bench", "Measure how fast a model is on this machine."),
