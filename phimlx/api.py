@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,6 +41,7 @@ from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import DEFAULT
 from phimlx.preferences.file import read_alias
+from phimlx.shared_model import Machines, shares_no_adapter
 from phimlx.tools.chat import Chats
 
 if TYPE_CHECKING:
@@ -58,6 +60,7 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | mx.Dtype | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
+    machines: Machines | None = None,
 ) -> Phi:
     """Load a model.
 
@@ -70,11 +73,12 @@ def load(
         rope_scaling: reaches further than the model was trained, as in a config:
             `{"rope_type": "yarn", "factor": 4.0}`, "linear" or "dynamic". It is another model then
             than the published one.
+        machines: which share the model, each with a part of its weights; this one leads.
 
     Raises:
         ModelNotFoundError: where it is not on this machine.
         ConfigError, CheckpointError: where the folder is not a whole Phi-4 model, or the adapter
-            not one for it.
+            not one for it; where the machines cannot share it.
     """
     if isinstance(dtype, str):
         if dtype not in DTYPES:
@@ -82,7 +86,12 @@ def load(
         dtype = DTYPES[dtype]
     if adapter is None and source is not None:
         adapter = read_alias(source).get("adapter")
-    return Phi(resolve(source), dtype, adapter, rope_scaling)
+    if machines is None:
+        return Phi(resolve(source), dtype, adapter, rope_scaling)
+    if adapter is not None:
+        raise shares_no_adapter()
+    load_part = partial(machines.load, source, rope_scaling)
+    return Phi(resolve(source), dtype, None, rope_scaling, load_part)
 
 
 class Phi(Chats):
@@ -110,11 +119,12 @@ class Phi(Chats):
         dtype: mx.Dtype | None = None,
         adapter: str | Path | None = None,
         rope_scaling: Mapping[str, Any] | None = None,
+        load_weights: Callable[[Checkpoint, mx.Dtype | None], CausalLM] = load_model,
     ) -> None:
         checkpoint = Checkpoint(folder, rope_scaling)
         self.path = checkpoint.folder
         self._contents = Contents(self.path, checkpoint.files)
-        self.model: CausalLM = load_model(checkpoint, dtype)
+        self.model: CausalLM = load_weights(checkpoint, dtype)
         self.config = checkpoint.config
         known = catalog.by_config(self.config, model_name(self.path))
         self.name = known.alias if known else self.path.resolve().name
@@ -153,6 +163,8 @@ class Phi(Chats):
             ConfigError, CheckpointError: for a name that cannot be or is taken, and as `load`.
             ModelNotFoundError: where it is not on this machine.
         """
+        if self.model.leader is not None:
+            raise shares_no_adapter()
         return self._variants.load(resolve_adapter(source), name)
 
     def delete_adapter(self, name: str) -> None:
@@ -309,6 +321,7 @@ class Phi(Chats):
         """
         from phimlx.generation.prefix_file import write_prefix
 
+        self._check_whole()
         cache.check(self.model)
         adapter = cache.kv.loaded[0] if cache.kv.loaded else None
         write_prefix(Path(path), cache, self._source(adapter))
@@ -325,13 +338,15 @@ class Phi(Chats):
         """
         from phimlx.generation.prefix_file import read_prefix
 
+        self._check_whole()
         loaded = self._variants.find(adapter).adapter
         return read_prefix(Path(path), self.model, self._source(loaded), loaded)
 
     def prefix_store(
         self, note: Callable[[str], object] = lambda text: None, **settings: Any
     ) -> PrefixStore | None:
-        """Open the store of long prompts in the cache folder; None where its limit is 0.
+        """Open the store of long prompts in the cache folder; None where its limit is 0, and where
+        machines share the model, none of which has whole keys and values.
 
         `store.save(cache)` keeps what a cache holds; `new_cache(prefixes=store)` finds it again.
 
@@ -344,8 +359,18 @@ class Phi(Chats):
         """
         from phimlx.generation.prefix_store import PrefixStore
 
+        if self.model.leader is not None:
+            return None
         store = PrefixStore(self.model, self._source, note, **settings)
         return store if store.limit else None
+
+    def _check_whole(self) -> None:
+        if self.model.leader is not None:
+            raise CacheError(
+                "Machines share the model, and none has keys and values of its own to keep in a "
+                "file.",
+                hint="Load the model on one machine for that.",
+            )
 
     def _source(self, adapter: str | None) -> Source:
         """Tell the model from others; reads its files where nobody knows what they hold.

@@ -24,7 +24,7 @@ RANKS = (
     ("training", "convert"),
     ("api", "remote"),
     ("extraction",),
-    ("adapters", "transcription", "prompt_file", "tools"),
+    ("adapters", "transcription", "prompt_file", "tools", "shared_model"),
     ("hub", "generation", "history"),
     ("preferences",),
     ("checkpoint", "media", "prompt"),
@@ -32,7 +32,7 @@ RANKS = (
     ("machine",),
     ("options", "extras"),
     ("files", "folders"),
-    ("errors", "sizes", "catalog"),
+    ("errors", "sizes", "catalog", "launched"),
 )
 """The rooms from the top down: a room imports itself and what stands below it, nothing else."""
 
@@ -317,4 +317,5 @@ def test_help_of_everything_loads_no_command() -> None:
         "phimlx.cli.main",
         "phimlx.cli.options",
         "phimlx.cli.preferences",
+        "phimlx.cli.together",
     }

@@ -17,23 +17,33 @@ from phimlx.errors import CheckpointError, some, translate_shortage
 from phimlx.machine.exiting import COMPUTING
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
+from phimlx.models.tensor_parallel import shard
 
 
 @COMPUTING
-def load_model(checkpoint: Checkpoint, dtype: mx.Dtype | None = None) -> CausalLM:
+def load_model(
+    checkpoint: Checkpoint,
+    dtype: mx.Dtype | None = None,
+    group: mx.distributed.Group | None = None,
+) -> CausalLM:
     """The model of a folder, with its weights read.
 
     Args:
         dtype: floating-point type to hold weights and compute in; as stored where None.
+        group: the machines that share the model, each of which reads its part alone.
 
     Raises:
         ConfigError, CheckpointError: naming what is missing, unexpected or of another shape; where
+            machines cannot share the model; where
             another framework has packed the weights, which are converted first; where a file is
             cut short meanwhile.
         ResourceError: where memory does not suffice.
     """
     checkpoint.check_runs()
     model = map_model(checkpoint)
+    with translate_shortage():
+        if group is not None:
+            shard(model, group, dtype)
     if dtype is not None:
         model.set_dtype(dtype)
     with translate_shortage():

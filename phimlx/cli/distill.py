@@ -86,8 +86,8 @@ def command(
 def open_session(given: DistillSettings, resume: bool, output: Output) -> DistillSession:
     """Find both models, and the run to go on with where there is one."""
     from phimlx.cli.shapes import read_schema_argument
+    from phimlx.machine.processes import ProcessGroup
     from phimlx.training.distill.session import DistillSession
-    from phimlx.training.distributed import ProcessGroup
     from phimlx.training.run.checkpoints import RUN, RunFolder
     from phimlx.training.run.session import resumed_settings
     from phimlx.training.run.trackers import check_trackers

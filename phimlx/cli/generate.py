@@ -42,6 +42,7 @@ from phimlx.cli.remote import pop_servers, server_options
 from phimlx.cli.shapes import pop_shape, shape_options, tool_choice_option
 from phimlx.cli.spread import SpreadFiles
 from phimlx.cli.stdin import read_files, read_prompt
+from phimlx.cli.together import together
 from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
 
@@ -108,6 +109,7 @@ if TYPE_CHECKING:
 @limit_options()
 @json_option
 @click.option("--verbose", "-v", is_flag=True, help="Print token counts and speed to stderr.")
+@together
 def command(
     words: str | None,
     model: str | None,

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import click
 
 from phimlx.cli.preferences import preferences
+from phimlx.cli.together import machines
 from phimlx.errors import shortened
 from phimlx.machine.kv_bits import KV_BITS
 from phimlx.media.limits import Limits
@@ -341,6 +342,7 @@ def load_or_download(
     choice = preferences().choose(model)
     adapter = adapter or own_adapter(choice.name)
     model, adapters = choice.model, adapters or {}
+    shared = machines()
     for source in (*([] if adapter is None else [adapter]), *adapters.values()):
         try:
             resolve_adapter(source)
@@ -348,17 +350,18 @@ def load_or_download(
             from phimlx.cli.bars import download_missing
 
             download_missing(source, output, absent, adapter=True)
-    scaled = {} if rope_scaling is None else {"rope_scaling": rope_scaling}
+    more: dict[str, Any] = {} if rope_scaling is None else {"rope_scaling": rope_scaling}
+    more |= {} if shared is None else {"machines": shared}
     loading = f"Loading {model or 'the model'}…"
     try:
         with output.status(loading):
-            phi = api.load(model, adapter, dtype, **scaled)
+            phi = api.load(model, adapter, dtype, **more)
     except ModelAbsentError as absent:
         from phimlx.cli.bars import download_missing
 
         download_missing(model, output, absent, always_ask)
         with output.status(loading):
-            phi = api.load(model, adapter, dtype, **scaled)
+            phi = api.load(model, adapter, dtype, **more)
     for remark in phi.remarks:
         output.warning(remark)
     for name, source in adapters.items():

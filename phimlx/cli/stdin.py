@@ -12,12 +12,17 @@ import sys
 import click
 
 from phimlx.errors import PromptError
+from phimlx.launched import is_launched
 from phimlx.terminal.output import Output
 
 STDIN = "-"
 NO_PROMPT = (
     "There is no prompt. Give one with --prompt TEXT, or pipe it in: "
     "echo 'What is MLX?' | phimlx generate"
+)
+UNENDING = (
+    "mlx.launch does not say when what is piped in ends. Give the prompt with --prompt TEXT, and "
+    "files by their path."
 )
 BINARY = "Give a picture with --image -, a sound with --audio -."
 
@@ -61,7 +66,7 @@ def read_prompt(option: str | None, words: str | None, raw: bool, taken: bool = 
 
 def is_piped() -> bool:
     """Whether a pipe or a file is at stdin: what a program inherited from another may never end."""
-    if sys.stdin is None or sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.isatty() or is_launched():
         return False
     try:
         mode = os.fstat(sys.stdin.fileno()).st_mode
@@ -87,9 +92,15 @@ def read_text(raw: bool) -> str:
 
 
 def read_bytes() -> bytes:
-    """Read all of stdin, and say so where nothing comes: whoever holds the pipe may say nothing."""
+    """Read all of stdin, and say so where nothing comes: whoever holds the pipe may say nothing.
+
+    Raises:
+        click.UsageError: where `mlx.launch` holds it, which never lets it end.
+    """
     if sys.stdin is None:
         return b""
+    if is_launched():
+        raise click.UsageError(UNENDING)
     with contextlib.suppress(io.UnsupportedOperation, ValueError):  # text in memory
         if not select.select([sys.stdin.fileno()], [], [], PATIENCE)[0]:
             Output().note(WAITING)

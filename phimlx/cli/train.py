@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phimlx.cli.options import json_option, limit_options, own_adapter, pop_limits
-from phimlx.errors import ModelAbsentError, PhimlxError
+from phimlx.cli.together import end_at_once
+from phimlx.errors import ModelAbsentError
 from phimlx.options import click_options, from_file, from_flags
 from phimlx.terminal.output import Output
 from phimlx.training.settings import TrainSettings
 
 if TYPE_CHECKING:
+    from phimlx.machine.processes import ProcessGroup
     from phimlx.media.limits import Limits
     from phimlx.training.data.examples import Dataset
-    from phimlx.training.distributed import ProcessGroup
     from phimlx.training.run.loop import Outcome
     from phimlx.training.run.session import Session
 
@@ -88,14 +88,14 @@ def command(
     if given.data is None and not resume:
         raise click.UsageError("--data is missing: name what to learn from.")
 
+    from phimlx.machine.processes import ProcessGroup
     from phimlx.terminal.training import note_unused
-    from phimlx.training.distributed import ProcessGroup
 
     processes = ProcessGroup.join()
     output = Output(json=as_json)
     if not processes.is_main:
         output = Silent()
-    with processes.watched(partial(_end_at_once, output)):
+    with processes.watched(partial(end_at_once, output)):
         session = _open(given, resume, processes, limits, output)
         if not resume and (own := own_adapter(given.model)) is not None:
             output.note(f"A new adapter is trained; that of {given.model}, {own}, is left out.")
@@ -124,12 +124,6 @@ def check_consent(rewards: Sequence[str], named: Sequence[str]) -> None:
             f"The reward {unnamed[0]} is Python to be run, which the command line has to name.",
             hint=f"Look at the file; if you trust it, add: {arguments}",
         )
-
-
-def _end_at_once(output: Output, error: PhimlxError) -> None:
-    """End a process that waits, in a thread of it; the last checkpoint is on the disk."""
-    output.error(error)
-    os._exit(error.exit_code)
 
 
 class Silent(Output):

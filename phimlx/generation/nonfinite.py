@@ -26,7 +26,8 @@ def nonfinite_error(model: CausalLM, tokens: Sequence[int]) -> GenerationError:
             f"the first in {damaged}.",
             hint="Convert it again from its source, or download it again.",
         )
-    layer = _first_layer(model, tokens)
+    # Where machines share the model, one alone cannot walk its layers.
+    layer = _first_layer(model, tokens) if model.leader is None else None
     place = "" if layer is None else f": what model.layers.{layer} puts out is not finite"
     return GenerationError(
         f"The model computes no numbers in {dtype}{place}.",

@@ -11,7 +11,7 @@ Generation, training, measuring and calibration all do the same few lines:
 from __future__ import annotations
 
 from dataclasses import dataclass, field, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -81,6 +81,21 @@ class ForwardPass:
         return self.cache.attend(layer, queries, keys, values, self.mask)
 
 
+class Leading(Protocol):
+    """What does a model's passes together with other machines; see `models.lockstep`."""
+
+    def share(self, cache: Cache, expected_length: int, kv_bits: int | None) -> Cache: ...
+
+    def run(
+        self,
+        model: CausalLM,
+        input_ids: mx.array,
+        cache: Cache | None,
+        attention_mask: mx.array | None,
+        outputs: int | None,
+    ) -> mx.array: ...
+
+
 class CausalLM(nn.Module):
     """A language model. Parameters carry the names of the published checkpoints.
 
@@ -95,6 +110,7 @@ class CausalLM(nn.Module):
         longest_with_media: tokens that the model was made to read of a prompt with media; None for
             all of its context.
         loaded_routes: which rows the loaded adapters are for.
+        leader: by which all machines that share the model do its passes; None for a whole one.
         model: embedding, decoder layers and final norm.
     """
 
@@ -104,6 +120,7 @@ class CausalLM(nn.Module):
     loaded_adapters: frozenset[str] = frozenset()
     is_changed: bool = False
     longest_with_media: int | None = None
+    leader: Leading | None = None
     loaded_routes: LoadedRoutes
     config: ModelConfig
     model: nn.Module
@@ -207,9 +224,10 @@ class CausalLM(nn.Module):
         """
         config = self.config
         store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
-        return Cache(
+        cache = Cache(
             store, config.rope, expected_length, config.sliding_window, self.default_adapter
         )
+        return cache if self.leader is None else self.leader.share(cache, expected_length, kv_bits)
 
     def forward_pass(
         self,
@@ -240,7 +258,25 @@ class CausalLM(nn.Module):
         Args:
             features: of the media that fill these tokens' placeholders, from `encode_media`.
             outputs: how many of the tokens, counted from the last, it is wanted of; None for all.
+
+        Raises:
+            MachineLostError: where one of the machines that share the model is gone.
         """
+        if self.leader is None:
+            return self.own_hidden_states(input_ids, cache, attention_mask, features, outputs)
+        if features is not None and features is not TEXT:
+            raise self._no_media()
+        return self.leader.run(self, input_ids, cache, attention_mask, outputs)
+
+    def own_hidden_states(
+        self,
+        input_ids: mx.array,
+        cache: Cache | None = None,
+        attention_mask: mx.array | None = None,
+        features: Features | None = None,
+        outputs: int | None = None,
+    ) -> mx.array:
+        """Do this machine's part of `hidden_states`: all of it, where the model is whole."""
         x, forward = self._begin(input_ids, cache, attention_mask, features)
         layers, first = self.layers, len(self.layers) - self.tail
         for layer in layers[:first]:

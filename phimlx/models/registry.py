@@ -109,6 +109,21 @@ class Width:
     stated: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class Sharding:
+    """How several machines share a decoder layer: each has some of the heads and mlp channels.
+
+    Attributes:
+        rows: projections of which each keeps rows, of every piece of a fused one as many.
+        columns: those of which each keeps columns; what comes of them is summed over all.
+        counts: attributes of a layer, by path, that count its heads.
+    """
+
+    rows: tuple[str, ...]
+    columns: tuple[str, ...]
+    counts: tuple[str, ...] = ()
+
+
 # What modelling code computes, and older versions of it save: tables of the rotary embedding, a
 # list of positions, causal masks.
 BUFFERS = ("*.rotary_emb.*", "*.position_ids", "*.causal_mask", "*.masked_bias")
@@ -149,6 +164,7 @@ class Architecture:
         onnx: the name of its class by which onnxruntime-genai's builder knows it; None where that
             makes no whole model of it.
         dialects: other layouts that are read.
+        sharding: how machines share its layers; None where each has to hold them whole.
     """
 
     model_type: str
@@ -173,6 +189,7 @@ class Architecture:
     gguf_dialects: tuple[GGUF, ...] = ()
     onnx: str | None = None
     dialects: tuple[Dialect, ...] = ()
+    sharding: Sharding | None = None
 
     @property
     def takes_media(self) -> bool:
@@ -351,6 +368,11 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         gguf=_PHI3_GGUF,
         gguf_dialects=(_LLAMA_GGUF,),
         onnx="Phi3ForCausalLM",
+        sharding=Sharding(
+            rows=("self_attn.qkv_proj", "mlp.gate_up_proj"),
+            columns=("self_attn.o_proj", "mlp.down_proj"),
+            counts=("self_attn.heads", "self_attn.kv_heads"),
+        ),
         dialects=(
             Dialect(
                 model_type="llama",
@@ -409,6 +431,10 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             text_split="gpt-2",
         ),
         onnx="PhiForCausalLM",
+        sharding=Sharding(
+            rows=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),
+            columns=("self_attn.dense", "mlp.fc2"),
+        ),
         dialects=(
             Dialect(
                 model_type="phi-msft",

@@ -16,7 +16,7 @@ from typing import Any
 import psutil
 import pytest
 
-from phimlx.training import distributed
+from phimlx.machine import processes
 from tests.training.folder import write_rows, write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -125,10 +125,10 @@ def test_a_lost_machine_ends_the_run_with_what_was_learned(place: Path) -> None:
 
 
 def test_a_machine_that_has_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(distributed, "PATIENCE", 0.05)
+    monkeypatch.setattr(processes, "PATIENCE", 0.05)
     lost: SimpleQueue[Exception] = SimpleQueue()
-    watchdog = distributed.Watchdog()
-    assert watchdog.patience == distributed.FIRST_PATIENCE
+    watchdog = processes.Watchdog()
+    assert watchdog.patience == processes.FIRST_PATIENCE
     watchdog.heard()
     watchdog.patience = 0.05
     with watchdog.watching(lost.put):
@@ -139,7 +139,7 @@ def test_a_machine_that_has_stopped_is_noticed(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_patience_grows_with_the_longest_wait() -> None:
-    watchdog = distributed.Watchdog()
+    watchdog = processes.Watchdog()
     watchdog.last -= 100
     watchdog.heard()
     assert 1000 <= watchdog.patience < 1001 + 10 * 60

@@ -23,7 +23,7 @@ from phimlx.checkpoint.arrays import write_arrays
 from phimlx.checkpoint.header import list_tensors
 from phimlx.errors import CheckpointError, TrainingError
 from phimlx.files import read_json, replacing, sync, translate_write_errors, write_file, write_json
-from phimlx.training.distributed import ProcessGroup
+from phimlx.machine.processes import ProcessGroup
 
 RUN = "run.json"
 MANIFEST = "manifest.json"

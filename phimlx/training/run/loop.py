@@ -17,9 +17,9 @@ from pydantic import ConfigDict, Field, TypeAdapter
 
 from phimlx.errors import TrainingError
 from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
+from phimlx.machine.processes import MachineLostError, ProcessGroup
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Example
-from phimlx.training.distributed import MachineLostError, ProcessGroup
 from phimlx.training.forward import Features
 from phimlx.training.run.checkpoints import (
     MANIFEST,

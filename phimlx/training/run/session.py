@@ -23,6 +23,7 @@ from phimlx.errors import TrainingError
 from phimlx.files import is_file, translate_read_errors
 from phimlx.hub.content_hash import content_hash
 from phimlx.hub.layout import cache_folder, model_name
+from phimlx.machine.processes import ProcessGroup
 from phimlx.media.limits import Limits
 from phimlx.models.base import CausalLM
 from phimlx.models.config import ModelConfig
@@ -31,7 +32,6 @@ from phimlx.training.data.batches import Batches, Example, rounded
 from phimlx.training.data.examples import Dataset, RowSettings, load_data
 from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Progress
-from phimlx.training.distributed import ProcessGroup
 from phimlx.training.loss import CHUNK_ROWS
 from phimlx.training.memory_estimate import LargestBatch, MemoryEstimate, estimate_memory, remedies
 from phimlx.training.rewards import Reward, fingerprints, needs_answers, read_rewards

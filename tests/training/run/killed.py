@@ -17,7 +17,7 @@ from typing import Any
 import tests.conftest  # noqa: F401 (the same BLAS as in the run that it is compared with)
 from phimlx.checkpoint.arrays import write_arrays
 from phimlx.cli.main import main
-from phimlx.training import distributed
+from phimlx.machine import processes
 from phimlx.training.data.batches import Batch
 from phimlx.training.run import checkpoints as state
 from phimlx.training.step import StepResult, TrainingStep
@@ -26,7 +26,7 @@ from phimlx.training.step import StepResult, TrainingStep
 at = at if rank in ("", os.environ.get("MLX_RANK")) else 0
 sys.argv = ["phimlx", *sys.argv[3:]]
 if how == "SIGSTOP":
-    distributed.PATIENCE, distributed.PATIENCE_FACTOR = 20.0, 1
+    processes.PATIENCE, processes.PATIENCE_FACTOR = 20.0, 1
 take = TrainingStep.__call__
 
 

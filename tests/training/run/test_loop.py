@@ -14,8 +14,8 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phimlx.errors import TrainingError
+from phimlx.machine.processes import ProcessGroup
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.distributed import ProcessGroup
 from phimlx.training.run.checkpoints import RunFolder
 from phimlx.training.run.events import (
     CheckpointSaved,

@@ -7,20 +7,24 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from itertools import pairwise
 from threading import Event, Thread
 from typing import Any
 
 import mlx.core as mx
 import numpy as np
 
-from phimlx.errors import TrainingError
+from phimlx.errors import PhimlxError
 
 FIRST_PATIENCE = 1800.0  # seconds: each machine reads the data and loads the model meanwhile
 PATIENCE = 300.0  # seconds, or so many times the longest wait so far
 PATIENCE_FACTOR = 10
+SIZE_BYTES, FRAME = 4, 1020  # of a message: its size, and as much of it as goes along
+RESUME = "Start the same command again with --resume."
+AGAIN = "See that all of them run, then start the same command again."
 
 
-class MachineLostError(TrainingError):
+class MachineLostError(PhimlxError):
     """One of several machines is no longer there."""
 
 
@@ -31,8 +35,14 @@ class Watchdog:
     A process waits for the others inside a call of MLX, which nothing interrupts and which has no
     limit of its own: a machine that is gone closes its connections, one that is stopped does not.
     So a thread looks at the clock.
+
+    Attributes:
+        remedy: what to do then.
+        idle: whether this process works on its own meanwhile, and waits for nobody.
     """
 
+    remedy: str = RESUME
+    idle: bool = False
     patience: float = FIRST_PATIENCE
     longest: float = 0.0
     last: float = field(default_factory=time.monotonic)
@@ -52,14 +62,15 @@ class Watchdog:
 
         def watch() -> None:
             while not ended.wait(min(5.0, self.patience / 4)):
+                if self.idle:
+                    self.last = time.monotonic()
                 waited = time.monotonic() - self.last
                 if waited > self.patience:
                     on_lost(
                         MachineLostError(
                             f"Another machine has not answered for {waited:.0f} seconds, so the "
                             "run ends here.",
-                            hint="See that all of them run, then start the same command again "
-                            "with --resume.",
+                            hint=self.remedy,
                         )
                     )
                     return
@@ -86,10 +97,14 @@ class ProcessGroup:
     watchdog: Watchdog = field(default_factory=Watchdog, compare=False)
 
     @classmethod
-    def join(cls) -> ProcessGroup:
-        """Find the others, where `mlx.launch` started this process; else be alone."""
+    def join(cls, remedy: str = RESUME) -> ProcessGroup:
+        """Find the others, where `mlx.launch` started this process; else be alone.
+
+        Args:
+            remedy: what to do where one of them is lost.
+        """
         group = mx.distributed.init()
-        return cls(group if group.size() > 1 else None)
+        return cls(group if group.size() > 1 else None, Watchdog(remedy))
 
     @property
     def rank(self) -> int:
@@ -114,17 +129,40 @@ class ProcessGroup:
         """Send what the main process has to all; they call together."""
         if self.group is None:
             return data
+        own = data if self.is_main else b""
+        frame = np.zeros(SIZE_BYTES + FRAME, np.uint8)  # so that what is short goes at once
+        if self.is_main:
+            short = own if len(own) <= FRAME else b""
+            head = len(own).to_bytes(SIZE_BYTES, "little") + short
+            frame[: len(head)] = np.frombuffer(head, np.uint8)
         with self.translate_errors():
-            own = np.frombuffer(data if self.is_main else b"", np.uint8)
-            length = int(self._sum(mx.array(len(own))))
-            row = mx.zeros(length, mx.uint8) if len(own) < length else mx.array(own)
-            return np.array(self._sum(row)).tobytes()
+            heard = np.array(self._sum(mx.array(frame))).tobytes()
+            length = int.from_bytes(heard[:SIZE_BYTES], "little")
+            if length <= FRAME:
+                return heard[SIZE_BYTES : SIZE_BYTES + length]
+            row = np.frombuffer(own, np.uint8) if self.is_main else np.zeros(length, np.uint8)
+            return np.array(self._sum(mx.array(row))).tobytes()
 
     def broadcast_json(self, value: Any) -> Any:
         """Send what JSON can hold, in the same way."""
         if self.group is None:
             return value
         return json.loads(self.broadcast(json.dumps(value).encode()))
+
+    def gather(self, text: str) -> list[str]:
+        """Collect a text from each process, in their order; they call together."""
+        if self.group is None:
+            return [text]
+        own = text.encode()
+        with self.translate_errors():
+            sizes = np.zeros(self.size, np.int32)
+            sizes[self.rank] = len(own)
+            ends = np.cumsum(np.array(self._sum(mx.array(sizes))))
+            row = np.zeros(int(ends[-1]) + 1, np.uint8)  # never empty
+            row[ends[self.rank] - len(own) : ends[self.rank]] = np.frombuffer(own, np.uint8)
+            whole = np.array(self._sum(mx.array(row))).tobytes()
+        begins = [0, *ends.tolist()]
+        return [whole[a:b].decode() for a, b in pairwise(begins)]
 
     def _sum(self, array: mx.array) -> mx.array:
         summed = mx.distributed.all_sum(array, group=self.group)
@@ -155,5 +193,5 @@ class ProcessGroup:
                 raise
             raise MachineLostError(
                 f"Another of the {self.size} machines is lost, so the run ends here ({error}).",
-                hint="Start the same command again with --resume.",
+                hint=self.watchdog.remedy,
             ) from error

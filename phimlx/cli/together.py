@@ -1,0 +1,67 @@
+"""Commands that several machines run as one: the first talks, the others compute with it."""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+from collections.abc import Callable
+from functools import partial, wraps
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from phimlx.errors import PhimlxError
+from phimlx.launched import is_launched
+from phimlx.terminal.output import Output
+
+if TYPE_CHECKING:
+    from phimlx.shared_model import Machines
+
+MACHINES = "phimlx.machines"
+"""Under which the context of a run has the machines."""
+
+
+def together(command: Callable[..., None]) -> Callable[..., None]:
+    """Let `mlx.launch` run a command on machines that share its model."""
+
+    @wraps(command)
+    def run(**settings: Any) -> None:
+        if not is_launched():
+            command(**settings)
+            return
+
+        from phimlx.machine.processes import AGAIN, ProcessGroup
+        from phimlx.shared_model import Machines, follow
+
+        processes = ProcessGroup.join(AGAIN)
+        if processes.size == 1:
+            command(**settings)
+            return
+        output = Output(json="--json" in sys.argv)
+        with processes.watched(partial(end_at_once, output)):
+            if not processes.is_main:
+                signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one says what it means
+                follow(processes)
+                return
+            machines = Machines(processes)
+            click.get_current_context().meta[MACHINES] = machines
+            try:
+                command(**settings)
+            finally:
+                machines.end()
+
+    return run
+
+
+def machines() -> Machines | None:
+    """The machines that share the model of this run; None where it has one of its own."""
+    context = click.get_current_context(silent=True)
+    found: Machines | None = None if context is None else context.meta.get(MACHINES)
+    return found
+
+
+def end_at_once(output: Output, error: PhimlxError) -> None:
+    """End a process that waits, in a thread of it, where nothing is left to be written."""
+    output.error(error)
+    os._exit(error.exit_code)
