@@ -1,7 +1,7 @@
-"""What a model answers, alone or shared: `python -m tests.sharing.answers OUT FOLDER...`.
+"""What a model answers, alone or shared: `python -m tests.sharing.answers OUT LOADED FOLDER...`.
 
-Under `mlx.launch` the machines share one model after the other; the first writes the answers, and
-each what it took to load its part.
+LOADED is only loaded, and the memory of that measured. Under `mlx.launch` the machines share one
+model of a FOLDER after the other; the first writes the answers, and each what loading took.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ def answers(phi: Phi) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, prompt in given.items():
         for how, options in {"greedy": {"temperature": 0}, "seeded": SEEDED}.items():
-            reply = phi.generate(prompt, max_tokens=10, **options)
+            reply = phi.generate(prompt, max_tokens=10 if "step" in name else 4, **options)
             found[f"{name}, {how}"] = reply.tokens
         logits = phi.model(mx.array([prompt]))
         found[f"{name}, logits"] = logits[0, -3:].tolist()
@@ -77,9 +77,9 @@ def memory_of(folder: Path, group: mx.distributed.Group | None) -> dict[str, int
 
 def main() -> None:
     """Share each model, and write what came."""
-    out, *folders = map(Path, sys.argv[1:])
+    out, wide, *folders = map(Path, sys.argv[1:])
     processes = ProcessGroup.join()
-    found: dict[str, Any] = {"memory": memory_of(folders[0], processes.group)}
+    found: dict[str, Any] = {"memory": memory_of(wide, processes.group)}
     for folder in folders:
         if not processes.is_main:
             follow(processes)

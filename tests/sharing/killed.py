@@ -29,5 +29,5 @@ def counted(*arguments: Any) -> Any:
     return run(*arguments)
 
 
-lockstep._run = counted
+lockstep._run = counted  # type: ignore[assignment]
 main()
