@@ -33,14 +33,15 @@ def forecast(plan: PruningPlan) -> dict[str, int]:
     layer = sum(array.size for array in first.values())
     rows = _numbers_of_rows(config.intermediate_size, config.hidden_size)
     states = SAMPLES * LENGTH * config.hidden_size
-    walking = max(embedding, layer + BATCH_TOKENS * rows) + 2 * states
-    measuring = walking
+    # The scores of attention, which fused kernels do without, count as if they were held.
+    scores = LENGTH * config.num_attention_heads
+    batch = BATCH_TOKENS * (rows + scores)
+    measuring = max(embedding, layer + batch) + 2 * states
     if plan.layers is not None and plan.method == "divergence":
-        logits = 4 * BATCH_TOKENS * config.vocab_size
-        measuring = whole + states + max(BATCH_TOKENS * rows, logits)
+        measuring = whole + states + batch + 6 * BATCH_TOKENS * config.vocab_size
     read = 2 * MAX_TOKENS * config.hidden_size
     heads = 2 * embedding + 5 * HEAD_ROWS * config.vocab_size
-    comparing = read + max(heads, embedding + layer + LENGTH * rows)
+    comparing = read + max(heads, embedding + layer + LENGTH * (rows + scores))
     return {"measuring": ITEM * measuring, "comparing": ITEM * comparing}
 
 
