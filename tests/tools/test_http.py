@@ -20,7 +20,7 @@ JSON = {"content_type": "application/json"}
         (200, b"<html>Log in</html>", {"content_type": "text/html"}),
         (200, b"{", JSON),
         (200, b"data: {\n\n", {"content_type": "text/event-stream"}),
-        (200, gzip.compress(b"{}"), {**JSON, "content_encoding": "gzip"}),
+        (200, gzip.compress(b"{}", mtime=0), {**JSON, "content_encoding": "gzip"}),
         (200, b" " * 200_000, JSON),
         (401, b"", {}),
         (404, b"", {}),
