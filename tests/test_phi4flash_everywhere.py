@@ -23,6 +23,7 @@ from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, load_model
 from phimlx.cli.group import cli
 from phimlx.generation.sampler import Sampler
+from tests.everything import everything
 
 IDS = mx.array([[5, 9, 300, 17, 42, 8, 77, 120] * 4])  # twice the window
 TAGS = ["<|end|>", "<|user|>", "<|assistant|>", "<|system|>"]
@@ -164,6 +165,7 @@ def test_gguf_has_no_such_model(folder: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "x.gguf").exists()
 
 
+@everything
 @pytest.mark.slow
 def test_gptq_is_nearer_than_rounding(folder: Path, tmp_path: Path) -> None:
     """Memory, keys and values go from layer to layer while each is calibrated."""

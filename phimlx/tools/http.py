@@ -7,7 +7,9 @@ from typing import Any
 
 import httpx2
 
-MAX_BYTES = 16 << 20  # of one answer
+from phimlx.sizes import size_text
+
+MAX_BYTES = 16_000_000  # of one answer
 SECONDS = 30.0
 SILENT_SECONDS = 300.0  # within a stream
 
@@ -52,7 +54,8 @@ class _Measured(httpx2.AsyncByteStream):
         async for part in self._stream:
             self._left -= len(part)
             if self._left < 0:
-                raise httpx2.RemoteProtocolError(f"the answer has more than {MAX_BYTES >> 20} MB")
+                said = f"the answer has more than {size_text(MAX_BYTES)}"
+                raise httpx2.RemoteProtocolError(said)
             yield part
 
     async def aclose(self) -> None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from phimlx.errors import GrammarError, PromptError, ToolError
+from phimlx.sizes import size_text
 from phimlx.tools.background import Background
 from phimlx.tools.config import read_servers
 from phimlx.tools.results import ToolResult
@@ -16,7 +17,7 @@ from phimlx.tools.untrusted import MAX_NAME, clean, clean_json, clean_name
 
 MAX_TOOLS = 128  # of all servers
 MAX_DESCRIPTION = 2000  # characters
-MAX_SCHEMA = 16 << 10  # characters of JSON
+MAX_SCHEMA = 16_000  # characters of JSON, in ASCII
 
 
 @dataclass(frozen=True)
@@ -103,7 +104,7 @@ class Servers:
         parameters = clean_json(tool.input_schema)
         parameters.pop("$schema", None)
         if len(json.dumps(parameters)) > MAX_SCHEMA:
-            raise PromptError(f"Its schema has more than {MAX_SCHEMA >> 10} kB.")
+            raise PromptError(f"Its schema has more than {size_text(MAX_SCHEMA)}.")
         definition["parameters"] = parameters
         (function,) = read_tools([definition])
         check_tool(function)

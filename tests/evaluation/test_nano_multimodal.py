@@ -26,7 +26,7 @@ from phimlx.hub.resolve import NANO, NANO_MULTIMODAL
 from phimlx.models import features
 from phimlx.models.phi4mm.audio import AudioEmbedding
 from phimlx.transcription import TRANSCRIBE
-from tests.everything import EVERYTHING
+from tests.everything import EVERYTHING, everything
 
 HELD_OUT = Path(__file__).parents[1] / "assets" / "nano_mm"
 REFERENCE = json.loads((HELD_OUT / "reference.json").read_text(encoding="utf-8"))
@@ -118,6 +118,7 @@ def test_transcribe_makes_few_word_errors(tmp_path: Path) -> None:
     assert word_error_rate(pairs) <= 0.10
 
 
+@everything
 @pytest.mark.slow
 def test_four_bits_are_no_worse_than_three_points(tmp_path: Path) -> None:
     convert(NANO_MULTIMODAL, tmp_path / "small", Quantization(bits=4, group_size=64), "float32")

@@ -20,6 +20,7 @@ from phimlx.generation.sampler import Sampler, Sampling
 from phimlx.machine.memory import cache_bytes_per_token
 from phimlx.models.base import CausalLM
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
+from tests.everything import everything
 from tests.generation.test_engine_media import folder, model, picture, plain, seen, sound
 
 __all__ = ["folder", "model", "seen"]  # fixtures of the multimodal model
@@ -319,6 +320,7 @@ def test_media_are_told_by_what_they_are(
     assert seen == [(1, 0), (1, 0), (0, 1)]  # the second question's picture is not seen again
 
 
+@everything
 @pytest.mark.slow
 def test_features_are_kept_where_keys_and_values_are_not(
     model: Phi4MMForCausalLM, seen: list[tuple[int, int]]

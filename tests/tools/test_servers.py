@@ -60,7 +60,7 @@ def test_what_is_offered_is_plain_and_small(raw: tuple[Servers, list[str]]) -> N
     assert notes == [
         "raw_server: count is not offered. It is there twice.",
         "raw_server: deep is not offered. The schema is nested deeper than 64 levels.",
-        "raw_server: huge is not offered. Its schema has more than 16 kB.",
+        "raw_server: huge is not offered. Its schema has more than 16.0 kB.",
         "raw_server: nowhere is not offered. A reply cannot be held to this: "
         "Pointer '/$defs/none' does not exist.",
     ]
