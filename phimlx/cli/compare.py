@@ -5,7 +5,7 @@ from __future__ import annotations
 import gc
 import os
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -22,15 +22,29 @@ WIDEST = 60  # characters of an answer
 Results = dict[str, "RowResult"]
 
 
+@dataclass(frozen=True)
+class Measuring:
+    """What each model is measured on, and how.
+
+    Attributes:
+        data: source, split and limit.
+        rows: settings of how rows become examples.
+        max_length: of a row; the model's context where None.
+        asked: tokens of an answer and bits of the cache, where answers are compared.
+    """
+
+    data: tuple[str, str | None, int | None]
+    rows: Mapping[str, Any]
+    max_length: int | None
+    batch_size: int
+    asked: tuple[int, int | None] | None
+
+
 def compare_on_data(
     sides: tuple[str, str],
     model: str | None,
     load: Callable[..., Phi],
-    data: tuple[str, str | None, int | None],
-    rows: Mapping[str, Any],
-    max_length: int | None,
-    batch_size: int,
-    asked: tuple[int, int | None] | None,
+    measuring: Measuring,
     output: Output,
 ) -> None:
     """Measure both, one after the other, so that one is in memory at a time.
@@ -38,10 +52,6 @@ def compare_on_data(
     Args:
         sides: A and B, each a model or an adapter of `model`.
         load: takes a model and an adapter.
-        data: source, split and limit.
-        rows: settings of how rows become examples.
-        max_length: of a row; the model's context where None.
-        asked: tokens of an answer and bits of the cache, where answers are compared.
     """
     from phimlx.evaluation.compare import CONFIDENCE, compare
 
@@ -49,7 +59,7 @@ def compare_on_data(
     found: list[Results] = []
     for side, adapted in zip(sides, adapters, strict=True):
         phi = load(model, adapter=side) if adapted else load(side)
-        found.append(_measure(phi, side, data, rows, max_length, batch_size, asked, output))
+        found.append(_measure(phi, side, measuring, output))
         del phi
         gc.collect()
     a, b = found
@@ -97,23 +107,16 @@ def is_adapter(name: str) -> bool:
     return True
 
 
-def _measure(
-    phi: Phi,
-    side: str,
-    data: tuple[str, str | None, int | None],
-    rows: Mapping[str, Any],
-    max_length: int | None,
-    batch_size: int,
-    asked: tuple[int, int | None] | None,
-    output: Output,
-) -> Results:
+def _measure(phi: Phi, side: str, measuring: Measuring, output: Output) -> Results:
     from phimlx.evaluation.compare import row_results
     from phimlx.evaluation.data import ask, example_losses, examples_of, questions_of, read_data
     from phimlx.training.data.examples import RowSettings
     from phimlx.training.data.loss_mask import RowEncoder
 
-    settings = RowSettings(**rows, max_length=max_length or phi.context_length)
-    read = read_data(*data)
+    batch_size, asked = measuring.batch_size, measuring.asked
+    longest = measuring.max_length or phi.context_length
+    settings = RowSettings(**measuring.rows, max_length=longest)
+    read = read_data(*measuring.data)
     encoder = RowEncoder.of(phi)
     examples = examples_of(phi, read, settings, encoder)
     with output.progress(len(examples.examples), f"Measuring {side}", " rows") as bar:

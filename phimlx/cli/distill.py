@@ -11,7 +11,12 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phimlx.cli import train
-from phimlx.cli.options import json_option
+from phimlx.cli.options import (
+    config_option,
+    ignore_memory_option,
+    json_option,
+    resume_option,
+)
 from phimlx.cli.train import model_folder, read_data, stop_requests
 from phimlx.options import click_options, from_file, from_flags, schemas
 from phimlx.terminal.output import Output
@@ -37,19 +42,10 @@ OTHERS = [name for name in schemas(TrainSettings) if name not in NOT_HERE]
 @click_options(DistillSettings, ("model",))
 @click_options(DistillSettings, [name for name in OWN if name != "teacher"])
 @click_options(DistillSettings, [name for name in OTHERS if name != "model"])
-@click.option(
-    "--config",
-    "-c",
-    "config",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Settings from a YAML or TOML file, under these names; flags come before it.",
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --adapter-path.")
+@config_option
+@resume_option
 @click.option("--check", is_flag=True, help="Look at data, disk and memory, and do nothing.")
-@click.option(
-    "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
-)
+@ignore_memory_option
 @json_option
 def command(
     config: Path | None,

@@ -187,24 +187,15 @@ def command(
         raise click.UsageError("--compare goes with --data.")
     columns = _pairs(mapping)
     if sides:
-        from phimlx.cli.compare import compare_on_data
+        from phimlx.cli.compare import Measuring, compare_on_data
 
         assert data is not None
         load = partial(load_or_download, output=output, dtype=dtype, rope_scaling=rope_scaling)
         rows: dict[str, Any] = {"loss_on": loss_on, "overlong": overlong, "mapping": columns}
         rows |= {"question": prompt, "media_root": media_root}
         told = (max_tokens, kv_bits) if answers else None
-        compare_on_data(
-            sides,
-            model,
-            load,
-            (data, split, limit),
-            rows,
-            max_seq_length,
-            batch_size,
-            told,
-            output,
-        )
+        measuring = Measuring((data, split, limit), rows, max_seq_length, batch_size, told)
+        compare_on_data(sides, model, load, measuring, output)
         return
     phi = load_or_download(model, output, adapter, dtype=dtype, rope_scaling=rope_scaling)
     adapter = adapter or own_adapter(preferences().choose(model).name)

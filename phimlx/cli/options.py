@@ -123,6 +123,18 @@ mcp_option = click.option(
     help="Let the model call the tools of MCP servers: a JSON file as Claude Desktop has it, a "
     "command line, or an address. May be given again.",
 )
+config_option = click.option(
+    "--config",
+    "-c",
+    "config",
+    metavar="FILE",
+    type=click.Path(path_type=Path),
+    help="Settings from a YAML or TOML file, under these names; flags come before it.",
+)
+resume_option = click.option("--resume", is_flag=True, help="Go on with the run in --adapter-path.")
+ignore_memory_option = click.option(
+    "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
+)
 yes_option = click.option(
     "--yes", "-y", "allow_all", is_flag=True, help="Run every tool that is called, without asking."
 )

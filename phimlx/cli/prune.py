@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import json_option
+from phimlx.cli.options import ignore_memory_option, json_option
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -76,9 +76,7 @@ METHODS = ("influence", "divergence")
     help="Then teach the pruned model what the whole one knows, by phimlx distill on this data: "
     "OUT-adapter gets that run, OUT-healed the model.",
 )
-@click.option(
-    "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
-)
+@ignore_memory_option
 @json_option
 def command(
     model: str | None,

@@ -15,7 +15,15 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import json_option, limit_options, own_adapter, pop_limits
+from phimlx.cli.options import (
+    config_option,
+    ignore_memory_option,
+    json_option,
+    limit_options,
+    own_adapter,
+    pop_limits,
+    resume_option,
+)
 from phimlx.cli.together import end_at_once
 from phimlx.errors import ModelAbsentError
 from phimlx.options import click_options, from_file, from_flags
@@ -37,19 +45,10 @@ if TYPE_CHECKING:
     is_flag=True,
     help="Learn answers only, which is what happens without it too: --loss-on assistant.",
 )
-@click.option(
-    "--config",
-    "-c",
-    "config",
-    metavar="FILE",
-    type=click.Path(path_type=Path),
-    help="Settings from a YAML or TOML file, under these names; flags come before it.",
-)
-@click.option("--resume", is_flag=True, help="Go on with the run in --adapter-path.")
+@config_option
+@resume_option
 @click.option("--check", is_flag=True, help="Look at data and memory, and train nothing.")
-@click.option(
-    "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
-)
+@ignore_memory_option
 @limit_options()
 @json_option
 def command(
