@@ -42,7 +42,7 @@ def prefill(
     used = [(0, 0)] * len(features)
     end = 0
     while end < length:
-        begin, end = end, end + (size or _piece_tokens(shared()))
+        begin, end = end, end + (size or piece_tokens(shared()))
         piece = input_ids[:, begin:end]
         mask = None if attention_mask is None else mx.array(attention_mask[:, begin:end])
         given = TEXT
@@ -60,5 +60,6 @@ def prefill(
         yield hidden
 
 
-def _piece_tokens(shared: bool) -> int:
+def piece_tokens(shared: bool) -> int:
+    """Tokens of a piece, where others wait for it or not."""
     return max(1, prefill_tokens() // SHARES) if shared else prefill_tokens()

@@ -13,6 +13,7 @@ from mlx.utils import tree_flatten
 
 from phimlx.errors import GenerationError, ResourceError, shortage
 from phimlx.generation.batch import Batch
+from phimlx.generation.prefill import piece_tokens
 from phimlx.generation.prefix_pool import PrefixPool, Row
 from phimlx.generation.prompt_cache import Prefixes, PromptCache
 from phimlx.generation.prompts import Prompts
@@ -39,10 +40,11 @@ class Scheduler:
 
     A step is a piece of a prompt at most, and one token for every row: nobody waits for another's
     prompt longer than a piece takes. Requests are admitted in the order in which they came, as
-    there are rows and memory for them. Of the pieces every other one is for the prompt that came
-    first, and every other one for that of which least is left, so that a short prompt does not wait
-    for a long one, nor a long one for many short ones; short ones that wait together are prefilled
-    together. Rows have the same `kv_bits`: a request that has others waits until they have ended.
+    there are rows and memory for them. The prompt of which least is left is the next, and that
+    which came first has its turn when others have had as many tokens as a piece has: so a short
+    prompt does not wait for a long one, nor a long one for many short ones; short ones that wait
+    together are prefilled together. Rows have the same `kv_bits`: a request that has others waits
+    until they have ended.
 
     What a row held when it left stays in memory, for requests that begin as it did, until the
     memory is needed for others that are admitted. They go on from rows that are still being
@@ -84,7 +86,7 @@ class Scheduler:
         self._prompts: list[Prompts] = []  # admitted, in the order in which they came
         self._joining: list[Batch] = []  # prefilled
         self._rows: Batch | None = None
-        self._least_left = True  # whose piece the last one was
+        self._ahead = 0  # tokens of prompts that were read before that which came first
 
     @property
     def waiting(self) -> int:
@@ -221,9 +223,8 @@ class Scheduler:
         """Compute a piece of a prompt, and of those that can be computed with it."""
         if not self._prompts:
             return
-        self._least_left = not self._least_left
-        prompts = self._prompts[0]
-        if self._least_left:
+        prompts = first = self._prompts[0]
+        if self._ahead < piece_tokens(shared=True):
             prompts = min(self._prompts, key=lambda prompts: prompts.left)
         try:
             prompts.begin()
@@ -236,7 +237,10 @@ class Scheduler:
                 self._prompts.remove(other)
             self._make_room()
             prompts.shared = self._rows is not None or len(self._prompts) > 1
+            left = prompts.left
             hidden = prompts.step()
+            read = len(prompts.requests) * (left - prompts.left)
+            self._ahead = 0 if prompts is first else self._ahead + read
             if hidden is None:
                 return
             batch = Batch(self._model, prompts, hidden, self._pass_cost, self._keep)

@@ -111,8 +111,11 @@ def pieces(request: Request, into: list[Request]) -> Request:
     return request
 
 
-def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_ever(model: CausalLM) -> None:
-    """Pieces are of 16 tokens: every other one is for the prompt with least left."""
+@pytest.mark.parametrize("length", [3, 6, 12])
+def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_ever(
+    model: CausalLM, length: int
+) -> None:
+    """Pieces are of 16 tokens: the first prompt's turn comes when others have had so many."""
     engine = Engine(model, prefix_memory=0)
     order: list[Request] = []
     long, second = (
@@ -122,15 +125,15 @@ def test_short_prompts_do_not_wait_for_long_ones_nor_these_for_ever(model: Causa
     engine.step()
     engine.step()
     assert order == [long, long]
+    turn = -(-16 // length)  # short ones between two pieces of the long one
     short: list[Request] = []
-    for number in range(8):  # one more comes whenever one has been read
-        short.append(pieces(Request([20 + number] * 12, Sampler(Sampling(), 0), 4), order))
+    for number in range(4 * turn):  # one more comes whenever one has been read
+        short.append(pieces(Request([20 + number] * length, Sampler(Sampling(), 0), 2), order))
         engine.add(short[-1])
-        engine.step()
-        engine.step()
-        assert short[-1] in order[-2:]
-    assert order.count(long) == 10
-    assert order.count(second) == 0
+        while short[-1] not in order:
+            engine.step()
+    between = "".join("L" if each is long else "s" for each in order[2:])
+    assert between == "L".join(["s" * turn] * 4)
     while engine.busy:
         engine.step()
     for request in (long, second, *short):
