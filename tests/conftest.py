@@ -14,8 +14,13 @@ from hypothesis import HealthCheck, settings
 
 from tests.bundled import unpack
 
-# MLX's Linux wheel carries a slow BLAS; the system's, loaded first, takes its place.
+# MLX's Linux wheel carries a slow BLAS; the system's, loaded first, takes its place, here and in the
+# commands that tests start. It rounds as on any other machine, and its threads wait busily, which
+# would take the time of other workers.
+os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
+os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 for library in glob.glob("/usr/lib/*/openblas-pthread/libopenblas.so.0"):
+    os.environ.setdefault("LD_PRELOAD", library)
     ctypes.CDLL(library, ctypes.RTLD_GLOBAL)
 
 # A shell that runs the tests in the background has them ignore Ctrl-C, and so every process they

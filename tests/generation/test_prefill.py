@@ -52,9 +52,10 @@ def test_a_request_is_cancelled_between_two_pieces(model: CausalLM) -> None:
 def test_so_is_one_of_a_batch_and_the_others_go_on(model: CausalLM) -> None:
     engine = Engine(model)
     long, short = request(5 * PIECE), request(2)
-    engine.add(long, short)
+    engine.add(long)
     engine.step()
     assert long.reply.stats.forward_passes == 1
+    engine.add(short)
     engine.cancel(long)
     while not short.finished:
         engine.step()

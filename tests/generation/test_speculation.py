@@ -154,7 +154,8 @@ def test_the_next_turn_goes_on_from_the_same_cache(
         stores = (caches[True].kv.store, caches[False].kv.store)
         for one, other in zip(*(store.arrays for store in stores), strict=True):
             end = caches[True].kv.length
-            assert mx.allclose(one[:, :, :end], other[:, :, :end], atol=1e-5)
+            held, wanted = one[:, :, :end], other[:, :, :end]
+            assert mx.abs(held - wanted).max() <= 1e-4 * mx.abs(wanted).max()
 
 
 @pytest.mark.parametrize("taken", [0, 1, 2, 3, 7, 11])

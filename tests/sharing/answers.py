@@ -6,6 +6,7 @@ model of a FOLDER after the other; the first writes the answers, and each what l
 
 from __future__ import annotations
 
+import gc
 import json
 import sys
 from functools import partial
@@ -55,6 +56,7 @@ def answers(phi: Phi) -> dict[str, Any]:
 
 def loaded(load: Any) -> tuple[Any, dict[str, int]]:
     """Load, and tell the most memory that it took and what is held."""
+    gc.collect()  # what others left would be freed meanwhile
     mx.clear_cache()
     before = mx.get_active_memory()
     mx.reset_peak_memory()
