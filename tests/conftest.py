@@ -14,9 +14,9 @@ from hypothesis import HealthCheck, settings
 
 from tests.bundled import unpack
 
-# MLX's Linux wheel carries a slow BLAS; the system's, loaded first, takes its place, here and in the
-# commands that tests start. It rounds as on any other machine, and its threads wait busily, which
-# would take the time of other workers.
+# MLX's Linux wheel carries a slow BLAS; the system's, loaded first, takes its place, here and in
+# the commands that tests start. One kernel, so that it rounds as on any other machine; one thread,
+# since its threads wait busily, which would take the time of other workers.
 os.environ.setdefault("OPENBLAS_CORETYPE", "Haswell")
 os.environ.setdefault("OPENBLAS_NUM_THREADS", "1")
 for library in glob.glob("/usr/lib/*/openblas-pthread/libopenblas.so.0"):

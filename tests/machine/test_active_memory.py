@@ -51,7 +51,7 @@ def metal(monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeMetal]:
     assert fake.limit == BEFORE
 
 
-@pytest.mark.parametrize("order", permutations(range(3)))
+@pytest.mark.parametrize("order", list(permutations(range(3))))
 def test_the_last_to_end_restores_the_limit(metal: FakeMetal, order: tuple[int, ...]) -> None:
     memory = ActiveMemory()
     uses = [memory.begin() for _ in range(3)]
