@@ -41,7 +41,7 @@ from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import DEFAULT
 from phimlx.preferences.file import read_alias
-from phimlx.shared_model import Machines, shares_no_adapter
+from phimlx.shared_model import Machines, Peers, shares_no_adapter
 from phimlx.tools.chat import Chats
 
 if TYPE_CHECKING:
@@ -60,7 +60,7 @@ def load(
     adapter: str | Path | None = None,
     dtype: str | mx.Dtype | None = None,
     rope_scaling: Mapping[str, Any] | None = None,
-    machines: Machines | None = None,
+    machines: Machines | Peers | None = None,
 ) -> Phi:
     """Load a model.
 
@@ -73,7 +73,8 @@ def load(
         rope_scaling: reaches further than the model was trained, as in a config:
             `{"rope_type": "yarn", "factor": 4.0}`, "linear" or "dynamic". It is another model then
             than the published one.
-        machines: which share the model, each with a part of its weights; this one leads.
+        machines: which share the model, each with a part of its weights; this one leads, or none
+            does.
 
     Raises:
         ModelNotFoundError: where it is not on this machine.

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,35 @@ class Machines:
         self._ended = True
 
 
+class Peers:
+    """Machines that share a model and do the same with it; none of them leads."""
+
+    def __init__(self, processes: ProcessGroup) -> None:
+        self._processes = processes
+
+    def load(
+        self,
+        source: str | Path | None,
+        rope_scaling: Mapping[str, Any] | None,
+        checkpoint: Checkpoint,
+        dtype: mx.Dtype | None = None,
+    ) -> CausalLM:
+        """Load this machine's part; arguments and errors as of `Machines.load`."""
+        first = self._processes.broadcast_json(sampled_digest(checkpoint))
+        find = partial(_same, checkpoint, first)
+        return _load_together(self._processes, find, dtype)
+
+
+def _same(checkpoint: Checkpoint, digest: str) -> Checkpoint:
+    """Check that a machine has the first one's model."""
+    if sampled_digest(checkpoint) != digest:
+        raise CheckpointError(
+            f"{checkpoint.folder} holds another model than the first machine's.",
+            hint="Copy the model's folder there, or download or convert it again on both.",
+        )
+    return checkpoint
+
+
 def follow(processes: ProcessGroup) -> None:
     """Load a part of what the first machine loads, and compute with it until it lets go.
 
@@ -93,12 +123,7 @@ def follow(processes: ProcessGroup) -> None:
 
     def find() -> Checkpoint:
         checkpoint = Checkpoint(resolve(told["source"]), told["rope_scaling"])
-        if sampled_digest(checkpoint) != told["digest"]:
-            raise CheckpointError(
-                f"{checkpoint.folder} holds another model than the first machine's.",
-                hint="Copy the model's folder there, or download or convert it again on both.",
-            )
-        return checkpoint
+        return _same(checkpoint, told["digest"])
 
     dtype = None if told["dtype"] is None else DTYPES[told["dtype"]]
     try:

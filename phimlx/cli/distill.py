@@ -31,8 +31,8 @@ if TYPE_CHECKING:
     from phimlx.training.distill.logits_file import LogitsPlan
     from phimlx.training.distill.session import DistillSession
 
-# Of learning from preferences, and from rewards.
-NOT_HERE = {"method", "dpo", *NUMBERS, "reward", "group_size", "max_tokens", "updates"}
+# Of learning from preferences, and from rewards; and what a teacher does not know.
+NOT_HERE = {"method", "dpo", *NUMBERS, "reward", "group_size", "max_tokens", "updates", "shard"}
 OWN = [name for name in schemas(DistillSettings) if name not in schemas(TrainSettings)]
 OTHERS = [name for name in schemas(TrainSettings) if name not in NOT_HERE]
 

@@ -215,7 +215,6 @@ def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> Non
 
 def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, output: Output) -> None:
     """Train, from the beginning or from where a run was stopped."""
-    from phimlx import api
     from phimlx.cli.bars import logger
     from phimlx.errors import TrainingError
     from phimlx.machine.memory import machine_memory
@@ -234,7 +233,7 @@ def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, outp
         if session.processes.is_main:
             stack.enter_context(session.run_folder.locked())
         with output.status("Loading the model…"):
-            phi = api.load(session.folder)
+            phi = session.load_model()
             session.on_answers = answers_bar(output)
             run = session.run(phi, data, output.note)
         log = logger(output)

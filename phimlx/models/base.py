@@ -25,6 +25,7 @@ from phimlx.models.config import ModelConfig as ModelConfig
 from phimlx.models.features import TEXT, Features, Placeholders
 from phimlx.models.lora import DEFAULT, LoadedRoutes, Routing
 from phimlx.models.registry import Architecture
+from phimlx.models.shares import Shares
 
 
 @dataclass
@@ -110,7 +111,9 @@ class CausalLM(nn.Module):
         longest_with_media: tokens that the model was made to read of a prompt with media; None for
             all of its context.
         loaded_routes: which rows the loaded adapters are for.
-        leader: by which all machines that share the model do its passes; None for a whole one.
+        leader: by which all machines that share the model do its passes; None for a whole one, and
+            where none of them leads.
+        shares: what this machine has of a model that several share; None for a whole one.
         model: embedding, decoder layers and final norm.
     """
 
@@ -121,6 +124,7 @@ class CausalLM(nn.Module):
     is_changed: bool = False
     longest_with_media: int | None = None
     leader: Leading | None = None
+    shares: Shares | None = None
     loaded_routes: LoadedRoutes
     config: ModelConfig
     model: nn.Module

@@ -289,7 +289,7 @@ def dequantized_weight(linear: nn.Module) -> mx.array:
 
     Of an embedding: `[vocab, hidden]`.
     """
-    if not isinstance(linear, nn.QuantizedLinear | nn.QuantizedEmbedding):
+    if not is_quantized(linear):
         return linear.weight.astype(mx.float32)
     weight = mx.dequantize(
         linear.weight,
@@ -305,4 +305,9 @@ def dequantized_weight(linear: nn.Module) -> mx.array:
 def input_dims(linear: nn.Module) -> int:
     """Tell the width that a linear layer takes, however its weight is stored."""
     width = linear.weight.shape[-1]
-    return width * 32 // linear.bits if isinstance(linear, nn.QuantizedLinear) else width
+    return width * 32 // linear.bits if is_quantized(linear) else width
+
+
+def is_quantized(layer: nn.Module) -> bool:
+    """Whether a linear layer or an embedding, or a machine's share of one, is quantized."""
+    return "scales" in layer

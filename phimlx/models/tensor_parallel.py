@@ -6,7 +6,7 @@ everywhere. Source: Megatron-LM, arXiv 1909.08053, section 3.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import reduce
 from itertools import accumulate
@@ -18,8 +18,10 @@ from mlx.nn.layers.distributed import shard_linear
 from phimlx.errors import ConfigError
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
-from phimlx.models.lora import input_dims
+from phimlx.models.config import ModelConfig
+from phimlx.models.lora import input_dims, is_quantized
 from phimlx.models.registry import Sharding
+from phimlx.models.shares import Share, Shares
 
 
 def check_shardable(model: CausalLM, size: int) -> Sharding:
@@ -58,7 +60,7 @@ def _counts(model: CausalLM, sharding: Sharding) -> Iterator[tuple[int, str]]:
     for layer in model.layers:
         for path in sharding.columns:
             linear = _find(layer, path)
-            if isinstance(linear, nn.QuantizedLinear):
+            if is_quantized(linear):
                 group = linear.group_size
                 yield input_dims(linear) // group, f"groups of {group} in a row of {path}"
 
@@ -76,12 +78,15 @@ def shard(model: CausalLM, group: mx.distributed.Group, dtype: mx.Dtype | None =
     """
     size = group.size()
     sharding = check_shardable(model, size)
-    config = model.config
+    config = shared_config(model.config, size)
+    shares: dict[str, Share] = {}
     for layer in model.layers:
         for path in sharding.rows:
-            borders = list(accumulate(config.fused_rows.get(path, ())))[:-1]
-            _replace(layer, path, "all-to-sharded", borders or 1, group)
+            pieces = config.fused_rows.get(path) or (_find(layer, path).weight.shape[0] // size,)
+            shares[path] = Share(group, True, pieces)
+            _replace(layer, path, "all-to-sharded", _borders(model.config, path), group)
         for path in sharding.columns:
+            shares[path] = Share(group, False, (input_dims(_find(layer, path)) // size,))
             _replace(layer, path, "sharded-to-all", 1, group)
         for path in sharding.counts:
             owner, name = _owner(layer, path)
@@ -90,13 +95,39 @@ def shard(model: CausalLM, group: mx.distributed.Group, dtype: mx.Dtype | None =
         if dtype is not None:
             layer.set_dtype(dtype)
         mx.eval(layer.parameters())
-    # Memory is forecast from these: a machine's keys and values are those of its own heads.
-    model.config = replace(
+    model.config = config
+    model.shares = Shares(group, shares)
+
+
+def shared_config(config: ModelConfig, size: int) -> ModelConfig:
+    """Describe the part of a model that each of so many machines has.
+
+    Memory is forecast from it: a machine's keys and values are those of its own heads.
+    """
+    return replace(
         config,
         num_attention_heads=config.num_attention_heads // size,
         num_key_value_heads=config.num_key_value_heads // size,
         intermediate_size=config.intermediate_size // size,
     )
+
+
+def shared_sizes(sharding: Sharding, sizes: Mapping[str, int], machines: int) -> dict[str, int]:
+    """Count the bytes that each of so many machines has of tensors, by their names."""
+
+    def is_shared(name: str) -> bool:
+        path, _, part = name.rpartition(".")
+        shared = sharding.rows if part == "bias" else (*sharding.rows, *sharding.columns)
+        return path.endswith(tuple(f".{each}" for each in shared))
+
+    return {
+        name: nbytes // machines if is_shared(name) else nbytes for name, nbytes in sizes.items()
+    }
+
+
+def _borders(config: ModelConfig, path: str) -> int | list[int]:
+    """Where the pieces of a fused projection end, but for the last; 1 for one that is not."""
+    return list(accumulate(config.fused_rows.get(path, ())))[:-1] or 1
 
 
 def _replace(

@@ -14,6 +14,7 @@ from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.lora import Routing
 from phimlx.models.multimodal import MultimodalLM
 from phimlx.models.rope import Rope
+from phimlx.models.shares import Share
 from phimlx.training.data.batches import Batch, rounded
 from phimlx.training.data.media import MediaItem
 
@@ -97,22 +98,31 @@ class Dropout(nn.Module):
     """Zeroes a part `p` of its input, drawn from a key that it is given, not from a global state.
 
     Where it has been given none, as outside training, its input passes through.
+
+    Args:
+        share: which part of a whole input is this machine's, where several share its columns: all
+            draw for the whole, as one machine does.
     """
 
-    def __init__(self, p: float) -> None:
+    def __init__(self, p: float, share: Share | None = None) -> None:
         super().__init__()
         self.p = p
+        self.share = share
         self._key: mx.array | None = None
 
     def take(self, key: mx.array) -> mx.array:
         """Draw from this key next; returns another one for whoever comes after."""
-        self._key, rest = mx.random.split(key)
+        # The bits that come of a key have no gradient, which `mx.checkpoint` would ask for.
+        self._key, rest = mx.random.split(mx.stop_gradient(key))
         return rest
 
     def __call__(self, x: mx.array) -> mx.array:
         if self._key is None or not self.training:
             return x
-        kept = mx.random.bernoulli(1 - self.p, x.shape, key=self._key)
+        shape = x.shape if self.share is None else self.share.whole_shape(x, x.ndim - 1)
+        kept = mx.random.bernoulli(1 - self.p, shape, key=self._key)
+        if self.share is not None:
+            kept = self.share.part(kept, kept.ndim - 1)
         return mx.where(kept, x / (1 - self.p), 0)
 
 

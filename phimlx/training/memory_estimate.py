@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
+from phimlx.machine.memory import cache_bytes_per_token
 from phimlx.models.config import ModelConfig
 from phimlx.sizes import size_text
 from phimlx.training.data.batches import Batch, rounded
@@ -27,6 +28,7 @@ LOGITS_FIRST, LOGITS_MORE, LOGITS_MOST = 0.9, 1.6, 8.0
 LOGITS_HALF = 1.4  # a 16-bit model's, beside the same in float32
 UPDATES, UPDATES_MOST = 5, 3
 HEAD_GRADIENTS = 3
+DRAWN_LOGITS = 4  # arrays of the logits of answers that are drawn together, in float32
 
 
 @dataclass(frozen=True)
@@ -38,6 +40,8 @@ class LargestBatch:
         supervised: rows of logits, padding included.
         packed: whether a mask keeps examples apart.
         features: rows of pictures and sounds among the tokens.
+        answers: of the model's own, which are drawn together before they are learned from.
+        drawn: tokens of their keys and values, those of prompts included.
     """
 
     rows: int
@@ -45,6 +49,8 @@ class LargestBatch:
     supervised: int
     packed: bool = False
     features: int = 0
+    answers: int = 0
+    drawn: int = 0
 
     @classmethod
     def of(cls, batch: Batch) -> LargestBatch:
@@ -57,8 +63,17 @@ class LargestBatch:
         """Return the same with other rows and columns, as far as all of it is learned alike."""
         share = rows * length / (self.rows * self.length)
         supervised = rounded(max(1, round(self.supervised * share)), CHUNK_ROWS)
-        features = round(self.features * share)
-        return replace(self, rows=rows, length=length, supervised=supervised, features=features)
+        features, drawn = round(self.features * share), round(self.drawn * share)
+        answers = self.answers * rows // self.rows
+        return replace(
+            self,
+            rows=rows,
+            length=length,
+            supervised=supervised,
+            features=features,
+            answers=answers,
+            drawn=drawn,
+        )
 
 
 @dataclass(frozen=True)
@@ -88,7 +103,8 @@ class MemoryEstimate:
         optimizer: what it remembers of everything that is trained.
         gradients: of everything that is trained.
         activations: what layers keep for the backward pass.
-        working: the most that comes and goes: logits, the backward pass of a layer, or an update.
+        working: the most that comes and goes: logits, the backward pass of a layer, an update, or
+            keys and values of answers that are drawn.
         masks: which tokens of packed rows see each other.
         reference: the weights from before training, where they are trained themselves and the
             method compares with them.
@@ -170,13 +186,16 @@ def estimate_memory(
     # Gradients before clipping, new numbers for old ones; activations are gone by then.
     ahead = min(UPDATES * largest * itemsize, UPDATES_MOST * trained)
     update = 2 * trained + ahead - activations if full else 0
+    drawing = batch.drawn * cache_bytes_per_token(config, itemsize)
+    drawing += DRAWN_LOGITS * batch.answers * config.vocab_size * FLOAT32
+    before = max(drawing, media.encoding)  # neither activations nor gradients are there yet
     return MemoryEstimate(
         weights=weights,
         trained=0 if full else trained,
         optimizer=MOMENTS[settings.optimizer] * trained,
         gradients=gradients,
         activations=activations,
-        working=round(max(loss, back, update, media.encoding - activations - gradients)),
+        working=round(max(loss, back, update, before - activations - gradients)),
         masks=3 * batch.rows * batch.length**2 if batch.packed else 0,
         reference=trained if holds_own and settings.has_reference else 0,
     )
@@ -194,14 +213,16 @@ def remedies(
     """Find what to change so that a run fits, and what it would need then: the mildest first."""
     checkpointing = settings.model_copy(update={"grad_checkpoint": True})
     options = [("--grad-checkpoint", checkpointing, batch, weights)]
-    rows = batch.rows
-    while rows > 1:
+    draws = batch.answers > 0
+    flag, most = ("group", settings.group_size) if draws else ("batch", settings.batch_size)
+    rows, fewest = batch.rows, 2 if draws else 1
+    while rows > fewest:
         rows //= 2
         less = batch.shrunk(rows, batch.length)
-        size = settings.batch_size * rows // batch.rows
-        options.append((f"--grad-checkpoint --batch-size {size}", checkpointing, less, weights))
+        size = most * rows // batch.rows
+        options.append((f"--grad-checkpoint --{flag}-size {size}", checkpointing, less, weights))
     length = batch.length
-    while length > 256:
+    while length > 256 and not draws:
         length //= 2
         less = batch.shrunk(1, length)
         text = f"--grad-checkpoint --batch-size 1 --max-seq-length {length}"

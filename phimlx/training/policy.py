@@ -227,7 +227,7 @@ class PolicyStep(TrainingStep):
             for batch in batches:
                 for each in self.answering.draw_greedily(self.model, batch):
                     totals += [1, each.reward, len(each.logps)]
-        count, reward, length = self._totals(mx.array(totals.astype(np.float32)))
+        count, reward, length = self.together.totals(mx.array(totals.astype(np.float32)))
         told = {"reward": reward / max(count, 1), "length": length / max(count, 1)}
         return StepResult(-told["reward"], int(count), int(length), int(length), 0.0, told)
 

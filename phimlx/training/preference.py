@@ -270,7 +270,7 @@ class AnswerStep(_JudgedStep):
         with evaluating(self.model):
             others = super().inputs(batch.mismatched, weight)
             gains = self._logps(others).gains[: max(count, 1)].sum() if count else mx.array(0.0)
-        total, everybody = self._totals(mx.stack([gains, mx.array(float(count))]))
+        total, everybody = self.together.totals(mx.stack([gains, mx.array(float(count))]))
         inputs["kl"] = mx.array(max(0.0, total / max(everybody, 1)))
         good = np.array([example.desirable for example in batch.examples], bool)
         names = ("undesirable_weight", "desirable_weight")

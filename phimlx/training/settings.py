@@ -224,6 +224,12 @@ class TrainSettings(Options):
         False, "Compute activations twice rather than keep them.", decides=False
     )
     seed: Annotated[int, Field(ge=0, lt=2**63)] = option(0, "For everything drawn.")
+    shard: bool = option(
+        False,
+        "Share the model's layers among the machines of mlx.launch, so that each holds a part; "
+        "without it each holds all, and has a part of the rows.",
+        decides=False,
+    )
 
     method: Literal["sft", "dpo", "orpo", "simpo", "cpo", "kto", "grpo"] = option(
         "sft",

@@ -5,18 +5,16 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
 
 import mlx.core as mx
 import mlx.optimizers as optim
 import numpy as np
-from mlx.nn.utils import average_gradients
-from mlx.utils import tree_flatten, tree_map
+from mlx.utils import tree_map
 
 from phimlx.errors import TrainingError
 from phimlx.machine.device import on_gpu
 from phimlx.machine.exiting import COMPUTING
-from phimlx.machine.reductions import euclidean_norm, long_sum
+from phimlx.machine.reductions import long_sum
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch
 from phimlx.training.forward import (
@@ -28,11 +26,10 @@ from phimlx.training.forward import (
     supervised_states,
 )
 from phimlx.training.loss import linear_cross_entropy, measured_losses
+from phimlx.training.together import Alone
+from phimlx.training.together import Tree as Tree
 
-Tree = dict[str, Any]
 Traced = Callable[[Tree, Mapping[str, mx.array], mx.array], tuple[Sequence[mx.array], Tree]]
-
-NAME_BYTES = 400  # of an example's name, told to the other machines
 
 
 @dataclass(frozen=True)
@@ -61,7 +58,7 @@ class TrainingStep:
         clip: largest norm of all gradients together; None for none.
         checkpointing: trade time for memory; see `supervised_states`.
         seed: for dropout; a step draws the same numbers whenever it is run.
-        group: the machines that share each step; None for this one alone.
+        together: the machines that share each step; this one alone where None.
         features: of the pictures and sounds in batches; None where there are none.
     """
 
@@ -73,7 +70,7 @@ class TrainingStep:
         clip: float | None = None,
         checkpointing: bool = False,
         seed: int = 0,
-        group: mx.distributed.Group | None = None,
+        together: Alone | None = None,
         features: Features | None = None,
     ) -> None:
         self.model = model
@@ -81,8 +78,7 @@ class TrainingStep:
         self.clip = clip
         self.checkpointing = checkpointing
         self.seed = seed
-        self.group = group
-        self._rank = 0 if group is None else group.rank()
+        self.together = together or Alone()
         self.features = features
         self._adapters: Adapters = ()  # of the batch whose inputs were made last
         self._traces: dict[Adapters, Traced] = {}
@@ -98,7 +94,7 @@ class TrainingStep:
             sum(map(count, batches))
             for count in (self.weight_of, lambda b: b.supervised_tokens, lambda b: b.real_tokens)
         ]
-        weight, supervised, real = self._totals(mx.array(counts))
+        weight, supervised, real = self.together.totals(mx.array(counts))
         values: Sequence[mx.array] = ()
         gradients: Tree = {}
         for place, batch in enumerate(batches):
@@ -106,9 +102,9 @@ class TrainingStep:
             values = [a + b for a, b in zip(values, found, strict=True)] if values else found
             gradients = tree_map(mx.add, gradients, slopes) if gradients else slopes
             mx.eval(values, gradients)
-        gradients = self._sum_all(gradients)
-        loss, *metrics = self._totals(mx.stack(list(values)))
-        norm = _norm(gradients)
+        gradients = self.together.sum_gradients(gradients)
+        loss, *metrics = self.together.totals(mx.stack(list(values)))
+        norm = self.together.norm(gradients)
         if not math.isfinite(loss) or not math.isfinite(norm):
             raise self._blame(number, batches)
         if self.clip is not None and norm > self.clip:
@@ -133,11 +129,13 @@ class TrainingStep:
                 weight = self.weight_of(batch)
                 inputs = self.inputs(batch, max(weight, 1))
                 values = self._loss(parameters, inputs, mx.random.key(0), learning=False)
-                found = np.array(mx.stack(list(values)), np.float64) * weight
+                row = mx.stack(list(values))
+                mx.eval(row)
+                found = np.array(row, np.float64) * weight
                 totals += [weight, batch.supervised_tokens, batch.real_tokens, *found]
         finally:
             self.model.train()
-        summed = self._totals(mx.array(totals.astype(np.float32)))
+        summed = self.together.totals(mx.array(totals.astype(np.float32)))
         weight, supervised, real = summed[:3]
         loss, *metrics = (each / max(weight, 1) for each in summed[3:])
         told = dict(zip(self.metrics, metrics, strict=True))
@@ -181,7 +179,7 @@ class TrainingStep:
         self, batch: Batch, weight: int, number: int, place: int
     ) -> tuple[Sequence[mx.array], Tree]:
         """One batch's part of the mean over `weight` things, and its gradients."""
-        entropy = np.random.SeedSequence([self.seed, number, place, self._rank])
+        entropy = np.random.SeedSequence([self.seed, number, place, self.together.rank])
         inputs = self.inputs(batch, weight)
         parameters = self.model.trainable_parameters()
         try:
@@ -196,26 +194,10 @@ class TrainingStep:
             self._traces[self._adapters] = mx.compile(traced) if on_gpu() else traced
         return self._traces[self._adapters]
 
-    def _totals(self, array: mx.array) -> list[Any]:
-        """The sums over all machines."""
-        if self.group is not None:
-            array = mx.distributed.all_sum(array, group=self.group)
-        mx.eval(array)  # which raises where a machine is lost; numpy would wait for ever
-        return np.array(array).tolist()
-
-    def _sum_all(self, gradients: Tree) -> Tree:
-        if self.group is None:
-            return gradients
-        size = self.group.size()
-        # It joins small arrays, each of which would cost a round through the network.
-        summed = tree_map(lambda mean: mean * size, average_gradients(gradients, self.group))
-        mx.eval(summed)
-        return summed
-
     def _blame(self, number: int, batches: Sequence[Batch]) -> NonFiniteError:
         """The error that names the first example which makes no finite loss or gradient alone."""
         hint = "The weights are those from before the step."
-        fault = self._first_of_all(self._fault(number, batches))
+        fault = self.together.first(self._fault(number, batches))
         if not fault:
             return NonFiniteError(
                 f"Step {number}: the loss or the gradient is not finite, though each example's is.",
@@ -226,34 +208,17 @@ class TrainingStep:
         )
 
     def _fault(self, number: int, batches: Sequence[Batch]) -> str:
-        # What machines exchange on the way would wait for those that are looking at fewer.
-        group, self.group = self.group, None
+        everybody, self.together = self.together, self.together.apart
         try:
             for place, batch in enumerate(batches):
                 for examples in self.units(batch):
                     alone = batch.alone(*examples)
                     values, found = self._gradients(alone, self.weight_of(alone), number, place)
-                    for what, value in (("loss", float(values[0])), ("gradient", _norm(found))):
+                    mx.eval(values, found)
+                    loss, norm = float(values[0]), self.together.norm(found)
+                    for what, value in (("loss", loss), ("gradient", norm)):
                         if not math.isfinite(value):
                             return f"the {what} of {batch.sources[examples[0]]} is {value}"
             return ""
         finally:
-            self.group = group
-
-    def _first_of_all(self, text: str) -> str:
-        """The first text that any machine has to tell."""
-        if self.group is None:
-            return text
-        row = np.zeros((1, NAME_BYTES), np.uint8)
-        letters = text.encode()[:NAME_BYTES]
-        row[0, : len(letters)] = np.frombuffer(letters, np.uint8)
-        rows = mx.distributed.all_gather(mx.array(row), group=self.group)
-        mx.eval(rows)
-        texts = (bytes(each).rstrip(b"\0").decode(errors="replace") for each in np.array(rows))
-        return next(filter(None, texts), "")
-
-
-def _norm(gradients: Tree) -> float:
-    """The Euclidean norm of all gradients together."""
-    arrays: dict[str, mx.array] = dict(tree_flatten(gradients))
-    return float(euclidean_norm(arrays.values()))
+            self.together = everybody

@@ -16,9 +16,11 @@ from phimlx.adapters.attach import module_at
 from phimlx.adapters.mlx_lm import MODALITIES
 from phimlx.errors import TrainingError, shortened
 from phimlx.models.base import CausalLM
-from phimlx.models.lora import LoRA, LoRALinear, dequantized_weight, input_dims
+from phimlx.models.lora import LoRA, LoRALinear, dequantized_weight, input_dims, is_quantized
+from phimlx.models.shares import Share
 from phimlx.training.forward import Dropout
 from phimlx.training.settings import Part, TrainSettings, matches
+from phimlx.training.sharded import ShardedLoRA
 
 OWN_ADAPTERS = {"vision-adapter": "vision", "speech-adapter": "speech"}
 
@@ -70,7 +72,8 @@ def attach(model: CausalLM, settings: TrainSettings, held: Collection[str] = ("t
             linear.base_layer = _adapted(linear.base_layer, settings, key)
             mx.eval(linear.base_layer.trainable_parameters())
             continue
-        adapted = _adapted(linear, settings, key)
+        share = None if model.shares is None else model.shares.projections[path.split(".", 3)[3]]
+        adapted = _adapted(linear, settings, key, share)
         mx.eval(adapted.trainable_parameters())  # DoRA unpacks a whole weight for a moment
         model.update_modules(tree_unflatten([(path, adapted)]))
     return counts(model)
@@ -224,7 +227,7 @@ def counts(model: nn.Module) -> Counts:
 
 def _size(module: nn.Module) -> int:
     """Count the numbers that a module itself has."""
-    if isinstance(module, nn.QuantizedLinear | nn.QuantizedEmbedding):
+    if is_quantized(module):
         return module.weight.size * 32 // module.bits
     own = (value for name, value in module.items() if not name.startswith("_"))
     return sum(value.size for value in own if isinstance(value, mx.array))
@@ -268,21 +271,30 @@ def _targets(
                 yield f"model.layers.{number}.{name}", modules[name]
 
 
-def _adapted(linear: nn.Module, settings: TrainSettings, key: mx.array) -> nn.Module:
+def _adapted(
+    linear: nn.Module, settings: TrainSettings, key: mx.array, share: Share | None = None
+) -> nn.Module:
     from mlx_lm.tuner.dora import DoRALinear
     from mlx_lm.tuner.lora import LoRALinear
 
     width, height = input_dims(linear), linear.weight.shape[0]
-    kind = DoRALinear if settings.fine_tune_type == "dora" else LoRALinear
-    # Not its from_base, which takes the width of weights at 3, 5 or 6 bits for another.
-    adapted: nn.Module = kind(width, height, settings.rank, scale=settings.scale)
-    if settings.fine_tune_type == "dora":
-        adapted.set_linear(linear)
-    else:
-        adapted.linear = linear
+    columns = share if share is not None and not share.by_rows else None
+    if columns is not None:
+        width *= columns.group.size()
     bound = 1 / math.sqrt(width)
-    adapted.lora_a = mx.random.uniform(-bound, bound, (width, settings.rank), key=key)
-    adapted.dropout = Dropout(settings.dropout) if settings.dropout else nn.Identity()
+    lora_a = mx.random.uniform(-bound, bound, (width, settings.rank), key=key)
+    if share is not None:
+        adapted: nn.Module = ShardedLoRA(linear, share, lora_a, settings.scale, _is_dora(settings))
+    else:
+        kind = DoRALinear if _is_dora(settings) else LoRALinear
+        # Not its from_base, which takes the width of weights at 3, 5 or 6 bits for another.
+        adapted = kind(width, height, settings.rank, scale=settings.scale)
+        if _is_dora(settings):
+            adapted.set_linear(linear)
+        else:
+            adapted.linear = linear
+        adapted.lora_a = lora_a
+    adapted.dropout = Dropout(settings.dropout, columns) if settings.dropout else nn.Identity()
     return adapted
 
 

@@ -46,9 +46,9 @@ def run(module: str, *arguments: object) -> subprocess.CompletedProcess[str]:
     )
 
 
-def make_quantized(folder: Path) -> Path:
+def make_quantized(folder: Path, **changes: Any) -> Path:
     """A model at 4 bits whose groups two machines can share."""
-    make_model(folder, hidden_size=128, intermediate_size=128, **HEADS)
+    make_model(folder, **{"hidden_size": 128, "intermediate_size": 128, **HEADS, **changes})
     form = {"group_size": 32, "bits": 4, "mode": "affine"}
     model = map_model(Checkpoint(folder))
     nn.quantize(model, **form)
@@ -59,7 +59,7 @@ def make_quantized(folder: Path) -> Path:
     return folder
 
 
-def make_phi(folder: Path) -> Path:
+def make_phi(folder: Path, **changes: Any) -> Path:
     """Phi-2's layout: biases, and projections that are not fused."""
     config = {key: value for key, value in CONFIG.items() if key != "rope_scaling"}
     config |= {
@@ -68,6 +68,7 @@ def make_phi(folder: Path) -> Path:
         "model_type": "phi",
         "layer_norm_eps": 1e-5,
         "tie_word_embeddings": False,
+        **changes,
     }
     for key in ("rms_norm_eps", "original_max_position_embeddings", "head_dim"):
         config.pop(key)

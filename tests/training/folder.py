@@ -15,13 +15,17 @@ from phimlx.hub.resolve import NANO
 COPIED = ("tokenizer.json", "tokenizer_config.json", "generation_config.json")
 
 
-def write_tiny(folder: Path) -> Path:
-    """A model of random weights in float32."""
+def write_tiny(folder: Path, **changes: int) -> Path:
+    """A model of random weights in float32.
+
+    Args:
+        changes: of its config.
+    """
     folder.mkdir()
     config = json.loads((NANO / "config.json").read_text())
     config |= {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 2}
     config |= {"num_attention_heads": 4, "num_key_value_heads": 2, "torch_dtype": "float32"}
-    config["rope_scaling"] = None
+    config |= {"rope_scaling": None, **changes}
     (folder / "config.json").write_text(json.dumps(config))
     for name in COPIED:
         shutil.copyfile(NANO / name, folder / name)

@@ -15,7 +15,8 @@ from mlx.utils import tree_flatten, tree_map
 
 from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.training.data.batches import Batches, Example
-from phimlx.training.step import NonFiniteError, TrainingStep, _norm
+from phimlx.training.step import NonFiniteError, TrainingStep
+from phimlx.training.together import Alone
 from tests.training.models import tiny
 
 LENGTHS = (5, 20, 31, 32, 33, 60, 12, 47)  # on both sides of the LongRoPE step at 32
@@ -110,7 +111,9 @@ def test_clipping_scales_all_gradients_together() -> None:
 def test_the_norm_of_a_hundred_million_numbers() -> None:
     part = np.random.default_rng(0).standard_normal(1_000_000).astype(np.float32)
     gradient = mx.tile(mx.array(part), 100).reshape(1000, -1)
-    assert _norm({"a": gradient}) == pytest.approx(10 * np.linalg.norm(part.astype(float)), 1e-6)
+    assert Alone().norm({"a": gradient}) == pytest.approx(
+        10 * np.linalg.norm(part.astype(float)), 1e-6
+    )
 
 
 def test_a_step_learns() -> None:

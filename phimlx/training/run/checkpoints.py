@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
-from mlx.utils import tree_flatten, tree_unflatten
+from mlx.utils import tree_flatten
 
 from phimlx.adapters.files import CONFIG, check_finite
 from phimlx.adapters.mlx_lm import WEIGHTS
@@ -33,6 +33,8 @@ ENDED = "ended"  # in run.json, where nothing is left to be done
 NAME = re.compile(r"step-(\d{7,})")
 NAME_OF_FILE = re.compile(r"[\w-]+\.\w+")
 FORMAT = 2
+Shapes = Mapping[str, tuple[int, ...]]
+
 TAKEN = {RUN: "a run", WEIGHTS: "an adapter", "config.json": "a model"}
 
 
@@ -225,24 +227,23 @@ class RunFolder:
             write_json(self.path / RUN, {**self.description(), ENDED: ending})
 
     def load(
-        self, saved: SavedCheckpoint, weights: Any, optimizer: Any, processes: ProcessGroup
-    ) -> tuple[dict[str, mx.array], dict[str, Any]]:
-        """Weights by name and the optimizer's tree of a checkpoint, which the main process has.
+        self, saved: SavedCheckpoint, weights: Shapes, optimizer: Shapes, processes: ProcessGroup
+    ) -> tuple[dict[str, mx.array], dict[str, mx.array]]:
+        """Weights and the optimizer's arrays of a checkpoint by name, which the main process has.
 
         Args:
-            weights, optimizer: trees of arrays of the shapes that it has to have.
+            weights, optimizer: the shapes that they have to have, by name.
 
         Raises:
             TrainingError: where it is damaged.
         """
         loaded = []
-        for name, tree in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
-            expected = {key: array.shape for key, array in dict(tree_flatten(tree)).items()}
+        for name, expected in ((WEIGHTS, weights), (OPTIMIZER, optimizer)):
             arrays = read_arrays(saved.folder / name, processes)
             if {key: array.shape for key, array in arrays.items()} != expected:
                 raise damaged(saved.folder / name)
             loaded.append(arrays)
-        return loaded[0], tree_unflatten(list(loaded[1].items()))
+        return loaded[0], loaded[1]
 
     def _checkpoint(self, step: int) -> Path:
         return self._checkpoints / f"step-{step:07d}"

@@ -5,10 +5,23 @@ from __future__ import annotations
 from collections.abc import Mapping
 
 from phimlx.errors import TrainingError
+from phimlx.models.base import CausalLM
+from phimlx.models.tensor_parallel import check_shardable
 from phimlx.options import flags_of
 from phimlx.training.data.examples import Dataset
 from phimlx.training.methods import NUMBERS, takers
 from phimlx.training.settings import TrainSettings
+
+NOT_SHARED: tuple[tuple[str, tuple[str, ...], str], ...] = (
+    ("fine_tune_type", ("full",), "Train adapters, beside a model that may be quantized: lora."),
+    (
+        "optimizer",
+        ("adafactor", "muon"),
+        "Take adamw, adam, lion or sgd, to which parts are alike.",
+    ),
+    ("method", ("grpo",), "Leave --shard out: each machine then answers a part of the prompts."),
+)
+"""Settings whose values see more of the model than a part, and what to do instead."""
 
 
 def check_numbers(settings: TrainSettings) -> None:
@@ -48,6 +61,37 @@ def check_prompts(settings: TrainSettings) -> None:
             f"--max-tokens is {settings.max_tokens:,}, which leaves no room for a prompt in "
             f"{settings.max_seq_length:,} tokens.",
             hint="Lower it, or raise --max-seq-length.",
+        )
+
+
+def check_shared(settings: TrainSettings, model: CausalLM, machines: int, resumed: bool) -> None:
+    """Check that so many machines can share the layers of a model in training.
+
+    Args:
+        model: which needs no weights.
+        resumed: whether the run was begun before; one machine may then go on with it alone.
+
+    Raises:
+        TrainingError, ConfigError: where they cannot.
+    """
+    if settings.command != "train":
+        raise TrainingError(f"phimlx {settings.command} does not share a model's layers.")
+    for name, refused, hint in NOT_SHARED:
+        if getattr(settings, name) in refused:
+            flag = flags_of(TrainSettings, name)[0]
+            value = getattr(settings, name)
+            raise TrainingError(f"--shard does not go with {flag} {value}.", hint=hint)
+    if settings.sample_prompts:
+        raise TrainingError(
+            "--shard does not go with --sample-prompts.",
+            hint="Ask the adapter afterwards: phimlx generate --adapter-path ADAPTER",
+        )
+    if machines > 1:
+        check_shardable(model, machines)
+    elif not resumed:
+        raise TrainingError(
+            "--shard shares a model among several machines, and this is one alone.",
+            hint="Start it on several: mlx.launch -n 2 -- phimlx train --shard …",
         )
 
 

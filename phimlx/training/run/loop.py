@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Annotated, Any, ClassVar
 
 import mlx.core as mx
 import mlx.optimizers as optim
+from mlx.utils import tree_unflatten
 from pydantic import ConfigDict, Field, TypeAdapter
 
 from phimlx.errors import TrainingError
@@ -38,7 +39,9 @@ from phimlx.training.run.events import (
     Validation,
 )
 from phimlx.training.settings import TrainSettings
+from phimlx.training.sharded import parts, shared_axes, whole, whole_shapes
 from phimlx.training.step import StepResult, TrainingStep
+from phimlx.training.together import machines_of
 
 if TYPE_CHECKING:
     from phimlx.training.policy import Answering
@@ -173,6 +176,7 @@ class TrainingRun:
         self.processes = processes
         self.sample_replies = sample_replies
         self.skipped = skipped
+        self.axes = shared_axes(step.model)
         self.plan = TrainingPlan.of(settings, len(train))
         self.state = _State()
 
@@ -181,11 +185,15 @@ class TrainingRun:
         self.state = _State.of(saved)
         trainable = self.step.model.trainable_parameters()
         self.step.optimizer.init(trainable)
-        weights, optimizer = self.run_folder.load(
-            saved, trainable, self.step.optimizer.state, self.processes
+        loaded = self.run_folder.load(
+            saved,
+            whole_shapes(trainable, self.axes),
+            whole_shapes(self.step.optimizer.state, self.axes),
+            self.processes,
         )
-        self.step.model.load_weights(list(weights.items()), strict=False)
-        self.step.optimizer.state = optimizer
+        weights, optimizer = (list(parts(each, self.axes).items()) for each in loaded)
+        self.step.model.load_weights(weights, strict=False)
+        self.step.optimizer.state = tree_unflatten(optimizer)
         mx.eval(self.step.model.trainable_parameters(), self.step.optimizer.state)
 
     def fit(
@@ -217,7 +225,8 @@ class TrainingRun:
                         break
                     self._advance(batches, emit, stop_requested)
         except MachineLostError:
-            self._save(emit)  # a step that the others did not finish has changed nothing
+            if not self.axes:  # else the others have parts of what would be saved
+                self._save(emit)  # a step that the others did not finish has changed nothing
             raise
         state = self.state
         return Outcome(state.ending or COMPLETE, state.step, state.best_step, state.best_loss)
@@ -314,10 +323,11 @@ class TrainingRun:
         return best
 
     def _save(self, emit: Callable[[Event], object]) -> None:
+        state, step = self.state, self.step
+        trees = step.model.trainable_parameters(), step.optimizer.state
+        weights, optimizer = (whole(each, self.axes) for each in trees)
         if not self.processes.is_main:
             return
-        state, step = self.state, self.step
-        weights, optimizer = step.model.trainable_parameters(), step.optimizer.state
         self.run_folder.save(state.step, weights, optimizer, asdict(state), state.best_step)
         emit(CheckpointSaved(state.step, state.step == state.best_step))
 
@@ -339,7 +349,7 @@ def make_step(
         "clip": settings.clip or None,
         "checkpointing": settings.grad_checkpoint,
         "seed": settings.seed,
-        "group": processes.group,
+        "together": machines_of(model, processes.group),
         "features": features,
     }
     if settings.method == "sft":
@@ -367,13 +377,15 @@ def make_batches(
         from phimlx.training.preference import BATCHES
 
         kind = BATCHES.get(settings.learns_by.rows, Batches)
+    # Machines that share the layers compute the same rows.
+    rank, ranks = (0, 1) if settings.shard else (processes.rank, processes.size)
     return kind(
         examples,
         settings.batch_size,
         row_length=settings.max_seq_length if settings.pack else None,
         seed=settings.seed if shuffled else None,
-        rank=processes.rank,
-        ranks=processes.size,
+        rank=rank,
+        ranks=ranks,
     )
 
 

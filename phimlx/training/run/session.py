@@ -27,7 +27,9 @@ from phimlx.machine.processes import ProcessGroup
 from phimlx.media.limits import Limits
 from phimlx.models.base import CausalLM
 from phimlx.models.config import ModelConfig
+from phimlx.models.tensor_parallel import shared_config, shared_sizes
 from phimlx.options import override, read
+from phimlx.shared_model import Peers
 from phimlx.training.data.batches import Batches, Example, rounded
 from phimlx.training.data.examples import Dataset, RowSettings, load_data
 from phimlx.training.data.loss_mask import RowEncoder
@@ -36,7 +38,12 @@ from phimlx.training.loss import CHUNK_ROWS
 from phimlx.training.memory_estimate import LargestBatch, MemoryEstimate, estimate_memory, remedies
 from phimlx.training.rewards import Reward, fingerprints, needs_answers, read_rewards
 from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
-from phimlx.training.run.checks import check_answers, check_numbers, check_prompts
+from phimlx.training.run.checks import (
+    check_answers,
+    check_numbers,
+    check_prompts,
+    check_shared,
+)
 from phimlx.training.run.loop import TrainingPlan, TrainingRun, make_batches, make_step
 from phimlx.training.run.media import encoded_media, media_plan
 from phimlx.training.settings import TrainSettings
@@ -95,7 +102,9 @@ class Session:
 
     @cached_property
     def config(self) -> ModelConfig:
-        return self._empty.config
+        """The model's, or that of the part of it that this machine has."""
+        config = self._empty.config
+        return shared_config(config, self.processes.size) if self.settings.shard else config
 
     @cached_property
     def encoder(self) -> RowEncoder:
@@ -125,12 +134,21 @@ class Session:
                 f"max_seq_length is {settings.max_seq_length:,}, but the model holds {longest:,} "
                 "tokens."
             )
+        if settings.shard:
+            check_shared(settings, self._empty, self.processes.size, self.resumed is not None)
         if self.resumed is None:
             check_numbers(settings)
             check_prompts(settings)
         self.rewards = read_rewards(settings.reward, self._strangers)
         if self.resumed is None and self.processes.is_main:
             self.run_folder.refuse_existing()
+
+    def load_model(self) -> Phi:
+        """Load the model, or this machine's part of it."""
+        from phimlx import api
+
+        shared = self.settings.shard and self.processes.group is not None
+        return api.load(self.folder, machines=Peers(self.processes) if shared else None)
 
     def load_data(self, on_progress: Progress = lambda done, total: None) -> dict[str, Dataset]:
         """Read and check all data; see `phimlx.training.data.examples.load_data`."""
@@ -191,7 +209,14 @@ class Session:
         if self._room:
             size = self.settings.group_size
             longest = max(example.inputs for example in examples) + self._room
-            return LargestBatch(size, rounded(longest, 8), rounded(size * self._room, CHUNK_ROWS))
+            answers = size * -(-self.settings.batch_size // self.processes.size)
+            return LargestBatch(
+                size,
+                rounded(longest, 8),
+                rounded(size * self._room, CHUNK_ROWS),
+                answers=answers,
+                drawn=answers * longest,
+            )
         batches = make_batches(examples, self.settings, self.processes, shuffled=False)
         return LargestBatch.of(next(batches.epoch(0)))
 
@@ -208,8 +233,12 @@ class Session:
 
     @property
     def weights(self) -> int:
-        """Bytes of the model's weights."""
-        return sum(info.nbytes for info in self._tensors.values())
+        """Bytes of the model's weights, as far as this machine has them."""
+        sharding = self._empty.architecture.sharding if self.settings.shard else None
+        sizes = {name: info.nbytes for name, info in self._tensors.items()}
+        if sharding is not None:
+            sizes = shared_sizes(sharding, sizes, self.processes.size)
+        return sum(sizes.values())
 
     def estimate_memory(self, data: Mapping[str, Dataset]) -> MemoryEstimate:
         """The memory that the run will need."""
