@@ -27,7 +27,7 @@ from tests.sharing.test_shared_model import make_phi, make_quantized
 from tests.training.folder import COPIED, write_rows, write_tiny
 from tests.training.test_distributed import alone, arguments, log, losses, together
 
-DRAWN = ("--dropout", "0.2", "--grad-checkpoint")
+DRAWN = ("--dropout", "0.2", "--grad-checkpoint", "--learning-rate", "0.001")
 DORA = ("--fine-tune-type", "dora", "--optimizer", "lion", "--pack", "--max-seq-length", "64")
 quantized, phi = (partial(make, vocab_size=1536) for make in (make_quantized, make_phi))
 WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
