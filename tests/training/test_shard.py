@@ -178,9 +178,11 @@ def test_memory_is_what_was_forecast_and_little_more_than_half(place: Path) -> N
 def test_what_does_not_go_is_refused(
     given: dict[str, Any], machines: int, sentence: str, hint: str
 ) -> None:
-    config = {**CONFIG, "num_attention_heads": 4, "num_key_value_heads": 2}
+    heads = {"hidden_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2}
     with pytest.raises(PhimlxError) as refused:
-        check_shared(TrainSettings(shard=True, **given), build_model(config), machines, False)
+        check_shared(
+            TrainSettings(shard=True, **given), build_model({**CONFIG, **heads}), machines, False
+        )
     assert str(refused.value) == sentence
     assert hint in str(refused.value.hint)
 
