@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from phimlx.machine.memory import cache_bytes_per_token
+from phimlx.machine.memory import cache_bytes, footprint
+from phimlx.models.cache.store import Store
 from phimlx.models.config import ModelConfig
 from phimlx.sizes import size_text
 from phimlx.training.data.batches import Batch, rounded
@@ -28,7 +29,41 @@ LOGITS_FIRST, LOGITS_MORE, LOGITS_MOST = 0.9, 1.6, 8.0
 LOGITS_HALF = 1.4  # a 16-bit model's, beside the same in float32
 UPDATES, UPDATES_MOST = 5, 3
 HEAD_GRADIENTS = 3
-DRAWN_LOGITS = 4  # arrays of the logits of answers that are drawn together, in float32
+DRAWN_LOGITS = 8  # arrays of the logits of answers that are drawn together, in float32
+
+
+@dataclass(frozen=True)
+class Drawing:
+    """Answers that a model draws at one time, before it learns from them.
+
+    Attributes:
+        prompts: how many there are.
+        read: tokens of the longest prompt.
+        longest: tokens of the longest prompt with its answer.
+        answers: to each prompt.
+        together: of all of them, at most so many are drawn together.
+    """
+
+    prompts: int
+    read: int
+    longest: int
+    answers: int
+    together: int
+
+    def nbytes(self, config: ModelConfig, itemsize: int) -> int:
+        """Estimate what they take.
+
+        That is keys and values, those of answers that have ended too, one layer's once more while
+        a row joins or leaves, and logits; or what reading the prompts takes.
+        """
+        count = self.prompts * self.answers
+        rows = min(count, self.together)
+        columns = -(-self.longest // Store.step) * Store.step
+        held = cache_bytes(config, rows * columns, itemsize)
+        ended = cache_bytes(config, (count - rows) * self.longest, itemsize)
+        logits = DRAWN_LOGITS * rows * config.vocab_size * FLOAT32
+        reading = footprint(config, 0, self.prompts * self.read, itemsize)
+        return max(held + held // config.kv_layers + ended + logits, reading.total)
 
 
 @dataclass(frozen=True)
@@ -40,8 +75,7 @@ class LargestBatch:
         supervised: rows of logits, padding included.
         packed: whether a mask keeps examples apart.
         features: rows of pictures and sounds among the tokens.
-        answers: of the model's own, which are drawn together before they are learned from.
-        drawn: tokens of their keys and values, those of prompts included.
+        drawing: how answers of the model's own come, which are learned from; None where none are.
     """
 
     rows: int
@@ -49,8 +83,7 @@ class LargestBatch:
     supervised: int
     packed: bool = False
     features: int = 0
-    answers: int = 0
-    drawn: int = 0
+    drawing: Drawing | None = None
 
     @classmethod
     def of(cls, batch: Batch) -> LargestBatch:
@@ -63,17 +96,8 @@ class LargestBatch:
         """Return the same with other rows and columns, as far as all of it is learned alike."""
         share = rows * length / (self.rows * self.length)
         supervised = rounded(max(1, round(self.supervised * share)), CHUNK_ROWS)
-        features, drawn = round(self.features * share), round(self.drawn * share)
-        answers = self.answers * rows // self.rows
-        return replace(
-            self,
-            rows=rows,
-            length=length,
-            supervised=supervised,
-            features=features,
-            answers=answers,
-            drawn=drawn,
-        )
+        features = round(self.features * share)
+        return replace(self, rows=rows, length=length, supervised=supervised, features=features)
 
 
 @dataclass(frozen=True)
@@ -186,9 +210,8 @@ def estimate_memory(
     # Gradients before clipping, new numbers for old ones; activations are gone by then.
     ahead = min(UPDATES * largest * itemsize, UPDATES_MOST * trained)
     update = 2 * trained + ahead - activations if full else 0
-    drawing = batch.drawn * cache_bytes_per_token(config, itemsize)
-    drawing += DRAWN_LOGITS * batch.answers * config.vocab_size * FLOAT32
-    before = max(drawing, media.encoding)  # neither activations nor gradients are there yet
+    # Neither activations nor gradients are there yet.
+    before = batch.drawing.nbytes(config, itemsize) if batch.drawing else media.encoding
     return MemoryEstimate(
         weights=weights,
         trained=0 if full else trained,
@@ -213,16 +236,18 @@ def remedies(
     """Find what to change so that a run fits, and what it would need then: the mildest first."""
     checkpointing = settings.model_copy(update={"grad_checkpoint": True})
     options = [("--grad-checkpoint", checkpointing, batch, weights)]
-    draws = batch.answers > 0
-    flag, most = ("group", settings.group_size) if draws else ("batch", settings.batch_size)
-    rows, fewest = batch.rows, 2 if draws else 1
+    drawing = batch.drawing
+    flag, most = ("group", settings.group_size) if drawing else ("batch", settings.batch_size)
+    rows, fewest = batch.rows, 2 if drawing else 1
     while rows > fewest:
         rows //= 2
         less = batch.shrunk(rows, batch.length)
+        if drawing:
+            less = replace(less, drawing=replace(drawing, answers=rows))
         size = most * rows // batch.rows
         options.append((f"--grad-checkpoint --{flag}-size {size}", checkpointing, less, weights))
     length = batch.length
-    while length > 256 and not draws:
+    while length > 256 and not drawing:
         length //= 2
         less = batch.shrunk(1, length)
         text = f"--grad-checkpoint --batch-size 1 --max-seq-length {length}"

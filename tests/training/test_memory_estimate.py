@@ -15,10 +15,14 @@ import pytest
 from mlx.utils import tree_flatten
 
 from phimlx.checkpoint.load import build_model
+from phimlx.hub.resolve import NANO
 from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
-from phimlx.training.data.batches import Batches, Example
+from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+from phimlx.training.data.batches import Batches, Example, Task
 from phimlx.training.data.media import MediaItem
-from phimlx.training.memory_estimate import LargestBatch, estimate_memory, remedies
+from phimlx.training.memory_estimate import Drawing, LargestBatch, estimate_memory, remedies
+from phimlx.training.policy import Answering
+from phimlx.training.reference import evaluating
 from phimlx.training.run.media import media_plan
 from phimlx.training.schedule import make_optimizer
 from phimlx.training.settings import TrainSettings
@@ -162,3 +166,36 @@ def test_the_mildest_remedy_that_fits_is_named() -> None:
     assert first(needed[1]) == "--grad-checkpoint --batch-size 2"
     assert first(needed[2]) == "--grad-checkpoint --batch-size 1 --max-seq-length 1024"
     assert first(2 * GB) is None
+
+
+@pytest.mark.slow
+def test_answers_that_are_drawn_are_within_15_percent_too() -> None:
+    config = Phi3Config.from_dict({**CONFIG, "vocab_size": 500})
+    mx.random.seed(0)
+    model = Phi3ForCausalLM(config)
+    mx.eval(model.parameters())
+    settings = TrainSettings(method="grpo", batch_size=8, group_size=4, grad_checkpoint=True)
+    attach(model, settings)
+    random = np.random.default_rng(0)
+    examples = []
+    for _ in range(8):
+        tokens = random.integers(10, 300, 150).astype(np.int32)
+        examples.append(Example(tokens, np.zeros(150, bool), task=Task("?", None, {})))
+    (batch,) = Batches(examples, 8).epoch(0)
+    lengths: Any = [lambda answers: [float(each.tokens) for each in answers]]
+    answering = Answering(Tokenizer.load(NANO), frozenset({-1}), lengths, 4, 12)
+    gc.collect()
+    mx.clear_cache()
+    before = mx.get_active_memory()
+    mx.reset_peak_memory()
+    with evaluating(model):
+        answering.draw(model, batch, 1)
+    measured = mx.get_peak_memory() - before
+    drawing = Drawing(8, 150, 161, 4, 64)
+    assert drawing.nbytes(config, 4) == pytest.approx(measured, rel=0.15)
+    largest = LargestBatch(4, 168, 128, drawing=drawing)
+    forecast = estimate_memory(config, weights_of(model), settings, largest, 4)
+    left = forecast.gradients + forecast.activations + forecast.working
+    assert left >= drawing.nbytes(config, 4)
+    text, _ = next(remedies(config, 0, settings, largest, 4, left - 1_000_000))
+    assert text == "--grad-checkpoint --group-size 2"

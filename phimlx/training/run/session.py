@@ -35,7 +35,13 @@ from phimlx.training.data.examples import Dataset, RowSettings, load_data
 from phimlx.training.data.loss_mask import RowEncoder
 from phimlx.training.data.rows import Progress
 from phimlx.training.loss import CHUNK_ROWS
-from phimlx.training.memory_estimate import LargestBatch, MemoryEstimate, estimate_memory, remedies
+from phimlx.training.memory_estimate import (
+    Drawing,
+    LargestBatch,
+    MemoryEstimate,
+    estimate_memory,
+    remedies,
+)
 from phimlx.training.rewards import Reward, fingerprints, needs_answers, read_rewards
 from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
 from phimlx.training.run.checks import (
@@ -207,16 +213,15 @@ class Session:
         """Return the largest batch: the first in the order that is not shuffled."""
         examples = _learned_from(data)
         if self._room:
-            size = self.settings.group_size
-            longest = max(example.inputs for example in examples) + self._room
-            answers = size * -(-self.settings.batch_size // self.processes.size)
-            return LargestBatch(
-                size,
-                rounded(longest, 8),
-                rounded(size * self._room, CHUNK_ROWS),
-                answers=answers,
-                drawn=answers * longest,
-            )
+            from phimlx.training.policy import AT_ONCE
+
+            size, prompts = self.settings.group_size, self.settings.batch_size
+            read = max(len(example.tokens) for example in examples)
+            longest = read - 1 + self._room
+            mine = -(-prompts // self.processes.size)
+            supervised = rounded(size * self._room, CHUNK_ROWS)
+            drawing = Drawing(mine, read, longest, size, AT_ONCE)
+            return LargestBatch(size, rounded(longest, 8), supervised, drawing=drawing)
         batches = make_batches(examples, self.settings, self.processes, shuffled=False)
         return LargestBatch.of(next(batches.epoch(0)))
 
