@@ -6,6 +6,7 @@ import math
 from bisect import bisect_right
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, replace
+from functools import cached_property
 from itertools import accumulate
 from typing import Any, Protocol
 
@@ -22,6 +23,9 @@ class Renders(Protocol):
 
     def render(self, variables: Mapping[str, Any]) -> str:
         """Return the text; raises PromptError where the template fails."""
+
+    def render_turns(self, variables: Mapping[str, Any]) -> list[str] | None:
+        """Return the text in parts, as `Template.render_turns`, where messages are on their own."""
 
 
 @dataclass(frozen=True)
@@ -43,8 +47,11 @@ class Rendering:
 
     def text(self, add_generation_prompt: bool, turns: int | None = None) -> str:
         """Render all turns, or so many."""
+        return self.template.render(self._given(add_generation_prompt, turns))
+
+    def _given(self, add_generation_prompt: bool, turns: int | None = None) -> dict[str, Any]:
         given = {"add_generation_prompt": add_generation_prompt, "messages": self.turns[:turns]}
-        return self.template.render({**self.variables, **given})
+        return {**self.variables, **given}
 
     def complete_text(self, add_generation_prompt: bool) -> str:
         """Render all turns, and see that none but a reply is left out.
@@ -53,8 +60,9 @@ class Rendering:
             PromptError: naming the message that the template has no place for.
         """
         text = self.text(add_generation_prompt)
-        for index, turn in enumerate(self.turns):
-            if turn["role"] != "assistant" and turn["content"].strip() not in text:
+        for index, end in enumerate(self.ends_of_words(text)):
+            if end is None:
+                turn = self.turns[index]
                 # Left out, or only changed? A plain word in its place tells.
                 probe = [*self.turns[:index], turn | {"content": PROBE}, *self.turns[index + 1 :]]
                 probed = replace(self, turns=probe).text(add_generation_prompt)
@@ -65,6 +73,52 @@ class Rendering:
                         hint="Put what it says into a user's message.",
                     )
         return text
+
+    def ends_of_words(self, text: str) -> Iterator[int | None]:
+        """Find where in the rendered text the words of each turn end, at the latest.
+
+        None where they are nowhere; 0 for a reply, of which a template may leave some out.
+        """
+        done = 0
+        for turn in self.turns:
+            if turn["role"] == "assistant":
+                yield 0
+                continue
+            words = turn["content"].strip()
+            # Behind those before it, as a rule: looking from there on, no text is read twice.
+            if (start := text.find(words, done)) >= 0:
+                done = start + len(words)
+                yield done
+            else:
+                start = text.find(words, 0, done + len(words))
+                yield None if start < 0 else start + len(words)
+
+    def ends_of_prompts(self, text: str) -> list[int | None] | None:
+        """Find where in the rendered text the prompt ends that so many turns make, from none on.
+
+        Of each None where the text may not begin with it. All in one rendering, for a template
+        that writes each message by itself; None for another.
+
+        Raises:
+            PromptError: where the template fails.
+        """
+        parts = self.template.render_turns(self._given(True))
+        if parts is None:
+            return None
+        # Once through the turns, or several times: only the last time ends where a prompt does.
+        turns = len(self.turns)
+        last = len(parts) - turns - 1
+        head, pieces, closing = "".join(parts[:last]), parts[last:-1], parts[-1]
+        settled = max(place % (turns + 1) for place in range(last) if place == 0 or parts[place])
+        found: list[int | None] = []
+        end, begins = len(head), text.startswith(head)
+        for count in range(turns + 1):
+            is_prompt = begins and count >= settled and text.startswith(closing, end)
+            found.append(end + len(closing) if is_prompt else None)
+            if count < turns:
+                begins = begins and text.startswith(pieces[count], end)
+                end += len(pieces[count])
+        return found
 
     def open_text(self) -> str:
         """Render all turns up to where the last one's words end: the turn goes on there.
@@ -102,8 +156,9 @@ class Rendering:
 class EncodedConversation:
     """The token ids of a conversation, and where in them the prompts of its replies end.
 
-    Each prompt is rendered by itself, whatever the template does with what comes later, but only
-    what stands behind its last control token is encoded again.
+    All prompts are found in one rendering where the template writes each message by itself. By
+    another each is rendered, whatever the template does with what comes later. Either way only what
+    stands behind a prompt's last control token is encoded again.
 
     Args:
         rendering: of the whole conversation.
@@ -125,9 +180,9 @@ class EncodedConversation:
             self.ids += ids
             if is_control:
                 self._borders.append((end, len(self.ids)))
-        turns = rendering.turns
-        self._seen = list(accumulate(map(self._end_of, turns), max))
-        systems = (i for i, turn in enumerate(turns) if turn["role"] == "system")
+        words = rendering.ends_of_words(self._text)
+        self._seen = list(accumulate((math.inf if end is None else end for end in words), max))
+        systems = (i for i, turn in enumerate(rendering.turns) if turn["role"] == "system")
         self._first_system = next(systems, 0)
 
     def prompt_length(self, index: int) -> int | None:
@@ -139,29 +194,34 @@ class EncodedConversation:
         Raises:
             PromptError: where the template has no place for one of them.
         """
-        prompt = self._prompt(index)
-        if prompt is None:
+        prompt_end = self._end_of_prompt(index)
+        if prompt_end is None:
             ids = self._encode_prompt(index)
             return len(ids) if self.ids[: len(ids)] == ids else None
-        border = bisect_right(self._borders, (len(prompt), len(self.ids))) - 1
+        border = bisect_right(self._borders, (prompt_end, len(self.ids))) - 1
         end, count = self._borders[border]
-        rest = [token for ids, _, _ in self._rendering.encode(prompt, end) for token in ids]
+        start = max(end - 1, 0)  # a token may depend on the character before it
+        rest = [
+            token
+            for ids, _, _ in self._rendering.encode(self._text[start:prompt_end], end - start)
+            for token in ids
+        ]
         length = count + len(rest)
         return length if self.ids[count:length] == rest else None
 
-    def _prompt(self, index: int) -> str | None:
-        """Render a prompt; None where it is not simply the beginning of the whole text."""
+    def _end_of_prompt(self, index: int) -> int | None:
+        """Find where a prompt ends; None where it is not simply the beginning of the text."""
         turns = index + self._added
         if self._first_system >= turns:
             return None  # alone, it may get a system message that the whole lacks, to hold tools
-        prompt = self._rendering.text(True, turns)
-        inside = self._seen[turns - 1] <= len(prompt)
-        return prompt if inside and self._text.startswith(prompt) else None
+        if self._ends is None:
+            prompt = self._rendering.text(True, turns)
+            end = len(prompt) if self._text.startswith(prompt) else None
+        else:
+            end = self._ends[turns]
+        return end if end is not None and self._seen[turns - 1] <= end else None
 
-    def _end_of(self, turn: Mapping[str, Any]) -> float:
-        """Find where in the text a turn that must not be left out ends first."""
-        if turn["role"] == "assistant":
-            return 0
-        content = turn["content"].strip()
-        start = self._text.find(content)
-        return math.inf if start < 0 else start + len(content)
+    @cached_property
+    def _ends(self) -> list[int | None] | None:
+        """Where the prompts of so many turns end; None where each has to be rendered."""
+        return self._rendering.ends_of_prompts(self._text)

@@ -6,10 +6,13 @@ Imports jinja2 and nothing heavy: the worker process starts with this module.
 from __future__ import annotations
 
 import json
+import secrets
 from collections.abc import Mapping
 from datetime import datetime
+from functools import cached_property
 from typing import Any, NoReturn
 
+from jinja2 import Template as Compiled
 from jinja2 import TemplateSyntaxError, meta, nodes
 from jinja2.exceptions import SecurityError
 from jinja2.ext import Extension, LoopControlExtension
@@ -20,6 +23,7 @@ from jinja2.utils import Namespace
 
 from phimlx.errors import PromptError
 from phimlx.prompt.sandbox.protocol import HINT, TOO_MUCH
+from phimlx.prompt.sandbox.turns import mark_turns
 
 
 def _names(names: str) -> frozenset[str]:
@@ -146,6 +150,28 @@ class Template:
             return self._template.render(variables)
         except Exception as error:
             raise explain(error) from error
+
+    def render_turns(self, variables: Mapping[str, Any]) -> list[str] | None:
+        """The text in parts: what stands before the messages, each one's, and what follows them.
+
+        Where the template goes through the messages again, each one's and what follows come again.
+        None where it does not write each message by itself, whatever others there are.
+        Raises PromptError as `render`.
+        """
+        if self._marked is None:
+            return None
+        mark, template = self._marked
+        try:
+            return template.render(variables).split(mark)
+        except Exception as error:
+            raise explain(error) from error
+
+    @cached_property
+    def _marked(self) -> tuple[str, Compiled] | None:
+        """A mark that no message can guess, and the template that writes it between messages."""
+        environment, mark = _Environment(), secrets.token_hex()
+        tree = environment.parse(self.source)
+        return (mark, environment.from_string(tree)) if mark_turns(tree, mark) else None
 
 
 def explain(error: Exception) -> PromptError:

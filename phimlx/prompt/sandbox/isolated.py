@@ -72,6 +72,12 @@ class IsolatedTemplate:
         """
         return str(worker.ask({"source": self.source, "variables": variables})["text"])
 
+    def render_turns(self, variables: Mapping[str, Any]) -> list[str] | None:
+        """The text in parts, as of `Template.render_turns`; raises PromptError as `render`."""
+        request = {"source": self.source, "variables": variables, "turns": True}
+        parts: list[str] | None = worker.ask(request)["parts"]
+        return parts
+
 
 class Worker:
     """The process that renders, and the lock that the threads which ask it take in turn."""

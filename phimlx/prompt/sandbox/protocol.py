@@ -1,8 +1,9 @@
 """Messages between a process and its worker, and the limits that both hold.
 
 A frame is 8 bytes of length, then JSON in UTF-8, lone surrogates allowed. A request `{"source": …}`
-is answered by the names that the template reads, one with `"variables"` as well by its text;
-`{"error": …, "hint": …}` answers either where there is a fault.
+is answered by the names that the template reads, one with `"variables"` as well by its text, and
+one with `"turns"` beside them by that in parts; `{"error": …, "hint": …}` answers each where there
+is a fault.
 """
 
 from __future__ import annotations

@@ -52,10 +52,17 @@ def _answer(request: Mapping[str, Any]) -> dict[str, Any]:
     template = _template(request["source"])
     if "variables" not in request:
         return {"variables": [*template.variables], "keys": [*template.keys]}
-    text = template.render(request["variables"])
-    if len(text) > MAX_TEXT:
+    if "turns" in request:
+        parts = template.render_turns(request["variables"])
+        return {"parts": parts if parts is None else _within_limit(parts)}
+    return {"text": _within_limit([template.render(request["variables"])])[0]}
+
+
+def _within_limit(texts: list[str]) -> list[str]:
+    """The same texts; raises PromptError where they are too long together."""
+    if sum(map(len, texts)) > MAX_TEXT:
         raise PromptError(TOO_MUCH, hint=HINT)
-    return {"text": text}
+    return texts
 
 
 def _send(frame: bytes) -> None:

@@ -17,7 +17,7 @@ from phimlx.errors import PhimlxError
 from phimlx.hub.resolve import NANO
 from phimlx.prompt.chat_template import ChatTemplate
 from phimlx.prompt.messages import Message, read_messages
-from phimlx.prompt.published_templates import MINI, MINI_REASONING, PHI4, REASONING
+from phimlx.prompt.published_templates import BY_NAME, MINI, MINI_REASONING, PHI4, REASONING
 from phimlx.prompt.sandbox.environment import Template
 from phimlx.prompt.tokenizer.compiled_bpe import load_vocabulary
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
@@ -55,6 +55,15 @@ TEMPLATES = {
     + PROMPT,
     "tools beside": (
         "{% if tools %}{{ '<|tool|>' + tools | tojson + '<|/tool|>' }}{% endif %}" + MINI
+    ),
+    "parts turns": MINI.replace("{{ '<|' +", "{{ ('' if loop.first else '\n') + '<|' +"),
+    "numbers": EACH + "'<|end|>' + loop.index | string }}{% endfor %}" + PROMPT,
+    "prompts otherwise": (
+        EACH + "('<|end|>' if add_generation_prompt else '<|end|>\n') }}{% endfor %}" + PROMPT
+    ),
+    "names what it writes": (
+        "{% for message in messages %}{% set said = message['content'] | trim %}"
+        "{{ '<|' + message['role'] + '|>' + said + '<|end|>' }}{% endfor %}" + PROMPT
     ),
     "never ends": MINI.replace("+ '<|end|>'", "").replace("{{ eos_token }}", ""),
 }
@@ -209,6 +218,26 @@ def test_nothing_is_encoded_again_for_each_reply(
     encoder.conversation(said)
     assert once > 2000
     assert characters <= once + 2 * 40  # what a prompt has after its last control token
+
+
+@pytest.mark.parametrize("form", sorted(BY_NAME))
+def test_one_rendering_shows_every_prompt(form: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    template = ChatTemplate({"default": BY_NAME[form].text}, TOKENIZERS["as published"], {})
+    renderings: list[int] = []
+    for name in ("render", "render_turns"):
+        made = getattr(Template, name)
+
+        def counted(self: Template, variables: Mapping[str, Any], made: Any = made) -> Any:
+            renderings.append(len(variables["messages"]))
+            return made(self, variables)
+
+        monkeypatch.setattr(Template, name, counted)
+    messages = exchanges(20)
+    encoded = template.encode_conversation(messages)
+    for index in range(1, len(messages), 2):
+        assert encoded.prompt_length(index) == len(template.encode(messages[:index]))
+        renderings.pop()  # of that prompt alone
+    assert renderings == [40, 40]
 
 
 def test_learned_length_is_up_to_the_last_learned_token() -> None:
