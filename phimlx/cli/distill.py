@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from phimlx.cli import train
+from phimlx.cli.memory import check_memory, ignore_memory_option
 from phimlx.cli.options import (
     config_option,
-    ignore_memory_option,
     json_option,
     resume_option,
 )
@@ -218,15 +218,10 @@ def _free_memory() -> None:
 def _check_memory(
     session: DistillSession, plan: LogitsPlan | None, ignore_memory: bool, output: Output
 ) -> None:
-    from phimlx.errors import TrainingError
     from phimlx.machine.memory import machine_memory
 
-    try:
-        session.check_teacher_memory(plan, machine_memory())
-    except TrainingError as error:
-        if not ignore_memory:
-            raise
-        output.warning(str(error))
+    memory = machine_memory()
+    check_memory(lambda: session.check_teacher_memory(plan, memory), ignore_memory, output)
 
 
 def _check_answers(session: DistillSession, output: Output) -> None:

@@ -132,9 +132,6 @@ config_option = click.option(
     help="Settings from a YAML or TOML file, under these names; flags come before it.",
 )
 resume_option = click.option("--resume", is_flag=True, help="Go on with the run in --adapter-path.")
-ignore_memory_option = click.option(
-    "--ignore-memory", is_flag=True, help="Begin even where the memory is not expected to do."
-)
 yes_option = click.option(
     "--yes", "-y", "allow_all", is_flag=True, help="Run every tool that is called, without asking."
 )

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.cli.options import ignore_memory_option, json_option
+from phimlx.cli.memory import check_memory, ignore_memory_option
+from phimlx.cli.options import json_option
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -120,7 +121,7 @@ def command(
         refuse_existing(path)
     if plan.warning is not None:
         output.warning(plan.warning)
-    _check_memory(plan, ignore_memory, output)
+    _forecast(plan, ignore_memory, output)
     with output.progress(100, "Measuring", "%") as bar:
         pruning = plan.choose(texts[0], bar.update)
     stored = sum(tensor.nbytes for tensor in before.tensors.values())
@@ -141,26 +142,21 @@ def command(
         whole = model or before.folder
         output.note(f"Make up for it: phimlx distill --teacher {whole} --student {out} --data DATA")
     else:
-        healed = {"healed": _heal(before, out, heal, texts[1], plan.split, as_json)}
+        healed = {"healed": _heal(before, out, heal, texts[1], plan.split, ignore_memory, as_json)}
     output.json({**healed, **report.as_object()})
 
 
-def _check_memory(plan: PruningPlan, ignore_memory: bool, output: Output) -> None:
+def _forecast(plan: PruningPlan, ignore_memory: bool, output: Output) -> None:
     """Say what the work will take, and refuse what this machine does not have."""
-    from convert.prune.memory import check_memory, forecast
-    from phimlx.errors import ConversionError
+    from convert.prune.memory import check_memory as check
+    from convert.prune.memory import forecast
     from phimlx.machine.memory import machine_memory
     from phimlx.sizes import size_text
 
     memory = machine_memory()
     needed = max(forecast(plan).values())
     output.note(f"Takes about {size_text(needed)} of this machine's {size_text(memory)} of memory.")
-    try:
-        check_memory(plan, memory)
-    except ConversionError as error:
-        if not ignore_memory:
-            raise
-        output.warning(str(error))
+    check_memory(lambda: check(plan, memory), ignore_memory, output)
 
 
 def _speeds(before: Checkpoint, after: Checkpoint, output: Output) -> tuple[float, float] | None:
@@ -207,7 +203,13 @@ def _beside(out: Path) -> tuple[Path, Path]:
 
 
 def _heal(
-    before: Checkpoint, out: Path, data: str, text: str | None, split: bool, as_json: bool
+    before: Checkpoint,
+    out: Path,
+    data: str,
+    text: str | None,
+    split: bool,
+    ignore_memory: bool,
+    as_json: bool,
 ) -> dict[str, Any]:
     """Distill the whole model into the pruned one, and show what that brings back."""
     from convert import convert
@@ -223,7 +225,7 @@ def _heal(
     )
     session = distill.open_session(settings, False, output)
     session.check()
-    distill.run(session, False, False, output)
+    distill.run(session, False, ignore_memory, output)
     layout = "hf" if split else "mlx"
     convert(out, healed, adapter=adapter, layout=layout, split_projections=split)
     with output.progress(100, "Comparing", "%") as bar:

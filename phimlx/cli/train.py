@@ -15,9 +15,9 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from phimlx.cli.memory import check_memory, ignore_memory_option
 from phimlx.cli.options import (
     config_option,
-    ignore_memory_option,
     json_option,
     limit_options,
     own_adapter,
@@ -216,19 +216,11 @@ def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> Non
 def run(session: Session, data: Mapping[str, Dataset], ignore_memory: bool, output: Output) -> None:
     """Train, from the beginning or from where a run was stopped."""
     from phimlx.cli.bars import logger
-    from phimlx.errors import TrainingError
     from phimlx.machine.memory import machine_memory
     from phimlx.terminal.training import RunDisplay, answers_bar
     from phimlx.training.run.loop import INTERRUPTED
 
-    try:
-        warning = session.check_memory(data, machine_memory())
-    except TrainingError as error:
-        if not ignore_memory:
-            raise
-        warning = str(error)
-    if warning:
-        output.warning(warning)
+    check_memory(lambda: session.check_memory(data, machine_memory()), ignore_memory, output)
     with ExitStack() as stack:
         if session.processes.is_main:
             stack.enter_context(session.run_folder.locked())
