@@ -174,6 +174,17 @@ def test_what_does_not_go_together(
     assert not (tmp_path / "a" / "run.json").exists()
 
 
+def test_rows_that_only_ask_are_for_the_teacher_to_answer(student: Path, tmp_path: Path) -> None:
+    asked = tmp_path / "asked.jsonl"
+    asked.write_text('{"prompt": "What is 1 + 1?"}\n')
+    result = run("--teacher", "nano", "--student", student, "--data", asked,
+                 "--adapter-path", tmp_path / "a")  # fmt: skip
+    assert result.exit_code == 1
+    assert result.stderr.endswith(
+        "Hint: Let the teacher answer rows that only ask: --via both, or --via text\n"
+    )
+
+
 @pytest.mark.parametrize(
     ("arguments", "missing"), [(["--data", "x"], "--teacher"), (["--teacher", "nano"], "--data")]
 )

@@ -17,7 +17,7 @@ from mlx.optimizers import Optimizer
 from phimlx import catalog
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, needed_tensors
-from phimlx.errors import TrainingError
+from phimlx.errors import PhimlxError, TrainingError
 from phimlx.files import is_file, read_text
 from phimlx.hub.layout import model_name
 from phimlx.models.base import CausalLM
@@ -25,8 +25,9 @@ from phimlx.models.config import ModelConfig
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.sizes import size_text
 from phimlx.training.data.examples import Dataset, RowSettings
+from phimlx.training.data.faults import DataError
 from phimlx.training.data.loss_mask import RowEncoder
-from phimlx.training.data.rows import read_rows
+from phimlx.training.data.rows import Progress, read_rows
 from phimlx.training.data.sources import find_splits
 from phimlx.training.distill.answers import Asking
 from phimlx.training.distill.checkers import (
@@ -296,6 +297,23 @@ class DistillSession(Session):
             )
 
     # The student's run, where it is another than that of `phimlx train`.
+
+    def load_data(self, on_progress: Progress = lambda done, total: None) -> dict[str, Dataset]:
+        """Read and check all data, as `Session.load_data`; the hint of an error says more."""
+        try:
+            return super().load_data(on_progress)
+        except DataError as error:
+            if not self.uses_answers and self._asks:
+                error.hint = "Let the teacher answer rows that only ask: --via both, or --via text"
+            raise
+
+    @property
+    def _asks(self) -> bool:
+        """Whether every row asks something."""
+        try:
+            return self.asking.total > 0
+        except PhimlxError:
+            return False
 
     @property
     def source(self) -> str:
