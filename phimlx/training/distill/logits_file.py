@@ -161,7 +161,7 @@ class LogitsPlan:
                 f"{path} needs {size_text(self.nbytes)} of disk space, but its disk has "
                 f"{size_text(free)}.",
                 hint="Free some space, keep fewer probabilities (--top-k), or choose another "
-                "--logits.",
+                "--teacher-data.",
             )
 
 
@@ -279,7 +279,7 @@ class TeacherLogits:
         if self.about.get("format") != FORMAT:
             raise TrainingError(
                 f"{path} holds no teacher's probabilities that this version of phimlx reads.",
-                hint="Choose another --logits, or remove the file: it is made again.",
+                hint="Choose another --teacher-data, or remove the file: it is made again.",
             )
         try:
             self.vocab_size, self.k = int(self.about["vocab_size"]), int(self.about["k"])
@@ -396,6 +396,6 @@ def _writing(path: Path) -> Any:
     return translate_write_errors(
         path,
         TrainingError,
-        hint="Choose another --logits.",
+        hint="Choose another --teacher-data.",
         when_full="Free some space, then start the same command again: it goes on from there.",
     )
