@@ -46,9 +46,9 @@ def test_probabilities_are_learned_and_taken_again(
     loaded: list[weakref.ref[Phi]] = []
     load = api.load
 
-    def loading(*arguments: Any) -> Phi:
+    def loading(*arguments: Any, **options: Any) -> Phi:
         assert all(each() is None for each in loaded), "teacher and student are there together"
-        phi = load(*arguments)
+        phi = load(*arguments, **options)
         loaded.append(weakref.ref(phi))
         return phi
 
