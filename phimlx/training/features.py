@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 import os
 import re
+import time
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
@@ -25,6 +26,7 @@ from phimlx.training.data.media import MediaItem, MediaReader
 
 NAME = re.compile(r"[0-9a-f]{64}\.safetensors")
 FEATURES = "features"
+SHARERS = 8  # processes that may fill one folder together without passing its limit
 
 
 def features_folder() -> Path:
@@ -40,8 +42,8 @@ class FeatureStore:
 
     Args:
         identity: tells the encoders and what runs them.
-        limit: bytes of all files; what was used longest ago makes room, but never for what this
-            run has used itself.
+        limit: bytes of all files; what was used longest ago makes room, but nothing that has been
+            used since this run began.
         note: called with a sentence where nothing more can be kept.
     """
 
@@ -57,8 +59,9 @@ class FeatureStore:
         self._limit = limit
         self._note = note
         self._noted = False
-        self._used: set[Path] = set()
-        self._total: int | None = None
+        self._began = time.time() - 1  # the clock of files is a little behind
+        self._total = 0  # bytes of all files when they were last counted, and of those since
+        self._count_at = 0  # that total, from which on they are counted again
 
     def read(self, item: MediaItem) -> mx.array | None:
         """Find the features of an item; None where they are not here."""
@@ -69,14 +72,15 @@ class FeatureStore:
             found = None
         if found is None:
             return None
-        if path not in self._used:
-            self._used.add(path)
-            with suppress(OSError):
+        with suppress(OSError):
+            if path.stat().st_mtime < self._began:
                 os.utime(path)
         return found
 
     def write(self, item: MediaItem, features: mx.array) -> None:
-        """Keep the features of an item, where there is room."""
+        """Keep the features of an item, where there is room; nothing more once there was none."""
+        if self._noted:
+            return
         path = self._path(item)
         try:
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -85,9 +89,7 @@ class FeatureStore:
                 return
             with replacing(path, private=True) as temporary:
                 write_arrays(temporary, {FEATURES: features, "digest": digest_of(features)})
-            self._used.add(path)
-            if self._total is not None:
-                self._total += path.stat().st_size
+            self._total += path.stat().st_size
         except OSError as failure:
             self._say(f"features cannot be kept in {self.folder}: {reason(failure)}")
 
@@ -104,21 +106,21 @@ class FeatureStore:
         return features
 
     def _has_room(self, nbytes: int) -> bool:
-        if self._total is not None and self._total + nbytes <= self._limit:
+        if self._total + nbytes <= self._count_at:
             return True
-        entries = [
-            (entry.stat(), Path(entry.path))
-            for entry in os.scandir(self.folder)
-            if NAME.fullmatch(entry.name)
-        ]
+        entries = []
+        for entry in os.scandir(self.folder):
+            if NAME.fullmatch(entry.name):
+                with suppress(FileNotFoundError):  # another process has made room
+                    entries.append((entry.stat(), Path(entry.path)))
         self._total = sum(status.st_size for status, _ in entries)
         for status, path in sorted(entries, key=lambda entry: entry[0].st_mtime):
-            if self._total + nbytes <= self._limit:
+            if self._total + nbytes <= self._limit or status.st_mtime >= self._began:
                 break
-            if path not in self._used:
-                with suppress(OSError):
-                    path.unlink()
-                self._total -= status.st_size
+            with suppress(OSError):
+                path.unlink()
+            self._total -= status.st_size
+        self._count_at = self._total + (self._limit - self._total) // SHARERS
         return self._total + nbytes <= self._limit
 
     def _path(self, item: MediaItem) -> Path:
@@ -126,9 +128,8 @@ class FeatureStore:
         return self.folder / f"{name}.safetensors"
 
     def _say(self, text: str) -> None:
-        if not self._noted:
-            self._noted = True
-            self._note(f"From here on {text}.")
+        self._noted = True
+        self._note(f"From here on {text}.")
 
 
 class EncodedMedia:

@@ -13,10 +13,16 @@ from queue import SimpleQueue
 from threading import Timer
 from typing import Any
 
+import numpy as np
 import psutil
 import pytest
+import soundfile  # type: ignore[import-untyped]
+from click.testing import CliRunner
+from PIL import Image
 
+from phimlx.cli.group import cli
 from phimlx.machine import processes
+from tests.multimodal import multimodal_folder
 from tests.training.folder import write_rows, write_tiny
 
 ROOT = Path(__file__).parents[2]
@@ -41,6 +47,26 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
         for i in range(13)
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def senses(data: Path, place: Path) -> Path:
+    """The same with a model that sees and hears, and rows with sounds, texts and a picture."""
+    folder = place / "senses"
+    (folder / "model").mkdir(parents=True)
+    multimodal_folder(data, folder / "model")
+    noise = np.random.default_rng(5)
+    Image.fromarray(noise.integers(0, 255, (40, 60, 3), np.uint8)).save(folder / "a.png")
+    rows: list[dict[str, Any]] = [{"image": "a.png", "prompt": "What?", "completion": "That."}]
+    for number in range(8):
+        sound = noise.normal(0, 0.2, 3000 + 900 * number).astype(np.float32)
+        soundfile.write(folder / f"{number}.wav", sound, 16000)
+        rows.append(
+            {"audio": f"{number}.wav", "prompt": "Say it.", "completion": f"it is {number}"}
+        )
+        rows.append({"prompt": f"{number}?", "completion": "!" * (1 + number)})
+    (folder / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     return folder
 
 
@@ -108,14 +134,39 @@ def test_losses_are_those_of_one_process(
     assert one.returncode == 0, one.stderr
     two = together(arguments(place, f"{name}-2", data, *more))
     assert two.returncode == 0, two.stderr
-    expected, found = losses(place / f"{name}-1"), losses(place / f"{name}-2")
-    assert len(expected) >= 8  # six steps, two validations or more
+    check_alike(place / f"{name}-1", place / f"{name}-2")
+
+
+def check_alike(one: Path, two: Path) -> None:
+    """Compare the losses of a process with those of two, and what lies in their folders."""
+    expected, found = losses(one), losses(two)
+    assert len(expected) >= 6  # four steps, two validations or more
     assert [step for step, _ in found] == [step for step, _ in expected]
     for (_, loss), (_, wanted) in zip(found, expected, strict=True):
         assert loss == pytest.approx(wanted, rel=1e-5, abs=1e-6)  # of grpo sums near 0
     # The first alone writes and prints.
-    names = sorted(path.name for path in (place / f"{name}-2").iterdir())
-    assert names == sorted(path.name for path in (place / f"{name}-1").iterdir())
+    names = sorted(path.name for path in two.iterdir())
+    assert names == sorted(path.name for path in one.iterdir())
+
+
+@pytest.mark.slow
+def test_pictures_and_sounds_are_shared_and_their_features_computed_once(
+    senses: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HOME", "XDG_CACHE_HOME"):  # where the store is
+        monkeypatch.setenv(name, str(tmp_path))
+    more = (
+        *("--train", "vision-adapter,speech-adapter,new", "--max-seq-length", "1024"),
+        *("--iters", "4", "--grad-accumulation-steps", "1"),
+    )
+    two = together(arguments(senses, "two", "rows.jsonl", *more))
+    assert two.returncode == 0, two.stderr
+    kept = {path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")}
+    assert len(kept) == 9
+    one = CliRunner().invoke(cli, arguments(senses, "one", "rows.jsonl", *more))
+    assert one.exit_code == 0, one.output
+    assert {path: path.stat().st_ino for path in tmp_path.rglob("*.safetensors")} == kept
+    check_alike(senses / "one", senses / "two")
 
 
 @pytest.mark.slow

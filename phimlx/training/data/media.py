@@ -104,7 +104,7 @@ class MediaReader:
         self.limits = limits or Limits()
         self._prepare_images = prepare_images
         self._spool: Any = None
-        self._seen: dict[tuple[str, Path], MediaItem] = {}
+        self._seen: dict[tuple[str, Path | str], list[MediaItem] | MediaError] = {}
 
     @classmethod
     def of(cls, model: CausalLM, folder: Path, limits: Limits | None = None) -> MediaReader | None:
@@ -128,6 +128,8 @@ class MediaReader:
     def read(self, kind: str, source: Any) -> list[MediaItem]:
         """Open a picture, a sound or a video, which is several pictures.
 
+        What a path or an address leads to is opened once, however many rows name it.
+
         Args:
             source: a path, an https URL, bytes, an image, or samples and their rate.
 
@@ -135,16 +137,18 @@ class MediaReader:
             MediaError: where it cannot be had or read, is larger than the limits allow, or is of a
                 kind that the model does not take.
         """
-        if kind == "video":
-            from phimlx.media.video import read_video
-
-            frames = read_video(self._read(source), FRAMES, self.limits)
-            return [self._item("image", _png(frame.image)) for frame in frames]
-        if isinstance(source, Path):
-            if (kind, source) not in self._seen:
-                self._seen[kind, source] = self._item(kind, source)
-            return [self._seen[kind, source]]
-        return [self._item(kind, self._read(source) if isinstance(source, str) else source)]
+        if not isinstance(source, Path | str):
+            return self._items(kind, source)
+        found = self._seen.get((kind, source))
+        if found is None:
+            try:
+                found = self._items(kind, source)
+            except MediaError as error:
+                found = error
+            self._seen[kind, source] = found
+        if isinstance(found, MediaError):
+            raise MediaError(str(found), hint=found.hint) from found
+        return found
 
     def open(self, item: MediaItem) -> Arrays:
         """Prepare an item for the encoders.
@@ -195,6 +199,16 @@ class MediaReader:
                 arrays |= {name: mx.array(each) for name, each in prepared.arrays().items()}
         return Media(arrays, tuple((item.digest, item.tokens) for item in items))
 
+    def _items(self, kind: str, source: Any) -> list[MediaItem]:
+        if kind == "video":
+            from phimlx.media.video import read_video
+
+            frames = read_video(source, FRAMES, self.limits)
+            return [self._item("image", _png(frame.image)) for frame in frames]
+        if isinstance(source, str):  # an address, whose content is then what was read
+            source = read_bytes(source, self.limits)
+        return [self._item(kind, source)]
+
     def _item(self, kind: str, source: Any) -> MediaItem:
         if kind not in self.kinds:
             what = {"audio": "sounds", "image": "pictures"}[kind]
@@ -212,10 +226,6 @@ class MediaReader:
         from phimlx.media.audio import prepare_audio
 
         return prepare_audio(sources, self.limits)
-
-    def _read(self, source: Any) -> Any:
-        """Fetch what stands behind an address; its content is then what was read."""
-        return read_bytes(source, self.limits) if isinstance(source, str | Path) else source
 
     def _spooled(self, source: Any) -> Any:
         if not isinstance(source, bytes):

@@ -68,7 +68,9 @@ class RowMedia:
                 if _is_given(values.get(key)):
                     self.used.add(key)
                     value = values[key]
-                    several = isinstance(value, list | tuple) and not _is_bytes_or_samples(value)
+                    several = isinstance(value, list | tuple) and not (
+                        _is_bytes_or_samples(value) or (kind == "video" and _are_frames(value))
+                    )
                     self._waiting[kind].extend(value if several else [value])
         name = values.get(FILE_NAME)
         if not self.used and isinstance(name, str) and (found := kind_of(name)) is not None:
@@ -271,6 +273,11 @@ def _is_given(value: Any) -> bool:
 
 def _is_bytes_or_samples(value: Sequence[Any]) -> bool:
     return all(isinstance(each, int | float) for each in value[:2])
+
+
+def _are_frames(value: Sequence[Any]) -> bool:
+    """Whether what a column of videos lists is the pictures of one."""
+    return all(isinstance(each, str) and kind_of(each) == "image" for each in value)
 
 
 def _taken(waiting: deque[Any]) -> Iterator[Any]:

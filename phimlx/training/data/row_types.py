@@ -291,9 +291,13 @@ class _Fields:
             if value and all(map(_is_part, value)):
                 value = [{"role": role, "content": value}]  # the parts of one message
             return self.listed_turns(name, value)
+        return self.said(name, role, self.text(name))
+
+    def said(self, name: str, role: str, text: str) -> list[Turn]:
+        """One message, whose places for pictures and sounds are filled where the user says it."""
         if self.media is not None and role == "user":
-            return self.listed_turns(name, [{"role": role, "content": self.text(name)}])
-        return [Turn(Message(role, self.text(name)))]
+            return self.listed_turns(name, [{"role": role, "content": text}])
+        return [Turn(Message(role, text))]
 
     def listed_turns(self, name: str, listed: list[Any]) -> list[Turn]:
         """The messages in a list."""
@@ -343,14 +347,15 @@ def _answer(row: _Fields) -> Conversation:
 
 def _question(row: _Fields) -> list[Turn]:
     system = [Turn(Message("system", row.text("system")))] if row.get("system") else []
-    asked = row.turns("prompt", "user")
-    if "input" in row.mapping and is_filled(row.get("input")):
-        if isinstance(row.need("prompt"), list):
-            raise RowError(
-                f"{shortened(row.names['prompt'])} is a list of messages, which "
-                f"{shortened(row.names['input'])} cannot be added to."
-            )
-        asked = [Turn(Message("user", f"{row.text('prompt')}\n\n{row.text('input')}"))]
+    if "input" not in row.mapping or not is_filled(row.get("input")):
+        asked = row.turns("prompt", "user")
+    elif isinstance(row.need("prompt"), list):
+        raise RowError(
+            f"{shortened(row.names['prompt'])} is a list of messages, which "
+            f"{shortened(row.names['input'])} cannot be added to."
+        )
+    else:
+        asked = row.said("prompt", "user", f"{row.text('prompt')}\n\n{row.text('input')}")
     return row.shown([*system, *asked])
 
 

@@ -27,7 +27,9 @@ RECORDS_TRIED = 20  # records after the header that tell one delimiter from anot
 _LINE = re.compile(r"\r\n?|\n")
 _SEP = re.compile(r"sep=([,;\t|])[\r\n]", re.IGNORECASE)  # a first line by which Excel is told
 LONGEST_CELL = 1 << 30  # characters of one CSV cell; the csv module's own limit is 131,072
-PARQUET_ROWS = 1024  # rows that are in memory at one time
+PARQUET_ROWS = 1024  # rows that are in memory at one time, of bytes that are at most
+PARQUET_BYTES = 64_000_000
+PARQUET_BUFFER = 1 << 20  # bytes of a column that are read at one time
 
 LONGEST_LINE = 16_000_000  # bytes of a row, of which no model takes a tenth
 
@@ -323,9 +325,9 @@ def _read_parquet(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, in
     parquet_file = import_extra("pyarrow.parquet", "parquet", without, TrainingError).ParquetFile
     number = 0
     try:
-        with parquet_file(file.path) as parquet:
+        with parquet_file(file.path, buffer_size=PARQUET_BUFFER) as parquet:
             count = parquet.metadata.num_rows
-            for batch in parquet.iter_batches(batch_size=PARQUET_ROWS):
+            for batch in parquet.iter_batches(batch_size=_rows_at_once(parquet.metadata)):
                 for values in batch.to_pylist():
                     number += 1
                     yield Row(f"{file.name}, row {number}", values), size * number // count
@@ -335,6 +337,13 @@ def _read_parquet(file: DataFile, size: int) -> Iterator[tuple[Row | Problem, in
         raise _BadFileError(
             "A value is a date or a text that cannot be read.", f", after row {number}"
         ) from error
+
+
+def _rows_at_once(about: Any) -> int:
+    """Count the rows of a parquet file that are read together: few where they hold pictures."""
+    groups = (about.row_group(i).total_byte_size for i in range(about.num_row_groups))
+    mean = sum(groups) / max(1, about.num_rows)
+    return max(1, min(PARQUET_ROWS, int(PARQUET_BYTES / max(1, mean))))
 
 
 READERS: dict[str, Reader] = {

@@ -191,6 +191,15 @@ def test_another_root_is_named(tmp_path: Path) -> None:
     ("row", "message"),
     [
         ({**asking(), "images": ["a.png"], "text": "?"}, None),
+        (
+            {
+                "instruction": "<image>\nWhat shape is it?",
+                "input": "A box, or a moon?",
+                "output": "box",
+                "image": "a.png",
+            },
+            None,
+        ),
         ({"text": "words", "image": "a.png"}, "It has pictures that no message has a place for."),
         (
             {**asking({"type": "image"}, {"type": "image"}), "images": ["a.png"]},
