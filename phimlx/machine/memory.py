@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Protocol
 
-from phimlx.machine.device import crops_at_once, prefill_tokens, queries_at_once
+from phimlx.machine.device import crops_at_once, on_gpu, prefill_tokens, queries_at_once
 from phimlx.machine.kv_bits import kv_bytes_per_value, kv_group_size
 
 
@@ -25,23 +25,8 @@ class Shape(Protocol):
     def constant_cache_bytes(self, itemsize: int) -> int: ...
 
 
-class ImageEncoderShape(Protocol):
-    """Dimensions of an image encoder that decide about memory."""
-
-    @property
-    def side(self) -> int: ...
-    @property
-    def image_size(self) -> int: ...
-    @property
-    def num_attention_heads(self) -> int: ...
-    @property
-    def hidden_size(self) -> int: ...
-    @property
-    def intermediate_size(self) -> int: ...
-
-
 class PatchEncoderShape(Protocol):
-    """Dimensions of an encoder of whole images that decide about memory."""
+    """Dimensions of an image encoder that decide about memory."""
 
     @property
     def patch_size(self) -> int: ...
@@ -51,6 +36,39 @@ class PatchEncoderShape(Protocol):
     def hidden_size(self) -> int: ...
     @property
     def intermediate_size(self) -> int: ...
+
+
+class CropEncoderShape(PatchEncoderShape, Protocol):
+    """The same of one that encodes crops."""
+
+    @property
+    def side(self) -> int: ...
+    @property
+    def image_size(self) -> int: ...
+
+
+class SoundEncoderShape(Protocol):
+    """Dimensions of a sound encoder that decide about memory."""
+
+    @property
+    def input_size(self) -> int: ...
+    @property
+    def conv_channels(self) -> int: ...
+    @property
+    def attention_dim(self) -> int: ...
+    @property
+    def attention_heads(self) -> int: ...
+    @property
+    def linear_units(self) -> int: ...
+
+
+FLOAT32 = 4  # bytes
+
+# How Phi-4-multimodal's sound encoder cuts a sound, as `phimlx.models.phi4mm.conformer` does it.
+FRAMES_A_TOKEN = 8
+CONVOLVED_TOKENS = 32
+ATTENDED_TOKENS = 500
+CHUNKS_AT_ONCE = 4
 
 
 @dataclass(frozen=True)
@@ -128,31 +146,61 @@ def dequantized_bytes_per_token(shape: Shape, itemsize: int, kv_bits: int | None
     return 2 * shape.num_key_value_heads * shape.head_dim * itemsize
 
 
-def picture_bytes(vision: ImageEncoderShape, crops: int, itemsize: int = 2) -> int:
+def picture_bytes(vision: CropEncoderShape, crops: int, itemsize: int = 2) -> int:
     """Estimate what encoding an image takes beside the weights, before its tokens are read.
 
-    That is its pixels and those of the global view in float32, and the activations of the crops
-    that are encoded at once, attention's scores in float32 among them, which fused attention does
-    without.
+    That is its pixels and those of the global view in float32, the features of each crop, and a
+    layer of the crops that are encoded at once.
 
     Args:
         crops: of the image; 36 at most as published.
     """
     patches = vision.side**2
-    pixels = (1 + crops) * 3 * vision.image_size**2 * 4
-    scores = 2 * vision.num_attention_heads * patches**2 * 4
-    rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
-    return pixels + min(1 + crops, crops_at_once()) * (scores + rows)
+    kept = 3 * vision.image_size**2 * FLOAT32 + patches // 4 * vision.hidden_size * itemsize
+    at_once = min(1 + crops, crops_at_once())
+    return (1 + crops) * kept + at_once * _encoder_layer(vision, patches, itemsize)
 
 
 def patches_bytes(vision: PatchEncoderShape, patches: int, itemsize: int = 2) -> int:
     """Estimate what encoding an image of so many patches, all of them at once, takes."""
-    pixels = patches * 3 * vision.patch_size**2 * 4
-    # Scores of the piece that is computed and of those that MLX works ahead by.
-    queries = min(patches, 4 * queries_at_once())
-    scores = 3 * vision.num_attention_heads * queries * patches * 4
-    rows = patches * (2 * vision.intermediate_size + 8 * vision.hidden_size) * itemsize
-    return pixels + scores + rows
+    pixels = 3 * vision.patch_size**2 * FLOAT32
+    return patches * pixels + _encoder_layer(vision, patches, itemsize)
+
+
+def _encoder_layer(vision: PatchEncoderShape, patches: int, itemsize: int) -> int:
+    """Bytes of attention, whose scores a GPU does without, or else of the MLP.
+
+    Counted are the arrays that MLX was seen to hold at one time on a CPU.
+    """
+    hidden = vision.hidden_size * itemsize
+    scores = vision.num_attention_heads * min(patches, queries_at_once()) * itemsize
+    attention = 23.5 * hidden + (0 if on_gpu() else 8 * scores)
+    copies = 2 * itemsize if itemsize < FLOAT32 else 0  # in the model's type beside float32
+    mlp = 18 * hidden + (3 * FLOAT32 + copies) * vision.intermediate_size
+    return round(patches * max(attention, mlp))
+
+
+def sound_bytes(audio: SoundEncoderShape, tokens: int, itemsize: int = 2) -> int:
+    """Estimate what encoding a sound takes beside the weights, before its tokens are read.
+
+    That is its frames, and the activations of the convolutions over a block of them, or of the
+    layers over the tokens that attend to each other: scores, distances and hidden states. Counted
+    are the arrays that MLX was seen to hold at one time on a CPU.
+
+    Args:
+        tokens: of the sound, of eight frames each.
+    """
+    frames = FRAMES_A_TOKEN * tokens * audio.input_size * FLOAT32
+    block = 4 * min(tokens, CONVOLVED_TOKENS + 1) * audio.input_size // 2 * audio.conv_channels
+    convolved = (3.2 * FLOAT32 + 1.9 * itemsize) * block + frames
+    length = min(tokens, ATTENDED_TOKENS)
+    chunks = max(1, min(tokens // ATTENDED_TOKENS, CHUNKS_AT_ONCE))
+    scores = audio.attention_heads * length**2 * itemsize
+    attention = scores * (1 + (2 * chunks if chunks > 1 else 1)) + 10 * length**2
+    attention += chunks * length * audio.attention_dim * (6 * FLOAT32 + 14 * itemsize)
+    width = audio.linear_units + audio.attention_dim
+    units = chunks * length * width * 10 * itemsize
+    return round(frames + max(convolved, attention, units))
 
 
 def machine_memory() -> int:

@@ -125,7 +125,9 @@ class MultimodalLM(CausalLM):
 
 def given(array: Any) -> mx.array | None:
     """An array; None for one without numbers, as the references' processors make for no media."""
-    return None if array is None or array.size == 0 else mx.array(array)
+    if array is None or array.size == 0:
+        return None
+    return array if isinstance(array, mx.array) else mx.array(array)  # which would be a copy
 
 
 def needed(array: Any, name: str, beside: str) -> mx.array:

@@ -157,6 +157,7 @@ class Architecture:
             prepares images for the model; None where it takes none.
         image_memory: "module:function" that estimates what its largest image takes; see
             `largest_image`.
+        sound_memory: the same of its longest sound; see `longest_sound`.
         sensitive_layers: what mixed recipes give more bits; empty for no such recipes.
         task: of a model card.
         gguf: how it is written for llama.cpp, and read; None where llama.cpp does not run it.
@@ -183,6 +184,7 @@ class Architecture:
     after_media: str = ""
     image_processor: str | None = None
     image_memory: str | None = None
+    sound_memory: str | None = None
     sensitive_layers: tuple[SensitiveLayers, ...] = ()
     task: str = "text-generation"
     gguf: GGUF | None = None
@@ -278,6 +280,18 @@ class Architecture:
         if self.image_memory is None:
             return None
         estimate: Callable[..., dict[str, int]] = _load(self.image_memory)
+        return estimate(shape, itemsize, tokens)
+
+    def longest_sound(self, shape: Any, itemsize: int, tokens: int) -> int:
+        """Estimate the bytes that encoding a sound takes.
+
+        Args:
+            shape: the model's config.
+            itemsize: bytes of a number in the computation.
+            tokens: of the longest that there is.
+        """
+        assert self.sound_memory is not None
+        estimate: Callable[..., int] = _load(self.sound_memory)
         return estimate(shape, itemsize, tokens)
 
     def model_class(self) -> Any:
@@ -486,6 +500,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         },
         image_processor="phimlx.media.image:image_processor",
         image_memory="phimlx.models.phi4mm.config:image_memory",
+        sound_memory="phimlx.models.phi4mm.config:sound_memory",
         sensitive_layers=_PHI3_SENSITIVE,
         task="image-text-to-text",
         dialects=(

@@ -107,7 +107,8 @@ class MediaPlan:
     Attributes:
         ranks: of the adapters that are trained; the settings' alone where empty.
         projectors: numbers of the projections that are trained.
-        encoding: bytes that encoding the largest picture takes; not while a step is taken.
+        encoding: bytes that encoding the largest picture or the longest sound takes; not while
+            a step is taken.
         continues: whether no new adapter is trained, which could be taken out.
     """
 
@@ -210,15 +211,18 @@ def estimate_memory(
     # Gradients before clipping, new numbers for old ones; activations are gone by then.
     ahead = min(UPDATES * largest * itemsize, UPDATES_MOST * trained)
     update = 2 * trained + ahead - activations if full else 0
-    # Neither activations nor gradients are there yet.
-    before = batch.drawing.nbytes(config, itemsize) if batch.drawing else media.encoding
+    # Activations are not there yet; of gradients only, where batches add up, the sum of those before.
+    if batch.drawing:
+        before = batch.drawing.nbytes(config, itemsize) - gradients
+    else:
+        before = media.encoding - trained
     return MemoryEstimate(
         weights=weights,
         trained=0 if full else trained,
         optimizer=MOMENTS[settings.optimizer] * trained,
         gradients=gradients,
         activations=activations,
-        working=round(max(loss, back, update, before - activations - gradients)),
+        working=round(max(loss, back, update, before - activations)),
         masks=3 * batch.rows * batch.length**2 if batch.packed else 0,
         reference=trained if holds_own and settings.has_reference else 0,
     )

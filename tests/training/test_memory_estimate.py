@@ -6,7 +6,7 @@ import gc
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -16,10 +16,12 @@ from mlx.utils import tree_flatten
 
 from phimlx.checkpoint.load import build_model
 from phimlx.hub.resolve import NANO
+from phimlx.models.multimodal import MultimodalLM
 from phimlx.models.phi3 import Phi3Config, Phi3ForCausalLM
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.training.data.batches import Batches, Example, Task
-from phimlx.training.data.media import MediaItem
+from phimlx.training.data.media import MediaItem, MediaReader
+from phimlx.training.features import EncodedMedia
 from phimlx.training.memory_estimate import Drawing, LargestBatch, estimate_memory, remedies
 from phimlx.training.policy import Answering
 from phimlx.training.reference import evaluating
@@ -147,6 +149,66 @@ def test_pictures_are_within_15_percent_too(parts: tuple[Any, ...], data: Path) 
         step(number, [batch])
     measured = mx.get_peak_memory() - others
     assert expected == pytest.approx(measured, rel=0.15)
+
+
+WIDE_VISION = {"hidden_size": 192, "intermediate_size": 720}
+WIDE_AUDIO = {
+    "attention_dim": 192,
+    "ext_pw_out_channel": 192,
+    "depthwise_seperable_out_channel": 192,
+    "attention_heads": 8,
+    "linear_units": 288,
+    "nemo_conv_settings": {"conv_channels": 192},
+}
+
+
+class Blank:
+    """Opens a picture of one crop, or a sound, of which nothing is to be seen or heard."""
+
+    def open(self, item: MediaItem) -> dict[str, Any]:
+        if item.kind == "image":
+            pixels = np.zeros((1, 2, 3, 448, 448), np.float32)
+            return {"input_image_embeds": pixels, "image_sizes": np.array([[448, 448]])}
+        frames = np.zeros((1, 8 * item.tokens, 80), np.float32)
+        return {"input_audio_embeds": frames, "audio_embed_sizes": np.array([item.tokens])}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", [mx.float32, mx.bfloat16], ids=["float32", "bfloat16"])
+@pytest.mark.parametrize(("kind", "tokens"), [("image", 545), ("audio", 130)])
+def test_encoders_are_within_15_percent_too(
+    kind: str, tokens: int, dtype: mx.Dtype, data: Path
+) -> None:
+    gc.collect()
+    mx.clear_cache()
+    others = mx.get_active_memory()
+    given = json.loads((data / "tiny" / "tiny-phi4mm-remote" / "config.json").read_text())
+    given["vision_config"] |= WIDE_VISION
+    given["audio_processor"]["config"] |= WIDE_AUDIO
+    model = build_model({**given, "vocab_size": 520})
+    model.set_dtype(dtype)
+    mx.eval(model.parameters())
+    settings = TrainSettings(grad_checkpoint=True, num_layers=1)
+    row = np.full(tokens + 3, 7, np.int32)
+    row[1 : tokens + 1] = given[f"{kind}_token_id"]
+    item = MediaItem(kind, b"", tokens, None, begin=1)
+    example = Example(row, np.arange(tokens + 3) > tokens, media=(item,))
+    (batch,) = Batches([example], 1).epoch(0)
+    plan = media_plan(model, settings, [example], dtype.size)
+    weights, load = weights_of(model), LargestBatch.of(batch)
+    expected, without = (
+        estimate_memory(model.config, weights, settings, load, dtype.size, each).total
+        for each in (plan, replace(plan, encoding=0))
+    )
+    attach(model, settings, {kind})
+    assert isinstance(model, MultimodalLM)
+    features = EncodedMedia(model, cast(MediaReader, Blank()))
+    step = TrainingStep(model, make_optimizer(settings, 1), checkpointing=True, features=features)
+    mx.reset_peak_memory()
+    step(1, [batch])
+    measured = mx.get_peak_memory() - others
+    assert expected == pytest.approx(measured, rel=0.15)
+    assert without < 0.8 * measured
 
 
 def test_the_mildest_remedy_that_fits_is_named() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from phimlx.machine.memory import picture_bytes
+from phimlx.machine.memory import picture_bytes, sound_bytes
 from phimlx.models.config_table import ConfigTable
 
 MODEL = "Phi-4-multimodal"
@@ -123,6 +123,12 @@ def image_memory(shape: Any, itemsize: int, tokens: int | None = None) -> dict[s
     # The catalogue holds published models, which have the published tower.
     vision = getattr(shape, "vision", None) or VisionConfig.from_dict({})
     crops = DYNAMIC_HD
-    if tokens is not None:  # the global view's are among them
-        crops = max(1, math.ceil(tokens / (vision.side // 2) ** 2) - 1)
+    if tokens is not None:  # every row of features has one more at its end
+        of_crop = vision.side // 2 * (vision.side // 2 + 1)
+        crops = max(1, math.ceil((tokens - 1) / of_crop) - 1)  # without the global view
     return {"crops": crops, "working": picture_bytes(vision, crops, itemsize)}
+
+
+def sound_memory(shape: Any, itemsize: int, tokens: int) -> int:
+    """Estimate what the longest sound takes; arguments as in `Architecture.longest_sound`."""
+    return sound_bytes(shape.audio, tokens, itemsize)

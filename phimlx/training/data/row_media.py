@@ -62,7 +62,7 @@ class RowMedia:
     ) -> None:
         self.reader, self.root = reader, root
         self.used: set[str] = set()
-        self._waiting: dict[str, deque[Any]] = {kind: deque() for kind in KINDS}
+        self._given: dict[str, list[Any]] = {kind: [] for kind in KINDS}
         for kind in KINDS:
             for key in (mapping.get(kind, kind), f"{kind}s"):
                 if _is_given(values.get(key)):
@@ -71,11 +71,17 @@ class RowMedia:
                     several = isinstance(value, list | tuple) and not (
                         _is_bytes_or_samples(value) or (kind == "video" and _are_frames(value))
                     )
-                    self._waiting[kind].extend(value if several else [value])
+                    self._given[kind] += value if several else [value]
         name = values.get(FILE_NAME)
         if not self.used and isinstance(name, str) and (found := kind_of(name)) is not None:
             self.used.add(FILE_NAME)
-            self._waiting[found].append(name)
+            self._given[found].append(name)
+        self.begin_again()
+
+    def begin_again(self) -> None:
+        """Forget which places have been met, for the row's second conversation about the same."""
+        self._waiting = {kind: deque(given) for kind, given in self._given.items()}
+        self._tagged: set[str] = set()  # kinds that have had a place in a text
 
     def content(self, place: str, content: Any) -> Any:
         """Read the content of a message: text that has places, or a list of parts.
@@ -144,13 +150,14 @@ class RowMedia:
         while True:
             found = [
                 (at, tag) for tag, kind in TAGS.items()
-                if self._waiting[kind] and (at := text.find(tag)) >= 0
+                if (self._waiting[kind] or kind in self._tagged) and (at := text.find(tag)) >= 0
             ]  # fmt: skip
             if not found:
                 break
             at, tag = min(found)
             if text[:at]:
                 yield {"type": "text", "text": text[:at]}
+            self._tagged.add(TAGS[tag])
             yield from self._opened(place, TAGS[tag], self._next(place, TAGS[tag]))
             text = text[at + len(tag) :].removeprefix("\n")
         if text:

@@ -369,7 +369,11 @@ def _pair(row: _Fields) -> PreferencePair:
     tools = row.listed("tools")
     whole = []
     for name in ("chosen", "rejected"):
+        if not asked and row.media is not None:
+            row.media.begin_again()
         said = row.turns(name, "assistant")
+        if not asked:
+            said = row.shown(said)
         messages = [turn.message for turn in said]
         if messages[0].role == "assistant":
             said = [*asked, *said]

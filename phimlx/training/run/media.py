@@ -55,7 +55,6 @@ def media_plan(
     from phimlx.training.trainable import OWN_ADAPTERS, trained_parts
 
     held = frozenset().union(*(example.held for example in examples))
-    pictures = [item.tokens for each in examples for item in each.media if item.kind == "image"]
     parts = trained_parts(model, settings, held)
     own = getattr(model.config, "adapters", {})
     ranks = tuple(
@@ -70,8 +69,19 @@ def media_plan(
             for name, array in dict(tree_flatten(model.parameters())).items()
             if model.architecture.is_projector(name, held)
         )
-    largest = None
-    if pictures:
-        largest = model.architecture.largest_image(model.config, itemsize, max(pictures))
-    encoding = largest["working"] if largest else 0
+    encoding = encoding_memory(model, examples, itemsize)
     return MediaPlan(ranks, projectors, encoding, bool(parts) and "new" not in parts)
+
+
+def encoding_memory(model: CausalLM, examples: Sequence[Example], itemsize: int) -> int:
+    """Bytes that encoding the largest picture or the longest sound takes; 0 without any."""
+    longest = {"image": 0, "audio": 0}
+    for item in (item for each in examples for item in each.media):
+        longest[item.kind] = max(longest[item.kind], item.tokens)
+    picture = sound = 0
+    if longest["image"]:
+        largest = model.architecture.largest_image(model.config, itemsize, longest["image"])
+        picture = largest["working"] if largest else 0
+    if longest["audio"]:
+        sound = model.architecture.longest_sound(model.config, itemsize, longest["audio"])
+    return max(picture, sound)

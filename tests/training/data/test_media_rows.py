@@ -205,6 +205,10 @@ def test_another_root_is_named(tmp_path: Path) -> None:
             {**asking({"type": "image"}, {"type": "image"}), "images": ["a.png"]},
             "messages[0].content[1] is a place for pictures, and the row has none left.",
         ),
+        (
+            {"prompt": "<image> and <image>?", "completion": "box", "image": "a.png"},
+            "prompt[0] is a place for pictures, and the row has none left.",
+        ),
         ({"text": "words <|endoftext10|> words"}, "The tokens that stand for pictures and sounds"),
     ],
 )
@@ -218,6 +222,16 @@ def test_places_and_media_go_together(
     with pytest.raises(DataError) as caught:
         read(tmp_path, row)
     assert str(caught.value).startswith(f"rows.jsonl, line 1: {message}")
+
+
+@pytest.mark.parametrize("content", [[{"type": "image"}, ASKED], "<image>\nWhat?", "What?"])
+def test_both_answers_of_a_pair_are_about_the_same_picture(content: Any, tmp_path: Path) -> None:
+    asked = {"role": "user", "content": content}
+    worse = {"role": "assistant", "content": "moon"}
+    row = {"images": ["a.png"], "chosen": [asked, REPLY], "rejected": [asked, worse]}
+    chosen, rejected = read(tmp_path, row, form="pairs").examples
+    assert chosen.media == rejected.media
+    assert len(chosen.media) == 1
 
 
 def test_a_model_of_text_says_what_sees(tmp_path: Path) -> None:
