@@ -211,7 +211,7 @@ def estimate_memory(
     # Gradients before clipping, new numbers for old ones; activations are gone by then.
     ahead = min(UPDATES * largest * itemsize, UPDATES_MOST * trained)
     update = 2 * trained + ahead - activations if full else 0
-    # Activations are not there yet; of gradients only, where batches add up, the sum of those before.
+    # Activations are not there yet; of gradients the sum of earlier batches, where they add up.
     if batch.drawing:
         before = batch.drawing.nbytes(config, itemsize) - gradients
     else:
