@@ -66,7 +66,7 @@ class App:
             Route("/metrics", metrics),
             *(r for own, _ in DIALECTS.values() for r in own),
         ]
-        self._router = Router(routes, redirect_slashes=False)
+        self._router = Router(routes, redirect_slashes=False, default=nowhere)
         self._guard = Guard(self._router, settings, key, error_shape, self._count)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -105,8 +105,17 @@ class App:
 
 def error_shape(path: str, error: RequestError) -> dict[str, Any]:
     """Put an error into the shape of the dialect that a path belongs to."""
-    begin = max((begin for begin in DIALECTS if path.startswith(begin)), key=len)
+    begin = max((begin for begin in DIALECTS if path.startswith(begin)), key=len, default="/")
     return DIALECTS[begin][1](error)
+
+
+async def nowhere(scope: Scope, receive: Receive, send: Send) -> None:
+    """Refuse what no route is for. Raises RequestError."""
+    raise RequestError(
+        404,
+        f"There is nothing at {scope['path'][:100]}. OpenAI's API is at /v1, Anthropic's at "
+        "/v1/messages, Ollama's at /api.",
+    )
 
 
 async def health(request: Request) -> Response:

@@ -8,6 +8,8 @@ from contextlib import suppress
 from typing import Any
 
 UNITS = {"ns": 1e-9, "us": 1e-6, "µs": 1e-6, "ms": 1e-3, "s": 1.0, "m": 60.0, "h": 3600.0}
+LONGEST = 100  # letters of a time
+FOREVER = 1e12  # seconds, and more
 _PIECE = r"(\d+(?:\.\d*)?|\.\d+)(ns|us|µs|ms|s|m|h)"
 _DURATION = re.compile(rf"[-+]?(?:0|(?:{_PIECE})+)")
 
@@ -19,13 +21,14 @@ def read_duration(value: Any) -> float:
         ValueError: for anything else.
     """
     if isinstance(value, str):
-        if not _DURATION.fullmatch(value):
+        if len(value) > LONGEST or not _DURATION.fullmatch(value):
             raise ValueError('it must be a number of seconds, or a text such as "5m"')
         seconds = sum(float(count) * UNITS[unit] for count, unit in re.findall(_PIECE, value))
         value = -seconds if value.startswith("-") else seconds
-    if isinstance(value, bool) or not isinstance(value, int | float) or math.isnan(value):
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    if not is_number or (isinstance(value, float) and math.isnan(value)):
         raise ValueError('it must be a number of seconds, or a text such as "5m"')
-    return math.inf if value < 0 else float(value)
+    return math.inf if value < 0 or value > FOREVER else float(value)
 
 
 def read_seconds(value: Any) -> float:

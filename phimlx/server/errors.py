@@ -92,9 +92,12 @@ def explain(error: BaseException) -> RequestError:
     if isinstance(error, RequestError):
         return error
     if isinstance(error, HTTPException):
-        return RequestError(
-            error.status_code, f"{error.detail}.", headers=dict(error.headers or {})
-        )
+        headers = dict(error.headers or {})
+        message = f"{error.detail}."
+        if error.status_code == 405:
+            allowed = ", ".join(sorted(headers.get("Allow", "").split(", ")))
+            message = f"Only {allowed} requests are answered here."
+        return RequestError(error.status_code, message, headers=headers)
     known = error if isinstance(error, PhimlxError) else shortage(error)
     for kind, status, code in STATUSES:
         if isinstance(known, kind):

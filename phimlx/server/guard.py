@@ -11,7 +11,6 @@ import time
 from collections.abc import Callable, Mapping
 from ipaddress import ip_address
 from typing import Any
-from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers, MutableHeaders
 from starlette.responses import Response
@@ -25,6 +24,7 @@ from phimlx.sizes import size_text
 log = logging.getLogger("phimlx.server")
 access = logging.getLogger("phimlx.access")
 
+MAX_PATH = 2000  # letters of a path
 BODY_SECONDS = 60.0  # for a client to send a body, or to read what is sent
 OPEN_PATHS = ("/", "/health", "/ui/session")
 OPEN_FOLDER = "/ui/page/"  # what a browser loads before a person can give the key
@@ -90,6 +90,7 @@ class Guard:
         try:
             try:
                 self._check_origin(scope, headers)
+                _check_head(scope, headers)
                 if scope["method"] == "OPTIONS" and "access-control-request-method" in headers:
                     await Response(status_code=204 if cors else 403)(scope, receive, sending)
                     return
@@ -146,7 +147,7 @@ class Guard:
         origin = headers.get("origin")
         if origin is None or origin in self._settings.cors:
             return
-        if urlsplit(origin).netloc.lower() != headers.get("host", "").lower():
+        if origin.partition("://")[2].lower() != headers.get("host", "").lower():
             raise RequestError(
                 403,
                 f"Pages of {origin[:100]} may not ask here (--cors).",
@@ -203,6 +204,19 @@ class Guard:
             raise RequestError(
                 408, "The body did not come in time.", code="timeout", headers=CLOSE
             ) from None
+
+
+def _check_head(scope: Scope, headers: Headers) -> None:
+    """Raise for what no dialect can read, whatever it is asked."""
+    if len(scope["raw_path"]) > MAX_PATH:
+        raise RequestError(414, f"The path has more than {MAX_PATH} letters.", headers=CLOSE)
+    encoding = headers.get("content-encoding", "identity")
+    if encoding.lower() != "identity":
+        raise RequestError(
+            415,
+            f"The body is packed ({encoding[:100]}); send it plain, without Content-Encoding.",
+            code="unsupported_encoding",
+        )
 
 
 def _too_large(most: int) -> RequestError:

@@ -178,6 +178,11 @@ async def _read_form(request: Request) -> tuple[TranscriptionForm, bytes]:
     Raises:
         RequestError: where something is missing or wrong.
     """
+    kind = request.headers.get("content-type", "")
+    if not kind.lower().startswith("multipart/form-data"):  # of others any number of fields is read
+        raise bad_request(
+            "file is missing: the recording, in a form (multipart/form-data).", "file"
+        )
     async with request.form(max_files=1, max_fields=MAX_FIELDS) as form:
         fields = _fields(form)
         read = validate(TranscriptionForm, fields)

@@ -15,7 +15,7 @@ from typing import Any, TypeVar
 
 from pydantic import Field
 from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse, Response
+from starlette.responses import PlainTextResponse, Response
 from starlette.routing import Route
 
 from phimlx.errors import HistoryError, SessionError, SettingsError
@@ -26,7 +26,7 @@ from phimlx.history.store import History
 from phimlx.models.registry import of_config
 from phimlx.preferences.personas import list_personas, read_persona
 from phimlx.server.errors import RequestError, bad_request
-from phimlx.server.http import Body, read_body
+from phimlx.server.http import Body, Json, read_body
 from phimlx.server.served import Served
 from phimlx.server.service import Service
 
@@ -92,9 +92,13 @@ async def session(request: Request) -> Response:
     body = await read_body(request, SessionBody)
     app = request.app
     token, app.token = app.token, None
-    if token is None or not hmac.compare_digest(body.token.encode(), token.encode()):
+    if token is None or not hmac.compare_digest(_bytes(body.token), _bytes(token)):
         raise RequestError(403, "This address has been used already.", code="token_used")
-    return JSONResponse({"key": app.key})
+    return Json({"key": app.key})
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 async def models(request: Request) -> Response:
@@ -103,7 +107,7 @@ async def models(request: Request) -> Response:
     found = await service.run(lambda: [_model_object(each) for each in service.models.list()])
     personas = await service.run(_personas)
     keeps = request.app.keeps_history
-    return JSONResponse({"models": found, "personas": personas, "keeps": keeps})
+    return Json({"models": found, "personas": personas, "keeps": keeps})
 
 
 def _model_object(served: Served) -> dict[str, Any]:
@@ -143,13 +147,13 @@ async def conversations(request: Request) -> Response:
         found = [match.conversation for match in history.search(text[:200], LISTED)]
         return [summary_object(each) for each in {each.id: each for each in found}.values()]
 
-    return JSONResponse({"conversations": await _with_history(request, read)})
+    return Json({"conversations": await _with_history(request, read)})
 
 
 async def show_conversation(request: Request) -> Response:
     """`GET /ui/conversations/{id}`."""
     kept = await _with_history(request, lambda history: history.read(request.path_params["id"]))
-    return JSONResponse(_conversation_object(kept))
+    return Json(_conversation_object(kept))
 
 
 def _conversation_object(kept: Kept) -> dict[str, Any]:
@@ -188,13 +192,13 @@ async def keep_conversation(request: Request) -> Response:
         kept = await _with_history(request, write)
     except SessionError as error:
         raise bad_request(str(error), "messages") from None
-    return JSONResponse({"id": kept.id, "revision": kept.revision})
+    return Json({"id": kept.id, "revision": kept.revision})
 
 
 async def delete_conversation(request: Request) -> Response:
     """`DELETE /ui/conversations/{id}`."""
     await _with_history(request, lambda history: history.delete(request.path_params["id"]))
-    return JSONResponse({"deleted": True})
+    return Json({"deleted": True})
 
 
 async def _with_history(request: Request, use: Callable[[History], Result]) -> Result:
