@@ -93,7 +93,7 @@ def explain(error: BaseException) -> RequestError:
         return error
     if isinstance(error, HTTPException):
         headers = dict(error.headers or {})
-        message = f"{error.detail}."
+        message = f"{error.detail.rstrip('.')}."
         if error.status_code == 405:
             allowed = ", ".join(sorted(headers.get("Allow", "").split(", ")))
             message = f"Only {allowed} requests are answered here."

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import string
 from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
@@ -23,6 +24,8 @@ PING_SECONDS = 10.0
 MAX_MESSAGES = 4096  # of a conversation: an agent adds one for each call and each result
 DEEPEST = 100  # levels of a body's JSON
 MAX_TEXT = 8_000_000  # bytes of a body's JSON without the media in it
+MAX_FIELDS = 1000  # of an object that a body is made of
+BASE64 = f"{string.ascii_letters}{string.digits}+/=".encode()  # letters that media are written in
 MEDIA_KEYS = frozenset({"url", "image_url", "data", "images"})  # that hold media, in any dialect
 
 
@@ -59,6 +62,8 @@ class Body(BaseModel):
     def _read(cls, value: Any) -> Any:
         if not isinstance(value, dict):
             return value
+        if len(value) > MAX_FIELDS:
+            raise ValueError(f"there are more than {MAX_FIELDS} fields")
         given = without_nulls(value)
         for name, refusal in cls.refused.items():
             if name in given and not refusal.allows(given.pop(name)):
@@ -76,6 +81,9 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
         RequestError: naming the field that is wrong.
     """
     raw = await request.body()
+    # What is no media is counted before it is read: objects take some hundred times their letters.
+    if len(raw) > MAX_TEXT and len(raw.translate(None, BASE64)) > MAX_TEXT:
+        raise _too_long()
     try:
         value = json.loads(raw, parse_constant=_refuse_constant)
     except (ValueError, RecursionError):
@@ -85,8 +93,7 @@ async def read_body(request: Request, kind: type[AnyBody]) -> AnyBody:
     if sum(1 for _ in islice(json_levels(value), DEEPEST)) == DEEPEST:
         raise bad_request(f"The body is nested more than {DEEPEST} deep.", code="invalid_json")
     if len(raw) > MAX_TEXT and len(raw) - _media_size(value) > MAX_TEXT:
-        message = f"The body without its media is larger than {size_text(MAX_TEXT)}."
-        raise RequestError(413, message, code="too_large", headers=CLOSE)
+        raise _too_long()
     return validate(kind, value)
 
 
@@ -101,6 +108,11 @@ def validate(kind: type[AnyBody], value: Any) -> AnyBody:
 def without_nulls(value: dict[str, Any]) -> dict[str, Any]:
     """Leave out fields that are null, which many clients send for what they do not set."""
     return {name: each for name, each in value.items() if each is not None}
+
+
+def _too_long() -> RequestError:
+    message = f"The body without its media is larger than {size_text(MAX_TEXT)}."
+    return RequestError(413, message, code="too_large", headers=CLOSE)
 
 
 def _media_size(value: Any) -> int:

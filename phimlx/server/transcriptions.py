@@ -200,7 +200,8 @@ def _fields(form: FormData) -> dict[str, Any]:
         if name == "file":
             continue
         if name.endswith("[]"):
-            found.setdefault(name.removesuffix("[]"), []).append(value)
+            name = name.removesuffix("[]")
+            found[name] = [*(found[name] if isinstance(found.get(name), list) else ()), value]
         elif value != "":
             found[name] = value
     return found

@@ -10,6 +10,8 @@ from urllib.parse import urlsplit
 
 import pytest
 
+from phimlx.server import http
+from phimlx.server.http import MAX_FIELDS, MAX_TEXT
 from tests.server.running import SECONDS, Running
 
 CHAT = "/v1/chat/completions"
@@ -84,6 +86,24 @@ def test_times_beyond_all_bounds(server: Running, value: Any) -> None:
     answer = server.post("/api/chat", body)
     assert answer.status_code == (400 if isinstance(value, str) else 200)
     assert server.post("/api/chat", {**body, "keep_alive": "5m"}).status_code == 200
+
+
+def test_a_long_body_is_not_read_to_objects(
+    server: Running, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    long = b'{"metadata": [' + b"{}," * (MAX_TEXT // 3) + b"{}]}"
+    with monkeypatch.context() as patch:
+        patch.setattr(http.json, "loads", lambda *_, **__: pytest.fail("it was read"))
+        answer = server.client.post(CHAT, content=long)
+    assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
+
+
+@pytest.mark.parametrize("path", ["", "metadata", "stream_options"])
+def test_an_object_has_not_any_number_of_fields(server: Running, path: str) -> None:
+    many: dict[str, Any] = {f"field {number}": "1" for number in range(MAX_FIELDS)}
+    answer = server.post(CHAT, {**BODY, **({path: many} if path else many)})
+    assert answer.status_code == 400
+    assert len(answer.text) < 300
 
 
 def test_halves_of_characters_are_kept_and_told(

@@ -94,6 +94,7 @@ def test_a_translation_is_asked_for_in_english(client: openai.OpenAI, hearing: P
         ({"prompt": "Names: Ada"}, b"x", "prompt"),
         ({"timestamp_granularities[]": "word"}, b"x", "timestamp_granularities"),
         ({"nonsense": "1"}, b"x", "nonsense"),
+        ({"language": "en", "language[]": "de"}, b"x", "language"),
         ({}, b"no sound at all", None),
         ({}, b"", None),
         ({"model": "nano"}, b"x", None),
