@@ -102,7 +102,8 @@ class Guard:
                     raise  # the stream has begun: nothing can be said any more
                 known = explain(error)
                 if known.status >= 500:
-                    log.error("%s: %s", request_id, known.message, exc_info=error)
+                    fault = error if known.status == 500 else None  # else nothing is wrong here
+                    log.error("%s: %s", request_id, known.message, exc_info=fault)
                 content = self._shape(scope["path"], known)
                 response = Json(content, known.status, known.headers)
                 await response(scope, receive, sending)

@@ -85,9 +85,17 @@ class Options(OllamaBody):
     penalize_newline: bool | None = None
     repeat_last_n: int | None = None
 
+    @property
+    def penalizes(self) -> bool:
+        """Whether what has been said makes tokens less likely."""
+        added = self.presence_penalty or self.frequency_penalty
+        return bool(added) or self.repeat_penalty not in (None, 1)
+
     def chosen(self) -> dict[str, Any]:
         """Choose the options of `GenerationOptions`. Raises RequestError for an unusual one."""
         for name, usual in UNUSUAL.items():
+            if name == "repeat_last_n" and not self.penalizes:
+                continue
             if getattr(self, name) not in (None, usual):
                 raise bad_request(f"options.{name} must be {dump(usual)} here.", f"options.{name}")
         limited = self.num_predict is not None and self.num_predict > 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import math
 import socket
 import ssl
 from collections.abc import Callable
@@ -107,6 +108,7 @@ class Server(uvicorn.Server):
 
     def __init__(self, app: App, settings: ServerSettings) -> None:
         self.application = app
+        self._grace_seconds = settings.grace_seconds
         config = uvicorn.Config(
             app,
             http=TimedProtocol,
@@ -115,7 +117,7 @@ class Server(uvicorn.Server):
             log_config=None,
             access_log=False,
             timeout_keep_alive=IDLE_SECONDS,
-            timeout_graceful_shutdown=int(settings.grace_seconds),
+            timeout_graceful_shutdown=math.ceil(settings.grace_seconds + LAST_SECONDS),
             server_header=False,
             date_header=False,
             ws="none",
@@ -123,6 +125,13 @@ class Server(uvicorn.Server):
             ssl_keyfile=settings.ssl_keyfile,
         )
         super().__init__(config)
+
+    async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
+        # Replies that run on are told why they end, which who is cancelled is not.
+        loop, worker = asyncio.get_running_loop(), self.application.service.worker
+        ending = loop.call_later(self._grace_seconds, worker.end_requests)
+        await super().shutdown(sockets)
+        ending.cancel()
 
     def handle_exit(self, sig: int, frame: object) -> None:
         if self.should_exit:

@@ -65,7 +65,7 @@ class Worker:
         self.loop = loop
         self._tasks: SimpleQueue[Callable[[], object] | None] = SimpleQueue()
         self._active: dict[Request, Generation] = {}
-        self._stopping = False
+        self._stopping = self._ending = False
         self._busy_since: float | None = None
         self._thread = self._make_thread()
 
@@ -89,6 +89,11 @@ class Worker:
     def hold(self) -> None:
         """Let the thread stand still after the step that runs, for the process ends."""
         self._tasks.put(COMPUTING.hold)
+
+    def end_requests(self) -> None:
+        """End every request, and take no more."""
+        self._ending = True
+        self._tasks.put(lambda: self._fail(list(self._active), shutting_down()))
 
     def stop(self) -> None:
         """End every request, then the thread; returns when it has ended, or hangs."""
@@ -124,9 +129,15 @@ class Worker:
         return await asyncio.wrap_future(future)
 
     async def add(self, generations: Sequence[Generation]) -> None:
-        """Let requests join their engines' batches. Raises what `Engine.add` does."""
+        """Let requests join their engines' batches.
+
+        Raises:
+            RequestError: where the server stops, and what `Engine.add` does.
+        """
 
         def join() -> None:
+            if self._ending:
+                raise shutting_down()
             for generation in generations:
                 generation.engine.add(generation.request)
                 self._active[generation.request] = generation

@@ -145,7 +145,8 @@ OPTIONS: list[tuple[dict[str, Any], dict[str, Any]]] = [
       "frequency_penalty": 0.5, "max_tokens": 12}),
     ({"temperature": 0, "stop": [" "], "num_predict": -1}, {"temperature": 0, "stop": [" "]}),
     ({"temperature": 0, "num_predict": 5000, "top_k": -1, "num_ctx": 4096, "num_gpu": 1,
-      "mirostat": 0, "wholly_unknown": 5, "stop": None}, {"temperature": 0}),
+      "mirostat": 0, "wholly_unknown": 5, "stop": None, "repeat_last_n": 64, "repeat_penalty": 1.0},
+     {"temperature": 0}),
 ]  # fmt: skip
 
 
@@ -505,6 +506,8 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"options": {"seed": "x"}}, "options.seed: "),
     ("/api/chat", {"options": {"mirostat": 2}}, "options.mirostat must be 0 here"),
     ("/api/chat", {"options": {"typical_p": 0.5}}, "options.typical_p must be 1 here"),
+    ("/api/chat", {"options": {"repeat_last_n": 64, "repeat_penalty": 1.1}},
+     "options.repeat_last_n must be -1 here"),
     ("/api/chat", {"truncate": "x"}, "truncate: "),
     ("/api/chat", {"shift": 5}, "shift: "),
     ("/api/chat", {"messages": [{"role": "user", "content": "x" * 20_000}]}, "The prompt has "),
