@@ -30,6 +30,8 @@ from phimlx.server.worker import Generation, Step, Worker
 log = logging.getLogger("phimlx.server")
 
 PREPARING = 2  # threads that make prompts of requests
+FETCHING = 4  # threads for prompts whose pictures come from elsewhere, which may take long
+FETCH_SECONDS = 30.0  # for one picture
 RETRY_SECONDS = 5
 MAX_CHOICES = 8
 KEPT_RESPONSES = 1000
@@ -157,6 +159,7 @@ class Service:
             }
         )
         self._threads = ThreadPoolExecutor(PREPARING, "phimlx-prompt")
+        self._fetching = ThreadPoolExecutor(FETCHING, "phimlx-fetch")
 
     @asynccontextmanager
     async def answer(self, ask: Ask) -> AsyncIterator[Answer]:
@@ -187,7 +190,7 @@ class Service:
         async with self.hold(ask.model) as loaded:
             chosen = await self.run(lambda: _reasoning(loaded.phi, ask))
             options = PromptOptions(**{"limits": self.limits, **chosen, **ask.options})
-            return await self.run(lambda: _tokens(loaded, ask, options))
+            return await self.run(lambda: _tokens(loaded, ask, options), _fetches(ask))
 
     @asynccontextmanager
     async def hold(
@@ -206,7 +209,8 @@ class Service:
     async def begin(self, loaded: Loaded, *asks: Ask) -> AsyncIterator[Answer]:
         """Begin the replies of a model that is held; errors as `answer` raises them."""
         requests = await self.run(
-            lambda: [each for ask in asks for each in self._requests(loaded, ask)]
+            lambda: [each for ask in asks for each in self._requests(loaded, ask)],
+            any(map(_fetches, asks)),
         )
         answer = Answer(loaded, requests, self.worker)
         seconds = self.settings.request_seconds
@@ -223,14 +227,25 @@ class Service:
                 if self.settings.log_prompts:
                     _log_words(answer, request)
 
-    async def run(self, function: Callable[[], Result]) -> Result:
-        """Run what takes a while in another thread; it must compute nothing with MLX."""
-        return await asyncio.get_running_loop().run_in_executor(self._threads, function)
+    async def run(self, function: Callable[[], Result], fetches: bool = False) -> Result:
+        """Run what takes a while in another thread; it must compute nothing with MLX.
+
+        Args:
+            fetches: whether it waits for other machines, for which nobody else should wait.
+        """
+        threads = self._fetching if fetches else self._threads
+        return await asyncio.get_running_loop().run_in_executor(threads, function)
 
     @property
     def limits(self) -> Limits:
         """What media of requests may be."""
-        return Limits(max_bytes=self.settings.max_body, allow_urls=self.settings.fetch_media)
+        most = self.settings.max_body
+        return Limits(
+            max_bytes=most,
+            max_download=most,
+            allow_urls=self.settings.fetch_media,
+            download_seconds=FETCH_SECONDS,
+        )
 
     @property
     def state(self) -> str:
@@ -255,7 +270,8 @@ class Service:
             log.error("a step has not ended for %.0f s", self.worker.busy_seconds)
 
     def close(self) -> None:
-        self._threads.shutdown(wait=False, cancel_futures=True)
+        for threads in (self._threads, self._fetching):
+            threads.shutdown(wait=False, cancel_futures=True)
 
     def _sum(self, name: str) -> int:
         """Add up what the engines of all models say."""
@@ -276,7 +292,7 @@ class Service:
     def _requests(self, loaded: Loaded, ask: Ask) -> list[Request]:
         if not 1 <= ask.n <= MAX_CHOICES:
             raise bad_request(f"n is {ask.n}; it must be from 1 to {MAX_CHOICES}.", "n")
-        if (count := _count_media(ask.prompt)) > MAX_MEDIA:
+        if (count := len(_media(ask.prompt))) > MAX_MEDIA:
             raise bad_request(
                 f"There are {count} pictures and sounds; at most {MAX_MEDIA} are read."
             )
@@ -313,12 +329,19 @@ def _reasoning(phi: Phi, ask: Ask) -> dict[str, str]:
     return {"reasoning": "on" if ask.reasons else "off"}
 
 
-def _count_media(prompt: Prompt) -> int:
-    """Count the parts of messages that are more than text."""
+def _media(prompt: Prompt) -> list[Mapping[str, Any]]:
+    """The parts of messages that are more than text."""
     messages = [] if isinstance(prompt, str) else [e for e in prompt if isinstance(e, Mapping)]
     contents = [message.get("content") for message in messages]
     parts = [part for content in contents if isinstance(content, list) for part in content]
-    return sum(isinstance(part, Mapping) and part.get("type") != "text" for part in parts)
+    return [part for part in parts if isinstance(part, Mapping) and part.get("type") != "text"]
+
+
+def _fetches(ask: Ask) -> bool:
+    """Whether its prompt has pictures that are named by an address."""
+    pictures = [part.get("image_url") for part in _media(ask.prompt)]
+    urls = [each.get("url") for each in pictures if isinstance(each, Mapping)]
+    return any(isinstance(url, str) and not url.lower().startswith("data:") for url in urls)
 
 
 def _tokens(loaded: Loaded, ask: Ask, options: PromptOptions) -> list[int]:

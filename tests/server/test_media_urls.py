@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import socket
+import ssl
+import threading
 from collections.abc import Callable, Iterator
-from typing import Any
+from concurrent.futures import ThreadPoolExecutor
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from typing import Any, ClassVar
 
 import pytest
 
-from tests.server.running import Running, running
+from phimlx.api import load
+from phimlx.hub.resolve import NANO_MULTIMODAL
+from phimlx.media import fetch
+from tests.certificate import CERTIFICATE, KEY
+from tests.server.running import SECONDS, Running, running
 
 MODEL = "nano-multimodal"
 Body = Callable[[str], dict[str, Any]]
@@ -37,6 +47,58 @@ PRIVATE = [
 ]
 
 
+PICTURE = (NANO_MULTIMODAL / "pictures" / "vision-00.png").read_bytes()
+
+
+class Pictures(BaseHTTPRequestHandler):
+    asked: ClassVar[list[str]] = []
+    wanted: ClassVar[threading.Event]
+    released: ClassVar[threading.Event]
+
+    def log_message(self, *_: object) -> None: ...
+
+    def do_GET(self) -> None:
+        self.asked.append(self.path)
+        if self.path == "/silent":
+            if self.asked.count(self.path) == len(DIALECTS):
+                self.wanted.set()
+            assert self.released.wait(SECONDS)
+            return
+        self.send_response(200)
+        self.send_header("Content-Length", str(len(PICTURE)))
+        self.end_headers()
+        self.wfile.write(PICTURE)
+
+
+@pytest.fixture
+def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
+    """A site with a picture, by https and a name; it is here, though taken to be elsewhere."""
+    trusted = tmp_path / "certificate.pem"
+    trusted.write_text(CERTIFICATE + KEY)
+    monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
+    monkeypatch.setattr(Pictures, "asked", [])
+    monkeypatch.setattr(Pictures, "wanted", threading.Event(), raising=False)
+    monkeypatch.setattr(Pictures, "released", threading.Event(), raising=False)
+    lookup, check = socket.getaddrinfo, fetch._check_public
+
+    def here(host: str, *rest: Any, **more: Any) -> Any:
+        return lookup("127.0.0.7" if host == "pictures.example" else host, *rest, **more)
+
+    monkeypatch.setattr(socket, "getaddrinfo", here)
+    monkeypatch.setattr(
+        fetch,
+        "_check_public",
+        lambda place, url: None if place == "127.0.0.7" else check(place, url),
+    )
+    with ThreadingHTTPServer(("127.0.0.7", 0), Pictures) as server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(trusted)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield f"https://pictures.example:{server.server_port}/a.png"
+        server.shutdown()
+
+
 @pytest.fixture(scope="module")
 def fetching() -> Iterator[Running]:
     with running(model=MODEL, fetch_media=True, no_cache=True) as started:
@@ -57,6 +119,43 @@ def test_nothing_is_fetched_from_here(fetching: Running, path: str, url: str) ->
     answer = fetching.post(path, {"model": MODEL, **DIALECTS[path](url)})
     assert answer.status_code == 400, answer.text
     assert "root:" not in answer.text
+
+
+def spent(answer: Any) -> int:
+    """Count the tokens of the prompt."""
+    usage = answer.json()["usage"]
+    cached: int = usage.get("cache_read_input_tokens", 0)
+    return cached + int(usage.get("prompt_tokens", usage.get("input_tokens")))
+
+
+@pytest.mark.parametrize("path", DIALECTS)
+def test_a_picture_is_fetched_where_that_is_said(
+    fetching: Running, server: Running, site: str, path: str
+) -> None:
+    refused = server.post(path, {"model": MODEL, **DIALECTS[path](site)})
+    assert refused.status_code == 400, refused.text
+    assert "is a URL, and URLs are switched off" in refused.text
+    assert Pictures.asked == []
+    limit = {"max_output_tokens" if path.endswith("responses") else "max_tokens": 4}
+    answer = fetching.post(path, {"model": MODEL, **DIALECTS[path](site), **limit})
+    assert answer.status_code == 200, answer.text
+    assert Pictures.asked == ["/a.png"]
+    sent = [{"role": "user", "content": [{"type": "image", "image": PICTURE}]}]
+    assert spent(answer) == len(load(MODEL).encode(sent))
+
+
+def test_nobody_waits_for_pictures_of_others(fetching: Running, site: str) -> None:
+    silent = site.replace("a.png", "silent")
+    asked = [DIALECTS[path](silent) for path in DIALECTS]
+    with ThreadPoolExecutor(len(asked)) as threads:
+        answers = [threads.submit(fetching.post, path, {"model": MODEL, **body})
+                   for path, body in zip(DIALECTS, asked, strict=True)]  # fmt: skip
+        assert Pictures.wanted.wait(SECONDS)
+        text = {"model": MODEL, "prompt": "2+2", "max_tokens": 2}
+        assert fetching.post("/v1/completions", text).status_code == 200
+        assert not any(each.done() for each in answers)
+        Pictures.released.set()
+        assert [each.result(SECONDS).status_code for each in answers] == [400] * len(asked)
 
 
 @pytest.mark.parametrize("url", ["https://example.com/a.png", "/etc/passwd", "file:///etc/passwd"])

@@ -45,7 +45,8 @@ def reply(answer: Any, stream: bool) -> tuple[str, str, dict[str, Any]]:
     """Read what was said, why it ended, and the last object."""
     text = answer.text
     if answer.headers["content-type"].startswith("text/event-stream"):
-        *events, last = [each.removeprefix("data: ") for each in text.split("\n\n") if each]
+        sent = [each for each in text.split("\n\n") if each.startswith("data: ")]  # no pings
+        *events, last = [each.removeprefix("data: ") for each in sent]
         assert last == "[DONE]"
         chunks = [json.loads(each) for each in events]
         choices = [chunk["choices"][0] for chunk in chunks if chunk["choices"]]
