@@ -9,15 +9,16 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Iterator
-from contextlib import closing
+from contextlib import ExitStack, closing
 from typing import Any
 from urllib.parse import urlsplit
 
+import httpx2
 import pytest
 
 from phimlx.errors import SettingsError
 from phimlx.machine.memory import cache_bytes
-from phimlx.server import guard, protocol
+from phimlx.server import guard, protocol, run
 from phimlx.server.run import find_key
 from phimlx.server.settings import ServerSettings
 from tests.server.running import SECONDS, Running, running
@@ -259,3 +260,14 @@ def test_what_is_kept_of_earlier_requests_has_a_limit() -> None:
             limit = cache_bytes(loaded.phi.model.config, 300)
             assert 0 < loaded.phi.engine.prefix_bytes <= limit
         assert loaded.phi.engine.prefix_bytes > limit // 2
+
+
+def test_connections_that_say_nothing_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(run, "CONNECTIONS", 10)
+    with running() as server, ExitStack() as held:
+        where = urlsplit(server.url)
+        for data in (b"", b"GET / HT", b"GET /health HTTP/1.1\r\nHost: localhost\r\n\r\n"):
+            for _ in range(20):
+                opened = socket.create_connection((where.hostname, where.port), SECONDS)
+                held.enter_context(closing(opened)).sendall(data)
+            assert httpx2.get(f"{server.url}/health", timeout=SECONDS).status_code == 200
