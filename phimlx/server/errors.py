@@ -28,6 +28,7 @@ from phimlx.errors import (
 )
 
 CLOSE = {"connection": "close"}  # for what is left of a body is nobody's
+LOCAL = ("--max-", "name its path", "Name a file")  # in hints for who sits at this machine
 LONGEST = 200  # characters of a place in a body, which a client names
 
 
@@ -102,6 +103,8 @@ def explain(error: BaseException) -> RequestError:
     for kind, status, code in STATUSES:
         if isinstance(known, kind):
             hint = f" {known.hint}" if known.hint and status < 500 else ""
+            if any(words in hint for words in LOCAL):
+                hint = ""
             headers = {"Retry-After": "30"} if status == 503 else {}
             return RequestError(status, f"{known}{hint}", code=code, headers=headers)
     return RequestError(

@@ -119,6 +119,7 @@ def test_nothing_is_fetched_from_here(fetching: Running, path: str, url: str) ->
     answer = fetching.post(path, {"model": MODEL, **DIALECTS[path](url)})
     assert answer.status_code == 400, answer.text
     assert "root:" not in answer.text
+    assert "name its path" not in answer.text  # which no client can
 
 
 def spent(answer: Any) -> int:

@@ -5,6 +5,7 @@ PHIMLX_SCREENSHOTS may name a folder, into which each test puts what it saw last
 
 from __future__ import annotations
 
+import base64
 import os
 import shutil
 from collections.abc import Callable, Iterator
@@ -19,9 +20,11 @@ from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.select import Select
 from selenium.webdriver.support.wait import WebDriverWait
 
-from phimlx.api import load
+from phimlx.api import Phi, load
 from phimlx.hub.resolve import NANO_MULTIMODAL
 from phimlx.server.ui import TYPES
+from tests.server.adapters import write_adapter
+from tests.server.conftest import Say
 from tests.server.running import Running, running
 
 BROWSER = shutil.which("chromium") or shutil.which("google-chrome")
@@ -44,8 +47,21 @@ FLAGS = (
     "--use-fake-ui-for-media-stream",
     "--window-size=1200,900",
 )
+PERSONA = 'system = "Be brief."\nmodel = "nano:mine"\ntemperature = 0.0\nmax_tokens = 12\n'
 PICTURE = NANO_MULTIMODAL / "pictures" / "vision-00.png"
 CLIP = NANO_MULTIMODAL / "clips" / "speech-00.flac"
+
+
+DROP = """const data = new DataTransfer();
+for (const [name, type, base64] of arguments) {
+  const bytes = Uint8Array.from(atob(base64), (letter) => letter.charCodeAt(0));
+  data.items.add(new File([bytes], name, { type }));
+}
+document.body.dispatchEvent(new DragEvent('drop', { dataTransfer: data, bubbles: true }));"""
+
+
+TITLES = """return [...document.querySelectorAll('#conversations .title')]
+  .map((each) => each.textContent);"""
 
 
 class Page:
@@ -96,10 +112,20 @@ class Page:
 
 
 @pytest.fixture(scope="module")
-def served(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
+def adapter(tmp_path_factory: pytest.TempPathFactory, nano: Phi) -> Path:
+    return write_adapter(tmp_path_factory.mktemp("adapter"), nano, 3)
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory: pytest.TempPathFactory, adapter: Path) -> Iterator[Running]:
+    """A server with an adapter and a persona."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("PHIMLX_DATA_DIR", str(tmp_path_factory.mktemp("data")))
-        with running() as started:
+        settings = tmp_path_factory.mktemp("settings")
+        patch.setenv("PHIMLX_CONFIG_DIR", str(settings))
+        (settings / "personas").mkdir()
+        (settings / "personas" / "clerk.toml").write_text(PERSONA)
+        with running(adapters=(f"nano:mine={adapter}",)) as started:
             yield started
 
 
@@ -228,7 +254,69 @@ class TestInABrowser:
         assert page.say(question) == expected
         assert page.all(".user .files img")
 
-    def test_a_recording_is_made_and_heard(self, page: Page) -> None:
+    def test_files_are_dropped_and_heard(self, page: Page) -> None:
+        page.choose("#model", "nano-multimodal")
+        page.run("document.getElementById('model').dispatchEvent(new Event('change'))")
+        given = ((PICTURE, "image/png"), (CLIP, "audio/flac"))
+        data = [base64.b64encode(file.read_bytes()).decode() for file, _ in given]
+        page.run(
+            DROP, *[[file.name, kind, each] for (file, kind), each in zip(given, data, strict=True)]
+        )
+        page.until(lambda: len(page.all("#files li")) == 2)
+        assert [each.text.split("\n")[0] for each in page.all("#files li")] == [
+            PICTURE.name, CLIP.name,
+        ]  # fmt: skip
+        page.all("#files button")[0].click()  # the picture is taken away again
+        page.until(lambda: len(page.all("#files li")) == 1)
+        page.click("#open-settings")
+        page.one("[name=temperature]").send_keys("0")
+        page.press("Done", "#settings")
+        sound = [{"role": "user", "content": [{"type": "audio", "audio": CLIP.read_bytes()}]}]
+        expected = load("nano-multimodal").generate(sound, temperature=0).text
+        page.click("#send")
+        assert page.reply() == expected
+
+    def test_reasoning_is_folded_and_code_has_colours(self, page: Page, say: Say) -> None:
+        page.choose("#model", "nano")
+        say("<think>Two and three.</think>So:\n\n```python\nx = 5  # five\n```\n\nThat is $x^2$.")
+        page.say("What is 2 plus 3?")
+        thoughts = page.one(".assistant details.reasoning")
+        assert not thoughts.get_attribute("open")
+        assert page.one(".assistant details.reasoning div").text == ""  # folded
+        thoughts.find_element(By.CSS_SELECTOR, "summary").click()
+        assert page.one(".assistant details.reasoning div").text == "Two and three."
+        colours = {each.text: each.get_attribute("class") for each in page.all(".assistant code *")}
+        assert colours == {"5": "n", "# five": "c"}
+        assert page.all(".assistant math msup")
+        page.press("Copy", ".assistant figure")
+        page.until(lambda: page.one(".assistant figure button").text == "Copied")
+
+    def test_a_persona_and_an_adapter(self, page: Page, adapter: Path) -> None:
+        page.choose("#persona", "clerk")
+        chosen = {name: page.one(f"#settings [name={name}]").get_attribute("value")
+                  for name in ("system", "temperature", "max_tokens")}  # fmt: skip
+        assert chosen == {"system": "Be brief.", "temperature": "0", "max_tokens": "12"}
+        assert page.one("#model").get_attribute("value") == "nano:mine"
+        messages = [{"role": "system", "content": "Be brief."},
+                    {"role": "user", "content": "What is 2 plus 3?"}]  # fmt: skip
+        phi = load("nano", adapter=adapter)
+        expected = phi.generate(messages, temperature=0, max_tokens=12).tokens
+        page.say("What is 2 plus 3?")
+        assert page.one(".assistant .figures").text.startswith(f"{len(expected)} tokens")
+        assert page.one(".assistant h3").text == "nano:mine"
+
+    def test_conversations_are_found_and_deleted(self, page: Page) -> None:
+        page.choose("#model", "nano")
+        page.say("What is 1 plus 7?")
+        page.one("body").send_keys(Keys.CONTROL, Keys.SHIFT, "o")
+        page.until(lambda: not page.all(".message"))
+        page.one("#search").send_keys("plus 7")
+        page.until(lambda: page.run(TITLES) == ["What is 1 plus 7?"])
+        page.one("#conversations [aria-label^=Delete]").click()
+        page.driver.switch_to.alert.accept()
+        page.until(lambda: page.run(TITLES) == [])
+
+    def test_a_recording_is_made(self, page: Page) -> None:
         page.choose("#model", "nano-multimodal")
         page.run("document.getElementById('model').dispatchEvent(new Event('change'))")
         page.click("#record")

@@ -10,7 +10,6 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from phimlx.server import http
 from phimlx.server.http import MAX_FIELDS, MAX_TEXT
 from tests.server.running import SECONDS, Running
 
@@ -93,7 +92,7 @@ def test_a_long_body_is_not_read_to_objects(
 ) -> None:
     long = b'{"metadata": [' + b"{}," * (MAX_TEXT // 3) + b"{}]}"
     with monkeypatch.context() as patch:
-        patch.setattr(http.json, "loads", lambda *_, **__: pytest.fail("it was read"))
+        patch.setattr(json, "loads", lambda *_, **__: pytest.fail("it was read"))
         answer = server.client.post(CHAT, content=long)
     assert (answer.status_code, answer.json()["error"]["code"]) == (413, "too_large")
 

@@ -14,6 +14,7 @@ const state = {
   messages: [],
   files: [],
   running: null, // an AbortController
+  asked: 0, // how often for conversations
 };
 
 // ---- models, theme, settings ----
@@ -410,8 +411,9 @@ async function keep() {
 
 async function listConversations() {
   if (!state.keeps) return;
-  const search = find("search").value.trim();
+  const search = find("search").value.trim(), asked = ++state.asked;
   const { conversations } = await getJSON(`/ui/conversations?search=${encodeURIComponent(search)}`);
+  if (asked !== state.asked) return; // a later answer is under way, or was there first
   find("conversations").replaceChildren(...conversations.map(({ id, title }) => {
     const open = element("button", { type: "button", class: "title", title, "aria-current": state.place?.id === id ? "true" : undefined, onclick: () => openConversation(id) }, title || `Conversation ${id}`);
     const remove = element("button", { type: "button", "aria-label": `Delete ${title}`, onclick: () => deleteConversation(id, title) }, "×");
