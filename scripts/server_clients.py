@@ -82,7 +82,7 @@ TOOLS = (
         "AI SDK", "ai_sdk_node.mjs", "@ai-sdk/openai-compatible", "npm ai @ai-sdk/openai-compatible"
     ),
     Tool("llm", "llm_cli.py", "llm", "pip llm llm-ollama"),
-    Tool("aider", "aider_cli.py", "aider", "pip aider-chat, in an environment of its own"),
+    Tool("aider", "aider_cli.py", "aider", "uv pip aider-chat, for Python 3.12 at most"),
     Tool("Continue", "continue_cli.py", "cn", "npm @continuedev/cli"),
     Tool("Cline", "cline_cli.py", "cline", "npm cline"),
     Tool("Codex", "codex_cli.py", "codex", "npm @openai/codex"),
@@ -93,24 +93,31 @@ TOOLS = (
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n", 1)[0])
     parser.add_argument("--tools", type=Path, default=None, metavar="DIR", help="where tools are")
-    parser.add_argument("--only", nargs="+", default=None, metavar="NAME", help="tools to try")
+    names = [tool.name for tool in TOOLS]
+    parser.add_argument(
+        "--only", nargs="+", default=names, choices=names, metavar="NAME", help="tools to try"
+    )
     chosen = parser.parse_args()
     folder = None if chosen.tools is None else chosen.tools.resolve()
-    failed = False
+    attempts, failed, absent = 0, 0, 0
     print("| tool | tried | |\n|---|---|---|")
     with tempfile.TemporaryDirectory() as made, served() as url, served(lengthened(made)) as long:
         where = {"PHIMLX_URL": url, "PHIMLX_LONG_URL": long, "PHIMLX_TOOLS": str(folder)}
         for tool in TOOLS:
-            if chosen.only is not None and tool.name not in chosen.only:
+            if tool.name not in chosen.only:
                 continue
             command = find(tool, folder)
             if command is None:
+                absent += 1
                 print(f"| {tool.name} | | not here: {tool.install} |", flush=True)
                 continue
             for what, why in tried(tool, command, where):
-                failed |= bool(why)
+                attempts += 1
+                failed += bool(why)
                 print(f"| {tool.name} | {what} | {why or 'ok'} |", flush=True)
-    sys.exit(int(failed))
+    tools = len(chosen.only) - absent
+    print(f"\n{attempts} attempts with {tools} tools: {failed} failed; {absent} tools not here.")
+    sys.exit(failed > 0)
 
 
 def lengthened(folder: str) -> Path:

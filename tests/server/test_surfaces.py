@@ -20,7 +20,7 @@ def _functions(name: str) -> set[str]:
     room, _, module = name.rpartition("/")
     file = HERE.parent / (room or "server") / f"test_{module}.py"
     assert file.is_file(), name
-    return set(re.findall(r"^def test_(\w+)\(", file.read_text(), re.MULTILINE))
+    return set(re.findall(r"^ *def test_(\w+)\(", file.read_text(), re.MULTILINE))
 
 
 def test_every_test_is_there() -> None:
