@@ -26,7 +26,7 @@ from phimlx.errors import PhimlxError
 from phimlx.extras import import_extra
 from phimlx.files import replacing, translate_write_errors
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
-from phimlx.sizes import size_text
+from phimlx.sizes import counted, size_text
 
 BUNDLED_TEXT = Path(phimlx.__file__).parent / "assets" / "calibration.txt"
 MAX_TOKENS = 2048
@@ -208,7 +208,7 @@ def measure(
     tensors = paired_tensors(before, after)
     config = build_model(before.config).config
     text = BUNDLED_TEXT.read_text("utf-8") if text is None else text
-    tokens = _tokens(before, after, text, config.vocab_size)
+    tokens = shared_tokens(before, after, text, config.vocab_size)
     if max_tokens < LEAST_TOKENS:
         raise PhimlxError(f"max_tokens is {max_tokens}; a report needs {LEAST_TOKENS} at least.")
     windows = choose_windows(len(tokens), config, max_tokens)
@@ -226,7 +226,7 @@ def measure(
     )
 
 
-def _tokens(before: Checkpoint, after: Checkpoint, text: str, vocab_size: int) -> list[int]:
+def shared_tokens(before: Checkpoint, after: Checkpoint, text: str, vocab_size: int) -> list[int]:
     """The text's token ids, which are the same for both models.
 
     Raises:
@@ -262,8 +262,7 @@ def _tokens(before: Checkpoint, after: Checkpoint, text: str, vocab_size: int) -
 
 
 def _where(agreement: Agreement) -> str:
-    windows = "window" if agreement.windows == 1 else "windows"
-    text = f"{agreement.windows} {windows} of {agreement.length} tokens"
+    text = f"{counted(agreement.windows, 'window')} of {agreement.length} tokens"
     return f"{text}, past the LongRoPE step" if agreement.long else text
 
 

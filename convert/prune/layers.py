@@ -13,6 +13,7 @@ from dataclasses import dataclass
 
 import mlx.core as mx
 
+from convert.measure.compare import HEAD_ROWS
 from convert.quantize.layerwise import WindowBatch, embed_windows
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import map_model
@@ -105,25 +106,35 @@ def divergence_without(
     """Mean KL(whole ‖ without) in nats of leaving out each layer alone; the model is in memory."""
     model = map_model(checkpoint)
     model.set_dtype(mx.float32)
-    mx.eval(model.parameters())
     count = len(model.layers)
     totals, tokens = [0.0] * count, 0
     for batch in embed_windows(model, windows):
-        whole = log_softmax(_logits(model, batch, None))
-        tokens += whole.shape[0] * whole.shape[1]
+        whole = _states(model, batch, None)
+        tokens += len(whole)
         for layer in range(count):
-            other = log_softmax(_logits(model, batch, layer))
-            totals[layer] += float(long_sum(mx.exp(whole) * (whole - other)).sum())
+            totals[layer] += _divergence(model, whole, _states(model, batch, layer))
             advance(100 * len(batch.x) / (len(windows) * count))
     return [total / tokens for total in totals]
 
 
-def _logits(model: CausalLM, batch: WindowBatch, without: int | None) -> mx.array:
+def _states(model: CausalLM, batch: WindowBatch, without: int | None) -> mx.array:
+    """What the output head reads, `[tokens, hidden]`, where a layer is left out."""
     x = batch.x
     for number, layer in enumerate(model.layers):
         if number != without:
             x = layer(x, batch.forward)
-    return model.head(model.norm(x))
+            mx.eval(x, batch.forward.shared)
+    return model.norm(x).reshape(-1, x.shape[-1])
+
+
+def _divergence(model: CausalLM, whole: mx.array, other: mx.array) -> float:
+    """Sum KL(whole ‖ other) over tokens, of which few have their logits at a time."""
+    total = 0.0
+    for top in range(0, len(whole), HEAD_ROWS):
+        rows = slice(top, top + HEAD_ROWS)
+        p, q = (log_softmax(model.head(states[rows])) for states in (whole, other))
+        total += float(long_sum(mx.exp(p) * (p - q)).sum())
+    return total
 
 
 def _cosine(x: mx.array, y: mx.array) -> mx.array:

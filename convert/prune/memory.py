@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Iterable
+from math import prod
 
-from mlx.utils import tree_flatten
-
-from convert.measure.compare import HEAD_ROWS
+from convert.measure.compare import HEAD_ROWS, choose_windows
 from convert.measure.report import MAX_TOKENS
 from convert.prune.plan import LENGTH, SAMPLES, PruningPlan
 from convert.quantize.layerwise import BATCH_TOKENS
-from phimlx.checkpoint.load import build_model
+from phimlx.checkpoint.head import EMBEDDING
+from phimlx.checkpoint.load import build_model, needed_tensors
+from phimlx.checkpoint.tensors import FLOATING_DTYPES, Tensor
 from phimlx.errors import ConversionError
+from phimlx.models.config import ModelConfig
 from phimlx.models.registry import part_of
 from phimlx.sizes import size_text
 
 ITEM = 4  # bytes of a float32, in which everything is measured
+LOGITS = 8  # arrays of some tokens' logits at a time, of two models together
+FIRST = "model.layers.0."
 
 
 def forecast(plan: PruningPlan) -> dict[str, int]:
@@ -24,25 +28,26 @@ def forecast(plan: PruningPlan) -> dict[str, int]:
     Returns:
         "measuring" the calibration text's way through the model, "comparing" both models.
     """
-    model = build_model(plan.checkpoint.config)
+    checkpoint = plan.checkpoint
+    model = build_model(checkpoint.config)
     config = model.config
-    parameters: dict[str, Any] = dict(tree_flatten(model.parameters()))
-    whole = sum(array.size for name, array in parameters.items() if part_of(name) is None)
-    embedding: int = model.model.embed_tokens.weight.size
-    first: dict[str, Any] = dict(tree_flatten(model.layers[0].parameters()))
-    layer = sum(array.size for array in first.values())
-    rows = _numbers_of_rows(config.intermediate_size, config.hidden_size)
-    states = SAMPLES * LENGTH * config.hidden_size
-    # The scores of attention, which fused kernels do without, count as if they were held.
-    scores = LENGTH * config.num_attention_heads
-    batch = BATCH_TOKENS * (rows + scores)
+    tensors = needed_tensors(checkpoint, model)
+    whole = _held(tensor for name, tensor in tensors.items() if part_of(name) is None)
+    embedding = _held(
+        tensor for name, tensor in tensors.items() if name.startswith(f"{EMBEDDING}.")
+    )
+    layer = _held(tensor for name, tensor in tensors.items() if name.startswith(FIRST))
+    states = ITEM * SAMPLES * LENGTH * config.hidden_size
+    batch = ITEM * BATCH_TOKENS * _numbers_of_token(config, LENGTH, "mlp" in plan.counts)
+    logits = ITEM * HEAD_ROWS * LOGITS * config.vocab_size
     measuring = max(embedding, layer + batch) + 2 * states
     if plan.layers is not None and plan.method == "divergence":
-        measuring = whole + states + batch + 6 * BATCH_TOKENS * config.vocab_size
-    read = 2 * MAX_TOKENS * config.hidden_size
-    heads = 2 * embedding + 5 * HEAD_ROWS * config.vocab_size
-    comparing = read + max(heads, embedding + layer + LENGTH * (rows + scores))
-    return {"measuring": ITEM * measuring, "comparing": ITEM * comparing}
+        measuring = whole + 2 * states + max(batch, logits)
+    read = ITEM * 2 * MAX_TOKENS * config.hidden_size
+    longest = max(each.length for each in choose_windows(MAX_TOKENS, config, MAX_TOKENS))
+    window = ITEM * longest * _numbers_of_token(config, longest, False)
+    comparing = read + max(2 * embedding + logits, embedding + layer + window)
+    return {"measuring": measuring, "comparing": comparing}
 
 
 def check_memory(plan: PruningPlan, memory: int) -> None:
@@ -64,6 +69,24 @@ def check_memory(plan: PruningPlan, memory: int) -> None:
     )
 
 
-def _numbers_of_rows(intermediate: int, hidden: int) -> int:
-    """Numbers of a token in a decoder layer while it is computed."""
-    return 6 * intermediate + 12 * hidden
+def _held(tensors: Iterable[Tensor]) -> int:
+    """Bytes of tensors as they are computed with: packed ones as they are, others in float32."""
+    return sum(
+        ITEM * prod(each.shape) if each.dtype in FLOATING_DTYPES else each.nbytes
+        for each in tensors
+    )
+
+
+def _numbers_of_token(config: ModelConfig, length: int, recorded: bool) -> int:
+    """Numbers of a token at the peak of a decoder layer, which is in its attention or its mlp.
+
+    Args:
+        length: of the window that the token is in. The scores of attention, which fused kernels do
+            without, count as if they were held.
+        recorded: whether inputs of the mlp's last projection are squared on the way.
+    """
+    heads = config.num_attention_heads + 2 * config.num_key_value_heads
+    attention = 15 * config.hidden_size + 2 * heads * config.head_dim
+    attention += config.num_attention_heads * length
+    mlp = 4 * config.hidden_size + (7 if recorded else 6) * config.intermediate_size
+    return max(attention, mlp)

@@ -6,12 +6,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from convert.prune.layers import Advance, LayerChoice, check_layers, choose_layers
+from convert.prune.others import Lost
 from convert.prune.widths import WidthChoice, choose_widths, width_counts
 from convert.quantize.calibration import CalibrationWindows
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model
 from phimlx.errors import ConfigError, ConversionError
 from phimlx.models.config import hub_dialect
+from phimlx.models.registry import Architecture
 
 SAMPLES, LENGTH = 16, 512  # windows of calibration text, and tokens in each
 
@@ -39,6 +41,8 @@ class PruningPlan:
         method: by which layers are chosen.
         split: whether the result is written in the layout with split projections, in which other
             programs read fewer heads.
+        lost: programs that run the whole model, and will not run the result.
+        note: what is not looked at when its parts are measured; None for nothing.
     """
 
     checkpoint: Checkpoint
@@ -46,6 +50,8 @@ class PruningPlan:
     counts: Mapping[str, int]
     method: str
     split: bool
+    lost: Lost
+    note: str | None
 
     @classmethod
     def of(
@@ -66,28 +72,19 @@ class PruningPlan:
         checkpoint.check_runs()
         model = build_model(checkpoint.config)
         architecture, shapes = model.architecture, model.config.layer_shapes
-        if architecture.adapters or any(shape != shapes[0] for shape in shapes):
+        if any(shape != shapes[0] for shape in shapes):
             raise ConversionError(
-                f"{checkpoint.folder}: the layers of {model.model_type} are of several kinds, or "
-                "have adapters of their own, so nothing of them can be left out.",
+                f"{checkpoint.folder}: the layers of {model.model_type} are of several kinds and "
+                "need each other, so nothing of them can be left out.",
                 hint="Prune a model whose layers are alike, such as phi-4 or phi-4-mini.",
             )
         if layers is not None:
             check_layers(model, layers)
         counts = width_counts(checkpoint, model, widths or {})
         states = any(architecture.widths[name].stated for name in counts)
-        return cls(checkpoint, layers, counts, method, states and _splits(checkpoint))
-
-    @property
-    def warning(self) -> str | None:
-        """What a person must know of where the result can be used; None for nothing."""
-        widths = build_model(self.checkpoint.config).architecture.widths
-        if self.split or not any(widths[name].stated for name in self.counts):
-            return None
-        return (
-            "Other programs may not load this model with fewer heads: mlx-lm, and transformers "
-            "where there is LongRoPE, take hidden_size / heads for the size of one. phimlx does."
-        )
+        split = states and _splits(checkpoint)
+        lost = Lost.of(model, states, split)
+        return cls(checkpoint, layers, counts, method, split, lost, _unmeasured(architecture))
 
     def choose(self, text: str | None, advance: Advance = lambda percent: None) -> Pruning:
         """Measure on a calibration text, and choose what stays.
@@ -116,6 +113,12 @@ class PruningPlan:
         kept = range(count) if layers is None else layers.kept
         widths = choose_widths(self.checkpoint, self.counts, kept, found.windows, step)
         return Pruning(layers, widths)
+
+
+def _unmeasured(architecture: Architecture) -> str | None:
+    if not architecture.takes_media:
+        return None
+    return "Measured on text alone: what matters for pictures and sounds may be other parts."
 
 
 def _splits(checkpoint: Checkpoint) -> bool:

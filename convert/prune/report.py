@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from convert.measure.compare import Agreement, agreements, choose_windows
-from convert.measure.report import BUNDLED_TEXT, MAX_TOKENS
+from convert.measure.report import BUNDLED_TEXT, MAX_TOKENS, shared_tokens
 from convert.prune.layers import Advance
 from convert.prune.plan import Pruning
 from phimlx.checkpoint.folder import Checkpoint
@@ -15,10 +16,10 @@ from phimlx.checkpoint.load import build_model
 from phimlx.errors import PhimlxError
 from phimlx.extras import import_extra
 from phimlx.files import replacing, translate_write_errors
-from phimlx.prompt.tokenizer.tokenizer import Tokenizer
 from phimlx.sizes import size_text
 
 PICTURE = "prune.png"
+UNITS = {"influence": "", "divergence": ", nats"}
 
 
 @dataclass(frozen=True)
@@ -28,6 +29,7 @@ class PruneReport:
     Attributes:
         bytes_before, bytes_after: of the weights.
         speeds: tokens a second of decoding, before and after; None where they were not measured.
+        lost: programs that run the whole model, and do not run the pruned one.
     """
 
     out: Path
@@ -36,6 +38,7 @@ class PruneReport:
     bytes_after: int
     agreements: tuple[Agreement, ...]
     speeds: tuple[float, float] | None = None
+    lost: tuple[str, ...] = ()
 
     def layer_rows(self) -> tuple[list[str], list[list[str]]]:
         """Columns and rows of the table of layers."""
@@ -94,6 +97,7 @@ class PruneReport:
             "bytes_after": self.bytes_after,
             "tokens_per_second": None if self.speeds is None else list(self.speeds),
             "agreements": [asdict(each) for each in self.agreements],
+            "does_not_load_in": list(self.lost),
         }
 
     def draw(self, path: Path) -> None:
@@ -109,20 +113,20 @@ class PruneReport:
         figure = figure_class(figsize=(4 * panels, 4), layout="constrained")
         axes = list(figure.subplots(1, panels, squeeze=False)[0])
         title = f"{self.out.name}: {size_text(self.bytes_before)} to {size_text(self.bytes_after)}"
-        figure.suptitle(title, parse_math=False)  # a name may hold $
+        figure.suptitle(title, parse_math=False, wrap=True)  # a name may hold $
         if layers is not None:
             drawn = axes.pop(0)
             colours = ["C0" if n in layers.kept else "C7" for n in range(len(layers.importance))]
             drawn.bar(range(len(layers.importance)), layers.importance, color=colours)
-            drawn.set_title(f"{layers.method} of layers; grey ones go")
-            drawn.set_xlabel("layer")
+            drawn.set_title(f"{layers.method} of layers{UNITS[layers.method]}; grey ones go")
+            _number_layers(drawn)
         if widths:
             drawn = axes.pop(0)
             for name, choice in widths.items():
                 label = f"{choice.count:,} of {choice.units:,} {name}"
                 drawn.plot(self._kept, [100 * each for each in choice.shares], "o-", label=label)
             drawn.set_title("importance that stays, %")
-            drawn.set_xlabel("layer")
+            _number_layers(drawn)
             drawn.set_ylim(0, 105)
             drawn.legend(frameon=False)
         pairs: dict[str, tuple[float, float]] = {"size": (self.bytes_before, self.bytes_after)}
@@ -131,9 +135,17 @@ class PruneReport:
         for each in self.agreements:
             past = ", long" if each.long else ""
             pairs[f"perplexity{past}"] = (each.perplexity_before, each.perplexity_after)
+        # Where all is left out that matters, a perplexity is no number any more.
+        ratios = {
+            name: after / before
+            for name, (before, after) in pairs.items()
+            if math.isfinite(before) and math.isfinite(after)
+        }
         drawn = axes.pop(0)
-        drawn.barh(list(pairs), [after / before for before, after in pairs.values()], color="C0")
+        labels = [f"{name} × {ratio:.3g}" for name, ratio in ratios.items()]
+        drawn.barh(labels, list(ratios.values()), color="C0")
         drawn.axvline(1, color="k", linestyle="--")
+        drawn.invert_yaxis()
         drawn.set_title("after / before")
         with translate_write_errors(path, PhimlxError), replacing(path) as temporary:
             figure.savefig(temporary, format="png", dpi=150)
@@ -160,14 +172,31 @@ def agreement_rows(found: tuple[Agreement, ...]) -> list[tuple[str, str, str]]:
     return rows
 
 
-def compare(
-    before: Checkpoint, after: Checkpoint, text: str | None, advance: Advance
-) -> tuple[Agreement, ...]:
-    """Perplexity of both on a text, and how far the pruned one is from the other."""
+def report_tokens(checkpoint: Checkpoint, text: str | None) -> list[int]:
+    """Read the text that both models are measured on.
+
+    Args:
+        text: in which control tokens are recognised; the bundled one where None.
+
+    Raises:
+        PhimlxError: where it is too short, or the tokenizer is another model's.
+    """
     text = BUNDLED_TEXT.read_text("utf-8") if text is None else text
-    tokens = Tokenizer.load(before.folder).encode(text, control=True)
+    vocabulary = build_model(checkpoint.config).config.vocab_size
+    return shared_tokens(checkpoint, checkpoint, text, vocabulary)
+
+
+def compare(
+    before: Checkpoint, after: Checkpoint, tokens: list[int], advance: Advance
+) -> tuple[Agreement, ...]:
+    """Perplexity of both on a text's tokens, and how far the pruned one is from the other."""
     windows = choose_windows(len(tokens), build_model(before.config).config, MAX_TOKENS)
     return agreements(before, after, tokens, windows, advance)
+
+
+def _number_layers(axes: Any) -> None:
+    axes.xaxis.get_major_locator().set_params(integer=True)
+    axes.set_xlabel("layer")
 
 
 def _percent(share: float | None) -> str:

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import gc
-from dataclasses import asdict
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import click
 
@@ -98,14 +97,17 @@ def command(
       phimlx prune --model phi-4-mini --layers 24 --mlp 0.75 --mlx-path smaller
       phimlx prune --model phi-4-mini --layers 24 --mlx-path mini-24-layers --heal chats.jsonl
 
-    What comes out is a model like any other, for phimlx, mlx-lm and transformers; what it has lost
-    is shown, and much of that comes back by distillation from the whole model.
+    What comes out is a folder like any other, which mlx-lm and transformers load as they do the
+    whole model. Where one of them will not, that is said first: so it is with fewer heads of
+    phi-4-mini or phi-2, and with models that see or hear. What the model has lost is shown, and
+    much of that comes back by distillation from the whole one.
     """
     from convert.folder import refuse_existing
     from convert.prune.plan import PruningPlan
-    from convert.prune.report import PruneReport, compare
+    from convert.prune.report import PruneReport, compare, report_tokens
     from convert.prune.write import write_pruned
     from phimlx.checkpoint.folder import Checkpoint
+    from phimlx.cli.healing import Healing
     from phimlx.cli.report import read_text
     from phimlx.cli.train import model_folder
 
@@ -117,11 +119,17 @@ def command(
     texts = [read_text(path) for path in (calibration, report_text or calibration)]
     before = Checkpoint(model_folder(model, output))
     plan = PruningPlan.of(before, layers, wanted, method)
-    for path in (out, *(_beside(out) if heal is not None else ())):
+    healing = None if heal is None else Healing(before, out, heal, plan.split)
+    for path in (out, *(() if healing is None else healing.folders)):
         refuse_existing(path)
-    if plan.warning is not None:
-        output.warning(plan.warning)
+    tokens = report_tokens(before, texts[1])
+    if plan.lost.warning is not None:
+        output.warning(plan.lost.warning)
+    if plan.note is not None:
+        output.note(plan.note)
     _forecast(plan, ignore_memory, output)
+    if healing is not None:
+        healing.check(output)
     with output.progress(100, "Measuring", "%") as bar:
         pruning = plan.choose(texts[0], bar.update)
     stored = sum(tensor.nbytes for tensor in before.tensors.values())
@@ -129,21 +137,20 @@ def command(
         nbytes = write_pruned(before, out, pruning, bar.update, plan.split)
     after = Checkpoint(out)
     with output.progress(100, "Comparing", "%") as bar:
-        found = compare(before, after, texts[1], bar.update)
+        found = compare(before, after, tokens, bar.update)
     speeds = _speeds(before, after, output)
-    report = PruneReport(out, pruning, stored, nbytes, found, speeds)
+    report = PruneReport(out, pruning, stored, nbytes, found, speeds, plan.lost.programs)
     output.table(*report.layer_rows())
     output.text()
     output.table(("Measure", "Before", "After"), report.rows())
     output.text(f"{out}: {report.summary}.")
     _draw(report, output)
-    healed: dict[str, Any] = {}
-    if heal is None:
+    if healing is None:
         whole = model or before.folder
         output.note(f"Make up for it: phimlx distill --teacher {whole} --student {out} --data DATA")
+        output.json(report.as_object())
     else:
-        healed = {"healed": _heal(before, out, heal, texts[1], plan.split, ignore_memory, as_json)}
-    output.json({**healed, **report.as_object()})
+        output.json({"healed": healing.run(tokens, ignore_memory, output), **report.as_object()})
 
 
 def _forecast(plan: PruningPlan, ignore_memory: bool, output: Output) -> None:
@@ -188,48 +195,3 @@ def _draw(report: PruneReport, output: Output) -> None:
         output.note(f"{error} {error.hint or ''}".rstrip())
     else:
         output.note(f"Drawn in {report.out / PICTURE}.")
-
-
-class _Part(Output):
-    """Output of a command that is a part of another one, whose result is told by that."""
-
-    def json(self, value: Any) -> None:
-        """Nothing."""
-
-
-def _beside(out: Path) -> tuple[Path, Path]:
-    """Name the folders of the run that heals a model, and of what comes of it."""
-    return out.with_name(f"{out.name}-adapter"), out.with_name(f"{out.name}-healed")
-
-
-def _heal(
-    before: Checkpoint,
-    out: Path,
-    data: str,
-    text: str | None,
-    split: bool,
-    ignore_memory: bool,
-    as_json: bool,
-) -> dict[str, Any]:
-    """Distill the whole model into the pruned one, and show what that brings back."""
-    from convert import convert
-    from convert.prune.report import agreement_rows, compare
-    from phimlx.checkpoint.folder import Checkpoint
-    from phimlx.cli import distill
-    from phimlx.training.distill.settings import DistillSettings
-
-    adapter, healed = _beside(out)
-    output = _Part(json=as_json)
-    settings = DistillSettings(
-        teacher=str(before.folder), model=str(out), data=data, adapter_path=str(adapter)
-    )
-    session = distill.open_session(settings, False, output)
-    session.check()
-    distill.run(session, False, ignore_memory, output)
-    layout = "hf" if split else "mlx"
-    convert(out, healed, adapter=adapter, layout=layout, split_projections=split)
-    with output.progress(100, "Comparing", "%") as bar:
-        found = compare(before, Checkpoint(healed), text, bar.update)
-    output.table(("Measure", "Whole model", "Healed"), agreement_rows(found))
-    output.text(f"{healed}: the pruned model, healed.")
-    return {"path": str(healed), "agreements": [asdict(each) for each in found]}

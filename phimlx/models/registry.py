@@ -162,6 +162,7 @@ class Architecture:
         task: of a model card.
         gguf: how it is written for llama.cpp, and read; None where llama.cpp does not run it.
         gguf_dialects: other forms of such files that are read.
+        peers: other programs that run it by code of their own.
         onnx: the name of its class by which onnxruntime-genai's builder knows it; None where that
             makes no whole model of it.
         dialects: other layouts that are read.
@@ -189,6 +190,7 @@ class Architecture:
     task: str = "text-generation"
     gguf: GGUF | None = None
     gguf_dialects: tuple[GGUF, ...] = ()
+    peers: tuple[str, ...] = ()
     onnx: str | None = None
     dialects: tuple[Dialect, ...] = ()
     sharding: Sharding | None = None
@@ -381,6 +383,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sensitive_layers=_PHI3_SENSITIVE,
         gguf=_PHI3_GGUF,
         gguf_dialects=(_LLAMA_GGUF,),
+        peers=("mlx-lm", "transformers"),
         onnx="Phi3ForCausalLM",
         sharding=Sharding(
             rows=("self_attn.qkv_proj", "mlp.gate_up_proj"),
@@ -444,6 +447,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
             joined=_QKV,
             text_split="gpt-2",
         ),
+        peers=("mlx-lm", "transformers"),
         onnx="PhiForCausalLM",
         sharding=Sharding(
             rows=("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj", "mlp.fc1"),

@@ -91,7 +91,7 @@ def test_mlx_lm_says_the_same(bits: int | None, data: Path, tmp_path: Path) -> N
 def test_channels_alone_keep_the_layout_that_mlx_lm_reads(data: Path, tmp_path: Path) -> None:
     checkpoint = Checkpoint(data / "tiny" / "tiny-phi4")
     plan = PruningPlan.of(checkpoint, None, {"mlp": 0.5})
-    assert (plan.split, plan.warning) == (False, None)
+    assert (plan.split, plan.lost.programs) == (False, ())
     after = pruned(checkpoint, tmp_path / "out", **choices("tiny-phi4", mlp=64))
     tokens = mx.array(GOLDEN["tiny-phi4.tokens"])
     assert mx.allclose(by_mlx_lm(after.folder)(tokens), load_model(after)(tokens), atol=1e-4)
@@ -171,16 +171,17 @@ def test_parts_of_a_group_cannot_be_cut(
 
 
 def test_a_kind_of_layers_that_has_no_widths_is_refused(data: Path) -> None:
-    for name in ("tiny-phi4flash", "tiny-phi4mm-remote"):
-        with pytest.raises(ConversionError, match="nothing of them can be left out"):
-            PruningPlan.of(Checkpoint(data / "tiny" / name), None, {"mlp": 0.5})
-
-
-def test_fewer_heads_that_others_cannot_read_are_told_of(data: Path) -> None:
-    plan = PruningPlan.of(Checkpoint(data / "tiny" / "tiny-phi2"), None, {"heads": 2})
-    assert not plan.split
-    assert str(plan.warning).startswith("Other programs may not load this model")
-    assert PruningPlan.of(Checkpoint(data / "tiny" / "tiny-phi4"), None, {"heads": 1}).split
+    folder = data / "tiny" / "tiny-phi4flash"
+    for wanted in ({"layers": 2}, {"widths": {"mlp": 0.5}}):
+        with pytest.raises(ConversionError) as caught:
+            PruningPlan.of(Checkpoint(folder), **wanted)
+        assert str(caught.value) == (
+            f"{folder}: the layers of phi4flash are of several kinds and need each other, so "
+            "nothing of them can be left out."
+        )
+        assert caught.value.hint == (
+            "Prune a model whose layers are alike, such as phi-4 or phi-4-mini."
+        )
 
 
 def test_equal_importance_keeps_the_first() -> None:
@@ -189,7 +190,7 @@ def test_equal_importance_keeps_the_first() -> None:
     assert choice.shares == pytest.approx((1.1 / 1.2, 0))
 
 
-def test_memory_is_told_before(tmp_path: Path) -> None:
+def test_memory_is_told_before() -> None:
     checkpoint = Checkpoint(NANO)
     plans = [PruningPlan.of(checkpoint, 2, {}, method) for method in ("influence", "divergence")]
     light, heavy = (forecast(plan)["measuring"] for plan in plans)
