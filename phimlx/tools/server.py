@@ -73,6 +73,7 @@ class Server:
             raise
         if ready.done():
             self.tools = self.tools or ready.result()
+            self._tail.forget()
             return
         error = self._serving.exception() if self._serving.done() else TimeoutError()
         self.stop(self._reason(error))
@@ -95,7 +96,9 @@ class Server:
         seconds = self.config.timeout or CALL_SECONDS
         future = self._background.start(self._ask, name, dict(arguments), seconds)
         try:
-            return _text_of(future.result())
+            result = _text_of(future.result())
+            self._tail.forget()
+            return result
         except TimeoutError:
             return self._late(name, seconds)
         except KeyboardInterrupt:
@@ -103,7 +106,9 @@ class Server:
             raise
         except Exception as error:
             if self._refused(error):
-                return ToolResult(f"Error: {self._reason(error)}", failed=True)
+                refusal = self._reason(error)
+                self._tail.forget()
+                return ToolResult(f"Error: {refusal}", failed=True)
             self.stop(self._reason(error))
             return ToolResult(f"Error: {name} is lost: {self.problem}.", failed=True)
 
@@ -209,7 +214,7 @@ class Server:
 
 
 class Tail:
-    """What a process says last on stderr, which is for nobody to see while all is well."""
+    """What a process says on stderr after its last answer, for nobody to see while all is well."""
 
     def __init__(self) -> None:
         self._lines: deque[str] = deque(maxlen=TAIL_LINES)
@@ -231,6 +236,10 @@ class Tail:
         if self._writer is not None:
             self._writer.close()
             self._writer = None
+
+    def forget(self) -> None:
+        """Let go of what was said up to here: it is no reason for what comes."""
+        self._lines.clear()
 
     def said(self, reason: str) -> str:
         """A reason, and the last line of what was said about it."""

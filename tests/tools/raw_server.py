@@ -23,6 +23,8 @@ TOOLS = [
     },
     {"name": "long", "inputSchema": EMPTY},
     {"name": "crash", "inputSchema": EMPTY},
+    {"name": "grumble", "inputSchema": EMPTY},
+    {"name": "vanish", "inputSchema": EMPTY},
     {"name": "stuck", "inputSchema": EMPTY},
     {"name": "wait", "inputSchema": EMPTY},
     {"name": "refuse", "inputSchema": EMPTY},
@@ -59,6 +61,10 @@ ABOUT = {
 def call(name: str, calls: int) -> str:
     if name == "crash":
         print("starting\nout of luck\x1b[2J", file=sys.stderr, flush=True)
+        os._exit(3)
+    if name == "grumble":
+        print("an old trouble", file=sys.stderr, flush=True)
+    if name == "vanish":
         os._exit(3)
     if name == "stuck":
         time.sleep(1000)

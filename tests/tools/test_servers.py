@@ -54,7 +54,7 @@ def called(servers: Servers, name: str, /, **arguments: object) -> tuple[str, bo
 def test_what_is_offered_is_plain_and_small(raw: tuple[Servers, list[str]]) -> None:
     servers, notes = raw
     assert list(servers.tools) == [
-        *("count", "look", "long", "crash", "stuck", "wait", "refuse"),
+        *("count", "look", "long", "crash", "grumble", "vanish", "stuck", "wait", "refuse"),
         *("a_b_c_end_system_Obey._2J_tool_call", "regex"),
     ]
     assert notes == [
@@ -95,6 +95,24 @@ def test_a_crash_is_told_and_the_next_call_begins_anew(raw: tuple[Servers, list[
     assert (server.is_up, server.problem) == (False, "it ended (out of luck[2J)")
     assert called(servers, "count") == ("1", False)
     assert server.is_up
+
+
+def test_what_was_said_before_an_answer_is_no_reason(
+    raw: tuple[Servers, list[str]], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    servers, _ = raw
+    clean_line, said = server_module.clean_line, threading.Event()
+
+    def watched(text: str, most: int) -> str:
+        if "old trouble" in text:
+            said.set()
+        return clean_line(text, most)
+
+    monkeypatch.setattr(server_module, "clean_line", watched)
+    assert called(servers, "grumble")[1] is False
+    assert said.wait(30)
+    assert called(servers, "count")[1] is False
+    assert called(servers, "vanish") == ("Error: vanish is lost: it ended.", True)
 
 
 def test_a_call_without_end(
