@@ -103,6 +103,10 @@ class GgufCheckpoint(Checkpoint):
 
     def _architecture(self) -> tuple[Architecture, GGUF]:
         name = self.settings.get("general.architecture")
+        if name is None:
+            raise ConfigError(
+                f"{self.folder.name} does not say which architecture its model has.", hint=ORIGINAL
+            )
         found = registry.of_gguf(name)
         if found is None:
             known = ", ".join(

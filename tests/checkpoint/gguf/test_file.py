@@ -367,12 +367,21 @@ def test_bad_factors(tmp_path: Path, factors: np.ndarray | None, message: str) -
     assert str(caught.value) == f"x.gguf: {message}"
 
 
-@pytest.mark.parametrize("name", ["gemma3", "qwen2", "", 3, None, "x" * 9999])
+def test_no_architecture(tmp_path: Path) -> None:
+    made = written()
+    settings = {**made.settings}
+    del settings["general.architecture"]
+    (tmp_path / "x.gguf").write_bytes(Written(settings, made.tensors).bytes())
+    with pytest.raises(ConfigError) as caught:
+        GgufCheckpoint(tmp_path / "x.gguf")
+    assert str(caught.value) == "x.gguf does not say which architecture its model has."
+    assert caught.value.hint == "Get the original model's folder, and convert that."
+
+
+@pytest.mark.parametrize("name", ["gemma3", "qwen2", "", 3, "x" * 9999])
 def test_other_architectures(tmp_path: Path, name: Any) -> None:
     made = written()
     settings = {**made.settings, "general.architecture": name}
-    if name is None:
-        del settings["general.architecture"]
     (tmp_path / "x.gguf").write_bytes(Written(settings, made.tensors).bytes())
     with pytest.raises(ConfigError) as caught:
         GgufCheckpoint(tmp_path / "x.gguf")
