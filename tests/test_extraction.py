@@ -175,19 +175,36 @@ def test_the_command(files: list[str], tmp_path: Path) -> None:
     done = run(*files[:3], "--schema", json.dumps(SCHEMA), "-o", str(target))
     assert (done.exit_code, done.stdout) == (0, f"3 replies are in {target}.\n")
     assert target.read_text().startswith("file,colour,sides,seen,error\n")
+    target.unlink()
+    done = run(files[0], "--schema", json.dumps(SCHEMA), "-o", str(target))
+    assert (done.exit_code, done.stdout) == (0, f"1 reply is in {target}.\n")
 
 
 def test_the_same_fault_of_many_files_is_said_once(files: list[str], tmp_path: Path) -> None:
     target = tmp_path / "o.jsonl"
+    alike = [tmp_path / f"{number}.txt" for number in range(5)]
+    for file in alike:
+        file.write_text("A red square.")
     arguments = ["--schema", json.dumps(SCHEMA), "-o", str(target), "--max-tokens", "3"]
-    done = run(*files[:1] * 20, *files[3:4], *arguments)
+    done = run(*map(str, alike), *files[3:4], *arguments)
     assert done.exit_code == 1
+    first = ", ".join(map(str, alike[:3]))
     assert done.stderr == (
-        "The answer was cut after 3 tokens. So it is with 20 files: 1, 2, 3 and 17 more.\n"
+        f"The answer was cut after 3 tokens. So it is with 5 files: {first} and 2 more.\n"
         f"{files[3]} is not UTF-8 text.\n"
-        "Error: 21 of 21 files could not be answered: 1, 2, 3 and 18 more.\n"
+        f"Error: 6 of 6 files could not be answered: {first} and 3 more.\n"
         f"Hint: {target} has the reason in the place of each.\n"
     )
+
+
+def test_a_file_that_failed_is_told_by_its_path(files: list[str], tmp_path: Path) -> None:
+    target = tmp_path / "o.jsonl"
+    arguments = ["--schema", json.dumps(SCHEMA), "-o", str(target), "--json"]
+    done = run(files[3], *arguments)
+    assert done.exit_code == 1
+    told = json.loads(done.stdout)
+    assert told["error"]["message"] == f"1 of 1 file could not be answered: {files[3]}."
+    assert told["failed"] == {files[3]: f"{files[3]} is not UTF-8 text."}
 
 
 @pytest.mark.parametrize("missing", ["--schema", "-o"])

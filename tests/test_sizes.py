@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from phimlx.sizes import size_text
+from phimlx.sizes import counted, size_text
 
 HOME = Path(__file__).parents[1]
 SOURCES = [path for room in ("phimlx", "convert") for path in sorted((HOME / room).rglob("*.py"))]
@@ -32,6 +32,20 @@ SOURCES = [path for room in ("phimlx", "convert") for path in sorted((HOME / roo
 )
 def test_three_figures_and_a_unit(nbytes: int, text: str) -> None:
     assert size_text(nbytes) == text
+
+
+@pytest.mark.parametrize(
+    ("count", "words", "text"),
+    [
+        (0, ("row",), "0 rows"),
+        (1, ("row",), "1 row"),
+        (2048, ("row",), "2,048 rows"),
+        (1, ("reply is", "replies are"), "1 reply is"),
+        (0, ("reply is", "replies are"), "0 replies are"),
+    ],
+)
+def test_one_and_several(count: int, words: tuple[str, ...], text: str) -> None:
+    assert counted(count, *words) == text
 
 
 OTHERS = re.compile(r"\{[^{}\n]*(?:>>|/ ?1024|/ ?2 ?\*\* ?[123]0)[^{}\n]*\}|[KMG]iB\b")

@@ -8,7 +8,7 @@ from contextlib import AbstractContextManager, ExitStack, contextmanager
 from phimlx.errors import ModelAbsentError
 from phimlx.hub.client import Remote, RemoteFile
 from phimlx.hub.transfer import DownloadPlan, ProgressCallback
-from phimlx.sizes import size_text
+from phimlx.sizes import counted, size_text
 from phimlx.terminal.output import Output
 
 ASK_ABOVE = 1_000_000_000  # bytes
@@ -100,7 +100,7 @@ def download_summary(plan: DownloadPlan) -> str:
     known = [f"{size_text(nbytes)} {where}" for where, nbytes in places.items() if nbytes]
     return (
         f"Downloading {plan.repository.name} ({plan.repository.commit[:7]}): "
-        f"{len(plan.files)} files, {size_text(plan.nbytes)}"
+        f"{counted(len(plan.files), 'file')}, {size_text(plan.nbytes)}"
         + (f", of which {' and '.join(known)}." if known else ".")
     )
 

@@ -34,7 +34,7 @@ def command(action: str, model: str | None, as_json: bool) -> None:
         prefixes_limit,
         remove_unfinished,
     )
-    from phimlx.sizes import size_text
+    from phimlx.sizes import counted, size_text
 
     output = Output(json=as_json)
     folder = prefixes_folder()
@@ -54,8 +54,9 @@ def command(action: str, model: str | None, as_json: bool) -> None:
         if left:
             raise CacheError(f"{left[0].path} cannot be deleted.")
         output.json({**about, "deleted": len(described)})
-        what = "1 prompt" if len(described) == 1 else f"{len(described)} prompts"
-        output.text(f"Deleted {what}: {size_text(total)} are free again.")
+        output.text(
+            f"Deleted {counted(len(described), 'prompt')}: {size_text(total)} are free again."
+        )
         return
     output.json({**about, "prompts": [entry for _, entry in described]})
     if described and not as_json:

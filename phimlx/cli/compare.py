@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import ModelNotFoundError, TrainingError, shortened
+from phimlx.sizes import counted
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -68,12 +69,13 @@ def compare_on_data(
         raise TrainingError("The two have no row in common that can be measured.")
     apart = len(set(a) ^ set(b))
     if apart:
-        output.warning(f"{apart:,} rows are left out: only one of the two can be measured on them.")
+        rows = counted(apart, "row is", "rows are")
+        output.warning(f"{rows} left out: only one of the two can be measured there.")
     output.table(
         ["", sides[0], sides[1], "B - A", f"{CONFIDENCE:.0%} of resampled rows", ""],
         [_line(each) for each in measures],
     )
-    output.text(f"{len(places):,} rows. A is {sides[0]}, B {sides[1]}.")
+    output.text(f"{counted(len(places), 'row')}. A is {sides[0]}, B {sides[1]}.")
     _show_rows(a, b, places, output)
     output.json(
         {

@@ -18,7 +18,7 @@ from phimlx.cli.options import adapter_option, json_option, own_adapter
 from phimlx.cli.publish import PublishFlags
 from phimlx.cli.report import ReportFlags
 from phimlx.errors import DownloadError, ModelAbsentError
-from phimlx.sizes import size_text
+from phimlx.sizes import counted, size_text
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -420,9 +420,13 @@ def print_summary(result: ConversionResult, output: Output) -> None:
     )
     left = result.undivided
     if left:
+        layers = counted(
+            len(left),
+            "layer stays as it is, since groups do not divide its width",
+            "layers stay as they are, since groups do not divide their width",
+        )
         output.warning(
-            f"{len(left)} layers stay as they are, since groups do not divide their width: "
-            f"{left[0]}" + (f" and {len(left) - 1} more." if len(left) > 1 else ".")
+            f"{layers}: {left[0]}" + (f" and {len(left) - 1} more." if len(left) > 1 else ".")
         )
     for remark in result.remarks:
         output.warning(remark)

@@ -19,6 +19,7 @@ from phimlx.cli.options import (
 )
 from phimlx.cli.train import model_folder, read_data, stop_requests
 from phimlx.options import click_options, from_file, from_flags, schemas
+from phimlx.sizes import counted
 from phimlx.terminal.output import Output
 from phimlx.training.distill.settings import DistillSettings
 from phimlx.training.methods import NUMBERS
@@ -154,7 +155,8 @@ def _answers(session: DistillSession, check: bool, ignore_memory: bool, output: 
         output.note(f"The teacher's answers are taken from {asking.folder}.")
     kept = asking.filter(session.checkers, not session.settings.keep_same)
     rows = sum(kept.rows.values())
-    output.note(f"{rows:,} of {asking.total:,} answers are learned: {asking.folder}/train.jsonl")
+    answers = counted(asking.total, "answer is", "answers are")
+    output.note(f"{rows:,} of {answers} learned: {asking.folder}/train.jsonl")
     if kept.rejected:
         output.note(f"Not learned: {kept.reasons}.")
     return True
@@ -167,7 +169,7 @@ def _ask(asking: Asking, phi: Phi, output: Output) -> None:
     if any(asking.answers(split) in asking.missing for split in asking.questions):
         total, folder = asking.total, asking.folder
         result = follow(lambda advance: asking.ask(phi, advance), total, "answer", folder, output)
-        told = {str(number): why for number, why in result.failed.items()}
+        told = [(str(number), why) for number, why in result.failed.items()]
         for why in faults(told, "question"):
             output.warning(why)
     if asking.judge is not None:
@@ -236,7 +238,7 @@ def _check_answers(session: DistillSession, output: Output) -> None:
         [(split, f"{len(questions):,}") for split, questions in asking.questions.items()],
     )
     output.text(
-        f"The teacher would write {asking.total:,} answers of at most "
+        f"The teacher would write {counted(asking.total, 'answer')} of at most "
         f"{session.settings.answer_tokens:,} tokens. Its weights take {size_text(needed)}; this "
         f"machine has {size_text(memory)} for it."
     )
@@ -276,7 +278,9 @@ def _check(
             f"Its probabilities of {plan.positions:,} tokens, {plan.k} at each: "
             f"{size_text(plan.nbytes)} of disk space."
         )
-    output.text(f"This machine has {size_text(memory)} of memory. The run has {steps:,} steps.")
+    output.text(
+        f"This machine has {size_text(memory)} of memory. The run has {counted(steps, 'step')}."
+    )
     warning = session.check_memory(data, memory)
     if warning:
         output.warning(warning)

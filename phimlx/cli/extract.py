@@ -120,4 +120,5 @@ def command(
             advance=advance,
         )
 
-    finish(follow(answer, len(files), "file", output_file, output), "file", output_file, output)
+    result = follow(answer, len(files), "file", output_file, output)
+    finish(result, "file", output_file, output, lambda number: files[number - 1])

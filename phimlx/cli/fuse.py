@@ -9,6 +9,7 @@ import click
 
 from phimlx.cli.convert import DTYPES, as_object, print_summary
 from phimlx.cli.options import adapter_option, json_option, own_adapter
+from phimlx.sizes import counted
 from phimlx.terminal.output import Output
 
 EXPORTS = ("peft", "mlx-lm")
@@ -111,7 +112,9 @@ def _export(
 
     folder = None if model is None else resolve(model)
     found = export_adapter(adapter, out, format, folder)
-    output.text(f"{out}: {found.kind}, {len(found.arrays)} tensors, {found.size:,} numbers")
+    output.text(
+        f"{out}: {found.kind}, {counted(len(found.arrays), 'tensor')}, {found.size:,} numbers"
+    )
     return {
         "path": str(out),
         "format": format,

@@ -9,6 +9,7 @@ import click
 
 from phimlx.cli.conversations import ConversationId, resolve_id
 from phimlx.cli.options import json_option
+from phimlx.sizes import counted
 from phimlx.terminal.output import Output
 
 MARKDOWN = (".md", ".markdown")
@@ -265,7 +266,7 @@ def delete_command(ids: tuple[int | str, ...], everything: bool, yes: bool, as_j
 
 def conversations(count: int) -> str:
     """Say how many."""
-    return "1 conversation" if count == 1 else f"{count:,} conversations"
+    return counted(count, "conversation")
 
 
 def when(seconds: float) -> str:

@@ -12,7 +12,7 @@ import click
 from phimlx.cli.bars import logger, upload_bars
 from phimlx.cli.flags import flag
 from phimlx.errors import UploadError
-from phimlx.sizes import size_text
+from phimlx.sizes import counted, size_text
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -66,7 +66,7 @@ def publish(folder: Path, target: Target, output: Output) -> dict[str, Any]:
 
     files = published_files(folder)
     nbytes = sum(file.stat().st_size for file in files.values())
-    output.note(f"Uploading {len(files)} files, {size_text(nbytes)}, to {target.name}.")
+    output.note(f"Uploading {counted(len(files), 'file')}, {size_text(nbytes)}, to {target.name}.")
     again = f"phimlx convert --mlx-path {shlex.quote(str(folder))} --upload-repo {target.name}"
     again += " --private" if target.private else ""
     try:
@@ -78,7 +78,7 @@ def publish(folder: Path, target: Target, output: Output) -> dict[str, Any]:
     except UploadError as error:
         hint = f"{error.hint or 'Try again in a few minutes.'} The upload goes on with: {again}"
         raise UploadError(str(error), hint=hint) from error
-    output.text(f"{done.url}: {len(done.files)} files, {size_text(done.nbytes)}")
+    output.text(f"{done.url}: {counted(len(done.files), 'file')}, {size_text(done.nbytes)}")
     return {"upload": asdict(done)}
 
 

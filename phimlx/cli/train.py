@@ -185,7 +185,7 @@ def read_data(session: Session, output: Output) -> dict[str, Dataset]:
 def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> None:
     """Show what the data is like and what a run would need."""
     from phimlx.machine.memory import machine_memory
-    from phimlx.sizes import size_text
+    from phimlx.sizes import counted, size_text
     from phimlx.terminal.training import show_examples
     from phimlx.training.data.statistics import summarize, summary_table
     from phimlx.training.run.loop import TrainingPlan
@@ -200,7 +200,8 @@ def _check(session: Session, data: Mapping[str, Dataset], output: Output) -> Non
     plan = TrainingPlan.of(settings, len(session.batches(data)[0]))
     output.text()
     output.table(["Memory at the peak", ""], needed.rows())
-    output.text(f"This machine has {size_text(memory)} for it. The run has {plan.steps:,} steps.")
+    steps = counted(plan.steps, "step")
+    output.text(f"This machine has {size_text(memory)} for it. The run has {steps}.")
     warning = session.check_memory(data, memory)
     if warning:
         output.warning(warning)

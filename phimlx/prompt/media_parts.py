@@ -11,6 +11,7 @@ from numbers import Integral
 from typing import Any
 
 from phimlx.errors import PromptError, shortened
+from phimlx.sizes import counted
 
 KINDS = ("image", "audio")
 NAMES = {"image": "picture", "audio": "sound"}
@@ -178,8 +179,7 @@ def expand_placeholders(
         if places != items:
             name = NAMES[kind]
             raise PromptError(
-                f"The prompt has {places} {'place' if places == 1 else 'places'} for {name}s, but "
-                f"{items} came with it.",
+                f"The prompt has {counted(places, 'place')} for {name}s, but {items} came with it.",
                 hint=f"Each needs its place, written <|{kind}_1|>, <|{kind}_2|>, … in raw text.",
             )
     kinds = {token: kind for kind, token in placeholders.items()}

@@ -15,6 +15,7 @@ from phimlx.errors import MediaError, PhimlxError
 from phimlx.history.messages import KINDS
 from phimlx.media.kinds import SUFFIXES, kind_of
 from phimlx.prompt.media_parts import FRAMES
+from phimlx.sizes import counted
 
 if TYPE_CHECKING:
     from phimlx.media.limits import Limits
@@ -110,7 +111,7 @@ def _decode_video(data: bytes, limits: Limits | None, frames: int) -> Parts:
 
     found = read_video(data, frames, limits)
     parts = tuple({"type": "image", "image": frame.image} for frame in found)
-    return parts, f"{len(parts)} pictures of it"
+    return parts, f"{counted(len(parts), 'picture')} of it"
 
 
 _DECODERS: dict[str, Callable[[bytes, Limits | None, int], Parts]] = {

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from phimlx.errors import GenerationError, HistoryError, PhimlxError
 from phimlx.prompt.media_parts import no_media
+from phimlx.sizes import counted
 from phimlx.terminal.attachments import Attachment, dropped_files
 from phimlx.terminal.conversation import Conversation, Turn
 from phimlx.terminal.interrupt import Interruptible
@@ -208,7 +209,7 @@ class Chat:
         loaded.model, loaded.adapter = model, self.conversation.adapter
         self.conversation, self.saved_as = loaded, None
         self.show_last_turns()
-        self.output.note(f"Loaded {len(loaded.messages)} messages from {place}.")
+        self.output.note(f"Loaded {counted(len(loaded.messages), 'message')} from {place}.")
 
     def show_last_turns(self) -> None:
         """Show the last turns of the conversation, and what waits for an answer."""

@@ -16,6 +16,7 @@ from phimlx.errors import PhimlxError
 from phimlx.preferences.personas import list_personas, read_persona
 from phimlx.preferences.sampling import SETTINGS, Setting, find_setting, parse_setting
 from phimlx.prompt.tools import load_tools
+from phimlx.sizes import counted
 from phimlx.terminal.answer_commands import copy, last_answer, last_code, save_code
 from phimlx.terminal.chat import Chat
 from phimlx.terminal.compact import compact
@@ -268,7 +269,7 @@ def _copy(chat: Chat, argument: str) -> None:
         raise PhimlxError("What is to be copied?", "Say /copy, or /copy code.")
     text = last_code(chat.conversation) if argument else last_answer(chat.conversation)
     copy(text, chat.output)
-    _done(chat, f"Copied {len(text):,} characters.")
+    _done(chat, f"Copied {counted(len(text), 'character')}.")
 
 
 def _code(chat: Chat, argument: str) -> None:
@@ -292,7 +293,7 @@ def _show(chat: Chat, argument: str) -> None:
         _say(chat, "Nothing has been said yet.")
         return
     show_turns(messages, chat.output)
-    _done(chat, f"{len(messages)} messages.")
+    _done(chat, f"{counted(len(messages), 'message')}.")
 
 
 def _tools(chat: Chat, argument: str) -> None:

@@ -20,6 +20,7 @@ from phimlx.history.messages import (
 )
 from phimlx.preferences.sampling import SETTINGS, check_settings
 from phimlx.prompt.tools import load_tools, read_tools
+from phimlx.sizes import counted
 from phimlx.terminal.attachments import Attachment, digest, in_order
 from phimlx.terminal.output import encode_json
 
@@ -168,8 +169,8 @@ class Conversation:
         """Forget the oldest turns; raises `SessionError` where there are not so many."""
         begins = self.turn_begins()
         if not 0 < turns <= len(begins):
-            there = "1 turn" if len(begins) == 1 else f"{len(begins)} turns"
-            raise SessionError(f"There are {there} to drop from.".replace("are 1", "is 1"))
+            verb = "is" if len(begins) == 1 else "are"
+            raise SessionError(f"There {verb} {counted(len(begins), 'turn')} to drop from.")
         self.replace_oldest([*begins, len(self.messages)][turns])
 
     def edit(self, text: str) -> Turn:

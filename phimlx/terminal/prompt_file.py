@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import GenerationError, shortened, some
+from phimlx.sizes import counted
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -31,7 +32,7 @@ def answer_prompts(
 
     result = follow(answer, count_lines(source), "line", target, output)
     for key, count in result.unused.items():
-        lines = "1 line holds" if count == 1 else f"{count:,} lines hold"
+        lines = counted(count, "line holds", "lines hold")
         output.warning(f"{lines} {shortened(key)}, of which nothing is made.")
     finish(result, "line", target, output)
 
@@ -51,35 +52,54 @@ def follow(
         output.note("Interrupted; the same command goes on where it was.")
         raise
     if result.kept:
-        output.note(f"{result.kept:,} of {total:,} {noun}s had been answered before.")
+        output.note(f"{result.kept:,} of {counted(total, noun)} had been answered before.")
     return result
 
 
-def finish(result: Result, noun: str, target: Path, output: Output) -> None:
-    """Tell what came of it; raises `GenerationError` where some could not be answered."""
-    failed = {str(number): why for number, why in sorted(result.failed.items())}
-    about = {"output": str(target), "answered": result.answered, "failed": failed}
-    for why in list(faults(failed, noun))[:FAULTS]:
+def finish(
+    result: Result,
+    noun: str,
+    target: Path,
+    output: Output,
+    name: Callable[[int], str] = str,
+) -> None:
+    """Tell what came of it.
+
+    Args:
+        name: makes of a number from 1 on what a person calls that prompt.
+
+    Raises:
+        GenerationError: where some could not be answered.
+    """
+    failed = [(name(number), why) for number, why in sorted(result.failed.items())]
+    about = {"output": str(target), "answered": result.answered, "failed": dict(failed)}
+    for why in faults(failed, noun)[:FAULTS]:
         output.note(why)
     if failed:
         total = result.answered + len(failed)
         error = GenerationError(
-            f"{len(failed):,} of {total:,} {noun}s could not be answered: {some(list(failed))}.",
+            f"{len(failed):,} of {counted(total, noun)} could not be answered: "
+            f"{some([name for name, _ in failed])}.",
             hint=f"{target} has the reason in the place of each.",
         )
         error.result = about
         raise error
     output.json(about)
-    output.text(f"{result.answered:,} replies are in {target}.")
+    output.text(f"{counted(result.answered, 'reply is', 'replies are')} in {target}.")
 
 
-def faults(failed: dict[str, str], noun: str) -> list[str]:
-    """Say each fault once, with how often it is there and where first."""
-    alike: dict[str, list[str]] = {}
-    for number, why in failed.items():
-        alike.setdefault(why.replace(f"Line {number}", ""), []).append(number)
-    return [
-        failed[numbers[0]]
-        + (f" So it is with {len(numbers):,} {noun}s: {some(numbers)}." if numbers[1:] else "")
-        for numbers in alike.values()
-    ]
+def faults(failed: Iterable[tuple[str, str]], noun: str) -> list[str]:
+    """Say each fault once, with how often it is there and where first.
+
+    Args:
+        failed: what a person calls each prompt, and why it has no answer.
+    """
+    alike: dict[str, list[tuple[str, str]]] = {}
+    for name, why in failed:
+        alike.setdefault(why.replace(f"Line {name}", ""), []).append((name, why))
+    told = []
+    for same in alike.values():
+        names = [name for name, _ in same]
+        more = f" So it is with {len(names):,} {noun}s: {some(names)}." if names[1:] else ""
+        told.append(same[0][1] + more)
+    return told

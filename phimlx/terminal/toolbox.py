@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import ToolError
+from phimlx.sizes import counted
 from phimlx.terminal.output import Output
 from phimlx.terminal.screen import Screen
 from phimlx.tools import MAX_ROUNDS
@@ -174,6 +175,6 @@ def folded(text: str) -> list[str]:
     lines = text.strip("\n").split("\n")
     shown = [line[:FOLDED_WIDTH] for line in lines[:FOLDED_LINES]]
     if shown != lines:
-        count = "1 line" if len(lines) == 1 else f"{len(lines):,} lines"
+        count = counted(len(lines), "line")
         shown.append(f"… {len(text):,} characters in {count}; /show shows all.")
     return [f"= {shown[0]}", *(f"  {line}" for line in shown[1:])]

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from phimlx.errors import PhimlxError
 from phimlx.files import write_file
-from phimlx.sizes import size_text
+from phimlx.sizes import counted, size_text
 from phimlx.terminal.curves import draw, legend
 from phimlx.terminal.output import Output
 from phimlx.training.run.card import adapter_card
@@ -106,7 +106,7 @@ class RunDisplay:
         best = ""
         if outcome.best_loss is not None:
             best = f", validation loss {outcome.best_loss:.4f} at step {outcome.best_step:,}"
-        taken = "1 step" if outcome.step == 1 else f"{outcome.step:,} steps"
+        taken = counted(outcome.step, "step")
         self.output.text(f"{self.folder}: {outcome.ending} after {taken}{best}")
         if outcome.ending != INTERRUPTED:
             name = self.session.settings.model

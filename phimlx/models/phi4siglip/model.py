@@ -26,6 +26,7 @@ from phimlx.models.phi4siglip.vision import (
     project,
     projector,
 )
+from phimlx.sizes import counted
 
 
 class Phi4SiglipModel(Phi3Model):
@@ -162,7 +163,8 @@ def spliced(
     places = int(shown.sum())
     if places != len(counts):
         raise PromptError(
-            f"The input has {places} places for pictures, but {len(counts)} pictures are given."
+            f"The input has {counted(places, 'place')} for pictures, but "
+            f"{counted(len(counts), 'picture is', 'pictures are')} given."
         )
     starts = np.cumsum([0, *counts])
     picture, rows, kept = 0, [], []

@@ -20,7 +20,7 @@ from typing import Any, BinaryIO, NoReturn
 from phimlx.errors import TrainingError, shortened
 from phimlx.extras import import_extra
 from phimlx.files import is_file, read_whole
-from phimlx.sizes import size_text
+from phimlx.sizes import counted, size_text
 
 DELIMITERS = (",", ";", "\t", "|")
 RECORDS_TRIED = 20  # records after the header that tell one delimiter from another
@@ -255,8 +255,8 @@ def _read_csv(file: DataFile, size: int, usual: str = ",") -> Iterator[tuple[Row
             if len(cells) == len(header):
                 yield Row(place, dict(zip(header, cells, strict=True))), done
             else:
-                count = f"{len(cells)} {'column' if len(cells) == 1 else 'columns'}"
-                yield Problem(place, f"It has {count}, but the header has {len(header)}."), done
+                found = counted(len(cells), "column")
+                yield Problem(place, f"It has {found}, but the header has {len(header)}."), done
     except _csv_with_long_cells().Error as error:
         raise _BadFileError(f"This is no CSV: {error}.", f", line {line}") from error
 

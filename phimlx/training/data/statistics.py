@@ -9,6 +9,7 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from phimlx.prompt.tokenizer.tokenizer import Tokenizer
+from phimlx.sizes import counted
 from phimlx.training.data.batches import Batches, Example
 from phimlx.training.data.examples import Dataset
 
@@ -111,7 +112,7 @@ def unused_notes(data: Iterable[Dataset]) -> list[str]:
     notes = []
     for file, counts in ((file, c) for each in data for file, c in each.unused.items() if c):
         named = [
-            f"{name} ({count:,} {'row' if count == 1 else 'rows'})"
+            f"{name} ({counted(count, 'row')})"
             for name, count in sorted(counts.items(), key=lambda item: (-item[1], item[0]))
         ]
         more = [f"{len(named) - MOST_NAMED} more"] if len(named) > MOST_NAMED else []
