@@ -20,6 +20,7 @@ from phimlx.prompt.tools import ToolCall
 from phimlx.tools import server as server_module
 from phimlx.tools.results import MAX_CHARACTERS
 from phimlx.tools.servers import Servers
+from phimlx.tools.untrusted import clean_line
 from tests.terminal.fake_phi import FakePhi, Script
 from tests.tools.raw_server import HOSTILE
 
@@ -101,7 +102,7 @@ def test_what_was_said_before_an_answer_is_no_reason(
     raw: tuple[Servers, list[str]], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     servers, _ = raw
-    clean_line, said = server_module.clean_line, threading.Event()
+    said = threading.Event()
 
     def watched(text: str, most: int) -> str:
         if "old trouble" in text:
