@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
 from phimlx.terminal.output import Output
@@ -32,7 +33,8 @@ class Healing:
     @property
     def folders(self) -> tuple[Path, Path]:
         """The folder of the run, and that of the healed model."""
-        return tuple(self.out.with_name(f"{self.out.name}-{end}") for end in ("adapter", "healed"))  # type: ignore[return-value]
+        parent, name = self.out.parent, self.out.name
+        return parent / f"{name}-adapter", parent / f"{name}-healed"
 
     def check(self, output: Output) -> None:
         """Read the data before anything is made, with the tokenizer that both models have.
@@ -64,19 +66,17 @@ class Healing:
         Returns:
             What `--json` prints.
         """
-        from convert import convert
         from convert.prune.report import agreement_rows, compare
         from phimlx.checkpoint.folder import Checkpoint
         from phimlx.cli import distill
 
-        adapter, healed = self.folders
+        healed = self.folders[1]
         part = _Part(json=output.as_json)
         try:
             session = distill.open_session(self._settings(self.out), False, part)
             session.check()
             distill.run(session, False, ignore_memory, part)
-            layout = "hf" if self.split else "mlx"
-            convert(self.out, healed, adapter=adapter, layout=layout, split_projections=self.split)
+            self.fuse()
         except BaseException:
             output.note(self._rest)
             raise
@@ -85,6 +85,23 @@ class Healing:
         output.table(("Measure", "Whole model", "Healed"), agreement_rows(found))
         output.text(f"{healed}: the pruned model, healed.")
         return {"path": str(healed), "agreements": [asdict(each) for each in found]}
+
+    def fuse(self) -> None:
+        """Write the healed model in the layout of the pruned one, quantized where that is."""
+        from convert import convert
+        from convert.prune.plan import Pruning
+        from convert.prune.write import write_pruned
+        from phimlx.checkpoint.folder import Checkpoint
+
+        adapter, healed = self.folders
+        if not self.split:
+            convert(self.out, healed, adapter=adapter)
+            return
+        # Fusing takes the layout apart that others need; leaving nothing out writes it again.
+        with TemporaryDirectory(dir=healed.parent, prefix=f".{healed.name}-") as folder:
+            fused = Path(folder) / "fused"
+            convert(self.out, fused, adapter=adapter)
+            write_pruned(Checkpoint(fused), healed, Pruning(), lambda nbytes: None, split=True)
 
     def _settings(self, student: Path) -> DistillSettings:
         from phimlx.training.distill.settings import DistillSettings
@@ -100,7 +117,7 @@ class Healing:
         """How a person goes on where this was stopped."""
         adapter, healed = self.folders
         fuse = f"fuse --model {self.out} --adapter-path {adapter} --save-path {healed}"
-        if self.split:
+        if self.split and self.before.quantization is None:
             fuse = f"convert {self.out} --adapter-path {adapter} --mlx-path {healed}"
             fuse += " --export hf --split-projections"
         return (

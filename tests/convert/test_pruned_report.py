@@ -12,7 +12,9 @@ from typing import Any
 import mlx.core as mx
 import pytest
 from click.testing import CliRunner
+from mlx_lm.utils import load_model as load_in_mlx_lm
 
+from convert import Quantization, convert
 from convert.measure.compare import Agreement
 from convert.prune.layers import LayerChoice
 from convert.prune.memory import forecast
@@ -21,7 +23,9 @@ from convert.prune.report import PruneReport, compare, report_tokens
 from convert.prune.widths import WidthChoice
 from convert.prune.write import write_pruned
 from phimlx.checkpoint.folder import Checkpoint
+from phimlx.checkpoint.load import load_model
 from phimlx.cli.group import cli
+from phimlx.cli.healing import Healing
 from phimlx.errors import PhimlxError
 from phimlx.hub.resolve import NANO
 from tests.convert.tiny import PHI_4, write_model
@@ -132,6 +136,38 @@ def test_data_to_heal_on_is_read_first(rows: str | None, tmp_path: Path) -> None
     assert result.exit_code == 1
     assert "rows.jsonl" in result.stderr
     assert not out.exists()
+
+
+@pytest.mark.parametrize("bits", [None, 4])
+def test_a_healed_model_is_in_the_layout_of_the_pruned_one(
+    bits: int | None, tmp_path: Path
+) -> None:
+    source = write_wide(tmp_path / "model", 96).folder
+    if bits is not None:
+        convert(source, tmp_path / "quantized", Quantization(32, bits))
+        source = tmp_path / "quantized"
+    before, out, adapter = Checkpoint(source), tmp_path / "out", tmp_path / "out-adapter"
+    heads = {"heads": WidthChoice(((1.0, 2.0),) * 2, ((1,),) * 2)}
+    write_pruned(before, out, Pruning(None, heads), lambda nbytes: None, split=True)
+    adapter.mkdir()
+    key = mx.random.key(0)
+    name = "model.layers.0.self_attn.o_proj"
+    weights = {f"{name}.lora_a": mx.random.normal((32, 2), key=key)}
+    weights[f"{name}.lora_b"] = mx.random.normal((2, 64), key=key)
+    mx.save_safetensors(str(adapter / "adapters.safetensors"), weights)
+    parameters = {"rank": 2, "scale": 2.0, "dropout": 0.0, "keys": ["self_attn.o_proj"]}
+    about = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": parameters}
+    (adapter / "adapter_config.json").write_text(json.dumps(about))
+    Healing(before, out, "rows.jsonl", split=True).fuse()
+    healed = Checkpoint(tmp_path / "out-healed")
+    told = [json.loads((each / "config.json").read_text()) for each in (out, healed.folder)]
+    assert told[0] == told[1]
+    tokens = mx.array([[5, 6, 7, 9]])
+    logits = load_model(healed)(tokens)
+    assert mx.allclose(load_in_mlx_lm(healed.folder)[0](tokens), logits, atol=1e-4)
+    assert not mx.allclose(load_model(Checkpoint(out))(tokens), logits, atol=1e-2)
+    expected = {"out", "out-adapter", "out-healed", "model", source.name}
+    assert {file.name for file in tmp_path.iterdir()} == expected
 
 
 @pytest.mark.parametrize("there", ["out", "out-adapter", "out-healed"])
