@@ -41,7 +41,7 @@ from phimlx.machine.pass_cost import load_curve
 from phimlx.models.base import CausalLM
 from phimlx.models.lora import DEFAULT
 from phimlx.preferences.file import read_alias
-from phimlx.shared_model import Machines, Peers, shares_no_adapter
+from phimlx.shared_model import Machines, Peers
 from phimlx.tools.chat import Chats
 
 if TYPE_CHECKING:
@@ -89,10 +89,9 @@ def load(
         adapter = read_alias(source).get("adapter")
     if machines is None:
         return Phi(resolve(source), dtype, adapter, rope_scaling)
-    if adapter is not None:
-        raise shares_no_adapter()
-    load_part = partial(machines.load, source, rope_scaling)
-    return Phi(resolve(source), dtype, None, rope_scaling, load_part)
+    folder = None if adapter is None else resolve_adapter(adapter)
+    load_part = partial(machines.load, source, rope_scaling, folder)
+    return Phi(resolve(source), dtype, folder, rope_scaling, load_part)
 
 
 class Phi(Chats):
@@ -164,8 +163,6 @@ class Phi(Chats):
             ConfigError, CheckpointError: for a name that cannot be or is taken, and as `load`.
             ModelNotFoundError: where it is not on this machine.
         """
-        if self.model.leader is not None:
-            raise shares_no_adapter()
         return self._variants.load(resolve_adapter(source), name)
 
     def delete_adapter(self, name: str) -> None:

@@ -103,6 +103,10 @@ class ToolError(PhimlxError):
     """An MCP server that cannot be named, started or asked."""
 
 
+class MachineLostError(PhimlxError):
+    """One of several machines that share a run is no longer there."""
+
+
 class ResourceError(PhimlxError):
     """The system gives this process too little: memory, or open files."""
 

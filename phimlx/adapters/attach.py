@@ -52,6 +52,26 @@ def load_adapter(
             changes what all rows share.
         GenerationError: where the default one does.
     """
+    adapter = attach(model, adapter, folder, config, name)
+    try:
+        for module in model.modules():
+            if isinstance(module, LoRALinear):
+                module.settle()
+        mx.eval(model.parameters())
+    except BaseException:
+        delete_adapter(model, name)
+        raise
+    return adapter
+
+
+def attach(
+    model: CausalLM,
+    adapter: Adapter | str | Path,
+    folder: Path | None = None,
+    config: Mapping[str, Any] | None = None,
+    name: str = DEFAULT,
+) -> Adapter:
+    """Do as `load_adapter` does, but read nothing of the model yet, whose weights are mapped."""
     if not isinstance(adapter, Adapter):
         adapter = read_adapter(adapter)
     adapter = fused(adapter, model)
@@ -72,7 +92,6 @@ def load_adapter(
         model.untie()
     for parameter, values in changes.shared_weights.items():
         _replace(model, parameter, values)
-    mx.eval(model.parameters())
     model.loaded_adapters |= {name}
     if adapter.modalities:
         model.loaded_routes.modalities[name] = frozenset(adapter.modalities)
@@ -92,6 +111,8 @@ def load_adapter(
 
 def delete_adapter(model: CausalLM, name: str) -> None:
     """Take an adapter away that changes projections alone."""
+    if model.leader is not None:
+        model.leader.note("delete_adapter", name)
     model.loaded_adapters -= {name}
     model.loaded_routes.forget(name)
     for path, module in model.named_modules():
@@ -154,6 +175,4 @@ def module_at(model: CausalLM, path: str) -> nn.Module:
 
 
 def _put(model: CausalLM, path: str, module: nn.Module) -> None:
-    module.eval()
-    mx.eval(module.parameters())  # layer by layer: DoRA unpacks a whole weight for a moment
-    model.update_modules(tree_unflatten([(path, module)]))
+    model.update_modules(tree_unflatten([(path, module.eval())]))

@@ -229,7 +229,10 @@ class Variants:
 
         contents = Contents(folder)
         config = self._configs["config.json"]
-        adapter = load_adapter(self._model, folder, self._folder, config, name)
+        if self._model.leader is None:
+            adapter = load_adapter(self._model, folder, self._folder, config, name)
+        else:
+            adapter = self._model.leader.load_adapter(self._model, folder, name)
         try:
             choice = choose_tokenizer(folder, self._folder, self._model.config.vocab_size)
             variant = self._make(choice.folder, choice.stop, name, contents)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from fnmatch import fnmatchcase
 from typing import Any
 
@@ -25,12 +25,14 @@ def load_model(
     checkpoint: Checkpoint,
     dtype: mx.Dtype | None = None,
     group: mx.distributed.Group | None = None,
+    prepare: Callable[[CausalLM], object] = lambda model: None,
 ) -> CausalLM:
     """The model of a folder, with its weights read.
 
     Args:
         dtype: floating-point type to hold weights and compute in; as stored where None.
         group: the machines that share the model, each of which reads its part alone.
+        prepare: changes the model before anything of it is read.
 
     Raises:
         ConfigError, CheckpointError: naming what is missing, unexpected or of another shape; where
@@ -41,13 +43,14 @@ def load_model(
     """
     checkpoint.check_runs()
     model = map_model(checkpoint)
-    with translate_shortage():
-        if group is not None:
-            shard(model, group, dtype)
     if dtype is not None:
         model.set_dtype(dtype)
+    prepare(model)
     with translate_shortage():
-        mx.eval(model.parameters())
+        if group is None:
+            mx.eval(model.parameters())
+        else:
+            shard(model, group)
     return model
 
 

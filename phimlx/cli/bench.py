@@ -17,6 +17,7 @@ from phimlx.cli.options import (
     model_argument,
     model_option,
 )
+from phimlx.cli.together import machines, together
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ SHOWN_PASSES = (1, 2, 3, 4, 6, 8, 12, 16, 24, 32)
     help="Draw the speeds as a PNG; needs the extra plots.",
 )
 @json_option
+@together
 def command(
     model: str | None,
     adapter: str | None,
@@ -103,6 +105,8 @@ def command(
 
     if peer is not None and adapter is not None:
         raise click.UsageError("--vs times the model alone: leave out --adapter-path.")
+    if peer is not None and machines() is not None:
+        raise click.UsageError("--vs times the whole model on one machine: leave out mlx.launch.")
     output = Output(json=as_json)
     if plot is not None:
         from phimlx.evaluation.bench_plot import check_plot
@@ -114,6 +118,8 @@ def command(
     start = time.perf_counter()
     phi = load_or_download(model, output, adapter, dtype=dtype)
     report = bench.new_report(phi, load_seconds=time.perf_counter() - start)
+    if (shared := machines()) is not None:
+        report.machines = shared.size
     interrupted = False
     try:
         measure(phi, report, settings, adapter, dtype, peer, output)
@@ -164,6 +170,10 @@ def measure(
         save_curve(phi.model, report.pass_cost)
     except OSError as failure:
         output.warning(f"The cost of passes could not be kept: {reason(failure)}.")
+    if report.machines > 1:
+        report.notes.append("The time from the command to the first token is one machine's alone.")
+        report.complete = True
+        return
     flags = [] if dtype is None else ["--dtype", dtype]
     flags += [] if adapter is None else ["--adapter-path", adapter]
     with output.status("Starting a command…"):
@@ -186,7 +196,9 @@ def print_report(report: BenchReport, output: Output) -> None:
     """Print what was measured for a person."""
     from phimlx.sizes import size_text
 
-    output.text(f"{report.model} in {report.dtype} on {report.device} ({report.backend})", "bold")
+    shared = f", on {report.machines} machines" if report.machines > 1 else ""
+    place = f"{report.device} ({report.backend}){shared}"
+    output.text(f"{report.model} in {report.dtype} on {place}", "bold")
     times = {"loaded in": report.load_seconds, "first token": report.first_token_seconds}
     for what, seconds in times.items():
         if seconds is not None:

@@ -48,6 +48,7 @@ from phimlx.cli.options import (
 from phimlx.cli.preferences import preferences
 from phimlx.cli.remote import Servers, pop_servers, server_options
 from phimlx.cli.shapes import pop_shape, shape_options
+from phimlx.cli.together import machines, together
 from phimlx.errors import PhimlxError
 from phimlx.preferences.sampling import given
 from phimlx.terminal.output import Output
@@ -96,6 +97,7 @@ if TYPE_CHECKING:
 @frames_option
 @limit_options()
 @json_option
+@together
 def command(
     model: str | None,
     adapter: str | None,
@@ -200,8 +202,9 @@ def command(
             "/help lists the commands, Ctrl-D leaves"
         )
         chat.show_last_turns()
-    elif typed:
-        output.note("Each line is a turn; Ctrl-D ends the chat.")
+    elif typed or machines() is not None:  # mlx.launch passes on lines, and no end of them
+        leave = "/exit" if machines() is not None else "Ctrl-D"
+        output.note(f"Each line is a turn; {leave} ends the chat.")
     if typed and phi.is_base:
         output.note(f"{phi.name} is a base model: it completes text, and was not trained to chat.")
     chat.connect(begun.mcp)

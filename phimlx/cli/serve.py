@@ -11,6 +11,7 @@ import click
 from phimlx.cli.options import json_option, model_argument
 from phimlx.cli.preferences import preferences
 from phimlx.cli.remote import KEY_VARIABLE
+from phimlx.cli.together import machines, together
 from phimlx.options import click_options, from_flags, to_flags
 from phimlx.server.settings import ServerSettings
 from phimlx.terminal.output import Output
@@ -33,6 +34,7 @@ FILES = ("model", "api_key_file", "ssl_certfile", "ssl_keyfile")
 @click.option("--uninstall", "action", flag_value="uninstall", help="Stop that service for good.")
 @click.option("--status", "action", flag_value="status", help="Say whether it runs.")
 @json_option
+@together
 def command(action: str | None, opens: bool, as_json: bool, **flags: Any) -> None:
     """Serve models to programs that speak OpenAI's, Anthropic's or Ollama's API.
 
@@ -47,6 +49,8 @@ def command(action: str | None, opens: bool, as_json: bool, **flags: Any) -> Non
     settings, output = from_flags(ServerSettings, flags), Output(json=as_json)
     if preferences().alias.get(settings.model or "", {}).get("system") is not None:
         output.note(f"Clients say what the model is told, not {settings.model}'s system prompt.")
+    if action is not None and machines() is not None:
+        raise click.UsageError(f"--{action} is for one machine: leave out mlx.launch.")
     if action is None:
         run(settings, output, read_key(settings), opens=opens)
     else:
@@ -82,7 +86,8 @@ def run(
     from phimlx.server.run import address, listen, local_address, serve
     from phimlx.terminal.log import show_log
 
-    app = App(settings, key, token, keeps_history=preferences().get("history") is not False)
+    keeps_history = preferences().get("history") is not False
+    app = App(settings, key, token, keeps_history, machines())
     with listen(settings) as opened:
         show_log(output, "phimlx", "uvicorn")
         note = Note(local_address(settings, opened), os.getpid(), app.secret)

@@ -44,6 +44,7 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one says what it means
                 follow(processes)
                 return
+            signal.signal(signal.SIGTERM, _end)
             machines = Machines(processes)
             click.get_current_context().meta[MACHINES] = machines
             try:
@@ -52,6 +53,11 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
                 machines.end()
 
     return run
+
+
+def _end(number: int, frame: object) -> None:
+    """End the run as a signal asks, and let the others go on the way."""
+    raise SystemExit(128 + number)
 
 
 def machines() -> Machines | None:

@@ -91,7 +91,11 @@ class RowsSpeed:
 
 @dataclass
 class BenchReport:
-    """What has been measured so far; None and empty where nothing has."""
+    """What has been measured so far; None and empty where nothing has.
+
+    Attributes:
+        machines: that share the model; bytes and memory are those of the first.
+    """
 
     model: str
     device: str
@@ -105,6 +109,7 @@ class BenchReport:
     pass_cost: PassCost | None = None
     notes: list[str] = field(default_factory=list)
     complete: bool = False
+    machines: int = 1
 
 
 @dataclass(frozen=True)

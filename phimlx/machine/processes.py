@@ -14,7 +14,7 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from phimlx.errors import PhimlxError
+from phimlx.errors import MachineLostError
 
 FIRST_PATIENCE = 1800.0  # seconds: each machine reads the data and loads the model meanwhile
 PATIENCE = 300.0  # seconds, or so many times the longest wait so far
@@ -22,10 +22,6 @@ PATIENCE_FACTOR = 10
 SIZE_BYTES, FRAME = 4, 1020  # of a message: its size, and as much of it as goes along
 RESUME = "Start the same command again with --resume."
 AGAIN = "See that all of them run, then start the same command again."
-
-
-class MachineLostError(PhimlxError):
-    """One of several machines is no longer there."""
 
 
 @dataclass
@@ -53,6 +49,10 @@ class Watchdog:
         self.longest = max(self.longest, now - self.last)
         self.patience = max(PATIENCE, PATIENCE_FACTOR * self.longest)
         self.last = now
+
+    def allow(self, seconds: float) -> None:
+        """Wait so long at least until the others answer next."""
+        self.patience = max(self.patience, seconds)
 
     @contextmanager
     def watching(self, on_lost: Callable[[MachineLostError], object]) -> Iterator[None]:
@@ -148,6 +148,18 @@ class ProcessGroup:
         if self.group is None:
             return value
         return json.loads(self.broadcast(json.dumps(value).encode()))
+
+    def broadcast_array(
+        self, array: mx.array | None, shape: tuple[int, ...], dtype: mx.Dtype
+    ) -> mx.array:
+        """Send what the main process has to all, bit for bit; the others have None."""
+        if self.group is None:
+            assert array is not None
+            return array
+        with self.translate_errors():
+            if array is None:
+                array = mx.zeros(shape, dtype)
+            return self._sum(array.view(mx.uint8)).view(dtype)
 
     def gather(self, text: str) -> list[str]:
         """Collect a text from each process, in their order; they call together."""

@@ -10,7 +10,9 @@ Generation, training, measuring and calibration all do the same few lines:
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
 import mlx.core as mx
@@ -85,7 +87,15 @@ class ForwardPass:
 class Leading(Protocol):
     """What does a model's passes together with other machines; see `models.lockstep`."""
 
-    def share(self, cache: Cache, expected_length: int, kv_bits: int | None) -> Cache: ...
+    def note(self, name: str, *arguments: Any) -> None: ...
+
+    def share(
+        self,
+        cache: Cache,
+        expected_length: int,
+        expected_adapters: Sequence[str | None],
+        kv_bits: int | None,
+    ) -> Cache: ...
 
     def run(
         self,
@@ -93,8 +103,11 @@ class Leading(Protocol):
         input_ids: mx.array,
         cache: Cache | None,
         attention_mask: mx.array | None,
+        features: Features | None,
         outputs: int | None,
     ) -> mx.array: ...
+
+    def load_adapter(self, model: CausalLM, folder: Path, name: str) -> Any: ...
 
 
 class CausalLM(nn.Module):
@@ -228,10 +241,21 @@ class CausalLM(nn.Module):
         """
         config = self.config
         store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
-        cache = Cache(
+        cache = self._make_cache(store, expected_length, expected_adapters)
+        if self.leader is None:
+            return cache
+        return self.leader.share(cache, expected_length, expected_adapters, kv_bits)
+
+    def _make_cache(
+        self,
+        store: Store,
+        expected_length: int = 0,
+        expected_adapters: tuple[str | None, ...] = (),
+    ) -> Cache:
+        config = self.config
+        return Cache(
             store, config.rope, expected_length, config.sliding_window, self.default_adapter
         )
-        return cache if self.leader is None else self.leader.share(cache, expected_length, kv_bits)
 
     def forward_pass(
         self,
@@ -268,9 +292,7 @@ class CausalLM(nn.Module):
         """
         if self.leader is None:
             return self.own_hidden_states(input_ids, cache, attention_mask, features, outputs)
-        if features is not None and features is not TEXT:
-            raise self._no_media()
-        return self.leader.run(self, input_ids, cache, attention_mask, outputs)
+        return self.leader.run(self, input_ids, cache, attention_mask, features, outputs)
 
     def own_hidden_states(
         self,

@@ -1,15 +1,18 @@
-"""One machine's passes through a shared model, done by all: the first leads, the others follow.
+"""Passes through shared models, done by all machines: the first one leads, the others follow.
 
 Whatever is decided - which tokens are drawn, what is drafted, batched or kept - is decided by the
-leader alone. The others are told what happens to its caches and which tokens are fed, and do the
-same; so they cannot come to other decisions.
+leader alone. The others are told what happens to its caches and what is fed, and do the same; so
+they cannot come to other decisions. While there is nothing to do they hear now and then that the
+leader is there, and it hears that they are.
 """
 
 from __future__ import annotations
 
 import signal
 import threading
-from collections.abc import Iterator, Sequence
+import time
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from typing import Any
@@ -17,38 +20,127 @@ from typing import Any
 import mlx.core as mx
 import numpy as np
 
-from phimlx.errors import GenerationError
+from phimlx.errors import MachineLostError, PhimlxError
 from phimlx.machine.processes import ProcessGroup
 from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
-from phimlx.models.features import TEXT
+from phimlx.models.features import TEXT, Features
+
+BEAT = 5.0  # seconds of silence, after which all hear from each other
+LAST_PATIENCE = 10.0  # seconds, for the others to answer when the run ends
 
 Operation = list[Any]
 """A name and what it is to be done with, as JSON has it."""
 
 
-class Leader:
-    """Tells the others what to do, and does it with them."""
+class Lockstep:
+    """The leader's side: what the others are told, one thing after the other.
+
+    Attributes:
+        processes: the machines.
+        lost: how they lost each other; None while they have not.
+        on_lost: called, in a thread, where that is noticed while nobody asks for anything.
+    """
 
     def __init__(self, processes: ProcessGroup) -> None:
-        self._processes = processes
-        self._keys = count()
-        self._untold: list[Operation] = []
-        self._lost = False
-
-    def new_key(self) -> int:
-        """Number a cache."""
-        return next(self._keys)
-
-    def share(self, cache: Cache, expected_length: int, kv_bits: int | None) -> Cache:
-        """Let the others make the cache that has just been made here."""
-        shared = SharedCache(cache, self, self.new_key())
-        self.note("cache", shared.key, expected_length, kv_bits)
-        return shared
+        self.processes = processes
+        self.lost: MachineLostError | None = None
+        self.on_lost: Callable[[MachineLostError], object] = lambda error: None
+        self.new_key = count().__next__
+        self._untold: deque[Operation] = deque()
+        self._turn = threading.Lock()
+        self._told = time.monotonic()
+        self._ended = threading.Event()
+        processes.watchdog.idle = True
+        self._beats = threading.Thread(target=self._beat, name="phimlx-beat", daemon=True)
+        self._beats.start()
 
     def note(self, name: str, *arguments: Any) -> None:
-        """Let the others do something before the next pass."""
+        """Let the others do something before they are told the next."""
         self._untold.append([name, *arguments])
+
+    @contextmanager
+    def together(self, name: str | None = None, *arguments: Any) -> Iterator[None]:
+        """Tell the others what to do, and do it with them in the block, which Ctrl-C waits for.
+
+        Where this machine's part fails with an error of ours, theirs has to fail as well, or not
+        to matter. After any other nobody knows any more what they do.
+
+        Raises:
+            MachineLostError: where one does not answer any more.
+        """
+        watchdog = self.processes.watchdog
+        with undisturbed(), self._turn:
+            if self.lost is not None:
+                raise self.lost
+            if name is not None:
+                self.note(name, *arguments)
+            watchdog.idle = False
+            try:
+                told = [self._untold.popleft() for _ in range(len(self._untold))]
+                self.processes.broadcast_json(told)
+                yield
+            except MachineLostError as error:
+                self.lost = error
+                raise
+            except PhimlxError:
+                raise
+            except BaseException:
+                self.lost = MachineLostError(
+                    "The machines that share the model have lost each other.",
+                    hint=watchdog.remedy,
+                )
+                raise
+            finally:
+                watchdog.idle = True
+                self._told = time.monotonic()
+
+    def end(self) -> None:
+        """Let the others go.
+
+        Raises:
+            MachineLostError: where they have been lost, so that whoever waits for more is told.
+        """
+        self._ended.set()
+        self.processes.watchdog.patience = LAST_PATIENCE
+        with self.together("end"):
+            pass
+        self._beats.join()
+
+    def _beat(self) -> None:
+        while not self._ended.wait(BEAT):
+            if time.monotonic() - self._told < BEAT:
+                continue
+            try:
+                with self.together():
+                    pass
+            except MachineLostError as error:
+                self.on_lost(error)
+                return
+
+
+class Leader:
+    """Does one model's passes together with the others that have a part of it."""
+
+    def __init__(self, lockstep: Lockstep, key: int) -> None:
+        self.lockstep = lockstep
+        self.key = key
+
+    def note(self, name: str, *arguments: Any) -> None:
+        """Let the others do something with the model before the next pass."""
+        self.lockstep.note(name, self.key, *arguments)
+
+    def share(
+        self,
+        cache: Cache,
+        expected_length: int,
+        expected_adapters: Sequence[str | None],
+        kv_bits: int | None,
+    ) -> Cache:
+        """Let the others make the cache that has just been made here."""
+        shared = SharedCache(cache, self.lockstep, self.lockstep.new_key())
+        self.note("cache", shared.key, expected_length, list(expected_adapters), kv_bits)
+        return shared
 
     def run(
         self,
@@ -56,6 +148,7 @@ class Leader:
         input_ids: mx.array,
         cache: Cache | None,
         attention_mask: mx.array | None,
+        features: Features | None,
         outputs: int | None,
     ) -> mx.array:
         """Compute hidden states together; arguments and result as of `CausalLM.hidden_states`.
@@ -68,35 +161,15 @@ class Leader:
             assert isinstance(cache, SharedCache)
             key, inner = cache.key, cache.inner
         mask = None if attention_mask is None else np.array(attention_mask).tolist()
-        self.note("run", key, np.array(input_ids).tolist(), mask, outputs)
-        with _undisturbed(), self._together():
-            self._tell()
-            return _run(self._processes, model, input_ids, inner, attention_mask, outputs)
-
-    def end(self) -> None:
-        """Let the others go."""
-        if not self._lost:
-            self.note("end")
-            with _undisturbed(), self._together():
-                self._tell()
-
-    @contextmanager
-    def _together(self) -> Iterator[None]:
-        """Work with the others; where that fails nobody knows any more what they do."""
-        if self._lost:
-            raise GenerationError(
-                "The machines that share the model have lost each other.",
-                hint=self._processes.watchdog.remedy,
-            )
-        self._lost = True
-        self._processes.watchdog.idle = False
-        yield
-        self._processes.watchdog.idle = True
-        self._lost = False
-
-    def _tell(self) -> None:
-        told, self._untold = self._untold, []
-        self._processes.broadcast_json(told)
+        rows = () if features is None else [each for each in features.parts if each is not None]
+        mx.eval(rows)  # or else the order of what is computed here would not be the others'
+        ids = np.array(input_ids).tolist()
+        processes = self.lockstep.processes
+        told = ("run", self.key, key, ids, mask, _described(features), outputs)
+        with self.lockstep.together(*told):
+            for each in rows:
+                processes.broadcast_array(each, each.shape, each.dtype)
+            return _run(processes, model, input_ids, inner, attention_mask, features, outputs)
 
 
 class SharedCache(Cache):
@@ -105,24 +178,31 @@ class SharedCache(Cache):
     It reads as that on this machine does, and what changes it is told to the others.
     """
 
-    def __init__(self, inner: Cache, leader: Leader, key: int) -> None:
+    def __init__(self, inner: Cache, lockstep: Lockstep, key: int) -> None:
         # Of a cache's own attributes there are none here: `__getattr__` finds the inner one's.
         self.inner = inner
-        self.leader = leader
+        self.lockstep = lockstep
         self.key = key
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self.inner, name)
 
     def __del__(self) -> None:
-        self.leader.note("free", self.key)
+        self.lockstep.note("free", self.key)
+
+    def serves(self) -> bool:
+        return self.inner.serves()
+
+    @property
+    def state(self) -> list[mx.array]:
+        return self.inner.state
 
     def trim(self, length: int) -> None:
-        self.leader.note("trim", self.key, length)
+        self.lockstep.note("trim", self.key, length)
         self.inner.trim(length)
 
     def mark(self) -> None:
-        self.leader.note("mark", self.key)
+        self.lockstep.note("mark", self.key)
         self.inner.mark()
 
     def expect(
@@ -131,34 +211,38 @@ class SharedCache(Cache):
         adapters: tuple[str | None, ...] = (),
         loaded: Sequence[str | None] = (),
     ) -> None:
-        self.leader.note("expect", self.key, list(lengths), list(adapters), list(loaded))
+        self.lockstep.note("expect", self.key, list(lengths), list(adapters), list(loaded))
         self.inner.expect(lengths, adapters, loaded)
 
     def row(self, row: int, length: int) -> Cache:
-        found = SharedCache(self.inner.row(row, length), self.leader, self.leader.new_key())
-        self.leader.note("row", self.key, row, length, found.key)
+        found = SharedCache(self.inner.row(row, length), self.lockstep, self.lockstep.new_key())
+        self.lockstep.note("row", self.key, row, length, found.key)
         return found
 
     def part(self) -> None:
-        self.leader.note("part", self.key)
+        self.lockstep.note("part", self.key)
         self.inner.part()
 
     def select(self, rows: Sequence[int]) -> None:
-        self.leader.note("select", self.key, list(rows))
+        self.lockstep.note("select", self.key, list(rows))
         self.inner.select(rows)
 
     def join(self, other: Cache) -> None:
         assert isinstance(other, SharedCache)
-        self.leader.note("join", self.key, other.key)
+        self.lockstep.note("join", self.key, other.key)
         self.inner.join(other.inner)
 
 
 class Follower:
-    """Does what the leader does, until that lets it go."""
+    """Does what the leader does, until that lets it go.
 
-    def __init__(self, model: CausalLM, processes: ProcessGroup) -> None:
-        self._model = model
-        self._processes = processes
+    Attributes:
+        models: of which this machine has a part, by the leader's numbers.
+    """
+
+    def __init__(self, processes: ProcessGroup) -> None:
+        self.processes = processes
+        self.models: dict[int, CausalLM] = {}
         self._caches: dict[int, Cache] = {}
 
     def follow(self) -> None:
@@ -168,28 +252,52 @@ class Follower:
             MachineLostError: where another machine does not answer any more.
         """
         while True:
-            for name, *arguments in self._processes.broadcast_json(None):
+            for name, *arguments in self.processes.broadcast_json(None):
                 if name == "end":
                     return
-                getattr(self, f"_{name}")(*arguments)
+                try:
+                    getattr(self, f"_{name}")(*arguments)
+                except MachineLostError:
+                    raise
+                except PhimlxError:
+                    pass  # the leader has it as well, or hears of it, and tells whoever asked
 
-    def _cache(self, key: int, expected_length: int, kv_bits: int | None) -> None:
-        self._caches[key] = self._model.make_cache(expected_length, kv_bits=kv_bits)
+    def _cache(
+        self, model: int, key: int, expected_length: int, adapters: list[Any], kv_bits: int | None
+    ) -> None:
+        cache = self.models[model].make_cache(expected_length, tuple(adapters), kv_bits)
+        self._caches[key] = cache
 
     def _free(self, key: int) -> None:
         del self._caches[key]
 
     def _run(
         self,
+        model: int,
         key: int | None,
         input_ids: list[list[int]],
         mask: list[list[int]] | None,
+        described: Description,
         outputs: int | None,
     ) -> None:
+        features = self._features(described)
         cache = None if key is None else self._caches[key]
         attention_mask = None if mask is None else mx.array(mask)
         ids = mx.array(input_ids)
-        _run(self._processes, self._model, ids, cache, attention_mask, outputs)
+        _run(self.processes, self.models[model], ids, cache, attention_mask, features, outputs)
+
+    def _features(self, described: Description) -> Features | None:
+        """Take what the leader's encoders made."""
+        if not isinstance(described, list):
+            return None if described is None else TEXT
+        return Features(
+            *(
+                None
+                if each is None
+                else self.processes.broadcast_array(None, tuple(each[0]), getattr(mx, each[1]))
+                for each in described
+            )
+        )
 
     def _trim(self, key: int, length: int) -> None:
         self._caches[key].trim(length)
@@ -213,16 +321,30 @@ class Follower:
         self._caches[key].join(self._caches[other])
 
 
+Description = str | list[Any] | None
+"""Features as they are told before they come: shape and type of each kind; or of none of them."""
+
+
+def _described(features: Features | None) -> Description:
+    if features is None or features is TEXT:
+        return None if features is None else "text"
+    return [
+        None if rows is None else [list(rows.shape), str(rows.dtype).removeprefix("mlx.core.")]
+        for rows in features.parts
+    ]
+
+
 def _run(
     processes: ProcessGroup,
     model: CausalLM,
     input_ids: mx.array,
     cache: Cache | None,
     attention_mask: mx.array | None,
+    features: Features | None,
     outputs: int | None,
 ) -> mx.array:
     """Compute hidden states now: sums of two passes must not mix, so none may be left for later."""
-    hidden = model.own_hidden_states(input_ids, cache, attention_mask, TEXT, outputs)
+    hidden = model.own_hidden_states(input_ids, cache, attention_mask, features, outputs)
     with processes.translate_errors():
         mx.eval(hidden, [] if cache is None else cache.state)
     processes.watchdog.heard()
@@ -230,16 +352,22 @@ def _run(
 
 
 @contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Let Ctrl-C wait for the end of the block: what the others are told has to be done."""
+def undisturbed() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait for the end of the block: what others are told has to be done."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     came: list[Any] = []
-    previous = signal.signal(signal.SIGINT, lambda *arguments: came.append(arguments))
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    previous = {each: signal.signal(each, lambda *given: came.append(given)) for each in numbers}
     try:
         yield
     finally:
-        signal.signal(signal.SIGINT, previous)
-    if came and callable(previous):
-        previous(*came[0])
+        for each, handler in previous.items():
+            signal.signal(each, handler)
+    for number, frame in came:
+        handler = previous[number]
+        if callable(handler):
+            handler(number, frame)
+        elif handler == signal.SIG_DFL:
+            signal.raise_signal(number)

@@ -7,8 +7,9 @@ Source: LoRA, arXiv 2106.09685; DoRA, arXiv 2402.09353, equation 5; of an embedd
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
@@ -193,7 +194,7 @@ class LoRALinear(nn.Module):
     def adapted(
         cls, base_layer: nn.Module, lora: LoRA, name: str = DEFAULT, always: bool = False
     ) -> LoRALinear:
-        """Put an adapter beside a layer; others that it has stay.
+        """Put an adapter beside a layer; others that it has stay. `settle` computes it.
 
         Args:
             always: whether every row uses it, as of an output head, which knows no rows.
@@ -209,8 +210,11 @@ class LoRALinear(nn.Module):
         if lora.magnitude is not None:
             merged = dequantized_weight(layer.base_layer) + lora.delta()
             layer._gains[name] = lora.magnitude / mx.linalg.norm(merged, axis=1)
-            mx.eval(layer._gains)  # now: a whole weight is unpacked for it
         return layer
+
+    def settle(self) -> None:
+        """Compute what is here, before the next layer does: for DoRA a whole weight is unpacked."""
+        mx.eval(self.parameters(), self._gains)
 
     def scale_of(self, name: str) -> float | None:
         """Tell the scale of an adapter; None where it is not here."""
@@ -225,10 +229,50 @@ class LoRALinear(nn.Module):
     def without(self, name: str) -> nn.Module:
         """Take an adapter and its copies away, if it is here; the plain layer where no other is
         left."""
-        for part in (self.lora_A, self.lora_B, self._scales, self._gains):
-            for each in [each for each in part if each.partition(":")[0] == name]:
-                part.pop(each)
+        for each in self._names(name):
+            for part in self._parts:
+                part.pop(each, None)
         return self if self._scales else self.base_layer
+
+    def take(self, other: LoRALinear, name: str) -> bool:
+        """Take over an adapter and its copies from a layer of the same shape, if it is there."""
+        names = other._names(name)
+        for each in names:
+            own = other.lora_A[each]
+            twin = next((one for one in self._scales if other.lora_A.get(one) is own), None)
+            if twin is not None:
+                self.alias(twin, each)
+                continue
+            for mine, theirs in zip(self._parts, other._parts, strict=True):
+                if each in theirs:
+                    mine[each] = theirs[each]
+        return bool(names)
+
+    def divide(
+        self,
+        part: Callable[[nn.Module], nn.Module],
+        rows: Callable[[mx.array], mx.array] | None,
+    ) -> None:
+        """Keep some of the rows, or of the columns.
+
+        Args:
+            part: makes the part of a linear layer with as many rows, or columns, as this one.
+            rows: takes the part of an array that has a number for each row; None for columns.
+        """
+        self.base_layer = part(self.base_layer)
+        matrices = self.lora_A if rows is None else self.lora_B
+        made = {id(whole): part(whole) for whole in matrices.values()}
+        matrices.update({name: made[id(whole)] for name, whole in matrices.items()})
+        if rows is not None:
+            self._gains = {name: rows(gain) for name, gain in self._gains.items()}
+
+    @property
+    def _parts(self) -> tuple[dict[str, Any], ...]:
+        return self.lora_A, self.lora_B, self._scales, self._gains
+
+    def _names(self, loaded: str) -> list[str]:
+        """Names of what is here of a loaded adapter: its own, and those of its copies."""
+        return [name for name in self._scales if name.partition(":")[0] == loaded]
 
     def __call__(self, x: mx.array, routing: Routing | None = None) -> mx.array:
         """`[batch, length, input]` to `[batch, length, output]`."""

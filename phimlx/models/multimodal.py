@@ -11,7 +11,6 @@ from phimlx.errors import PromptError
 from phimlx.models.base import CausalLM, ForwardPass
 from phimlx.models.cache.kv import Cache, with_past
 from phimlx.models.cache.media import MediaCache
-from phimlx.models.cache.quantized import make_store
 from phimlx.models.cache.store import Store
 from phimlx.models.features import Features, Placeholders
 
@@ -24,17 +23,6 @@ class MultimodalLM(CausalLM):
     """
 
     placeholders: Placeholders
-
-    def make_cache(
-        self,
-        expected_length: int = 0,
-        expected_adapters: tuple[str | None, ...] = (),
-        kv_bits: int | None = None,
-    ) -> MediaCache:
-        """Make an empty cache; arguments and errors as for every model."""
-        config = self.config
-        store = make_store(config.num_hidden_layers, config.head_dim, kv_bits)
-        return self._make_cache(store, expected_length, expected_adapters)
 
     def encode_frozen(self, **inputs: mx.array | None) -> Features:
         """Run the encoders as `encode_media` does, up to where training may change something.

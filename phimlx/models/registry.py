@@ -329,6 +329,12 @@ _PHI3_WIDTHS = _widths(
     (("mlp.gate_up_proj",), "mlp.down_proj"), (("self_attn.qkv_proj",), "self_attn.o_proj")
 )
 
+_PHI3_SHARDING = Sharding(
+    rows=("self_attn.qkv_proj", "mlp.gate_up_proj"),
+    columns=("self_attn.o_proj", "mlp.down_proj"),
+    counts=("self_attn.heads", "self_attn.kv_heads"),
+)
+
 # Where an error costs most: the embedding and the output head, which in a tied model are one and
 # which every logit passes; the attention's input, where the values that a query picks go through;
 # the first block, on which all others build; and in the first and last eighth of the blocks the
@@ -385,11 +391,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         gguf_dialects=(_LLAMA_GGUF,),
         peers=("mlx-lm", "transformers"),
         onnx="Phi3ForCausalLM",
-        sharding=Sharding(
-            rows=("self_attn.qkv_proj", "mlp.gate_up_proj"),
-            columns=("self_attn.o_proj", "mlp.down_proj"),
-            counts=("self_attn.heads", "self_attn.kv_heads"),
-        ),
+        sharding=_PHI3_SHARDING,
         dialects=(
             Dialect(
                 model_type="llama",
@@ -507,6 +509,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         sound_memory="phimlx.models.phi4mm.config:sound_memory",
         sensitive_layers=_PHI3_SENSITIVE,
         task="image-text-to-text",
+        sharding=_PHI3_SHARDING,
         dialects=(
             Dialect(
                 model_type="phi4_multimodal",
@@ -531,6 +534,7 @@ ARCHITECTURES: tuple[Architecture, ...] = (
         image_memory="phimlx.models.phi4siglip.config:image_memory",
         sensitive_layers=_PHI3_SENSITIVE,
         task="image-text-to-text",
+        sharding=_PHI3_SHARDING,
     ),
 )
 

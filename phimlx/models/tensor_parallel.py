@@ -1,25 +1,28 @@
 """A model's decoder layers shared by several machines: each has some heads and mlp channels.
 
 What a layer's last projections give is summed over all; embedding, norms and output head are whole
-everywhere. Source: Megatron-LM, arXiv 1909.08053, section 3.
+everywhere, and the first machine alone sees and hears.
+Source: Megatron-LM, arXiv 1909.08053, section 3.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
-from functools import reduce
+from functools import partial, reduce
 from itertools import accumulate
+from typing import Any
 
 import mlx.core as mx
 import mlx.nn as nn
 from mlx.nn.layers.distributed import shard_linear
+from mlx.utils import tree_flatten, tree_unflatten
 
 from phimlx.errors import ConfigError
 from phimlx.models import registry
 from phimlx.models.base import CausalLM
 from phimlx.models.config import ModelConfig
-from phimlx.models.lora import input_dims, is_quantized
+from phimlx.models.lora import LoRALinear, input_dims, is_quantized
 from phimlx.models.registry import Sharding
 from phimlx.models.shares import Share, Shares
 
@@ -59,19 +62,17 @@ def _counts(model: CausalLM, sharding: Sharding) -> Iterator[tuple[int, str]]:
     yield config.intermediate_size, "mlp channels"
     for layer in model.layers:
         for path in sharding.columns:
-            linear = _find(layer, path)
+            linear = _base(layer, path)
             if is_quantized(linear):
                 group = linear.group_size
                 yield input_dims(linear) // group, f"groups of {group} in a row of {path}"
 
 
-def shard(model: CausalLM, group: mx.distributed.Group, dtype: mx.Dtype | None = None) -> None:
+def shard(model: CausalLM, group: mx.distributed.Group) -> None:
     """Keep this machine's share of a model whose weights are mapped, and read it.
 
-    One layer is read after the other, so that a share and one layer are all that is ever held.
-
-    Args:
-        dtype: floating-point type to hold weights and compute in; as stored where None.
+    One layer is read after the other, so that a share and one layer are all that is ever held. Of
+    the encoders only the first machine's are read.
 
     Raises:
         ConfigError: where so many machines cannot share it.
@@ -81,22 +82,16 @@ def shard(model: CausalLM, group: mx.distributed.Group, dtype: mx.Dtype | None =
     config = shared_config(model.config, size)
     shares: dict[str, Share] = {}
     for layer in model.layers:
-        for path in sharding.rows:
-            pieces = config.fused_rows.get(path) or (_find(layer, path).weight.shape[0] // size,)
-            shares[path] = Share(group, True, pieces)
-            _replace(layer, path, "all-to-sharded", _borders(model.config, path), group)
-        for path in sharding.columns:
-            shares[path] = Share(group, False, (input_dims(_find(layer, path)) // size,))
-            _replace(layer, path, "sharded-to-all", 1, group)
-        for path in sharding.counts:
-            owner, name = _owner(layer, path)
-            setattr(owner, name, getattr(owner, name) // size)
+        shares = _divide(layer, model.config, sharding, group)
         layer.eval()
-        if dtype is not None:
-            layer.set_dtype(dtype)
+        for module in layer.modules():
+            if isinstance(module, LoRALinear):
+                module.settle()
         mx.eval(layer.parameters())
     model.config = config
     model.shares = Shares(group, shares)
+    parameters: Any = tree_flatten(model.parameters())
+    mx.eval([array for name, array in parameters if group.rank() == 0 or _is_needed(model, name)])
 
 
 def shared_config(config: ModelConfig, size: int) -> ModelConfig:
@@ -130,11 +125,77 @@ def _borders(config: ModelConfig, path: str) -> int | list[int]:
     return list(accumulate(config.fused_rows.get(path, ())))[:-1] or 1
 
 
-def _replace(
-    layer: nn.Module, path: str, how: str, segments: int | list[int], group: mx.distributed.Group
-) -> None:
+def _is_needed(model: CausalLM, name: str) -> bool:
+    """Whether a machine that is given features needs a parameter."""
+    return registry.part_of(name) != "encoders" or model.architecture.is_projector(name)
+
+
+def own_adapter(whole: CausalLM, name: str, group: mx.distributed.Group) -> dict[str, LoRALinear]:
+    """Read this machine's share of an adapter of the layers' projections.
+
+    Args:
+        whole: the model, all of it mapped and none of it read, with the adapter beside its layers.
+
+    Returns:
+        By path, layers with nothing in the place of the weight.
+    """
+    sharding = check_shardable(whole, group.size())
+    found = {}
+    for number, layer in enumerate(whole.layers):
+        _divide(layer, whole.config, sharding, group)
+        for path, module in layer.named_modules():
+            if isinstance(module, LoRALinear):
+                module.base_layer = nn.Identity()
+                own = LoRALinear(module.base_layer)
+                if own.take(module, name):
+                    own.settle()
+                    found[f"model.layers.{number}.{path}"] = module
+    return found
+
+
+def adopt(model: CausalLM, whole: CausalLM, share: dict[str, LoRALinear], name: str) -> None:
+    """Put what `own_adapter` gave beside the layers of a model that this machine has a share of."""
+    for path, theirs in share.items():
+        module = reduce(_step, path.split("."), model)
+        layer = module if isinstance(module, LoRALinear) else LoRALinear(module)
+        layer.take(theirs, name)
+        if layer is not module:
+            model.update_modules(tree_unflatten([(path, layer.eval())]))
+    model.loaded_adapters |= whole.loaded_adapters
+    model.loaded_routes.modalities |= whole.loaded_routes.modalities
+    model.loaded_routes.copies |= whole.loaded_routes.copies
+
+
+def _divide(
+    layer: nn.Module, config: ModelConfig, sharding: Sharding, group: mx.distributed.Group
+) -> dict[str, Share]:
+    """Keep this machine's share of a decoder layer, of which nothing is read; by projection."""
+    size = group.size()
+    shares = {}
+    own = shared_config(config, size)
+    for path in sharding.rows:
+        rows = own.fused_rows.get(path) or (_base(layer, path).weight.shape[0] // size,)
+        shares[path] = share = Share(group, True, rows)
+        part = partial(
+            shard_linear, sharding="all-to-sharded", segments=_borders(config, path), group=group
+        )
+        _replace(layer, path, part, partial(share.part, axis=0))
+    for path in sharding.columns:
+        shares[path] = Share(group, False, (input_dims(_base(layer, path)) // size,))
+        _replace(layer, path, partial(shard_linear, sharding="sharded-to-all", group=group), None)
+    for path in sharding.counts:
+        owner, name = _owner(layer, path)
+        setattr(owner, name, getattr(owner, name) // size)
+    return shares
+
+
+def _replace(layer: nn.Module, path: str, part: Any, rows: Any) -> None:
     owner, name = _owner(layer, path)
-    setattr(owner, name, shard_linear(owner[name], how, segments=segments, group=group))
+    linear = owner[name]
+    if isinstance(linear, LoRALinear):
+        linear.divide(part, rows)
+    else:
+        setattr(owner, name, part(linear))
 
 
 def _owner(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
@@ -144,3 +205,13 @@ def _owner(layer: nn.Module, path: str) -> tuple[nn.Module, str]:
 
 def _find(layer: nn.Module, path: str) -> nn.Module:
     return reduce(getattr, path.split("."), layer)
+
+
+def _base(layer: nn.Module, path: str) -> nn.Module:
+    """The linear layer of a projection, below its adapters."""
+    found = _find(layer, path)
+    return found.base_layer if isinstance(found, LoRALinear) else found
+
+
+def _step(module: Any, key: str) -> Any:
+    return module[int(key)] if isinstance(module, list) else module[key]

@@ -23,6 +23,7 @@ from phimlx.server.models import Models
 from phimlx.server.service import Service
 from phimlx.server.settings import ServerSettings
 from phimlx.server.worker import Worker
+from phimlx.shared_model import Machines
 
 MAX_NONCE = 64  # characters
 SWEEP_SECONDS = 1.0  # between looks for models that nobody uses, and after the worker
@@ -46,6 +47,7 @@ class App:
         key: that clients must send; None where anyone may ask.
         token: for which a page gets the key, once.
         keeps_history: whether the page keeps conversations in the history of `phimlx chat`.
+        machines: which share its models; None where this one has them whole.
         secret: by which who knows it tells this server from another: `phimlx.remote.notes`.
     """
 
@@ -57,8 +59,10 @@ class App:
         key: str | None = None,
         token: str | None = None,
         keeps_history: bool = True,
+        machines: Machines | None = None,
     ) -> None:
         self._settings = settings
+        self.machines = machines
         self.key, self.token, self.keeps_history = key, token, keeps_history
         self.secret = token_hex(32)
         routes = [
@@ -84,7 +88,7 @@ class App:
             PhimlxError: where that model cannot be loaded.
         """
         worker = Worker(asyncio.get_running_loop())
-        models = Models(self._settings, worker)
+        models = Models(self._settings, worker, self.machines)
         self.service = Service(self._settings, models, worker)
         worker.start()
         sweeper = asyncio.ensure_future(_sweep(self.service))

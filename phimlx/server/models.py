@@ -8,6 +8,7 @@ import time
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import mlx.core as mx
 
@@ -20,6 +21,7 @@ from phimlx.server.errors import RequestError
 from phimlx.server.served import Served, list_served
 from phimlx.server.settings import ServerSettings
 from phimlx.server.worker import Worker
+from phimlx.shared_model import Machines
 from phimlx.sizes import size_text
 
 log = logging.getLogger("phimlx.server")
@@ -76,14 +78,18 @@ class Models:
     Args:
         settings: what is served, `keep_alive`, `batch_size`.
         worker: loads them, in its thread.
+        machines: which share them; None where this one has them whole.
 
     Raises:
         PhimlxError: as `list_served`.
     """
 
-    def __init__(self, settings: ServerSettings, worker: Worker) -> None:
+    def __init__(
+        self, settings: ServerSettings, worker: Worker, machines: Machines | None = None
+    ) -> None:
         self._settings = settings
         self._worker = worker
+        self._machines = machines
         served = list_served(settings)
         self._fixed = None if settings.model is None else served
         self._loaded: dict[str, Loaded] = {}
@@ -218,7 +224,7 @@ class Models:
 
     def _read(self, served: Served, base: Loaded | None) -> Phi:
         if base is None:
-            phi = Phi(served.folder)
+            phi = self._read_model(served)
             store = None if self._settings.no_cache else phi.prefix_store(log.info)
             itemsize = phi.model.compute_dtype.size
             kept = cache_bytes(phi.model.config, self._settings.prefix_tokens, itemsize)
@@ -231,6 +237,13 @@ class Models:
         for remark in base.phi.load_adapter(served.adapter, served.label):
             log.info("%s: %s", served.name, remark)
         return base.phi
+
+    def _read_model(self, served: Served) -> Phi:
+        if self._machines is None:
+            return Phi(served.folder)
+        name = self._settings.model or served.name
+        load_part = partial(self._machines.load, name, None, None)
+        return Phi(served.folder, load_weights=load_part)
 
     async def _make_room(self, served: Served) -> None:
         """Unload idle models, the one used longest ago first, until another one fits."""

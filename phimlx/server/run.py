@@ -136,6 +136,10 @@ class Server(uvicorn.Server):
     def handle_exit(self, sig: int, frame: object) -> None:
         if self.should_exit:
             self.force_exit = True
+        self.finish()
+
+    def finish(self) -> None:
+        """Let what runs finish, and stop."""
         self.should_exit = True
         self.application.service.draining = True
 
@@ -148,6 +152,8 @@ def serve(
     Args:
         on_start: called when requests are answered.
 
+    Machines that share its models stop it where they lose each other.
+
     Raises:
         PhimlxError: where the model cannot be loaded.
     """
@@ -156,6 +162,9 @@ def serve(
         server = Server(app, settings)
         async with app.started():
             on_start()
+            if app.machines is not None:
+                loop = asyncio.get_running_loop()
+                app.machines.on_lost(lambda _: loop.call_soon_threadsafe(server.finish))
             await server.serve(sockets=[opened])
             if not server.force_exit:
                 await app.service.models.save_prefixes()

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
-from phimlx.errors import GenerationError, HistoryError, PhimlxError
+from phimlx.errors import GenerationError, HistoryError, MachineLostError, PhimlxError
 from phimlx.prompt.media_parts import no_media
 from phimlx.sizes import counted
 from phimlx.terminal.attachments import Attachment, dropped_files
@@ -121,7 +121,7 @@ class Chat:
             try:
                 self.take(line)
             except (Exception, KeyboardInterrupt) as error:
-                if not self.screen.interactive:
+                if not self.screen.interactive or isinstance(error, MachineLostError):
                     raise
                 if not isinstance(error, PhimlxError):
                     self.forget()

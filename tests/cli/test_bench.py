@@ -122,6 +122,7 @@ def test_json(measured: Measured) -> None:
         "pass_cost": [[1, 1.0], [2, 1.5], [32, 9.0]],
         "notes": ["Left out, since they do not fit: 4,096 tokens."],
         "complete": True,
+        "machines": 1,
     }
 
 

@@ -1,4 +1,4 @@
-"""What a model answers, alone or shared: `python -m tests.sharing.answers OUT LOADED FOLDER...`.
+"""What models answer, alone or shared: `python -m tests.sharing.answers OUT LOADED KIND=FOLDER...`.
 
 LOADED is only loaded, and the memory of that measured. Under `mlx.launch` the machines share one
 model of a FOLDER after the other; the first writes the answers, and each what loading took.
@@ -9,21 +9,26 @@ from __future__ import annotations
 import gc
 import json
 import sys
-from functools import partial
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import mlx.core as mx
+import numpy as np
 from mlx.utils import tree_flatten
 
 import phimlx
 import tests.conftest  # noqa: F401 (the same BLAS as in the run that it is compared with)
 from phimlx.api import Phi
+from phimlx.generation.options import GenerationOptions
 from phimlx.machine.processes import ProcessGroup
 from phimlx.shared_model import Machines, follow
 from tests.generation.small import STEP, words
+from tests.reasoning_vision import picture
 
-SEEDED = {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 7}
+ADAPTERS = "adapters"  # beside a model's folder
+GREEDY = {"temperature": 0, "max_tokens": 6}
+SEEDED: dict[str, Any] = {"temperature": 1.3, "top_p": 0.9, "repetition_penalty": 1.1, "seed": 7}
 
 
 def answers(phi: Phi) -> dict[str, Any]:
@@ -54,6 +59,70 @@ def answers(phi: Phi) -> dict[str, Any]:
     return found
 
 
+def adapted(load: Load, folder: Path) -> dict[str, Any]:
+    """Tokens and logits of a model with adapters, of its own and in batches."""
+    adapters = folder.parent / ADAPTERS
+    phi = load(folder, adapters / "dora")
+    found: dict[str, Any] = {"dora": phi.generate(words(20), **GREEDY).tokens}
+    for name in ("lora", "bias", "one.layer"):
+        phi.load_adapter(adapters / name, name)
+        found[name] = phi.generate(words(20), adapter=name, **SEEDED, max_tokens=6).tokens
+        cache = phi.new_cache()
+        phi.generate(words(9), adapter=name, cache=cache, **GREEDY)
+        found[f"{name}, logits"] = phi.model(mx.array([words(5, 9)]), cache.kv)[0].tolist()
+    phi.delete_adapter("bias")
+    names = ("default", "lora", None, "one.layer", "lora")
+    requests = [
+        phi.request(words(12 + 9 * row, row), GenerationOptions(adapter=name, **GREEDY))
+        for row, name in enumerate(names)
+    ]
+    phi.engine.run_all(requests)
+    found["batch"] = [request.reply.tokens for request in requests]
+    return found
+
+
+def shown(load: Load, folder: Path) -> dict[str, Any]:
+    """Tokens of prompts with pictures and sounds, alone, after each other and in batches."""
+    phi = load(folder)
+    one, other = (picture(seed) for seed in (1, 2))
+    hum = (np.sin(np.arange(12_000) / 9).astype(np.float32), 16_000)
+    asked: list[dict[str, Any]] = [{"images": one}, {"images": [one, other]}, {}]
+    if phi.hears:
+        asked += [{"audio": hum}, {"images": other, "audio": hum}]
+    found: dict[str, Any] = {}
+    for number, media in enumerate(asked):
+        options = SEEDED if number % 2 else {"temperature": 0}
+        reply = phi.generate("What is it?", **media, **options, max_tokens=5)
+        found[str(number)] = reply.tokens
+    requests = [phi.request("And?", GenerationOptions(**media, **GREEDY)) for media in asked]
+    phi.engine.run_all(requests)
+    found["batch"] = [request.reply.tokens for request in requests]
+    for turn in range(2):  # of which the second goes on from what the first left
+        requests = [phi.request("So?", GenerationOptions(**media, **GREEDY)) for media in asked]
+        phi.engine.add(*requests)
+        while phi.engine.busy:
+            phi.engine.step()
+        found[f"turn {turn}"] = [
+            [request.reply.stats.cached_tokens, *request.reply.tokens] for request in requests
+        ]
+    return found
+
+
+Load = Callable[..., Phi]
+KINDS: Mapping[str, Callable[[Load, Path], dict[str, Any]]] = {
+    "text": lambda load, folder: answers(load(folder)),
+    "adapted": adapted,
+    "shown": shown,
+}
+
+
+def answered(kind: str, load: Load, folder: Path) -> dict[str, Any]:
+    """What a model answers, after which it is gone."""
+    found = KINDS[kind](load, folder)
+    gc.collect()
+    return found
+
+
 def loaded(load: Any) -> tuple[Any, dict[str, int]]:
     """Load, and tell the most memory that it took and what is held."""
     gc.collect()  # what others left would be freed meanwhile
@@ -79,19 +148,23 @@ def memory_of(folder: Path, group: mx.distributed.Group | None) -> dict[str, int
 
 def main() -> None:
     """Share each model, and write what came."""
-    out, wide, *folders = map(Path, sys.argv[1:])
+    out, wide = map(Path, sys.argv[1:3])
     processes = ProcessGroup.join()
     found: dict[str, Any] = {"memory": memory_of(wide, processes.group)}
-    for folder in folders:
-        if not processes.is_main:
-            follow(processes)
-            continue
+    if processes.is_main:
         machines = Machines(processes)
+
+        def load(folder: Path, adapter: Path | None = None) -> Phi:
+            return phimlx.load(folder, adapter, "float32", machines=machines)
+
         try:
-            phi = partial(phimlx.load, machines=machines)(folder)
-            found[folder.name] = answers(phi)
+            for given in sys.argv[3:]:
+                kind, _, folder = given.partition("=")
+                found[given] = answered(kind, load, Path(folder))
         finally:
             machines.end()
+    else:
+        follow(processes)
     out.with_suffix(f".{processes.rank}.json").write_text(json.dumps(found))
 
 

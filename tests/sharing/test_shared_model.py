@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 from threading import Timer
@@ -21,11 +22,13 @@ import phimlx
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import build_model, map_model
 from phimlx.errors import ConfigError
-from phimlx.hub.resolve import ASSETS
 from phimlx.models.tensor_parallel import check_shardable
+from tests.adapters.test_variants import write_adapters
 from tests.everything import everything
 from tests.generation.small import CONFIG, make_model
-from tests.sharing.answers import answers, memory_of
+from tests.multimodal import multimodal_folder
+from tests.reasoning_vision import reasoning_vision_folder
+from tests.sharing.answers import ADAPTERS, answered, memory_of
 from tests.training.folder import write_tiny
 from tests.training.test_distributed import LAUNCH, ROOT, two_free_ports
 
@@ -73,7 +76,6 @@ def make_phi(folder: Path, **changes: Any) -> Path:
     for key in ("rms_norm_eps", "original_max_position_embeddings", "head_dim"):
         config.pop(key)
     config["partial_rotary_factor"] = 0.5
-    folder.mkdir()
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(5)
     weights: Any = tree_flatten(build_model(config).parameters())
@@ -82,30 +84,55 @@ def make_phi(folder: Path, **changes: Any) -> Path:
     return folder
 
 
-MAKERS = {
-    "fused": lambda folder: make_model(folder, num_key_value_heads=2),
-    "quantized": make_quantized,
-    "phi": make_phi,
+MAKERS: dict[str, Callable[[Path, Path], object]] = {
+    "fused": lambda folder, data: make_model(folder, num_key_value_heads=2),
+    "quantized": lambda folder, data: make_quantized(folder),
+    "phi": lambda folder, data: make_phi(folder),
+    "multimodal": lambda folder, data: multimodal_folder(data, folder),
+    "vision": lambda folder, data: reasoning_vision_folder(data, folder, least=16),
 }
+"""By name, what writes a model into a folder, given the tests' data."""
+
+
+def load(folder: Path, adapter: Path | None = None) -> phimlx.Phi:
+    return phimlx.load(folder, adapter, "float32")
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("names", [["fused"], pytest.param(["quantized", "phi"], marks=everything)])
-def test_answers_and_memory_are_those_of_shares(tmp_path: Path, names: list[str]) -> None:
+@pytest.mark.parametrize(
+    "names",
+    [
+        ("text=fused", "adapted=fused", "shown=multimodal", "shown=vision"),
+        pytest.param(("text=quantized", "text=phi", "adapted=quantized"), marks=everything),
+    ],
+    ids=("usual", "all"),
+)
+def test_answers_and_memory_are_those_of_shares(
+    tmp_path: Path, data: Path, names: tuple[str, ...]
+) -> None:
     wide = make_model(tmp_path / "wide", **WIDE, **HEADS)
-    folders = [MAKERS[name](tmp_path / name) for name in names]
-    done = run("tests.sharing.answers", tmp_path / "out", wide, *folders)
+    asked: dict[str, tuple[str, Path]] = {}
+    for kind, _, name in (each.partition("=") for each in names):
+        folder = tmp_path / name / "model"
+        if not folder.exists():
+            folder.mkdir(parents=True)
+            MAKERS[name](folder, data)
+        if kind == "adapted":
+            write_adapters(folder, folder.parent / ADAPTERS)
+        asked[f"{kind}={folder}"] = kind, folder
+    done = run("tests.sharing.answers", tmp_path / "out", wide, *asked)
     assert (tmp_path / "out.0.json").exists(), done.stderr
     first, second = (json.loads((tmp_path / f"out.{rank}.json").read_text()) for rank in (0, 1))
-    for folder in folders:
-        wanted, found = answers(phimlx.load(folder)), first[folder.name]
-        assert wanted["drafted"][0] > 0
+    for given, (kind, folder) in asked.items():
+        wanted, found = answered(kind, load, folder), first[given]
         assert wanted.keys() == found.keys()
+        assert kind != "text" or wanted["drafted"][0] > 0
+        assert kind != "shown" or any(tokens[0] for tokens in wanted["turn 1"])
         for name, value in wanted.items():
             if name.endswith("logits"):
                 np.testing.assert_allclose(found[name], value, rtol=0, atol=1e-5, err_msg=name)
             else:
-                assert found[name] == value, (folder.name, name)
+                assert found[name] == value, (given, name)
     whole = memory_of(wide, None)
     assert whole["peak"] >= whole["weights"]
     layer = 4 * 256 * (256 + 128 + 3 * 1024)  # bytes of its projections
@@ -204,7 +231,8 @@ def test_heads_that_do_not_divide_name_the_counts_that_do(
     assert refused.value.hint == hint
 
 
-def test_a_model_that_is_not_shared_says_so() -> None:
-    model = build_model(json.loads((ASSETS / "nano-multimodal" / "config.json").read_text()))
-    with pytest.raises(ConfigError, match=r"Those that can be shared: phi3, phi\."):
+def test_a_model_that_is_not_shared_says_so(data: Path) -> None:
+    model = build_model(json.loads((data / "tiny" / "tiny-phi4flash" / "config.json").read_text()))
+    known = r"Those that can be shared: phi3, phi, phi4mm, phi4-siglip\."
+    with pytest.raises(ConfigError, match=known):
         check_shardable(model, 2)

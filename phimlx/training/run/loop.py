@@ -16,9 +16,9 @@ import mlx.optimizers as optim
 from mlx.utils import tree_unflatten
 from pydantic import ConfigDict, Field, TypeAdapter
 
-from phimlx.errors import TrainingError
+from phimlx.errors import MachineLostError, TrainingError
 from phimlx.machine.active_memory import ACTIVE_MEMORY, MemoryUse
-from phimlx.machine.processes import MachineLostError, ProcessGroup
+from phimlx.machine.processes import ProcessGroup
 from phimlx.models.base import CausalLM
 from phimlx.training.data.batches import Batch, Batches, Example
 from phimlx.training.forward import Features

@@ -21,9 +21,10 @@ from mlx.utils import tree_flatten
 from phimlx.checkpoint.folder import Checkpoint
 from phimlx.checkpoint.load import load_model
 from phimlx.errors import PromptError
+from phimlx.models.base import CausalLM
+from phimlx.models.cache.store import Store
 from phimlx.models.features import TEXT, Features
 from phimlx.models.lora import LoRALinear, Routing
-from phimlx.models.phi3 import Phi3ForCausalLM
 from phimlx.models.phi4mm.model import Phi4MMForCausalLM
 
 EXACT = 1e-4  # of the largest logit: what the original's own numbers are known to
@@ -160,8 +161,7 @@ def test_token_by_token_equals_one_pass(
     model: Phi4MMForCausalLM, oracle: dict[str, Case], features: dict[str, Features]
 ) -> None:
     case, seen = oracle["audio"], features["audio"]
-    tokens, cache, found, used = case["input_ids"], model.make_cache(), [], 0
-    cache.expected_adapters = ("speech",)
+    tokens, cache, found, used = case["input_ids"], model.make_cache(0, ("speech",)), [], 0
     for place in range(tokens.shape[1]):
         column = tokens[:, place : place + 1]
         new = used + int(column.item() == AUDIO)
@@ -543,6 +543,6 @@ def test_a_picture_without_a_mask_is_whole(model: Phi4MMForCausalLM) -> None:
 
 
 def test_a_cache_of_another_kind(model: Phi4MMForCausalLM) -> None:
-    cache = Phi3ForCausalLM.make_cache(model)
+    cache = CausalLM._make_cache(model, Store(0))
     with pytest.raises(TypeError, match="a multimodal model's cache comes from its own make_cache"):
         model(ids(text(3)), cache)
