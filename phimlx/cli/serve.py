@@ -51,6 +51,8 @@ def command(action: str | None, opens: bool, as_json: bool, **flags: Any) -> Non
         output.note(f"Clients say what the model is told, not {settings.model}'s system prompt.")
     if action is not None and machines() is not None:
         raise click.UsageError(f"--{action} is for one machine: leave out mlx.launch.")
+    if settings.model is None and machines() is not None:
+        raise click.UsageError("Machines that share a model serve that one: name it with --model.")
     if action is None:
         run(settings, output, read_key(settings), opens=opens)
     else:

@@ -2,8 +2,8 @@
 
 Whatever is decided - which tokens are drawn, what is drafted, batched or kept - is decided by the
 leader alone. The others are told what happens to its caches and what is fed, and do the same; so
-they cannot come to other decisions. While there is nothing to do they hear now and then that the
-leader is there, and it hears that they are.
+they cannot come to other decisions. While there is nothing to do they rest, and hear after each
+while that the leader is there, as it hears that they are.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
 from phimlx.models.features import TEXT, Features
 
-BEAT = 5.0  # seconds of silence, after which all hear from each other
+REST = 0.1  # seconds, between two times that all hear from each other: MLX waits without sleeping
 LAST_PATIENCE = 10.0  # seconds, for the others to answer when the run ends
 
 Operation = list[Any]
@@ -53,7 +53,6 @@ class Lockstep:
         self._ended = threading.Event()
         processes.watchdog.idle = True
         self._beats = threading.Thread(target=self._beat, name="phimlx-beat", daemon=True)
-        self._beats.start()
 
     def note(self, name: str, *arguments: Any) -> None:
         """Let the others do something before they are told the next."""
@@ -94,6 +93,11 @@ class Lockstep:
             finally:
                 watchdog.idle = True
                 self._told = time.monotonic()
+                if not self._beats.ident:
+                    # Not before: of the threads that use the ring, MLX tells the first alone where
+                    # a machine is lost within a pass; others wait, for as long as the watchdog has
+                    # patience.
+                    self._beats.start()
 
     def end(self) -> None:
         """Let the others go.
@@ -108,11 +112,11 @@ class Lockstep:
         self._beats.join()
 
     def _beat(self) -> None:
-        while not self._ended.wait(BEAT):
-            if time.monotonic() - self._told < BEAT:
+        while not self._ended.wait(REST):
+            if time.monotonic() - self._told < REST / 2:  # others are told things anyway
                 continue
             try:
-                with self.together():
+                with self.together("rest", REST):
                     pass
             except MachineLostError as error:
                 self.on_lost(error)
@@ -261,6 +265,9 @@ class Follower:
                     raise
                 except PhimlxError:
                     pass  # the leader has it as well, or hears of it, and tells whoever asked
+
+    def _rest(self, seconds: float) -> None:
+        time.sleep(seconds)
 
     def _cache(
         self, model: int, key: int, expected_length: int, adapters: list[Any], kv_bits: int | None

@@ -241,8 +241,7 @@ class Models:
     def _read_model(self, served: Served) -> Phi:
         if self._machines is None:
             return Phi(served.folder)
-        name = self._settings.model or served.name
-        load_part = partial(self._machines.load, name, None, None)
+        load_part = partial(self._machines.load, self._settings.model, None, None)
         return Phi(served.folder, load_weights=load_part)
 
     async def _make_room(self, served: Served) -> None:

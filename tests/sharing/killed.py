@@ -1,8 +1,7 @@
 """The command line under `mlx.launch`: `python -m tests.sharing.killed HOW PASS ARGUMENT...`.
 
 HOW is a signal that one of the machines gets before pass number PASS through the model, such as
-SIGKILL@1 for the second; "never" for none. The others wait 10 seconds for one that is stopped, and
-hear from each other twice a second.
+SIGKILL@1 for the second; "never" for none. The others wait 10 seconds for one that is stopped.
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ from phimlx.models import lockstep
 (how, _, rank), at = sys.argv[1].partition("@"), int(sys.argv[2])
 sys.argv = ["phimlx", *sys.argv[3:]]
 processes.PATIENCE, processes.PATIENCE_FACTOR = 10.0, 1
-lockstep.BEAT = 0.5
 run, passes = lockstep._run, count()
 
 

@@ -102,8 +102,10 @@ def load(folder: Path, adapter: Path | None = None) -> phimlx.Phi:
 @pytest.mark.parametrize(
     "names",
     [
-        ("text=fused", "adapted=fused", "shown=multimodal", "shown=vision"),
-        pytest.param(("text=quantized", "text=phi", "adapted=quantized"), marks=everything),
+        ("text=fused", "adapted=fused", "shown=multimodal"),
+        pytest.param(
+            ("text=quantized", "text=phi", "adapted=quantized", "shown=vision"), marks=everything
+        ),
     ],
     ids=("usual", "all"),
 )

@@ -52,14 +52,18 @@ def started(folder: Path, *arguments: str) -> Iterator[list[subprocess.Popen[str
             )
             for rank in range(2)
         ]  # fmt: skip
-        deadline = threading.Timer(SECONDS, lambda: [each.kill() for each in machines])
+
+        def end() -> None:
+            for each in machines:
+                each.kill()
+
+        deadline = threading.Timer(SECONDS, end)
         deadline.start()
         try:
             yield machines
         finally:
             deadline.cancel()
-            for each in machines:
-                each.kill()
+            end()
 
 
 def ended(machines: Sequence[subprocess.Popen[str]]) -> list[tuple[int, str, str]]:
@@ -140,7 +144,7 @@ def test_a_server_answers_as_one_process_and_ends_with_a_machine(
 @everything
 def test_a_server_that_is_told_to_stop_lets_the_other_go(model: Path, tmp_path: Path) -> None:
     with started(tmp_path, *serve(model)) as machines:
-        url_of(machines)
+        assert ask(url_of(machines), SAID[0], max_tokens=3)
         machines[0].send_signal(signal.SIGTERM)
         first, other = ended(machines)
     assert (first[0], other[0]) == (0, 0)
