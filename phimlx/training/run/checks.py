@@ -86,12 +86,12 @@ def check_shared(settings: TrainSettings, model: CausalLM, machines: int, resume
             "--shard does not go with --sample-prompts.",
             hint="Ask the adapter afterwards: phimlx generate --adapter-path ADAPTER",
         )
-    if model.architecture.takes_media:
-        raise TrainingError(
-            "--shard trains models of text alone, and this one takes more.",
-            hint="Leave --shard out: each machine then has the whole model.",
-        )
     if machines > 1:
+        if model.architecture.takes_media:
+            raise TrainingError(
+                "--shard trains models of text alone, and this one takes more.",
+                hint="Leave --shard out: each machine then has the whole model.",
+            )
         check_shardable(model, machines)
     elif not resumed:
         raise TrainingError(
