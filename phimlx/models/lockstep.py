@@ -26,7 +26,8 @@ from phimlx.models.base import CausalLM
 from phimlx.models.cache.kv import Cache
 from phimlx.models.features import TEXT, Features
 
-REST = 0.1  # seconds, between two times that all hear from each other: MLX waits without sleeping
+QUIET = 1.0  # seconds without a pass, after which the others rest
+REST = 0.1  # seconds, after which all hear from each other again: MLX waits without sleeping
 LAST_PATIENCE = 10.0  # seconds, for the others to answer when the run ends
 
 Operation = list[Any]
@@ -49,7 +50,7 @@ class Lockstep:
         self.new_key = count().__next__
         self._untold: deque[Operation] = deque()
         self._turn = threading.Lock()
-        self._told = time.monotonic()
+        self._worked = time.monotonic()
         self._ended = threading.Event()
         processes.watchdog.idle = True
         self._beats = threading.Thread(target=self._beat, name="phimlx-beat", daemon=True)
@@ -92,7 +93,8 @@ class Lockstep:
                 raise
             finally:
                 watchdog.idle = True
-                self._told = time.monotonic()
+                if name != "rest":
+                    self._worked = time.monotonic()
                 if not self._beats.ident:
                     # Not before: of the threads that use the ring, MLX tells the first alone where
                     # a machine is lost within a pass; others wait, for as long as the watchdog has
@@ -113,7 +115,7 @@ class Lockstep:
 
     def _beat(self) -> None:
         while not self._ended.wait(REST):
-            if time.monotonic() - self._told < REST / 2:  # others are told things anyway
+            if time.monotonic() - self._worked < QUIET:
                 continue
             try:
                 with self.together("rest", REST):
