@@ -109,9 +109,18 @@ class RunDisplay:
         taken = counted(outcome.step, "step")
         self.output.text(f"{self.folder}: {outcome.ending} after {taken}{best}")
         if outcome.ending != INTERRUPTED:
+            self._warn(dict(curves["validation"]).get(0), outcome.best_loss)
             name = self.session.settings.model
             model = f" --model {name}" if name else ""
             self.output.note(f"Try it: phimlx chat{model} --adapter-path {self.folder}")
+
+    def _warn(self, before: float | None, best: float | None) -> None:
+        """Say so where the model was better before the first step than at any validation since."""
+        if before is not None and best is not None and best > before:
+            self.output.warning(
+                f"The validation loss was {before:.4f} before the first step: what was learned "
+                "makes it worse. Try a lower --learning-rate, or more steps."
+            )
 
 
 def answers_bar(output: Output) -> Callable[[int, int], None]:

@@ -102,6 +102,18 @@ def test_check_as_json(model: Path, rows: Path) -> None:
     assert result.stderr == ""
 
 
+def test_a_run_that_made_the_model_worse_says_so(model: Path, rows: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    common = ["--model", model, "--data", rows, "--adapter-path", out, "--rank", "2"]
+    result = run(*common, "--iters", "2", "--learning-rate", "10", "--steps-per-eval", "2")
+    assert result.exit_code == 0, result.output
+    (line,) = (out / "log.jsonl").read_text().splitlines()[:1]
+    assert (
+        f"Warning: The validation loss was {json.loads(line)['loss']:.4f} before the first step: "
+        "what was learned makes it worse. Try a lower --learning-rate, or more steps.\n"
+    ) in result.stderr
+
+
 @pytest.mark.slow
 def test_a_run_from_a_file_of_settings(model: Path, rows: Path, tmp_path: Path) -> None:
     out, file = tmp_path / "out", tmp_path / "run.yaml"
