@@ -19,6 +19,7 @@ import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,7 +69,7 @@ class Asking:
         """How many answers there will be."""
         return self.samples * sum(map(len, self.questions.values()))
 
-    @property
+    @cached_property
     def digest(self) -> str:
         """SHA-256 of all that answers depend on."""
         about = [self.teacher, self.samples, dict(self.settings), self.seed]

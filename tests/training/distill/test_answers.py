@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -186,3 +187,21 @@ def test_damaged_answers_are_told(tmp_path: Path, data: str) -> None:
     asked.answers("train").write_text(data)
     with pytest.raises(TrainingError, match="is damaged"):
         asked.filter([], dedup=False)
+
+
+def test_questions_are_hashed_once_however_many_there_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    read, count = Question.as_json, 0
+
+    def counted(self: Question) -> bytes:
+        nonlocal count
+        count += 1
+        return read.fget(self)  # type: ignore[attr-defined, no-any-return]
+
+    monkeypatch.setattr(Question, "as_json", property(counted))
+    questions = [replace(ASKED, place=f"t, line {number}") for number in range(1, 21)]
+    asking = Asking(tmp_path, "teacher", {"train": questions}, 2, {})
+    keys = {line.key for line in asking._lines(questions)}
+    assert len(keys) == 40
+    assert count == 20 + 40  # each in the hash of all, and in each of its lines
