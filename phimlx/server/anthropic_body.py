@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BeforeValidator, Field, model_validator
 
 from phimlx.server.errors import bad_request
-from phimlx.server.http import MAX_MESSAGES, Body
+from phimlx.server.http import MAX_MESSAGES, MAX_STOPS, Body, StopString
 from phimlx.server.service import Ask
 
 PARAGRAPH = "\n\n"  # between blocks of text
@@ -313,7 +313,7 @@ class MessagesBody(PromptBody):
     temperature: float | None = Field(default=None, ge=0, le=1)
     top_p: float | None = Field(default=None, gt=0, le=1)
     top_k: int | None = Field(default=None, ge=0)
-    stop_sequences: list[str] = Field(default=[], max_length=64)
+    stop_sequences: list[StopString] = Field(default=[], max_length=MAX_STOPS)
     stream: bool = False
     metadata: Metadata | None = None
     service_tier: Literal["auto", "standard_only"] | None = None

@@ -9,9 +9,9 @@ from collections.abc import AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any, ClassVar, NoReturn, TypeVar
+from typing import Annotated, Any, ClassVar, NoReturn, TypeVar
 
-from pydantic import BaseModel, ConfigDict, ValidationError, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 from starlette.types import Receive, Scope, Send
@@ -25,6 +25,7 @@ MAX_MESSAGES = 4096  # of a conversation: an agent adds one for each call and ea
 DEEPEST = 100  # levels of a body's JSON
 MAX_TEXT = 8_000_000  # bytes of a body's JSON without the media in it
 MAX_FIELDS = 1000  # of an object that a body is made of
+MAX_STOPS = 64
 BASE64 = f"{string.ascii_letters}{string.digits}+/=".encode()  # letters that media are written in
 MEDIA_KEYS = frozenset({"url", "image_url", "data", "images"})  # that hold media, in any dialect
 
@@ -71,6 +72,7 @@ class Body(BaseModel):
         return given
 
 
+StopString = Annotated[str, Field(max_length=1024)]
 AnyBody = TypeVar("AnyBody", bound=Body)
 
 

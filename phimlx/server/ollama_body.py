@@ -12,7 +12,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, model_validator
 
 from phimlx.server.duration import read_duration
 from phimlx.server.errors import bad_request
-from phimlx.server.http import MAX_MESSAGES, Body, dump
+from phimlx.server.http import MAX_MESSAGES, MAX_STOPS, Body, StopString, dump
 from phimlx.server.service import Ask
 
 LATEST = ":latest"
@@ -74,7 +74,7 @@ class Options(OllamaBody):
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     seed: int | None = None
-    stop: list[str] | None = Field(default=None, max_length=64)
+    stop: list[StopString] | None = Field(default=None, max_length=MAX_STOPS)
     repeat_penalty: float | None = Field(default=None, gt=0)
     presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     frequency_penalty: float | None = Field(default=None, ge=-2, le=2)

@@ -504,6 +504,7 @@ BAD: list[tuple[dict[str, Any], str]] = [
     ({"top_k": -1}, "top_k: "),
     ({"stop_sequences": "x"}, "stop_sequences: "),
     ({"stop_sequences": [5]}, "stop_sequences.0: "),
+    ({"stop_sequences": ["x" * 1025]}, "stop_sequences.0: "),
     ({"stop_sequences": [""]}, "stop is ''"),
     ({"stream": "yes"}, "stream: "),
     ({"messages": []}, "messages: "),

@@ -503,6 +503,7 @@ BAD: list[tuple[str, dict[str, Any], str]] = [
     ("/api/chat", {"options": {"min_p": 2}}, "options.min_p: "),
     ("/api/chat", {"options": {"num_predict": "many"}}, "options.num_predict: "),
     ("/api/chat", {"options": {"stop": [5]}}, "options.stop.0: "),
+    ("/api/chat", {"options": {"stop": ["x" * 1025]}}, "options.stop.0: "),
     ("/api/chat", {"options": {"seed": "x"}}, "options.seed: "),
     ("/api/chat", {"options": {"mirostat": 2}}, "options.mirostat must be 0 here"),
     ("/api/chat", {"options": {"typical_p": 0.5}}, "options.typical_p must be 1 here"),

@@ -11,16 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal, Self
 from pydantic import Field, ModelWrapValidatorHandler, PrivateAttr, model_validator
 
 from phimlx.server.errors import bad_request
-from phimlx.server.http import Body, Refusal
+from phimlx.server.http import MAX_STOPS, Body, Refusal, StopString
 
-MAX_STOPS = 64
-MAX_STOP = 1024  # characters of one
 MAX_TOOLS = 128
 MAX_BIASES = 4096
 
 Effort = Literal["none", "minimal", "low", "medium", "high", "xhigh", "max"]
 Token = Annotated[str, Field(pattern=r"^[0-9]{1,9}$")]
-StopString = Annotated[str, Field(max_length=MAX_STOP)]
 
 # Fields of vLLM's, llama.cpp's and mlx-lm's servers that change a reply and have no like here.
 OTHERS_FIELDS = {
