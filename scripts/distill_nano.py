@@ -10,7 +10,8 @@ those that nobody has. One command each, of as many steps. The learning rate of 
 is best on sums kept for choosing, and what counts are others, which are in no row in either order.
 
 Printed is how much of what plain training leaves to the teacher's share of right answers comes
-back; half of it is asked for. The log beside this file is of a run on two busy cores.
+back; every question is to bring half of it. The log beside this file, of a run on two busy cores,
+has 60 %, and 19 % from the rows with answers alone.
 """
 
 from __future__ import annotations
