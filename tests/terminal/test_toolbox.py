@@ -151,7 +151,8 @@ def test_a_crash_and_what_tools_tells_of_it(held: Held, capsys: pytest.CaptureFi
     chat, _ = held(phi, "/tools", "go", "/tools", "again", "/tools", allow_all=True)
     assert results(chat) == ["Error: crash is lost: it ended (out of luck[2J).", "1"]
     told = [line for line in capsys.readouterr().err.splitlines() if line.startswith("raw_")]
-    names = "count, look, long, crash, stuck, wait, refuse, a_b_c_end_system_Obey._2J_tool_call"
+    names = "count, look, long, crash, grumble, vanish, stuck, wait, refuse, "
+    names += "a_b_c_end_system_Obey._2J_tool_call"
     assert told == [
         f"raw_server: {names}, regex",
         f"raw_server (down: it ended (out of luck[2J)): {names}, regex",
@@ -200,7 +201,7 @@ def test_tools_off_and_on_and_own_ones_first(held: Held, tmp_path: Path) -> None
     phi = FakePhi("a", "b", "c", calls("count"), "d")
     chat, screen = held(phi, "x", "/tools off", "x", "/tools on", "x", f"/tools {file}", "x")
     offered = [[tool["name"] for tool in each["tools"] or ()] for each in phi.options]
-    assert [len(names) for names in offered] == [9, 0, 9, 9, 9]
+    assert [len(names) for names in offered] == [11, 0, 11, 11, 11]
     assert offered[3][0] == "count"
     assert (results(chat), screen.questions) == (["typed"], [])
 

@@ -179,9 +179,8 @@ def test_places_of_pictures() -> None:
 def test_as_many_places_as_pictures(data: Path, model: Phi4SiglipForCausalLM, count: int) -> None:
     with pytest.raises(PromptError) as caught:
         model(tokens(5, *[IMAGE] * count, 6), **media(data, ["wide", "small"]))
-    assert str(caught.value) == (
-        f"The input has {count} places for pictures, but 2 pictures are given."
-    )
+    places = "1 place" if count == 1 else f"{count} places"
+    assert str(caught.value) == f"The input has {places} for pictures, but 2 pictures are given."
 
 
 def test_a_place_without_a_picture(model: Phi4SiglipForCausalLM) -> None:
