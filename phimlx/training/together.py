@@ -21,9 +21,14 @@ NAME_BYTES = 400  # of an example's name, told to the other machines
 
 
 class Alone:
-    """One machine that does all."""
+    """One machine that does all.
 
-    rank = 0  # among those that have other rows
+    Args:
+        rank: its place among those that have other rows.
+    """
+
+    def __init__(self, rank: int = 0) -> None:
+        self.rank = rank
 
     def totals(self, array: mx.array) -> list[Any]:
         """The sums of a row of numbers over the rows of all machines."""
@@ -55,8 +60,8 @@ class SharedRows(Alone):
     """Machines of which each has the whole model, and some rows of each batch."""
 
     def __init__(self, group: mx.distributed.Group) -> None:
+        super().__init__(group.rank())
         self.group = group
-        self.rank = group.rank()
 
     def totals(self, array: mx.array) -> list[Any]:
         return super().totals(mx.distributed.all_sum(array, group=self.group))
@@ -80,7 +85,7 @@ class SharedRows(Alone):
     @property
     def apart(self) -> Alone:
         # What machines exchange on the way would wait for those that are looking at fewer.
-        return Alone()
+        return Alone(self.rank)
 
 
 class SharedLayers(Alone):
@@ -93,6 +98,7 @@ class SharedLayers(Alone):
     """
 
     def __init__(self, group: mx.distributed.Group, shared: Collection[str]) -> None:
+        super().__init__()
         self.group = group
         self.shared = shared
 
