@@ -5,7 +5,9 @@ from __future__ import annotations
 import os
 import signal
 import sys
-from collections.abc import Callable
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from functools import partial, wraps
 from typing import TYPE_CHECKING, Any
 
@@ -16,8 +18,10 @@ from phimlx.launched import is_launched
 from phimlx.terminal.output import Output
 
 if TYPE_CHECKING:
+    from phimlx.machine.processes import ProcessGroup
     from phimlx.shared_model import Machines
 
+MOMENT = 5.0  # seconds
 MACHINES = "phimlx.machines"
 """Under which the context of a run has the machines."""
 
@@ -65,6 +69,22 @@ def machines() -> Machines | None:
     context = click.get_current_context(silent=True)
     found: Machines | None = None if context is None else context.meta.get(MACHINES)
     return found
+
+
+@contextmanager
+def first_says(processes: ProcessGroup) -> Iterator[None]:
+    """Let the first machine say what stops all of them alike, as a wrong setting does.
+
+    The others wait a moment: `mlx.launch` ends them when the first has ended.
+    """
+    from phimlx.machine.processes import MachineLostError
+
+    try:
+        yield
+    except PhimlxError as error:
+        if not (processes.is_main or isinstance(error, MachineLostError)):
+            time.sleep(MOMENT)
+        raise
 
 
 def end_at_once(output: Output, error: PhimlxError) -> None:

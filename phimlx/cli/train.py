@@ -24,7 +24,7 @@ from phimlx.cli.options import (
     pop_limits,
     resume_option,
 )
-from phimlx.cli.together import end_at_once
+from phimlx.cli.together import end_at_once, first_says
 from phimlx.errors import ModelAbsentError
 from phimlx.options import click_options, from_file, from_flags
 from phimlx.terminal.output import Output
@@ -94,7 +94,7 @@ def command(
     output = Output(json=as_json)
     if not processes.is_main:
         output = Silent()
-    with processes.watched(partial(end_at_once, output)):
+    with processes.watched(partial(end_at_once, output)), first_says(processes):
         session = _open(given, resume, processes, limits, output)
         if not resume and (own := own_adapter(given.model)) is not None:
             output.note(f"A new adapter is trained; that of {given.model}, {own}, is left out.")

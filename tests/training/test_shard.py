@@ -194,3 +194,11 @@ def test_a_model_whose_layers_are_not_shared_says_so() -> None:
     with pytest.raises(TrainingError):
         check_shared(TrainSettings(shard=True), model, 1, False)
     check_shared(TrainSettings(shard=True), model, 1, True)  # one alone may go on
+
+
+@everything
+def test_one_message_tells_what_is_wrong(place: Path) -> None:
+    wrong = together(arguments(place, "wrong", "rows.jsonl", "--shard", "--sample-prompts", "1"))
+    said = wrong.stdout + wrong.stderr
+    assert said.count("Error:") == 1
+    assert "--shard does not go with --sample-prompts." in said
