@@ -163,8 +163,8 @@ def test_what_does_not_fit_is_refused_before_anything_is_loaded(
     assert first.startswith("Error: The run is expected to need ")
     assert first.endswith(" of memory; this machine has 2.00 MB for it.")
     assert second == (
-        "Hint: Take a model at 4 bits (phimlx convert -q), or a smaller one. To try all the same: "
-        "--ignore-memory."
+        "Hint: Take a model at 4 bits (phimlx convert -q), or a smaller one, or share it among "
+        "several machines (--shard). To try all the same: --ignore-memory."
     )
     assert not (tmp_path / "out").exists()
 

@@ -64,6 +64,12 @@ def check_prompts(settings: TrainSettings) -> None:
         )
 
 
+def can_share(settings: TrainSettings, model: CausalLM) -> bool:
+    """Whether some number of machines could share a model's layers in such a run."""
+    goes = all(getattr(settings, name) not in refused for name, refused, _ in NOT_SHARED)
+    return goes and settings.command == "train" and model.architecture.sharding is not None
+
+
 def check_shared(settings: TrainSettings, model: CausalLM, machines: int, resumed: bool) -> None:
     """Check that so many machines can share the layers of a model in training.
 

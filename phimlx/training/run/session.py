@@ -45,6 +45,7 @@ from phimlx.training.memory_estimate import (
 from phimlx.training.rewards import Reward, fingerprints, needs_answers, read_rewards
 from phimlx.training.run.checkpoints import ENDED, RUN, RunFolder, SavedCheckpoint
 from phimlx.training.run.checks import (
+    can_share,
     check_answers,
     check_numbers,
     check_prompts,
@@ -278,6 +279,8 @@ class Session:
         media = media_plan(self._empty, self.settings, _learned_from(data), self.itemsize)
         found = next(remedies(*arguments, round(ROOMY * memory), media), None)
         hint = "Take a model at 4 bits (phimlx convert -q), or a smaller one."
+        if can_share(self.settings, self._empty) and not self.settings.shard:
+            hint = f"{hint[:-1]}, or share it among several machines (--shard)."
         if found is not None:
             hint = f"With {found[0]} it would need {size_text(found[1])}."
         if needed <= memory:
