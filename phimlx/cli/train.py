@@ -274,6 +274,8 @@ def stop_requests(log: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     The handler only takes note: what it interrupts may be printing. A thread says so. A second
     signal ends the process as it always does.
     """
+    from phimlx.machine.processes import MachineLostError
+
     came = False
     requests: SimpleQueue[bool] = SimpleQueue()  # whose put may interrupt itself
     handled = (signal.SIGINT, signal.SIGTERM)
@@ -297,6 +299,10 @@ def stop_requests(log: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
             signal.signal(each, note)
     try:
         yield lambda: came
+    except MachineLostError:
+        # `mlx.launch` ends those that are left; first they say why.
+        before[signal.SIGTERM] = signal.SIG_IGN
+        raise
     finally:
         for each in handled:
             signal.signal(each, before[each])

@@ -67,7 +67,9 @@ def check_prompts(settings: TrainSettings) -> None:
 def can_share(settings: TrainSettings, model: CausalLM) -> bool:
     """Whether some number of machines could share a model's layers in such a run."""
     goes = all(getattr(settings, name) not in refused for name, refused, _ in NOT_SHARED)
-    return goes and settings.command == "train" and model.architecture.sharding is not None
+    architecture = model.architecture
+    shared = architecture.sharding is not None and not architecture.takes_media
+    return goes and shared and settings.command == "train"
 
 
 def check_shared(settings: TrainSettings, model: CausalLM, machines: int, resumed: bool) -> None:
@@ -82,6 +84,11 @@ def check_shared(settings: TrainSettings, model: CausalLM, machines: int, resume
     """
     if settings.command != "train":
         raise TrainingError(f"phimlx {settings.command} does not share a model's layers.")
+    if model.architecture.takes_media:
+        raise TrainingError(
+            "--shard trains text models, and this one takes more.",
+            hint="Leave --shard out: each machine then learns from a part of the rows.",
+        )
     for name, refused, hint in NOT_SHARED:
         if getattr(settings, name) in refused:
             flag = flags_of(TrainSettings, name)[0]
