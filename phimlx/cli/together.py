@@ -77,7 +77,7 @@ def first_says(processes: ProcessGroup) -> Iterator[None]:
 
     The others wait a moment: `mlx.launch` ends them when the first has ended.
     """
-    from phimlx.machine.processes import MachineLostError
+    from phimlx.errors import MachineLostError
 
     try:
         yield

@@ -274,7 +274,7 @@ def stop_requests(log: Callable[[str], None]) -> Iterator[Callable[[], bool]]:
     The handler only takes note: what it interrupts may be printing. A thread says so. A second
     signal ends the process as it always does.
     """
-    from phimlx.machine.processes import MachineLostError
+    from phimlx.errors import MachineLostError
 
     came = False
     requests: SimpleQueue[bool] = SimpleQueue()  # whose put may interrupt itself
