@@ -6,7 +6,7 @@ Imports jinja2 and nothing heavy: the worker process starts with this module.
 from __future__ import annotations
 
 import json
-import secrets
+import os
 from collections.abc import Mapping
 from datetime import datetime
 from functools import cached_property
@@ -169,7 +169,7 @@ class Template:
     @cached_property
     def _marked(self) -> tuple[str, Compiled] | None:
         """A mark that no message can guess, and the template that writes it between messages."""
-        environment, mark = _Environment(), secrets.token_hex()
+        environment, mark = _Environment(), os.urandom(16).hex()
         tree = environment.parse(self.source)
         return (mark, environment.from_string(tree)) if mark_turns(tree, mark) else None
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import resource
 import signal
@@ -39,13 +40,21 @@ def main() -> None:
     while request := _receive():
         # The parent, which waits for less, may be gone: nobody else would end a busy worker then.
         signal.setitimer(signal.ITIMER_REAL, MAX_SECONDS + 1)
-        try:
-            answer = encode(_answer(decode(request)))
-        except Exception as error:
-            fault = explain(error)
-            answer = encode({"error": str(fault), "hint": fault.hint})
+        answer = _reply(request)
         signal.setitimer(signal.ITIMER_REAL, 0)
         _send(answer)
+
+
+def _reply(request: bytes) -> bytes:
+    """The frame that answers one."""
+    try:
+        return encode(_answer(decode(request)))
+    except Exception as error:
+        fault = explain(error)
+        told = {"error": str(fault), "hint": fault.hint}
+        del fault
+    gc.collect()  # its frames held what was rendered, and each other
+    return encode(told)
 
 
 def _answer(request: Mapping[str, Any]) -> dict[str, Any]:

@@ -118,6 +118,7 @@ def test_an_attack_ends_and_leaves_nothing_behind(
     assert threading.active_count() == threads
     assert busy_children() == []
     assert IsolatedTemplate("{{ a }}").render({"a": 1}) == "1"
+    assert psutil.Process(worker.pid).memory_info().rss < isolated.MAX_MEMORY // 2
 
 
 def test_a_source_may_not_be_endless() -> None:
