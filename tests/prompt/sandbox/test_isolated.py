@@ -17,7 +17,7 @@ import pytest
 from phimlx.errors import PromptError
 from phimlx.prompt.sandbox import isolated
 from phimlx.prompt.sandbox.isolated import IsolatedTemplate, Worker, worker
-from phimlx.prompt.sandbox.protocol import HINT
+from phimlx.prompt.sandbox.protocol import HINT, MAX_MEMORY
 
 DEADLINE = 60  # seconds that a process may take to end
 TOO_MUCH = "The chat template builds far more text than a prompt can hold."
@@ -118,7 +118,7 @@ def test_an_attack_ends_and_leaves_nothing_behind(
     assert threading.active_count() == threads
     assert busy_children() == []
     assert IsolatedTemplate("{{ a }}").render({"a": 1}) == "1"
-    assert psutil.Process(worker.pid).memory_info().rss < isolated.MAX_MEMORY // 2
+    assert psutil.Process(worker.pid).memory_info().rss < MAX_MEMORY // 2
 
 
 def test_a_source_may_not_be_endless() -> None:
