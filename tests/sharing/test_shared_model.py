@@ -76,6 +76,7 @@ def make_phi(folder: Path, **changes: Any) -> Path:
     for key in ("rms_norm_eps", "original_max_position_embeddings", "head_dim"):
         config.pop(key)
     config["partial_rotary_factor"] = 0.5
+    folder.mkdir(exist_ok=True)
     (folder / "config.json").write_text(json.dumps(config))
     mx.random.seed(5)
     weights: Any = tree_flatten(build_model(config).parameters())
