@@ -22,6 +22,7 @@ from PIL import Image
 
 from phimlx.cli.group import cli
 from phimlx.machine import processes
+from tests.everything import everything
 from tests.multimodal import multimodal_folder
 from tests.training.folder import write_rows, write_tiny
 
@@ -31,6 +32,7 @@ OPTIONS = (
     *("--iters", "6", "--batch-size", "4", "--grad-accumulation-steps", "2", "--rank", "4"),
     *("--learning-rate", "0.01", "--steps-per-report", "1", "--steps-per-eval", "3"),
 )
+PACKED = ("--pack", "--max-seq-length", "64")
 REWARDS = (
     *("--method", "grpo", "--reward", "regex:.*[aeiou]{2}.*", "--reward", "length:4"),
     *("--group-size", "4", "--max-tokens", "8", "--learning-rate", "0.001"),
@@ -121,9 +123,9 @@ def losses(folder: Path) -> list[tuple[tuple[str, int], float]]:
     ("name", "data", "more"),
     [
         ("plain", "rows.jsonl", ()),
-        ("packed", "rows.jsonl", ("--pack", "--max-seq-length", "64")),
+        pytest.param("packed", "rows.jsonl", PACKED, marks=everything),
         ("preferences", "pairs.jsonl", ("--dpo",)),
-        ("answers", "pairs.jsonl", ("--method", "kto")),
+        pytest.param("answers", "pairs.jsonl", ("--method", "kto"), marks=everything),
         ("rewards", "rows.jsonl", REWARDS),
     ],
 )

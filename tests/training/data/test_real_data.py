@@ -9,10 +9,13 @@ import pytest
 from click.testing import CliRunner
 
 from phimlx.cli.group import cli
+from tests.everything import everything
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["mlx-examples-lora", "mlx-examples-wwdc25"])
+@pytest.mark.parametrize(
+    "name", ["mlx-examples-lora", pytest.param("mlx-examples-wwdc25", marks=everything)]
+)
 def test_validation_loss_falls(name: str, data: Path, tmp_path: Path) -> None:
     run = CliRunner().invoke(
         cli,
