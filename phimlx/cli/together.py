@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from phimlx.errors import PhimlxError
+from phimlx.errors import MachineLostError, PhimlxError
 from phimlx.launched import is_launched
 from phimlx.terminal.output import Output
 
@@ -48,19 +48,30 @@ def together(command: Callable[..., None]) -> Callable[..., None]:
                 signal.signal(signal.SIGINT, signal.SIG_IGN)  # the first one says what it means
                 follow(processes)
                 return
-            signal.signal(signal.SIGTERM, _end)
             machines = Machines(processes)
+            signal.signal(signal.SIGTERM, partial(_end, machines))
             click.get_current_context().meta[MACHINES] = machines
             try:
-                command(**settings)
-            finally:
-                machines.end()
+                try:
+                    command(**settings)
+                finally:
+                    machines.end()
+            except MachineLostError:
+                # `mlx.launch` ends those that are left; first they say why.
+                signal.signal(signal.SIGTERM, signal.SIG_IGN)
+                raise
 
     return run
 
 
-def _end(number: int, frame: object) -> None:
-    """End the run as a signal asks, and let the others go on the way."""
+def _end(machines: Machines, number: int, frame: object) -> None:
+    """End the run as a signal asks, and let the others go on the way.
+
+    Raises:
+        MachineLostError: where they have been lost, for which `mlx.launch` asks it.
+    """
+    if machines.lost is not None:
+        raise machines.lost
     raise SystemExit(128 + number)
 
 
