@@ -1,5 +1,14 @@
 """A certificate for servers of tests, and its key."""
 
+from __future__ import annotations
+
+import ssl
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import ThreadingHTTPServer
+from pathlib import Path
+
 # For localhost and pictures.example, until 2120; nothing but these tests trusts it.
 CERTIFICATE = """\
 -----BEGIN CERTIFICATE-----
@@ -21,3 +30,15 @@ MIGHAgEAMBMGByqGSM49AgEGCCqGSM49AwEHBG0wawIBAQQgyO6HfYSxdhNn3wfM
 CwNZ7WCksMMzBfc0lSBq7e51b8Vylk/+dSdMbZZ7vtP/x6Fa28G2kIFX
 -----END PRIVATE KEY-----
 """
+
+
+@contextmanager
+def serving(server: ThreadingHTTPServer, certificate: Path) -> Iterator[int]:
+    """Run a server over TLS for the block; its port."""
+    with server:
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        context.load_cert_chain(certificate)
+        server.socket = context.wrap_socket(server.socket, server_side=True)
+        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
+        yield server.server_port
+        server.shutdown()

@@ -5,7 +5,6 @@ from __future__ import annotations
 import io
 import os
 import socket
-import ssl
 import threading
 from collections.abc import Iterator
 from dataclasses import replace
@@ -18,7 +17,7 @@ import pytest
 from phimlx.errors import MediaError
 from phimlx.media.limits import Limits, raising, source_name
 from phimlx.media.source import read_bytes
-from tests.certificate import CERTIFICATE, KEY
+from tests.certificate import CERTIFICATE, KEY, serving
 
 CONTENT = bytes(range(256)) * 40
 LOCAL = Limits(allow_private=True, download_seconds=20)
@@ -103,14 +102,9 @@ def site(trusted: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     monkeypatch.setenv("SSL_CERT_FILE", str(trusted))
     Handler.asked.clear()
     Handler.released = threading.Event()
-    with Server(("127.0.0.1", 0), Handler) as server:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(trusted)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"https://localhost:{server.server_port}"
+    with serving(Server(("127.0.0.1", 0), Handler), trusted) as port:
+        yield f"https://localhost:{port}"
         Handler.released.set()
-        server.shutdown()
 
 
 def refusal(source: Any, limits: Limits = LOCAL) -> tuple[str, str | None]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import socket
-import ssl
 import threading
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,7 +15,7 @@ import pytest
 from phimlx.api import load
 from phimlx.hub.resolve import NANO_MULTIMODAL
 from phimlx.media import fetch
-from tests.certificate import CERTIFICATE, KEY
+from tests.certificate import CERTIFICATE, KEY, serving
 from tests.server.running import SECONDS, Running, running
 
 MODEL = "nano-multimodal"
@@ -90,13 +89,8 @@ def site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
         "_check_public",
         lambda place, url: None if place == "127.0.0.7" else check(place, url),
     )
-    with ThreadingHTTPServer(("127.0.0.7", 0), Pictures) as server:
-        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
-        context.load_cert_chain(trusted)
-        server.socket = context.wrap_socket(server.socket, server_side=True)
-        threading.Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"https://pictures.example:{server.server_port}/a.png"
-        server.shutdown()
+    with serving(ThreadingHTTPServer(("127.0.0.7", 0), Pictures), trusted) as port:
+        yield f"https://pictures.example:{port}/a.png"
 
 
 @pytest.fixture(scope="module")

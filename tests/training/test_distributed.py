@@ -39,9 +39,8 @@ REWARDS = (
 )
 
 
-@pytest.fixture(scope="module")
-def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("machines")
+def write_place(folder: Path) -> Path:
+    """Write a tiny model, rows and pairs into a folder."""
     write_tiny(folder / "model")
     write_rows(folder / "rows.jsonl", 26)
     pairs = [
@@ -50,6 +49,11 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ]
     (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
     return folder
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_place(tmp_path_factory.mktemp("machines"))
 
 
 @pytest.fixture(scope="module")

@@ -24,8 +24,8 @@ from phimlx.training.settings import TrainSettings
 from tests.everything import everything
 from tests.generation.small import CONFIG
 from tests.sharing.test_shared_model import make_phi, make_quantized
-from tests.training.folder import COPIED, write_rows, write_tiny
-from tests.training.test_distributed import alone, arguments, log, losses, together
+from tests.training.folder import COPIED, write_tiny
+from tests.training.test_distributed import alone, arguments, log, losses, together, write_place
 
 DRAWN = ("--dropout", "0.2", "--grad-checkpoint", "--learning-rate", "0.001")
 DORA = ("--fine-tune-type", "dora", "--optimizer", "lion", "--pack", "--max-seq-length", "64")
@@ -36,15 +36,7 @@ WIDE = {"hidden_size": 256, "intermediate_size": 1024, "num_hidden_layers": 6}
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("sharded")
-    write_tiny(folder / "model")
-    write_rows(folder / "rows.jsonl", 26)
-    pairs = [
-        {"prompt": f"Say {i}.", "chosen": f"{i} is it", "rejected": "so " * (1 + i % 5)}
-        for i in range(13)
-    ]
-    (folder / "pairs.jsonl").write_text("".join(json.dumps(row) + "\n" for row in pairs))
-    return folder
+    return write_place(tmp_path_factory.mktemp("sharded"))
 
 
 def check_losses(found: Path, wanted: Path, count: int | None = None) -> None:
