@@ -27,8 +27,7 @@ class Share:
     def part(self, whole: mx.array, axis: int) -> mx.array:
         """Take this machine's part of an array that has the rows or columns along an axis."""
         size, rank = self.group.size(), self.group.rank()
-        borders = [size * border for border in self._borders]
-        pieces = mx.split(whole, borders, axis)
+        pieces = mx.split(whole, self.borders, axis)
         return mx.concatenate([mx.split(each, size, axis)[rank] for each in pieces], axis)
 
     def whole(self, part: mx.array, axis: int) -> mx.array:
@@ -41,6 +40,11 @@ class Share:
         """Tell the shape of what `whole` makes of a part."""
         size = self.group.size()
         return tuple(n * size if i == axis else n for i, n in enumerate(part.shape))
+
+    @property
+    def borders(self) -> list[int]:
+        """Where the pieces of the whole end, but for the last."""
+        return [self.group.size() * border for border in self._borders]
 
     @property
     def _borders(self) -> list[int]:

@@ -10,7 +10,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import partial, reduce
-from itertools import accumulate
 from typing import Any
 
 import mlx.core as mx
@@ -120,11 +119,6 @@ def shared_sizes(sharding: Sharding, sizes: Mapping[str, int], machines: int) ->
     }
 
 
-def _borders(config: ModelConfig, path: str) -> int | list[int]:
-    """Where the pieces of a fused projection end, but for the last; 1 for one that is not."""
-    return list(accumulate(config.fused_rows.get(path, ())))[:-1] or 1
-
-
 def _is_needed(model: CausalLM, name: str) -> bool:
     """Whether a machine that is given features needs a parameter."""
     return registry.part_of(name) != "encoders" or model.architecture.is_projector(name)
@@ -177,7 +171,7 @@ def _divide(
         rows = own.fused_rows.get(path) or (_base(layer, path).weight.shape[0] // size,)
         shares[path] = share = Share(group, True, rows)
         part = partial(
-            shard_linear, sharding="all-to-sharded", segments=_borders(config, path), group=group
+            shard_linear, sharding="all-to-sharded", segments=share.borders or 1, group=group
         )
         _replace(layer, path, part, partial(share.part, axis=0))
     for path in sharding.columns:
